@@ -1,0 +1,140 @@
+"""The `torch.compile` backend: options, passes, lowering, and the only fallback.
+
+    Dynamo graph -> outline_experts -> AOTAutograd -> passes on the aten graph -> Inductor
+
+A graph that holds no expert dispatch is lowered untouched, with one warning that says why;
+`strict=True` raises instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from specmoe_compile.config import CompileOptions
+from specmoe_compile.errors import CompileError
+from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def specmoe(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one Dynamo graph; the function that `backend="specmoe"` names.
+
+    Args:
+        gm: graph from Dynamo.
+        example_inputs: its inputs.
+        options: fields of `CompileOptions` by name.
+        mode: `torch.compile`'s mode; `reduce-overhead` means CUDA graphs.
+
+    Returns:
+        A callable with the graph's signature.
+
+    Raises:
+        ValueError: an unknown option, or a value that is not valid.
+        CompileError: the graph trains; or, with `strict=True`, it cannot be rewritten.
+    """
+    config = CompileOptions.from_kwargs(options, mode)
+    report = outline_experts(gm)
+    for reason in report.skipped:
+        log.info("outline_experts: %s", reason)
+    dispatch = find_dispatch_nodes(gm.graph)
+    if not dispatch:
+        _fall_back(config, report.skipped or ["it calls no experts module"])
+        return _lower_untouched(gm, example_inputs, config)
+    _refuse_training(example_inputs)
+    _configure_sessions(gm, config)
+    return _lower(gm, example_inputs, config)
+
+
+def _refuse_training(example_inputs: Sequence[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
+        raise CompileError(
+            "specmoe compiles for inference only, and this graph has parameters or inputs that"
+            " require gradients: run it under torch.no_grad(), or call"
+            " model.requires_grad_(False) first"
+        )
+
+
+def _fall_back(config: CompileOptions, reasons: Sequence[str]) -> None:
+    message = "specmoe leaves this graph to Inductor untouched: " + "; ".join(
+        dict.fromkeys(reasons)
+    )
+    if config.strict:
+        raise CompileError(
+            message + ". strict=True forbids this: use a Mixture-of-Experts model or strict=False"
+        )
+    _warn_once(message)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        log.warning("%s", message)
+
+
+def _configure_sessions(gm: GraphModule, config: CompileOptions) -> None:
+    """Hand the run-time half of the options to every session that the graph names."""
+    from specmoe_compile.runtime.session import get_session
+    from specmoe_compile.runtime.speculation import SpeculationConfig
+
+    for handle in {node.args[3] for node in find_dispatch_nodes(gm.graph)}:
+        session = get_session(handle)  # type: ignore[arg-type]
+        session.configure(SpeculationConfig.from_options(config))
+
+
+def _lower(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions) -> Compiled:
+    from specmoe_compile.passes.manager import SpeculationPass
+
+    speculation = SpeculationPass.from_options(config)
+    if config.lowering == "eager":
+        return _lower_eager(gm, example_inputs, speculation)
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {"post_grad_custom_pre_pass": speculation, "freezing": False}
+    if config.mode == "reduce-overhead":
+        patches["triton.cudagraphs"] = True
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _lower_untouched(
+    gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions
+) -> Compiled:
+    if config.lowering == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {"triton.cudagraphs": True} if config.mode == "reduce-overhead" else {}
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _lower_eager(
+    gm: GraphModule, example_inputs: Sequence[Any], speculation: Callable[[Any], None]
+) -> Compiled:
+    """Run the rewritten aten graph node by node, with no code generation."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compile_forward(graph_module: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        speculation(graph_module.graph)
+        graph_module.recompile()
+        return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]
+
+    return aot_autograd(fw_compiler=compile_forward)(gm, list(example_inputs))  # type: ignore[no-any-return]

@@ -1,0 +1,172 @@
+"""The ops of namespace `specmoe`: what a rewritten graph calls.
+
+Each op names a session by its handle and a MoE layer by its ordinal, and hands the work to that
+`Session`; the graph holds no weights, streams or events.
+
+`start_prefetch` and `wait_prefetch` act on the session and not on their arguments: they are marked
+side-effecting, so that dead-code removal keeps them, and ordered by data edges (ticket, state,
+`after`), never by a mutation that does not happen.
+
+Shape letters: T tokens, E experts, K top-k, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from specmoe_compile.runtime.session import get_session
+
+_LIBRARY = torch.library.Library("specmoe", "DEF")
+
+_SCHEMAS = {
+    "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
+    "blend_default_vectors": (
+        "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
+    ),
+    "start_prefetch": "(Tensor ids, Tensor weights, int session, int layer) -> Tensor",
+    "wait_prefetch": "(Tensor ticket, Tensor ids, int session, int layer) -> Tensor",
+    "run_resident_experts": (
+        "(Tensor x, Tensor ids, Tensor weights, Tensor state, int session, int layer,"
+        " Tensor[] after) -> Tensor"
+    ),
+    "correct_experts": (
+        "(Tensor partial, Tensor x, Tensor ids, Tensor weights, Tensor state, int session,"
+        " int layer) -> Tensor"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+
+
+def _check_routing(op: str, ids: Tensor, weights: Tensor) -> None:
+    if ids.dim() != 2 or ids.shape != weights.shape:
+        raise ValueError(
+            f"specmoe::{op}: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} must both"
+            " be [tokens, top_k]"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"specmoe::{op}: ids are {ids.dtype}, expected int64 or int32")
+
+
+def _check_tokens(op: str, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    _check_routing(op, ids, weights)
+    if x.dim() != 2 or x.shape[0] != ids.shape[0]:
+        raise ValueError(
+            f"specmoe::{op}: x {tuple(x.shape)} must be [tokens, hidden] with as many tokens as"
+            f" ids {tuple(ids.shape)}"
+        )
+
+
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+    """Run the experts of one layer: [T,H], [T,K], [T,K] -> [T,H], fetching what is missing."""
+    return get_session(session).experts(layer, x, ids, weights)
+
+
+def _experts_fake(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+    _check_tokens("experts", x, ids, weights)
+    return x.new_empty(x.shape)
+
+
+def _blend(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
+    """Weighted sum of the experts' default vectors, [T,K], [T,K] -> [T,H] in `like`'s dtype."""
+    return get_session(session).blend_default_vectors(layer, ids, weights, like)
+
+
+def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
+    _check_routing("blend_default_vectors", ids, weights)
+    return like.new_empty(like.shape)
+
+
+def _start(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+    """Start fetching predicted experts; returns a ticket, int64 [1] on the CPU."""
+    return torch.tensor([get_session(session).start_prefetch(layer, ids, weights)])
+
+
+def _start_fake(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+    _check_routing("start_prefetch", ids, weights)
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _wait(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
+    """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1]."""
+    return torch.tensor([get_session(session).wait_prefetch(int(ticket), layer, ids)])
+
+
+def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _run_resident(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    state: Tensor,
+    session: int,
+    layer: int,
+    after: Sequence[Tensor],
+) -> Tensor:
+    """Run the experts that are here: unweighted outputs [T,K,H]; missing rows are undefined.
+
+    `after` holds tickets of prefetches that must have been issued first.
+    """
+    return get_session(session).run_resident_experts(layer, x, ids, weights, int(state))
+
+
+def _run_resident_fake(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    state: Tensor,
+    session: int,
+    layer: int,
+    after: Sequence[Tensor],
+) -> Tensor:
+    _check_tokens("run_resident_experts", x, ids, weights)
+    return x.new_empty((*ids.shape, x.shape[-1]))
+
+
+def _correct(
+    partial: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    state: Tensor,
+    session: int,
+    layer: int,
+) -> Tensor:
+    """Run the experts that arrived late, blend skipped ones, reduce over K: [T,H]."""
+    return get_session(session).correct_experts(layer, partial, x, ids, weights, int(state))
+
+
+def _correct_fake(
+    partial: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    state: Tensor,
+    session: int,
+    layer: int,
+) -> Tensor:
+    _check_tokens("correct_experts", x, ids, weights)
+    return x.new_empty(x.shape)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "experts": (_experts, _experts_fake),
+    "blend_default_vectors": (_blend, _blend_fake),
+    "start_prefetch": (_start, _start_fake),
+    "wait_prefetch": (_wait, _wait_fake),
+    "run_resident_experts": (_run_resident, _run_resident_fake),
+    "correct_experts": (_correct, _correct_fake),
+}
+for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
+    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
+
+for _effect in (torch.ops.specmoe.start_prefetch.default, torch.ops.specmoe.wait_prefetch.default):
+    has_side_effect(_effect)

@@ -1,0 +1,53 @@
+"""Tiny real models and checkpoints that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+VOCABULARY = 96
+
+
+def tiny_qwen3_moe(*, layers: int = 3, experts: int = 8, top_k: int = 2, **kwargs: Any) -> Any:
+    """A random Qwen3-MoE whose greedy decoding does not collapse to one token."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=1,
+        **kwargs,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def save_tiny(folder: Path, **kwargs: Any) -> Path:
+    """Write a tiny Qwen3-MoE as a hub-format checkpoint and return its folder."""
+    tiny_qwen3_moe(**kwargs).save_pretrained(folder)
+    return folder
+
+
+def prompts(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length], int64, none of them the pad token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> Any:
+    """Greedy continuation of `ids`, prompt included: [batch, length + new_tokens]."""
+    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)

@@ -1,0 +1,65 @@
+"""Options are typed: unknown names and bad values are one clear sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from specmoe_compile.config import CompileOptions
+
+
+def test_defaults_are_exact_with_prefetch() -> None:
+    options = CompileOptions.from_kwargs()
+    assert (options.policy, options.prefetch, options.lookahead) == ("exact", True, 1)
+
+
+def test_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'polcy'; did you mean 'policy'\? .*lookahead"):
+        CompileOptions.from_kwargs({"polcy": "exact"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "fast"),
+        ("commit_weights", "both"),
+        ("lowering", "cuda"),
+        ("lookahead", 0),
+        ("lookahead", True),
+        ("prefetch_width", 0),
+        ("prefetch_budget_bytes", -1),
+        ("default_vector_threshold", 1.5),
+        ("default_vector_threshold", "high"),
+        ("skip_layers", "some"),
+        ("skip_layers", (-1,)),
+        ("nvtx", 1),
+        ("default_vectors", 3),
+        ("mode", "fastest"),
+    ],
+)
+def test_bad_value_names_the_option(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        CompileOptions.from_kwargs({name: value})
+
+
+def test_approximate_policy_needs_prefetch() -> None:
+    with pytest.raises(ValueError, match="prefetch=True"):
+        CompileOptions.from_kwargs({"policy": "commit", "prefetch": False})
+
+
+def test_torch_compile_modes_are_understood() -> None:
+    assert CompileOptions.from_kwargs(mode="reduce-overhead").mode == "reduce-overhead"
+    assert CompileOptions.from_kwargs(mode="max-autotune-no-cudagraphs").mode == "default"
+
+
+def test_graph_key_changes_with_graph_options_only() -> None:
+    base = CompileOptions.from_kwargs()
+    assert base.graph_key() == CompileOptions.from_kwargs({"auto_off": False}).graph_key()
+    assert base.graph_key() != CompileOptions.from_kwargs({"lookahead": 2}).graph_key()
+    assert base.graph_key() != CompileOptions.from_kwargs({"skip_layers": [1]}).graph_key()
+
+
+def test_strict_can_be_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMOE_STRICT", "0")
+    assert not CompileOptions.from_kwargs().strict
+    monkeypatch.setenv("SPECMOE_STRICT", "1")
+    assert CompileOptions.from_kwargs().strict
