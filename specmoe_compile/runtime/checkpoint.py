@@ -1,0 +1,248 @@
+"""Reading safetensors checkpoints: what is there, one tensor or some rows at a time.
+
+Files are read with `pread`, not mapped: pages of a mapping count as memory of the process, and
+loading would then peak at the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from specmoe_compile.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointTensor:
+    """One tensor of a safetensors file: type, shape, and bytes start..stop of the file."""
+
+    file: _SafetensorsFile
+    dtype_name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self) -> torch.Tensor:
+        """Read the whole tensor into new memory."""
+        return self._read(self.shape, self.start, self.stop)
+
+    def read_rows(self, first: int, count: int) -> torch.Tensor:
+        """Read rows first..first+count of the first dimension, [count, ...]."""
+        row_bytes = (self.stop - self.start) // self.shape[0]
+        start = self.start + first * row_bytes
+        return self._read((count, *self.shape[1:]), start, start + count * row_bytes)
+
+    def _read(self, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        dtype = _DTYPES.get(self.dtype_name)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.file.path} holds a tensor of dtype {self.dtype_name}, which cannot be read."
+            )
+        if stop == start:
+            return torch.empty(shape, dtype=dtype)
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
+        self.file.read_into(buffer, start)
+        return buffer.view(dtype).view(shape)
+
+    # What the loader of transformers asks of a lazy tensor (a safetensors slice).
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype_name
+
+
+class _SafetensorsFile:
+    """An open safetensors file; its header is checked against its size."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"The checkpoint's file {path} is missing.") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        try:
+            status = os.fstat(self._fd)
+            self.size_bytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+            self.header, self.tensors = self._parse()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _parse(self) -> tuple[bytes, dict[str, CheckpointTensor]]:
+        """Read the header; returns it and the tensors it names."""
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if self.size_bytes < 8 or not 0 < length <= self.size_bytes - 8:
+            raise CheckpointError(
+                f"{self.path} is truncated or is not a safetensors file: it has {self.size_bytes} "
+                "bytes and its header does not fit in them. Download it again."
+            )
+        header = os.pread(self._fd, length, 8)
+        tensors: dict[str, CheckpointTensor] = {}
+        end = 8 + length
+        try:
+            for name, item in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                start, stop = item["data_offsets"]
+                tensors[name] = CheckpointTensor(
+                    file=self,
+                    dtype_name=item["dtype"],
+                    shape=tuple(item["shape"]),
+                    start=8 + length + start,
+                    stop=8 + length + stop,
+                )
+                end = max(end, 8 + length + stop)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path} has a damaged safetensors header. Download it again."
+            ) from error
+        if end != self.size_bytes:
+            raise CheckpointError(
+                f"{self.path} is truncated or damaged: it has {self.size_bytes} bytes, its header "
+                f"promises {end}. Download it again."
+            )
+        return header, tensors
+
+    def read_into(self, buffer: torch.Tensor, start: int) -> None:
+        """Fill `buffer` ([n] uint8) from byte `start`."""
+        view = buffer.numpy().data
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} ended while it was read: it was truncated.")
+            done += count
+
+    def update_digest(self, digest: Any) -> None:
+        """Add name, size, header and evenly spaced samples of the content to a hash."""
+        digest.update(f"{self.path.name}:{self.size_bytes}:".encode())
+        digest.update(self.header)
+        data = 8 + len(self.header)
+        span = max(self.size_bytes - data - _SAMPLE_BYTES, 0)
+        for index in range(_SAMPLES):
+            digest.update(os.pread(self._fd, _SAMPLE_BYTES, data + span * index // (_SAMPLES - 1)))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint, opened together; a context manager.
+
+    Attributes:
+        tensors: every tensor by its name in the checkpoint.
+        source_files: `{path: (bytes, mtime_ns)}` of the files.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
+        self._files: list[_SafetensorsFile] = []
+        self.tensors: dict[str, CheckpointTensor] = {}
+        try:
+            for file in files:
+                opened = _SafetensorsFile(Path(file))
+                self._files.append(opened)
+                self.tensors.update(opened.tensors)
+        except BaseException:
+            self.close()
+            raise
+        self.source_files = {
+            str(file.path.resolve()): (file.size_bytes, file.mtime_ns) for file in self._files
+        }
+
+    def identity(self) -> str:
+        """Return a hex digest of names, sizes, headers and samples of the content of all files.
+
+        Samples, because hashing every byte of a large checkpoint takes longer than loading it.
+        Where files are replaced in place, `source_files` tells.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(self._files, key=lambda file: file.path.name):
+            file.update_digest(digest)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Check a local checkpoint folder before anything is loaded from it.
+
+    Raises:
+        CheckpointError: it has no configuration, no safetensors weights, or a missing or truncated
+            shard.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
+    Checkpoint(_checkpoint_files(folder)).close()
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a local folder, as its index names them."""
+    index_path = folder / _INDEX_NAME
+    if (folder / _SINGLE_NAME).is_file():
+        return [folder / _SINGLE_NAME]
+    if not index_path.is_file():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))
+        hint = f" ({others[0]} is not safetensors; convert it first)" if others else ""
+        raise CheckpointError(
+            f"{folder} has no weights: neither {_SINGLE_NAME} nor {_INDEX_NAME} is there{hint}."
+        )
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_path} is damaged. Download it again.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards that its index names, for "
+            f"example {missing[0]}. Download it again."
+        )
+    return [folder / name for name in names]
