@@ -1,0 +1,1 @@
+"""Measurements of specmoe: reference model, arms, shapes and records."""
