@@ -62,6 +62,22 @@ def _check_tokens(op: str, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         )
 
 
+def _token(number: int, like: Tensor) -> Tensor:
+    """The tensor that carries a ticket's or state's number through the graph, int64 [1].
+
+    On a GPU the number stays on the host (the session keeps one per layer, in order of execution)
+    and the tensor is only the data edge: writing the number would be a copy in every step, reading
+    it back a synchronisation.
+    """
+    if like.is_cuda:
+        return like.new_empty(1, dtype=torch.int64)
+    return torch.tensor([number])
+
+
+def _number(token: Tensor) -> int:
+    return -1 if token.is_cuda else int(token)
+
+
 def _experts(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
     """Run the experts of one layer: [T,H], [T,K], [T,K] -> [T,H], fetching what is missing."""
     return get_session(session).experts(layer, x, ids, weights)
@@ -83,22 +99,22 @@ def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer:
 
 
 def _start(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
-    """Start fetching predicted experts; returns a ticket, int64 [1] on the CPU."""
-    return torch.tensor([get_session(session).start_prefetch(layer, ids, weights)])
+    """Start fetching predicted experts; returns a ticket, int64 [1] on the device of `ids`."""
+    return _token(get_session(session).start_prefetch(layer, ids, weights), ids)
 
 
 def _start_fake(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
     _check_routing("start_prefetch", ids, weights)
-    return torch.empty(1, dtype=torch.int64, device="cpu")
+    return ids.new_empty(1, dtype=torch.int64)
 
 
 def _wait(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
     """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1]."""
-    return torch.tensor([get_session(session).wait_prefetch(int(ticket), layer, ids)])
+    return _token(get_session(session).wait_prefetch(_number(ticket), layer, ids), ids)
 
 
 def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
-    return torch.empty(1, dtype=torch.int64, device="cpu")
+    return ids.new_empty(1, dtype=torch.int64)
 
 
 def _run_resident(
@@ -114,7 +130,7 @@ def _run_resident(
 
     `after` holds tickets of prefetches that must have been issued first.
     """
-    return get_session(session).run_resident_experts(layer, x, ids, weights, int(state))
+    return get_session(session).run_resident_experts(layer, x, ids, weights, _number(state))
 
 
 def _run_resident_fake(
@@ -140,7 +156,7 @@ def _correct(
     layer: int,
 ) -> Tensor:
     """Run the experts that arrived late, blend skipped ones, reduce over K: [T,H]."""
-    return get_session(session).correct_experts(layer, partial, x, ids, weights, int(state))
+    return get_session(session).correct_experts(layer, partial, x, ids, weights, _number(state))
 
 
 def _correct_fake(
