@@ -34,8 +34,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -211,28 +209,40 @@ class Checkpoint:
         self.close()
 
 
-def check_checkpoint_folder(folder: Path) -> None:
+def check_checkpoint_folder(folder: Path, variant: str | None = None) -> None:
     """Check a local checkpoint folder before anything is loaded from it.
+
+    `variant` is part of the files' names (`model.fp16.safetensors`), None without one.
 
     Raises:
         CheckpointError: it has no configuration, no safetensors weights, or a missing or truncated
             shard.
     """
-    if not (folder / "config.json").is_file():
+    config_path = folder / "config.json"
+    if not config_path.is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
-    Checkpoint(_checkpoint_files(folder)).close()
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        names_its_weights = bool(config.get("transformers_weights"))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config_path} is damaged: it is not a JSON object.") from error
+    if not names_its_weights:
+        Checkpoint(_checkpoint_files(folder, variant)).close()
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
+def _checkpoint_files(folder: Path, variant: str | None) -> list[Path]:
     """Return the safetensors files of a local folder, as its index names them."""
-    index_path = folder / _INDEX_NAME
-    if (folder / _SINGLE_NAME).is_file():
-        return [folder / _SINGLE_NAME]
+    infix = "" if variant is None else f".{variant}"
+    single_path = folder / f"model{infix}.safetensors"
+    index_path = folder / f"model.safetensors.index{infix}.json"
+    if single_path.is_file():
+        return [single_path]
     if not index_path.is_file():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))
         hint = f" ({others[0]} is not safetensors; convert it first)" if others else ""
         raise CheckpointError(
-            f"{folder} has no weights: neither {_SINGLE_NAME} nor {_INDEX_NAME} is there{hint}."
+            f"{folder} has no weights: neither {single_path.name} nor {index_path.name} is "
+            f"there{hint}."
         )
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]

@@ -157,14 +157,14 @@ def _top_k_values(owner: object, names: Sequence[str]) -> list[int]:
     return values
 
 
-def release_experts(layer: ExpertsLayer) -> None:
+def release_experts(layer: ExpertsLayer, device: torch.device) -> None:
     """Replace a layer's expert parameters by empty ones of the same dtype, [0, ...].
 
     The inner dimensions stay, so that code which reads `shape[1:]` still works.
     """
     for spec in layer.layout.tensors:
         empty = torch.nn.Parameter(
-            torch.empty((0, *spec.shape), dtype=spec.dtype), requires_grad=False
+            torch.empty((0, *spec.shape), dtype=spec.dtype, device=device), requires_grad=False
         )
         # The loader of transformers must neither initialise them nor call them missing.
         empty._is_hf_initialized = True  # type: ignore[attr-defined]
