@@ -1,0 +1,48 @@
+# specmoe from a fresh clone: `make demo`, `make test`. Everything installs into .venv.
+
+# The first Python of at least 3.11 on the path; override with `make PYTHON=/path/to/python3 ...`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint format bench publish clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+
+setup: $(STAMP)  ## Create .venv and install the package with everything that tests need.
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "specmoe needs Python 3.11 or newer; none is on the path. Name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Watch a real MoE generate with its experts on disk (a few minutes on 2 cores).
+	$(BIN)/specmoe demo
+
+test: $(STAMP)  ## The fast tests, without a GPU.
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(STAMP)  ## Lint, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## What continuous integration runs: lint, types and tests.
+
+format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## One benchmark of the reference model, printed as a table (minutes).
+	$(BIN)/python -m benchmarks.end_to_end --quick
+
+publish: $(STAMP)  ## The published benchmark: writes benchmarks/results and docs/results (quiet machine).
+	$(BIN)/python -m benchmarks.end_to_end
+
+clean:  ## Remove what tools left behind; not .venv, not the expert stores.
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
