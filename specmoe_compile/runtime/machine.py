@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 _CGROUP_FILES = (
     # limit, usage: version 2, then version 1
@@ -36,6 +39,22 @@ def _number_or_none(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+@contextlib.contextmanager
+def one_compute_thread() -> Iterator[None]:
+    """Run torch on one CPU thread; the setting is the process's, and is put back.
+
+    Moving an expert is a handful of copies of a few megabytes. One thread does them at memory
+    speed, while several wait for each other after each copy: where the cores are not free, packing
+    is five times slower with two threads than with one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from specmoe_compile.runtime.expert_store import StoreLayer
 from specmoe_compile.runtime.experts_module import ExpertsLayer, release_experts
+from specmoe_compile.runtime.machine import one_compute_thread
 from specmoe_compile.runtime.progress import progress_bar
 from specmoe_compile.runtime.ram_store import RamStore
 from specmoe_compile.runtime.store_header import layers_to_json
@@ -74,7 +75,10 @@ def move_to_ram(
     moved: list[ExpertsLayer] = []
     where = [layer.module.get_parameter("down_proj").device for layer in layers]
     try:
-        with progress_bar(store.total_bytes, "Moving experts", enabled=progress) as bar:
+        with (
+            one_compute_thread(),
+            progress_bar(store.total_bytes, "Moving experts", enabled=progress) as bar,
+        ):
             for layer in layers:
                 for expert in range(layer.num_experts):
                     source.fill(layer.index, expert, store.record(layer.index, expert))

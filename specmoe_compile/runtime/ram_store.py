@@ -11,6 +11,7 @@ import torch
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.expert_store import ExpertStore, RecordSource, record_array
+from specmoe_compile.runtime.machine import one_compute_thread
 from specmoe_compile.runtime.progress import progress_bar
 
 
@@ -28,7 +29,10 @@ class RamStore(ExpertStore):
     def from_source(cls, source: RecordSource, *, progress: bool = True) -> RamStore:
         """Fill a store from a checkpoint or from a model in memory, expert by expert."""
         store = cls(source)
-        with progress_bar(store.total_bytes, "Loading experts", enabled=progress) as bar:
+        with (
+            one_compute_thread(),
+            progress_bar(store.total_bytes, "Loading experts", enabled=progress) as bar,
+        ):
             for layer in range(len(store.layers)):
                 for expert in range(store.num_experts[layer]):
                     source.fill(layer, expert, store.record(layer, expert))

@@ -26,6 +26,7 @@ from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.disk_store import DiskStore
 from specmoe_compile.runtime.expert_store import RecordSource, layer_offsets
+from specmoe_compile.runtime.machine import one_compute_thread
 from specmoe_compile.runtime.progress import progress_bar
 from specmoe_compile.runtime.sizes import format_bytes
 from specmoe_compile.runtime.store_header import (
@@ -85,7 +86,7 @@ def pack_records(
     started = time.monotonic()
     created = _make_folder(folder)
     resumed = 0
-    with _packing_lock(folder):
+    with _packing_lock(folder), one_compute_thread():
         reused = (folder / HEADER_NAME).exists() and _holds(source, folder, replace=replace)
         if not reused:
             try:
