@@ -50,6 +50,9 @@ class TrainingOptions:
     steps: optimizer steps planned. batch: windows per step. window: tokens per window.
     seed: initial weights and data order. aux: weight of the load-balance loss.
     learning_rate: peak, reached after `warmup` steps, then cosine to a twentieth of it.
+    embedding_std: initial standard deviation of the embedding. branch_scale: factor on the initial
+    weights that write into the residual stream (attention output, experts' down projection).
+    router_rate: factor on the routers' learning rate.
     """
 
     steps: int = 4000
@@ -61,6 +64,9 @@ class TrainingOptions:
     warmup: int = 150
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    embedding_std: float = 1.0
+    branch_scale: float = 0.25  # 1 / sqrt(2 * layers), as in GPT-2
+    router_rate: float = 1.0
     include_tests: bool = False
 
 
@@ -78,13 +84,29 @@ def build_config() -> Qwen3MoeConfig:
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=None,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
+
+
+@torch.no_grad()
+def build_model(options: TrainingOptions) -> PreTrainedModel:
+    """Return the model with its initial weights, float32 on the CPU.
+
+    The embedding starts large and the branches small, so that the residual stream carries the byte
+    from the first layer on instead of being overwritten by the first attention.
+    """
+    torch.manual_seed(options.seed)
+    model = AutoModelForCausalLM.from_config(build_config(), dtype=torch.float32)
+    model.model.embed_tokens.weight.normal_(std=options.embedding_std)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(options.branch_scale)
+        layer.mlp.experts.down_proj.mul_(options.branch_scale)
+    return model
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -121,18 +143,22 @@ class Trainer:
         """Build the model from the seed and move the text [tokens] int16 to the device."""
         self.options = options
         self.device = device
-        torch.manual_seed(options.seed)
-        model = AutoModelForCausalLM.from_config(build_config(), dtype=torch.float32)
+        model = build_model(options)
         self.masters = [parameter.detach().clone().to(device) for parameter in model.parameters()]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = model.to(device=device, dtype=dtype).train()
         self.parameters = list(self.model.parameters())
-        decayed = [m for m in self.masters if m.ndim > 1]
+        names = [name for name, _ in self.model.named_parameters()]
+        named = list(zip(names, self.masters, strict=True))
+        routers = [m for name, m in named if name.endswith("mlp.gate.weight")]
+        decayed = [m for name, m in named if m.ndim > 1 and not name.endswith("mlp.gate.weight")]
         plain = [m for m in self.masters if m.ndim <= 1]
+        decay = options.weight_decay
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
+                {"params": routers, "weight_decay": decay, "rate": options.router_rate},
+                {"params": decayed, "weight_decay": decay, "rate": 1.0},
+                {"params": plain, "weight_decay": 0.0, "rate": 1.0},
             ],
             lr=options.learning_rate,
             betas=(0.9, 0.95),
@@ -160,8 +186,9 @@ class Trainer:
     def step(self, step: int, steps: int) -> torch.Tensor:
         """Take one optimizer step; return its loss in nats/byte as a device scalar (no sync)."""
         options = self.options
+        rate = options.learning_rate * learning_rate_factor(step, steps, options.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * learning_rate_factor(step, steps, options.warmup)
+            group["lr"] = rate * group["rate"]
         window = self.tokens[self.starts[step].unsqueeze(1) + self.offsets].long()
         self._logits.clear()
         self._ids.clear()
@@ -246,6 +273,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--aux", type=float, default=defaults.aux, help="load-balance weight")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--embedding-std", type=float, default=defaults.embedding_std)
+    parser.add_argument("--branch-scale", type=float, default=defaults.branch_scale)
+    parser.add_argument("--router-rate", type=float, default=defaults.router_rate)
     parser.add_argument("--include-tests", action="store_true", help="also read test folders")
     return parser.parse_args()
 
@@ -260,6 +290,9 @@ def main() -> None:
         seed=args.seed,
         aux=args.aux,
         learning_rate=args.learning_rate,
+        embedding_std=args.embedding_std,
+        branch_scale=args.branch_scale,
+        router_rate=args.router_rate,
         include_tests=args.include_tests,
     )
     held_out = held_out_windows(source, WINDOW)
