@@ -1,0 +1,268 @@
+"""The one owner of what an offloaded model needs at run time, and the table of open sessions.
+
+Graphs name a session by its handle, a small integer that is the same in every process that makes
+its sessions in the same order, so that compiled code can be reused.
+
+Shape letters: T tokens, E experts, K top-k, H hidden, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.runtime import nvtx
+from specmoe_compile.runtime.cpu_experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.double_buffers import DoubleBuffers
+from specmoe_compile.runtime.expert_cache import ExpertCache
+from specmoe_compile.runtime.expert_store import ExpertStore
+from specmoe_compile.runtime.experts_module import ExpertsLayer
+from specmoe_compile.runtime.memory import SlotMemory, StagingRing, slots_per_layer
+from specmoe_compile.runtime.nvtx import layer_range
+from specmoe_compile.runtime.residency import CachedResidency, InPlaceResidency, Residency, Step
+from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.stats import LayerStats, Stats
+from specmoe_compile.runtime.transfer.disk import DiskTransfer
+
+PREFILL_TOKENS = 16
+"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
+
+_handles = itertools.count()
+_sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+
+def register_session(session: Session) -> int:
+    """Enter a session into the table, which does not keep it alive, and return its handle."""
+    handle = next(_handles)
+    _sessions[handle] = session
+    return handle
+
+
+def get_session(handle: int) -> Session:
+    """Return an open session.
+
+    Raises:
+        SpecMoEError: it was closed, or there never was one with this handle.
+    """
+    session = _sessions.get(handle)
+    if session is None:
+        raise SpecMoEError(
+            f"Session {handle} is closed or was never opened: its model's experts are gone. Load"
+            " the model again."
+        )
+    return session
+
+
+class Session:
+    """Store, cache, transfer and counters of one model; a context manager that closes them.
+
+    One caller runs at a time; another waits for it. Two generations that interleave are exact, and
+    slower, since they share slots.
+
+    Attributes:
+        handle: what graphs call the session by.
+        layers: the MoE layers, by ordinal.
+        store: the slow tier; closed with the session.
+        cache: `ExpertCache`, or `DoubleBuffers` without a cache; None when experts are in place.
+        device: where experts are computed.
+        top_k: K, the most experts of a token.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertsLayer],
+        store: ExpertStore,
+        *,
+        device: torch.device | str = "cpu",
+        expert_cache_bytes: int | None,
+        cache_policy: Literal["lru", "lfu"] = "lru",
+        reader_threads: int = 4,
+        top_k: int,
+    ) -> None:
+        """Reserve memory and start the reader threads.
+
+        Args:
+            layers: by MoE layer ordinal; their modules say how an expert is computed.
+            store: records of all of them.
+            device: "cpu".
+            expert_cache_bytes: bytes of slots over all layers; 0 for no cache, only the buffers of
+                two layers; None, with a store in RAM, to compute from the store itself.
+            cache_policy: which expert leaves a full cache.
+            reader_threads: reads in flight at most.
+            top_k: K.
+
+        Raises:
+            ValueError: the cache does not hold one token's experts, or the store is another
+                model's.
+        """
+        self.device = torch.device(device)
+        if self.device.type != "cpu":
+            raise ValueError(f"device={device!r}: this session computes on the CPU only.")
+        self.layers = tuple(layers)
+        self.store = store
+        self.top_k = top_k
+        self.cache: ExpertCache | DoubleBuffers | None = None
+        _check_store(self.layers, store)
+        self._runners = tuple(
+            ExpertRunner(layer.module, layer.layout, layer.num_experts) for layer in self.layers
+        )
+        self._layer_stats = tuple(LayerStats() for _ in self.layers)
+        self._lock = threading.RLock()
+        self._busy_before_ms = 0.0
+        self._speculation = SpeculationConfig()
+        self._transfer: DiskTransfer | None = None
+        self._residency = self._make_residency(expert_cache_bytes, cache_policy, reader_threads)
+        self.handle = register_session(self)
+        # Runs at exit too, and does not keep the session alive.
+        self._finalizer = weakref.finalize(self, _close_parts, self.handle, self._transfer, store)
+
+    def _make_residency(
+        self, cache_bytes: int | None, policy: Literal["lru", "lfu"], reader_threads: int
+    ) -> Residency:
+        if cache_bytes is None:
+            if self.store.kind != "ram":
+                raise ValueError(
+                    "A store on disk needs an expert cache: give expert_cache in bytes, or 0 for"
+                    " none but the buffers of two layers."
+                )
+            return InPlaceResidency(self.store, self._runners, self._layer_stats)
+        layouts = self.store.layouts
+        experts = [layer.num_experts for layer in self.layers]
+        if cache_bytes == 0:
+            slots: tuple[int, ...] = tuple(min(self.top_k, count) for count in experts)
+            memory = SlotMemory(self._runners, layouts, slots, shared_banks=2)
+            self.cache = DoubleBuffers(bank_of=memory.bank_of, slots=slots)
+        else:
+            slots = slots_per_layer(cache_bytes, layouts, experts, self.top_k)
+            memory = SlotMemory(self._runners, layouts, slots)
+            self.cache = ExpertCache(num_experts=experts, slots=slots, policy=policy)
+        self._transfer = DiskTransfer(self.store, reader_threads=reader_threads)
+        # Enough that a reader never waits for the expert that is being computed.
+        staging = StagingRing(layouts, buffers=reader_threads + 2)
+        return CachedResidency(
+            self.store,
+            self.cache,
+            memory,
+            staging,
+            self._transfer,
+            self._runners,
+            self._layer_stats,
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """End the reader threads and close the store; a waiting caller gets a TransferError."""
+        self._finalizer()
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, as a copy."""
+        return Stats(
+            layers=tuple(layer.copy() for layer in self._layer_stats),
+            fast_tier_bytes=self._residency.fast_tier_bytes,
+            store_bytes=self.store.total_bytes,
+            store=self.store.kind,
+            read_busy_ms=self._busy_ms() - self._busy_before_ms,
+        )
+
+    def configure(self, speculation: SpeculationConfig) -> None:
+        """Set what happens to predictions, from now on."""
+        with self._lock:
+            self._speculation = speculation
+            nvtx.enable(speculation.nvtx)
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; the cache keeps what it holds."""
+        with self._lock:
+            for layer in self._layer_stats:
+                layer.reset()
+            self._busy_before_ms = self._busy_ms()
+
+    def _busy_ms(self) -> float:
+        return self._transfer.busy_ms if self._transfer is not None else 0.0
+
+    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts of one layer, fetching what is missing.
+
+        Args:
+            layer: MoE layer ordinal.
+            x: [T, H] float, CPU.
+            ids: [T, K] int64 or int32, CPU.
+            weights: [T, K] float, CPU.
+
+        Returns:
+            [T, H] in the dtype of `x`: the weighted sum over K.
+
+        Raises:
+            TransferError: an expert could not be read; the session goes on.
+            SpecMoEError: the session is closed, or an id is out of range.
+        """
+        with self._lock, layer_range(layer, "experts"):
+            self._check_open()
+            runner = self._runners[layer]
+            routing = Routing(x, ids, runner)
+            y = x.new_empty((*ids.shape, x.shape[-1]))
+            step = self._residency.begin(
+                layer, routing.experts, prefill=x.shape[0] > PREFILL_TOKENS
+            )
+            try:
+                self._compute(step, routing, runner, y, block=True)
+            finally:
+                self._residency.finish(step)
+            return reduce_experts(y, weights, x)
+
+    def _compute(
+        self, step: Step, routing: Routing, runner: ExpertRunner, y: Tensor, *, block: bool
+    ) -> None:
+        """Compute a step's experts into `y`, [T, K, H]; without `block` those that are there."""
+        flat = y.view(-1, y.shape[-1])
+        for expert, weights in step.ready:
+            routing.compute(expert, weights, runner, flat)
+        step.ready.clear()
+        while (arrival := self._residency.next_or_none(step, block=block)) is not None:
+            routing.compute(arrival[0], arrival[1], runner, flat)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SpecMoEError("The session is closed: load the model again.")
+
+
+def _check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
+    """Raise `ValueError` when a store does not hold the experts of these layers."""
+    wanted = [(layer.num_experts, layer.layout) for layer in layers]
+    stored = list(zip(store.num_experts, store.layouts, strict=True))
+    if wanted != stored:
+        raise ValueError(
+            f"The expert store holds {len(stored)} MoE layers with other shapes than the model's"
+            f" {len(wanted)}: it was made from another model."
+        )
+
+
+def _close_parts(handle: int, transfer: DiskTransfer | None, store: ExpertStore) -> None:
+    _sessions.pop(handle, None)
+    if transfer is not None:
+        transfer.close()
+    store.close()
