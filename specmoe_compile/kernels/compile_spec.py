@@ -1,0 +1,126 @@
+"""How a kernel says what is compiled for a model, and what its launch moves.
+
+Each `kernels/<op>/variants.py` exposes `compile_specs(shape: ModelShape) -> list[CompileSpec]`: the
+launches of that op at its default configuration for a model's shape. `benchmarks/kernel_resources`
+compiles each for every target without a GPU and writes registers, shared memory, spills, bytes and
+operations to docs/results/kernels.md.
+
+Importing a `variants` module imports Triton; nothing else in the package imports one.
+
+Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The MoE layer of a model. `dtype` is Triton's name of the weights' dtype."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    dtype: str = "bf16"
+    has_gate: bool = True
+    has_bias: bool = False
+    interleaved: bool = False
+    transposed: bool = False
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = float("inf")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one weight."""
+        return {"fp32": 4, "bf16": 2, "fp16": 2}[self.dtype]
+
+    @property
+    def up_rows(self) -> int:
+        """Outputs of the up projection: 2I with a gate, else I."""
+        return self.intermediate * (2 if self.has_gate else 1)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights, without padding."""
+        weights = (self.up_rows + self.intermediate) * self.hidden
+        biases = self.up_rows + self.hidden if self.has_bias else 0
+        return (weights + biases) * self.itemsize
+
+
+MODEL_SHAPES: tuple[ModelShape, ...] = (
+    ModelShape(name="Qwen3-30B-A3B", hidden=2048, intermediate=768, num_experts=128, top_k=8),
+    ModelShape(
+        name="GPT-OSS-20B",
+        hidden=2880,
+        intermediate=2880,
+        num_experts=32,
+        top_k=4,
+        has_bias=True,
+        interleaved=True,
+        transposed=True,
+        activation="swiglu_oai",
+        alpha=1.702,
+        limit=7.0,
+    ),
+    ModelShape(name="Mixtral-8x7B", hidden=4096, intermediate=14336, num_experts=8, top_k=2),
+    ModelShape(name="DeepSeek-V2-Lite", hidden=2048, intermediate=1408, num_experts=64, top_k=6),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What one launch must move and does move, counted from its grid, in bytes.
+
+    Attributes:
+        needed_bytes: every input byte that the result depends on read once, every output byte
+            written once.
+        moved_bytes: what the launch's loads and stores move between device memory and the chip:
+            masked-out lanes do not count, and an operand that several programs read counts once per
+            launch only if it is small enough to stay in L2 (then its repeats are `reread_bytes`).
+        reread_bytes: repeated loads that L2 serves.
+        operations: floating-point multiplies and adds.
+    """
+
+    needed_bytes: int
+    moved_bytes: int
+    reread_bytes: int = 0
+    operations: int = 0
+
+    @property
+    def excess(self) -> float:
+        """Share of the moved bytes beyond what is needed; 0.0 is perfect."""
+        return self.moved_bytes / self.needed_bytes - 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileSpec:
+    """One launch: a `triton.jit` function with all that its compilation depends on.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        signature: Triton type of each argument that is not a constexpr, by name ("*bf16", "i32").
+        constexprs: value of each constexpr, by name.
+        num_warps: warps of one program.
+        num_stages: software pipeline depth.
+        grid: programs on each axis.
+        label: "op kernel T=1", unique within a model.
+        aligned: arguments that are multiples of 16 (pointers, in bytes), which Triton learns from
+            the arguments of a real launch.
+        traffic: see `Traffic`.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    grid: tuple[int, ...]
+    label: str
+    traffic: Traffic
+    aligned: tuple[str, ...] = field(default=())
