@@ -129,7 +129,7 @@ def _lower_eager(
     gm: GraphModule, example_inputs: Sequence[Any], speculation: Callable[[Any], None]
 ) -> Compiled:
     """Run the rewritten aten graph node by node, with no code generation."""
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
     from torch._dynamo.backends.common import aot_autograd
 
     def compile_forward(graph_module: GraphModule, inputs: Sequence[Any]) -> Compiled:

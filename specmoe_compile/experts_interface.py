@@ -49,7 +49,7 @@ def specmoe_experts_forward(
             "specmoe runs experts for inference only, got training mode or inputs that require"
             " gradients: call model.eval() and run under torch.no_grad()"
         )
-    out = torch.ops.specmoe.experts(
+    out: Tensor = torch.ops.specmoe.experts(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         top_k_index,
         top_k_weights,

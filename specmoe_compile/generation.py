@@ -52,11 +52,11 @@ def attach_session(model: nn.Module, session: Session) -> None:
     for layer in session.layers:
         layer.module._specmoe_session = session.handle  # type: ignore[assignment]
         layer.module._specmoe_layer = layer.index  # type: ignore[assignment]
-        layer.module.register_state_dict_pre_hook(_refuse_state_dict)
+        layer.module.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     model.eval()
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(IMPLEMENTATION)
+        model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
     for layer in session.layers:
         # A submodel may keep a configuration object of its own that the call above does not reach.
         layer.module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]

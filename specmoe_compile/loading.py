@@ -7,6 +7,7 @@ Face model, and a `Session` ties them together.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def from_pretrained(
         dtype: a torch dtype or its name; "auto" is the checkpoint's. Experts are cast when packed.
         store: "ram" or "disk"; "auto" is RAM if the experts fit in 60 % of what is free.
         expert_cache: size of the expert cache in the fast tier: bytes, "2GiB", or "25%" of all
-            expert bytes. By default 25 %, or one token's experts if that is more. Not used by
-            experts in RAM that compute on the CPU: they are the fast tier already.
+            expert bytes. By default 25 %, or one token's experts if that is more. 0 is no cache:
+            every expert is fetched when it is used. Experts in RAM that compute on the CPU need
+            none, since they are in the fast tier already; the option has no effect then.
         store_dir: folder of the store on disk; by default one under the user's cache folder, named
             after the model and its weights, and used again by the next load.
         cache_policy: "lru" or "lfu".
@@ -261,17 +263,24 @@ def _total_bytes(layers: Sequence[StoreLayer]) -> int:
 def _cache_bytes(options: _Options, layers: Sequence[StoreLayer], top_k: int) -> int:
     """Return the expert cache's size; raises `ValueError` if one token's experts do not fit."""
     total_bytes = _total_bytes(layers)
-    needed = sum(min(top_k, layer.num_experts) * layer.layout.record_bytes for layer in layers)
+    # A session gives every layer the same number of slots, or as many as it has experts.
+    slot_bytes = sum(layer.layout.record_bytes for layer in layers)
+    needed = min(top_k, max(layer.num_experts for layer in layers)) * slot_bytes
     if options.expert_cache is None:
         return max(needed, parse_size(_DEFAULT_CACHE, total_bytes=total_bytes))
     size_bytes = parse_size(options.expert_cache, total_bytes=total_bytes)
+    if size_bytes == 0:
+        return 0
+    if size_bytes >= total_bytes:
+        return max(layer.num_experts for layer in layers) * slot_bytes
     if size_bytes < needed:
+        percent = math.ceil(1000 * needed / total_bytes) / 10
         raise ValueError(
             f"expert_cache={options.expert_cache!r} is {format_bytes(size_bytes)}, but one token "
             f"uses {top_k} experts in each of {len(layers)} layers, {format_bytes(needed)} in all. "
-            f"Give at least {needed} bytes ({100 * needed / total_bytes:.1f}% of the experts)."
+            f"Give at least {needed} bytes ({percent}% of the experts)."
         )
-    return min(size_bytes, total_bytes)
+    return size_bytes
 
 
 def _checked(

@@ -181,7 +181,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "correct_experts": (_correct, _correct_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
 
 for _effect in (torch.ops.specmoe.start_prefetch.default, torch.ops.specmoe.wait_prefetch.default):

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+import specmoe_compile.ops  # noqa: F401  (registers the ops)
 from specmoe_compile.runtime.live_session import LiveModules
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,6 @@ def outline_experts(gm: GraphModule) -> OutlineReport:
         else:
             report.skipped.append(f"{region.path}: {reason}")
     if report.matches:
-        # Not eliminate_dead_code alone: regions are pure, but their asserts count as impure.
-        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return report
@@ -133,7 +132,12 @@ def _outline(graph: Graph, region: _Region, live: LiveModules) -> str | None:
         call = graph.call_function(torch.ops.specmoe.experts, (*roles, session.handle, layer))
     call.meta["nn_module_stack"] = output.meta["nn_module_stack"]
     call.meta["example_value"] = _example(output)
-    output.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    output.replace_all_uses_with(call)
+    # Only the region's own nodes: graph-wide dead-code removal would take the in-place updates of a
+    # static cache with it, whose results nobody reads.
+    for node in reversed(region.nodes):
+        if not node.users:
+            graph.erase_node(node)
     return None
 
 

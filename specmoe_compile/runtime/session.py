@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,17 +32,23 @@ from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.stats import LayerStats, Stats
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 
+if TYPE_CHECKING:
+    from specmoe_compile.runtime.live_session import LiveSession
+
 PREFILL_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 
-_handles = itertools.count()
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
 
-def register_session(session: Session) -> int:
-    """Enter a session into the table, which does not keep it alive, and return its handle."""
-    handle = next(_handles)
-    _sessions[handle] = session
+def register_session(session: Session | LiveSession) -> int:
+    """Enter a session into the table, which does not keep it alive, and return its handle.
+
+    The handle is the lowest number that is free, so that compiled code is found again by a process
+    that opens and closes sessions in turn.
+    """
+    handle = next(number for number in itertools.count() if number not in _sessions)
+    _sessions[handle] = cast(Session, session)  # a LiveSession has what a graph may call
     return handle
 
 
@@ -174,7 +180,14 @@ class Session:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """End the reader threads and close the store; a waiting caller gets a TransferError."""
+        """End the reader threads and close the store; a waiting caller gets a TransferError.
+
+        The modules forget the handle, which another session may get: code that was compiled for
+        this one is guarded by it and cannot reach the other's experts.
+        """
+        if not self.closed:
+            for layer in self.layers:
+                layer.module._specmoe_session = None  # type: ignore[assignment]
         self._finalizer()
 
     @property

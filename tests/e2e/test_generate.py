@@ -1,0 +1,216 @@
+"""`generate` of an offloaded model runs the compiled graph, and gives the unmodified tokens."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import specmoe_compile
+from specmoe_compile import backend
+from specmoe_compile.errors import SpecMoEError
+from tests.helpers import greedy, prompts, save_tiny
+
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture
+def offloaded(checkpoint: Path, tmp_path: Path) -> Iterator[Any]:
+    model = specmoe_compile.from_pretrained(
+        checkpoint, device="cpu", store="disk", expert_cache="40%", store_dir=tmp_path / "store"
+    )
+    yield model
+    specmoe_compile.close(model)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """Counts compiled graphs and the calls of compiled graphs."""
+    counter: collections.Counter[str] = collections.Counter()
+    lower = backend._lower
+
+    def counting_lower(*args: Any) -> Any:
+        compiled = lower(*args)
+        counter["graphs"] += 1
+
+        @functools.wraps(compiled)
+        def call(*inputs: Any) -> Any:
+            counter["calls"] += 1
+            return compiled(*inputs)
+
+        return call
+
+    monkeypatch.setattr(backend, "_lower", counting_lower)
+    return counter
+
+
+def left_padded(batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths, padded on the left; row 0 has no padding."""
+    ids = prompts(batch, length)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        ids[row, :row] = 0
+        mask[row, :row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_every_forward_step_of_generate_is_compiled(
+    cache: str, plain: Any, offloaded: Any, counts: collections.Counter[str]
+) -> None:
+    ids = prompts(1, 7)
+    kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    compiled = torch.compile(offloaded, backend="specmoe")
+    torch._dynamo.utils.counters.clear()
+    tokens = greedy(compiled, ids, NEW_TOKENS, **kwargs)
+    assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
+    assert counts["calls"] == NEW_TOKENS
+    assert not torch._dynamo.utils.counters["graph_break"]
+    graphs = counts["graphs"]
+    counts["calls"] = 0
+    again = greedy(compiled, ids, NEW_TOKENS, **kwargs)
+    assert torch.equal(again, tokens)
+    assert counts["graphs"] == graphs, "a second generate must compile nothing new"
+    assert counts["calls"] == NEW_TOKENS
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_batches_with_left_padding_match(
+    batch: int, cache: str, plain: Any, offloaded: Any
+) -> None:
+    inputs = left_padded(batch, 8)
+    kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    want = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    compiled = torch.compile(offloaded, backend="specmoe")
+    got = compiled.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+    assert torch.equal(got, want)
+
+
+def test_sampling_draws_the_same_tokens(plain: Any, offloaded: Any) -> None:
+    compiled = torch.compile(offloaded, backend="specmoe")
+    outputs = []
+    for model in (plain, compiled):
+        torch.manual_seed(7)
+        outputs.append(
+            model.generate(prompts(2, 6), max_new_tokens=NEW_TOKENS, do_sample=True, top_k=20)
+        )
+    assert torch.equal(*outputs)
+
+
+def test_eager_offloaded_generate_matches(plain: Any, offloaded: Any) -> None:
+    ids = prompts(2, 6)
+    assert torch.equal(greedy(offloaded, ids, NEW_TOKENS), greedy(plain, ids, NEW_TOKENS))
+
+
+def test_compile_in_place_matches(
+    plain: Any, offloaded: Any, counts: collections.Counter[str]
+) -> None:
+    ids = prompts(1, 6)
+    offloaded.compile(backend="specmoe")
+    assert torch.equal(greedy(offloaded, ids, NEW_TOKENS), greedy(plain, ids, NEW_TOKENS))
+    assert counts["calls"] == NEW_TOKENS
+
+
+def test_eager_lowering_matches(plain: Any, offloaded: Any) -> None:
+    ids = prompts(1, 6)
+    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": "eager"})
+    assert torch.equal(greedy(compiled, ids, NEW_TOKENS), greedy(plain, ids, NEW_TOKENS))
+
+
+def test_generate_of_the_inner_model_stays_eager(
+    offloaded: Any, counts: collections.Counter[str]
+) -> None:
+    compiled = torch.compile(offloaded, backend="specmoe")
+    greedy(compiled, prompts(1, 5), 2)
+    counts.clear()
+    greedy(offloaded, prompts(1, 5), 2)
+    assert counts["calls"] == 0
+    assert compiled._orig_mod is offloaded
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_plain_model_compiled_in_place_matches(
+    cache: str, checkpoint: Path, plain: Any, counts: collections.Counter[str]
+) -> None:
+    ids = prompts(2, 6)
+    kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model.compile(backend="specmoe")
+    assert torch.equal(greedy(model, ids, NEW_TOKENS, **kwargs), greedy(plain, ids, NEW_TOKENS))
+    assert counts["calls"] == NEW_TOKENS
+
+
+def test_plain_model_compiled_forward_matches(checkpoint: Path, plain: Any) -> None:
+    ids = prompts(2, 9)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        want = plain(ids).logits
+        got = torch.compile(model, backend="specmoe", fullgraph=True)(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_model_with_gradients_is_refused(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with pytest.raises(Exception, match="inference only"):
+        torch.compile(model, backend="specmoe")(prompts(1, 5))
+
+
+def test_offloaded_model_refuses_training(offloaded: Any) -> None:
+    with pytest.raises(SpecMoEError, match="inference only"):
+        offloaded.train()
+    assert offloaded.eval() is offloaded
+
+
+def test_gradients_through_experts_are_refused(offloaded: Any) -> None:
+    embeddings = torch.randn(1, 4, 64, requires_grad=True)
+    with pytest.raises(SpecMoEError, match=r"torch\.no_grad"):
+        offloaded(inputs_embeds=embeddings)
+
+
+def test_saving_refuses_and_leaves_nothing(offloaded: Any, tmp_path: Path) -> None:
+    for save in (
+        lambda: offloaded.save_pretrained(tmp_path / "copy"),
+        offloaded.state_dict,
+        offloaded.model.state_dict,
+    ):
+        with pytest.raises(SpecMoEError, match="checkpoint without experts"):
+            save()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_dense_model_is_refused_when_strict() -> None:
+    layer = torch.nn.Linear(4, 4).requires_grad_(False)
+    with pytest.raises(Exception, match="calls no experts module"):
+        torch.compile(layer, backend="specmoe")(torch.zeros(1, 4))
+
+
+def test_dense_model_is_lowered_untouched_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    layer = torch.nn.Linear(4, 4).requires_grad_(False)
+    x = torch.randn(3, 4)
+    backend._warned.clear()
+    compiled = torch.compile(layer, backend="specmoe", options={"strict": False})
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert "calls no experts module" in caplog.text
+
+
+def test_unknown_option_is_one_sentence(offloaded: Any) -> None:
+    compiled = torch.compile(offloaded, backend="specmoe", options={"polcy": "exact"})
+    with pytest.raises(Exception, match="unknown specmoe option 'polcy'"):
+        greedy(compiled, prompts(1, 5), 2)
