@@ -9,10 +9,12 @@ float32 masters of them. The data order and the initial weights are functions of
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,8 +206,18 @@ class Trainer:
             torch._foreach_copy_(self.parameters, self.masters)
         return loss.detach()
 
-    def train(self, max_seconds: float | None) -> dict[str, Any]:
+    def train(
+        self,
+        max_seconds: float | None = None,
+        *,
+        check_every: int | None = None,
+        check: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
         """Run the planned steps, or as many as fit into `max_seconds` at the speed measured.
+
+        Args:
+            max_seconds: time limit; the cosine ends at the last step that fits.
+            check_every, check: call `check(step)` after every so many steps.
 
         Returns:
             `steps`, `seconds` and `loss_curve` (step, nats/byte over the last 100 steps).
@@ -231,6 +243,9 @@ class Trainer:
                     curve.append((step, round(float(torch.stack(recent).mean()), 4)))
                     recent.clear()
                     bar.set_postfix(nats_per_byte=curve[-1][1])
+                if check is not None and check_every and step % check_every == 0 and step < steps:
+                    check(step)
+                    self.model.train()
         return {"steps": steps, "seconds": self._now() - started, "loss_curve": curve}
 
     def _now(self) -> float:
@@ -242,7 +257,7 @@ class Trainer:
 
 def save_checkpoint(model: PreTrainedModel, out: Path) -> None:
     """Write weights in bfloat16 (per-expert tensors), configuration and tokenizer to `out`."""
-    model = model.eval().to(torch.bfloat16)
+    model = copy.deepcopy(model).eval().to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=128
@@ -268,6 +283,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, default=None, help="standard library folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-seconds", type=float, default=None, help="train no longer than this")
+    parser.add_argument("--check-every", type=int, default=None, help="steps between checkpoints")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--seed", type=int, default=defaults.seed)
@@ -300,7 +316,17 @@ def main() -> None:
     tokens = read_training_tokens(files)
     print(f"{len(files)} files, {tokens.numel()} bytes of training text", flush=True)
     trainer = Trainer(options, tokens, device)
-    result = trainer.train(args.max_seconds)
+    calibration = calibration_windows(tokens)
+
+    def check(step: int) -> None:
+        """Save an intermediate checkpoint and print what a part of the text says about it."""
+        save_checkpoint(trainer.model, args.out.with_name(f"{args.out.name}-{step}"))
+        metrics = evaluate_model(
+            trainer.model, held_out[::16], calibration[::16], batch=4, progress=False
+        )
+        tqdm.write(f"step {step}: {format_metrics(metrics)}")
+
+    result = trainer.train(args.max_seconds, check_every=args.check_every, check=check)
     save_checkpoint(trainer.model, args.out)
     record = asdict(options) | result
     record |= {
@@ -313,7 +339,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    metrics = evaluate_model(trainer.model, held_out, calibration_windows(tokens))
+    metrics = evaluate_model(trainer.model, held_out, calibration)
     metrics |= {"dtype": "bfloat16", "window": WINDOW}
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{record['steps']} steps in {record['seconds']:.0f} s; {format_metrics(metrics)}")
