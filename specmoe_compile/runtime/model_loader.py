@@ -122,6 +122,8 @@ def load_without_experts(
         ValueError: an unknown option.
     """
     options = _checked_options(hf_options)
+    if str(path_or_id).startswith("~"):
+        path_or_id = Path(path_or_id).expanduser()
     _check_local_folder(path_or_id, options)
     hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
     config = _load_config(path_or_id, options, hub_options)
@@ -272,7 +274,7 @@ def _check_local_folder(path_or_id: str | os.PathLike[str], options: Mapping[str
         raise CheckpointError(
             f"{folder} is a file; give the model's folder or its name on the hub."
         )
-    elif folder.is_absolute() or str(path_or_id).startswith((".", "~")):
+    elif folder.is_absolute() or str(path_or_id).startswith(".") or len(folder.parts) > 2:
         raise CheckpointError(f"There is no model folder {folder}.")
 
 
@@ -298,6 +300,10 @@ def _load_config(
             )
         except OSError as error:
             raise _hub_error(path_or_id, error) from error
+        except ValueError as error:
+            if "does not recognize this architecture" not in str(error):
+                raise
+            raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
     for name in unknown:
         if name in hub_options:
             continue
@@ -362,5 +368,11 @@ def _model_class(
 
 
 def _hub_error(path_or_id: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{path_or_id} cannot be loaded: {first_line}")
+    what = "" if Path(path_or_id).exists() else " is no local folder, and"
+    return CheckpointError(f"{path_or_id}{what} cannot be loaded: {_first_sentence(error)}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message of transformers, which often give whole lectures."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".") + "."

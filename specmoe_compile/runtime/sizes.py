@@ -15,7 +15,7 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+|%)\s*")
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+|%)?\s*")
 _EXPECTED = 'bytes as an int, a size such as "2GiB" or "500MB", or a share such as "25%"'
 
 
@@ -23,35 +23,37 @@ def parse_size(value: int | str, *, total_bytes: int, option: str = "expert_cach
     """Return the bytes that a size means.
 
     Args:
-        value: bytes as an int; a number with a unit (B, KB, MB, GB, TB: powers of 1000; KiB, MiB,
+        value: bytes as an int or as digits; a number with a unit (B, KB, MB, GB, TB: powers of 1000; KiB, MiB,
             GiB, TiB: powers of 1024), in any case; or a percentage of `total_bytes`.
         total_bytes: what 100 % is.
         option: name of the option, for the message.
 
     Raises:
         TypeError: `value` is neither an int nor a string.
-        ValueError: it cannot be read, is not positive, or is more than 100 %.
+        ValueError: it cannot be read, is negative, or is more than 100 %.
     """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{option}={value!r} is a {type(value).__name__}; give {_EXPECTED}.")
     if isinstance(value, int):
-        if value <= 0:
-            raise ValueError(f"{option}={value} must be positive; give {_EXPECTED}.")
+        if value < 0:
+            raise ValueError(f"{option}={value} must not be negative; give {_EXPECTED}.")
         return value
     match = _PATTERN.fullmatch(value)
     if match is None:
         raise ValueError(f"{option}={value!r} is not a size; give {_EXPECTED}.")
-    number, unit = float(match[1]), match[2].upper()
+    number, unit = float(match[1]), (match[2] or "B").upper()
     if unit == "%":
-        if not 0 < number <= 100:
-            raise ValueError(f"{option}={value!r} must be above 0% and at most 100%.")
-        return int(total_bytes * number / 100)
+        if number > 100:
+            raise ValueError(f"{option}={value!r} must be at most 100%.")
+        return _whole(total_bytes * number / 100)
     if unit not in _UNITS:
         raise ValueError(f"{option}={value!r} has an unknown unit {match[2]!r}; give {_EXPECTED}.")
-    size_bytes = int(number * _UNITS[unit])
-    if size_bytes <= 0:
-        raise ValueError(f"{option}={value!r} must be positive; give {_EXPECTED}.")
-    return size_bytes
+    return _whole(number * _UNITS[unit])
+
+
+def _whole(size: float) -> int:
+    """Round down, but not to zero: a tiny size is a size that is too small, and not none."""
+    return max(int(size), 1) if size > 0 else 0
 
 
 def format_bytes(size_bytes: int) -> str:

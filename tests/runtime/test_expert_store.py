@@ -157,10 +157,10 @@ def test_refused_direct_reads_are_told_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse_direct(monkeypatch)
-    with caplog.at_level(logging.WARNING, "specmoe_compile"):
-        with contextlib.closing(DiskStore.open(folder)) as store:
-            for layer, expert in all_records(store):
-                read(store, layer, expert)
+    caplog.set_level(logging.WARNING, "specmoe_compile")
+    with contextlib.closing(DiskStore.open(folder)) as store:
+        for layer, expert in all_records(store):
+            read(store, layer, expert)
     assert [r.message for r in caplog.records if "through the page cache" in r.message] == [
         f"{folder / 'experts.bin'} is read through the page cache, because the file system refuses "
         "O_DIRECT (Invalid argument); reads cost one more copy."
@@ -341,6 +341,9 @@ def test_a_failed_open_leaves_no_descriptor(folder: Path) -> None:
     ("text", "expected"),
     [
         (4096, 4096),
+        (0, 0),
+        ("0%", 0),
+        ("0.0001%", 1),
         ("4096B", 4096),
         ("4096", 4096),
         ("2GiB", 2 << 30),
@@ -355,7 +358,7 @@ def test_sizes_are_read(text: int | str, expected: int) -> None:
     assert parse_size(text, total_bytes=1000) == expected
 
 
-@pytest.mark.parametrize("text", [0, -1, "", "2G", "two", "0%", "101%", "-5MB", "1e9", "0MB", "0"])
+@pytest.mark.parametrize("text", [-1, "", "2G", "two", "101%", "-5MB", "1e9", "%"])
 def test_a_size_that_cannot_be_meant_is_refused(text: int | str) -> None:
     with pytest.raises(ValueError, match="expert_cache="):
         parse_size(text, total_bytes=1000)
