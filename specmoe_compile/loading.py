@@ -6,6 +6,7 @@ Face model, and a `Session` ties them together.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -33,11 +34,17 @@ from specmoe_compile.runtime.model_loader import (
     checked_dtype,
     load_without_experts,
 )
-from specmoe_compile.runtime.module_source import ModuleSource, move_to_ram
+from specmoe_compile.runtime.module_source import (
+    ModuleSource,
+    expert_devices,
+    move_to_ram,
+    restore_experts,
+)
 from specmoe_compile.runtime.packing import default_store_dir
 from specmoe_compile.runtime.ram_store import RamStore
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.sizes import format_bytes, parse_size
+from specmoe_compile.runtime.store_header import HEADER_NAME
 from specmoe_compile.runtime.store_writer import pack_records
 
 logger = logging.getLogger(__name__)
@@ -91,7 +98,8 @@ def from_pretrained(
             every expert is fetched when it is used. Experts in RAM that compute on the CPU need
             none, since they are in the fast tier already; the option has no effect then.
         store_dir: folder of the store on disk; by default one under the user's cache folder, named
-            after the model and its weights, and used again by the next load.
+            after the model and its weights, and used again by the next load. With experts in
+            RAM, they are read from it if it holds this model's store, and nothing is written.
         cache_policy: "lru" or "lfu".
         reader_threads: threads that read from disk.
         verify: compare all checksums of a store on disk before using it, not only on reading.
@@ -160,6 +168,12 @@ def offload(
     options = _checked(
         device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
     )
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise UnsupportedModelError(
+            f"The model is spread over {', '.join(sorted(places))} by device_map; load it with "
+            "specmoe_compile.from_pretrained instead."
+        )
     layers = find_experts_layers(model)
     for layer in layers:
         if any(getattr(layer.module, spec.name).is_meta for spec in layer.layout.tensors):
@@ -173,6 +187,7 @@ def offload(
     total_bytes = _total_bytes(source.layers)
     in_ram = total_bytes if all(source.on_cpu) else 0
     kind = _store_kind(options, total_bytes, freed_bytes=in_ram)
+    devices = expert_devices(layers)
     expert_store: ExpertStore
     if kind == "ram":
         cache_bytes = None if options.device.type == "cpu" else cache_bytes
@@ -185,7 +200,8 @@ def offload(
         _to_device(model, options.device)
         _attach(model, layers, expert_store, cache_bytes, top_k, options)
     except BaseException:
-        expert_store.close()
+        with contextlib.closing(expert_store):
+            restore_experts(layers, expert_store, devices)
         raise
     return model
 
@@ -218,7 +234,10 @@ def _attach(
 def _fill_store(
     source: RecordSource, kind: Literal["ram", "disk"], options: _Options
 ) -> ExpertStore:
-    """Open or make the store of a model's experts."""
+    """Open or make the store of a model's experts.
+
+    With `kind="ram"` a folder that the caller named is read if it holds this store, never written.
+    """
     if kind == "disk":
         folder = options.store_dir or default_store_dir(source)
         # A folder of our own naming may be packed anew; one that the caller named is theirs.
@@ -227,6 +246,12 @@ def _fill_store(
             folder, expected_fingerprint=source.fingerprint, verify=options.verify
         )
     _check_ram(_total_bytes(source.layers))
+    if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
+        packed = DiskStore.open(
+            options.store_dir, expected_fingerprint=source.fingerprint, verify=options.verify
+        )
+        with contextlib.closing(packed):
+            return RamStore.from_store(packed, progress=options.progress)
     return RamStore.from_source(source, progress=options.progress)
 
 

@@ -77,8 +77,9 @@ class DiskStore(ExpertStore):
             path: the folder.
             expected_fingerprint: if given, the store must have been packed from these weights.
             verify: read everything now and compare all checksums.
-            verify_reads: compare a record's checksum the first time it is read. It costs about a
-                tenth of a millisecond per MiB, once, in the thread that reads.
+            verify_reads: compare a record's checksum the first time it is read. It costs less
+                than a tenth of a millisecond per MiB, once, in the thread that reads: reading all
+                of an 805 MB store at 2 GB/s took 2 % longer with it than without.
 
         Raises:
             StoreError: the folder is not a complete store, is damaged, or is another model's.

@@ -141,8 +141,8 @@ def load_without_experts(
             resident, experts = _take_experts(
                 model, checkpoint, load_config, str(path_or_id), device, place_experts
             )
-            if device.type != "cpu":
-                load_config.device_map = {"": device}
+            # Weights go straight to the device; the loader's own option would need accelerate.
+            load_config.device_map = {"": device}
             read = super(loader_class, loader_class)._load_pretrained_model
             info, index = read(model, resident, None, load_config, *args)
         info.missing_keys -= experts

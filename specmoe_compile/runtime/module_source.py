@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specmoe_compile.runtime.expert_store import StoreLayer
+from specmoe_compile.runtime.expert_store import ExpertStore, StoreLayer
 from specmoe_compile.runtime.experts_module import ExpertsLayer, release_experts
 from specmoe_compile.runtime.machine import one_compute_thread
 from specmoe_compile.runtime.progress import progress_bar
@@ -72,8 +72,8 @@ def move_to_ram(
     moved get parameters again, so that the model is whole.
     """
     store = RamStore(source)
+    devices = expert_devices(layers)
     moved: list[ExpertsLayer] = []
-    where = [layer.module.get_parameter("down_proj").device for layer in layers]
     try:
         with (
             one_compute_thread(),
@@ -86,15 +86,40 @@ def move_to_ram(
                 release_experts(layer, device)
                 moved.append(layer)
     except BaseException:
-        for layer in moved:
-            _restore(layer, store, where[layer.index])
+        restore_experts(moved, store, devices)
         raise
     return store
 
 
-def _restore(layer: ExpertsLayer, store: RamStore, device: torch.device) -> None:
-    """Give a layer its parameters back, from its records."""
-    bank = store.layer_records(layer.index)
-    for name, view in layer.layout.bank_views(bank).items():
-        parameter = torch.nn.Parameter(view.contiguous().to(device), requires_grad=False)
-        layer.module.register_parameter(name, parameter)
+def expert_devices(layers: Sequence[ExpertsLayer]) -> list[torch.device]:
+    """Return where each layer's experts are."""
+    return [layer.module.get_parameter("down_proj").device for layer in layers]
+
+
+@torch.no_grad()
+def restore_experts(
+    layers: Sequence[ExpertsLayer], store: ExpertStore, devices: Sequence[torch.device]
+) -> None:
+    """Give layers their parameters back, from their records.
+
+    Args:
+        layers: whose parameters were emptied.
+        store: holds their records.
+        devices: where the parameters of each layer of the model were.
+    """
+    for layer in layers:
+        record = torch.empty(layer.layout.record_bytes, dtype=torch.uint8)
+        views = layer.layout.views(record)
+        tensors = {
+            spec.name: torch.empty(
+                (layer.num_experts, *spec.shape), dtype=spec.dtype, device=devices[layer.index]
+            )
+            for spec in layer.layout.tensors
+        }
+        for expert in range(layer.num_experts):
+            store.read_into(layer.index, expert, record)
+            for name, view in views.items():
+                tensors[name][expert] = view
+        for name, tensor in tensors.items():
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            layer.module.register_parameter(name, parameter)

@@ -23,8 +23,9 @@ def parse_size(value: int | str, *, total_bytes: int, option: str = "expert_cach
     """Return the bytes that a size means.
 
     Args:
-        value: bytes as an int or as digits; a number with a unit (B, KB, MB, GB, TB: powers of 1000; KiB, MiB,
-            GiB, TiB: powers of 1024), in any case; or a percentage of `total_bytes`.
+        value: bytes as an int or as digits; a number with a unit (B, KB, MB, GB, TB: powers of
+            1000; KiB, MiB, GiB, TiB: powers of 1024), in any case; or a percentage of
+            `total_bytes`.
         total_bytes: what 100 % is.
         option: name of the option, for the message.
 

@@ -296,6 +296,13 @@ def test_experts_that_are_not_in_memory(folder: Path) -> None:
         specmoe_compile.offload(model)
 
 
+def test_a_model_that_is_spread_over_devices() -> None:
+    model = tiny_checkpoints.build("qwen3_moe")
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    with pytest.raises(UnsupportedModelError, match="spread over 0, cpu by device_map"):
+        specmoe_compile.offload(model)
+
+
 def test_a_failed_load_leaves_no_open_file(folder: Path, tmp_path: Path) -> None:
     def fail() -> None:
         with pytest.raises(ValueError, match="Give at least"):

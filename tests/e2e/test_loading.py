@@ -19,7 +19,7 @@ import transformers
 
 import specmoe_compile
 from specmoe_compile import loading
-from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.generation import session_of
 from specmoe_compile.runtime import module_source
 from specmoe_compile.runtime.disk_store import DiskStore
@@ -281,6 +281,40 @@ def test_an_interrupted_offload_leaves_the_model_whole(
     store_of = session_of(specmoe_compile.offload(model, device="cpu", progress=False)).store
     assert isinstance(store_of, RamStore)
     assert torch.equal(generate(model), expected)
+
+
+@pytest.mark.parametrize("store", ["ram", "disk"])
+def test_an_offload_that_fails_at_the_end_leaves_the_model_whole(
+    store: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = load_reference(folder), generate(load_reference(folder))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no session today")
+
+    monkeypatch.setattr(loading, "Session", fail)
+    with pytest.raises(RuntimeError, match="no session today"):
+        specmoe_compile.offload(model, device="cpu", store=store, progress=False)
+    assert torch.equal(generate(model), expected)
+    reference = load_reference(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, reference.get_parameter(name)), name
+
+
+def test_a_store_in_ram_reads_a_packed_folder_and_writes_none(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, store="ram", store_dir=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    pack(folder, tmp_path / "store", progress=False)
+    with open(tmp_path / "store" / "experts.bin", "r+b") as file:
+        file.write(b"\xff" * 64)
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        load(folder, store="ram", store_dir=tmp_path / "store")
+    shutil.rmtree(tmp_path / "store")
+    pack(folder, tmp_path / "store", progress=False)
+    again = load(folder, store="ram", store_dir=tmp_path / "store")
+    first, second = session_of(model).store, session_of(again).store
+    assert isinstance(first, RamStore) and isinstance(second, RamStore)
+    assert torch.equal(first.region, second.region)
 
 
 def test_an_offloaded_model_is_found_again_only_if_it_is_the_same(tmp_path: Path) -> None:
