@@ -28,7 +28,9 @@ _SCHEMAS = {
     "blend_default_vectors": (
         "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
     ),
-    "start_prefetch": "(Tensor ids, Tensor weights, int session, int layer) -> Tensor",
+    "start_prefetch": (
+        "(Tensor ids, Tensor weights, int session, int layer, Tensor[] after) -> Tensor"
+    ),
     "wait_prefetch": "(Tensor ticket, Tensor ids, int session, int layer) -> Tensor",
     "run_resident_experts": (
         "(Tensor x, Tensor ids, Tensor weights, Tensor state, int session, int layer,"
@@ -98,12 +100,19 @@ def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer:
     return like.new_empty(like.shape)
 
 
-def _start(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
-    """Start fetching predicted experts; returns a ticket, int64 [1] on the device of `ids`."""
+def _start(
+    ids: Tensor, weights: Tensor, session: int, layer: int, after: Sequence[Tensor]
+) -> Tensor:
+    """Start fetching predicted experts; returns a ticket, int64 [1] on the device of `ids`.
+
+    `after` holds states of layers whose misses must have been requested first.
+    """
     return _token(get_session(session).start_prefetch(layer, ids, weights), ids)
 
 
-def _start_fake(ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+def _start_fake(
+    ids: Tensor, weights: Tensor, session: int, layer: int, after: Sequence[Tensor]
+) -> Tensor:
     _check_routing("start_prefetch", ids, weights)
     return ids.new_empty(1, dtype=torch.int64)
 

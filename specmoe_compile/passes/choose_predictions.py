@@ -1,0 +1,57 @@
+"""Choose which MoE layer is predicted from which, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Graph
+
+from specmoe_compile.passes.pass_config import PassConfig
+from specmoe_compile.passes.plan import MoELayer, SpeculationPlan
+from specmoe_compile.passes.report import PassReport
+
+FIRST_LAYER = "it is the first MoE layer: nothing comes before it to predict it from"
+SKIPPED = "option skip_layers names it"
+
+
+def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> PassReport:
+    """Fill in `plan.paths`: one path per layer to predict, in order of their targets.
+
+    A layer nearer to the first one than `lookahead` is predicted from the first.
+
+    Args:
+        graph: aten graph, not changed.
+        config: `lookahead`, `skip_layers`, `control`.
+        plan: with its layers.
+
+    Returns:
+        A report with a reason for every layer that is not predicted.
+    """
+    report = PassReport("choose_predictions")
+    plan.paths = []
+    for position, target in enumerate(plan.layers):
+        before = [layer for layer in plan.layers[:position] if layer.session == target.session]
+        path = [*before[-config.lookahead :], target]
+        reason = _why_not(path, config)
+        if reason is not None:
+            report.skipped[target.index] = reason
+            continue
+        plan.paths.append(path[-1:] if config.control else path)
+    report.matches = len(plan.paths)
+    return report
+
+
+def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
+    target = path[-1]
+    if len(path) == 1:
+        return FIRST_LAYER
+    if target.index in config.skip_layers:
+        return SKIPPED
+    if target.reason is not None:
+        return target.reason
+    if config.control:
+        return None
+    for layer in path[:-1]:
+        if layer.reason is not None:
+            return f"it would be predicted from MoE layer {layer.index}, where {layer.reason}"
+    return None

@@ -1,0 +1,160 @@
+"""Clone a later layer's router onto the quasi-hidden state of an earlier one.
+
+    before                               after
+    q = r + d (+ shared)                 q = r + d (+ shared)
+    y = specmoe::experts(x, ids, w, l)   pids, pw = router of l+1 (q)
+    ...                                  y = specmoe::experts(x, ids, w, l)
+    ids', w' = router of l+1 (r')        ...
+                                         ids', w' = router of l+1 (r')
+
+The clone is made of the model's own nodes, so sigmoid routers, group limits, biases and scaling
+need no code of their own. With a lookahead of n the step is repeated: q becomes l+1's output with
+default vectors for the predicted experts, then l+2's, and so on. With `prefetch_width` the clone's
+last top-k takes more candidates.
+Shape letters: T tokens, K top-k, P predicted experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from specmoe_compile.passes.fx_utils import (
+    call_op,
+    clone_nodes,
+    context_after,
+    describe,
+    hoist,
+    is_call,
+    is_same_value,
+    nodes_between,
+    same_shape,
+    set_value,
+    specmoe_ops,
+    value_of,
+    why_not_movable,
+)
+from specmoe_compile.passes.pass_config import PassConfig
+from specmoe_compile.passes.plan import MoELayer, SpeculationPlan
+from specmoe_compile.passes.report import PassReport
+
+_MAX_UPDATE_NODES = 400
+
+
+def insert_lookahead_router(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> PassReport:
+    """Predict the target of every path; see `MoELayer.predictions` of its source.
+
+    Args:
+        graph: aten graph, changed in place.
+        config: `prefetch_width`, `control`.
+        plan: its sources have a quasi-hidden state, or are passed over. In control mode the router
+            reads its true input, at the target itself.
+    """
+    report = PassReport("insert_lookahead_router")
+    for path in plan.paths:
+        source, target = path[0], path[-1]
+        if any(layer is target for layer, _, _ in source.predictions):
+            continue
+        state = target.residual if config.control else source.quasi
+        if state is None:
+            continue
+        reason = _predict(graph, config, path, state)
+        if reason is None:
+            report.matches += 1
+        else:
+            report.skipped[target.index] = reason
+    return report
+
+
+def _predict(graph: Graph, config: PassConfig, path: Sequence[MoELayer], state: Node) -> str | None:
+    source, target = path[0], path[-1]
+    anchor = source.experts
+    for layer in path[1:] or path:
+        reason = _why_not(layer, target, state, anchor)
+        if reason is not None:
+            return reason
+    for layer in path[1:-1]:
+        ids, weights = _clone_router(graph, layer, state, anchor)
+        state = _clone_update(graph, layer, (state, ids, weights), source)
+    ids, weights = _clone_router(graph, target, state, anchor, width=config.prefetch_width)
+    source.predictions.append((target, ids, weights))
+    return None
+
+
+def _why_not(layer: MoELayer, target: MoELayer, state: Node, anchor: Node) -> str | None:
+    """Why `state` cannot stand in for the layer's residual; None when it can."""
+    residual, output = layer.residual, layer.output
+    assert residual is not None and output is not None, "choose_predictions sees to it"
+    if not same_shape(state, residual) or value_of(state).dtype != value_of(residual).dtype:
+        return (
+            f"its router reads {describe(residual)}, and the state to predict it from is"
+            f" {describe(state)}"
+        )
+    inner = list(layer.router)
+    if layer is not target:
+        update = nodes_between([residual, layer.experts], [output])
+        if len(update) > _MAX_UPDATE_NODES:
+            return (
+                f"the output of MoE layer {layer.index}, in between, takes {len(update)} nodes,"
+                f" expected at most {_MAX_UPDATE_NODES}"
+            )
+        inner += update
+    context = context_after(inner, anchor, [residual, layer.experts, *inner])
+    reason = why_not_movable(context, anchor)
+    return None if reason is None else f"its router cannot run ahead: {reason}"
+
+
+def _clone_router(
+    graph: Graph, layer: MoELayer, state: Node, anchor: Node, *, width: int | None = None
+) -> tuple[Node, Node]:
+    """Insert the layer's router on `state`; returns ids [T, P] and weights [T, P]."""
+    assert layer.residual is not None
+    hoist(context_after(layer.router, anchor, [layer.residual, *layer.router]), anchor)
+    copies = clone_nodes(graph, layer.router, {layer.residual: state}, anchor)
+    ids, weights = copies[layer.ids], copies[layer.weights]
+    if width is not None:
+        _widen(ids, width, [copies[n] for n in layer.router])
+    return ids, weights
+
+
+def _widen(ids: Node, width: int, clones: Sequence[Node]) -> None:
+    """Let the top-k that `ids` comes from take `width` candidates, at most all of them."""
+    node = ids
+    while is_same_value(node):
+        node = node.all_input_nodes[0]
+    if not is_call(node, (operator.getitem,)):
+        return
+    top_k = node.args[0]
+    if top_k not in clones or not is_call(top_k, (torch.ops.aten.topk.default,)):
+        return
+    assert isinstance(top_k, Node) and isinstance(top_k.args[0], Node)
+    candidates = value_of(top_k.args[0]).shape[-1]
+    if width <= top_k.args[1]:  # type: ignore[operator]
+        return
+    top_k.update_arg(1, min(width, candidates))
+    for clone in clones:
+        if clone >= top_k:
+            set_value(clone)
+
+
+def _clone_update(
+    graph: Graph, layer: MoELayer, step: tuple[Node, Node, Node], source: MoELayer
+) -> Node:
+    """Insert the layer's output for a predicted step (state, ids, weights); returns it, [.., H]."""
+    state, ids, weights = step
+    anchor = source.experts
+    assert layer.residual is not None and layer.output is not None
+    with graph.inserting_before(anchor):
+        blend = call_op(
+            graph,
+            specmoe_ops().blend_default_vectors.default,
+            (ids, weights, source.x, layer.session, layer.index),
+            like=layer.experts,
+        )
+    replaced = {layer.residual: state, layer.experts: blend}
+    inner = nodes_between(list(replaced), [layer.output])
+    hoist(context_after(inner, anchor, [*replaced, *inner]), anchor)
+    return clone_nodes(graph, inner, replaced, anchor)[layer.output]

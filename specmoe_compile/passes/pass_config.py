@@ -1,0 +1,62 @@
+"""What the passes on the aten graph need to know; hashed into the identity of the compiled code."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specmoe_compile.config import CompileOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassConfig:
+    """How a graph is rewritten. Every field changes the rewritten graph.
+
+    What a miss gets (`policy`) is not here: the session decides it at run time, and the graph is
+    the same for all policies.
+    """
+
+    prefetch: bool = True
+    """Insert prefetches; False leaves the graph as it is."""
+    lookahead: int = 1
+    """MoE layers between a prediction and its use (>= 1)."""
+    prefetch_width: int | None = None
+    """Experts predicted per token; None, or not above the model's top-k, keeps its top-k."""
+    skip_layers: tuple[int, ...] = ()
+    """MoE layers, by ordinal, that are not predicted."""
+    control: bool = False
+    """Feed the lookahead with the true router input; nothing is hidden, and recall is 100 %."""
+
+    def __post_init__(self) -> None:
+        if self.lookahead < 1:
+            raise ValueError(f"lookahead={self.lookahead}: expected an integer >= 1")
+        if self.prefetch_width is not None and self.prefetch_width < 1:
+            raise ValueError(f"prefetch_width={self.prefetch_width}: expected an integer >= 1")
+        if any(layer < 0 for layer in self.skip_layers):
+            raise ValueError(f"skip_layers={self.skip_layers}: expected MoE layer numbers >= 0")
+
+    @classmethod
+    def from_options(
+        cls, options: CompileOptions, *, skip_layers: tuple[int, ...] | None = None
+    ) -> PassConfig:
+        """Take the fields of a compile's options.
+
+        Args:
+            options: options of `torch.compile`.
+            skip_layers: what `skip_layers="auto"` was resolved to; None skips no layer.
+        """
+        given = options.skip_layers
+        return cls(
+            prefetch=options.prefetch,
+            lookahead=options.lookahead,
+            prefetch_width=options.prefetch_width,
+            skip_layers=given if isinstance(given, tuple) else tuple(skip_layers or ()),
+            control=options.control,
+        )
+
+    def key(self) -> str:
+        """Hash of all fields."""
+        text = repr([(f.name, getattr(self, f.name)) for f in fields(self)])
+        return hashlib.sha256(text.encode()).hexdigest()
