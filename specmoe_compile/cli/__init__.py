@@ -1,1 +1,1 @@
-"""cli of specmoe."""
+"""The command line `specmoe`: one file per command, and `measure/` for what they measure with."""

@@ -1,0 +1,364 @@
+"""`specmoe bench`: compare ways of running one model, each in its own process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specmoe_compile.cli.options import (
+    COMPILE_OPTION,
+    DEBUG,
+    DEVICE,
+    DTYPE,
+    EXPERT_CACHE,
+    JSON,
+    KV_CACHE,
+    MODEL,
+    STORE_DIR,
+    THREADS,
+    check_choice,
+    check_dtype,
+    compile_options,
+)
+
+DEFAULT_ARMS = "accelerate,on_demand,cache,resident"
+DEFAULT_PROMPT = (
+    "def merge_sorted(left, right):\n"
+    '    """Merge two sorted lists into one sorted list."""\n'
+    "    merged = []\n"
+    "    i = j = 0\n"
+    "    while i < len(left) and j < len(right):\n"
+)
+_RANDOM_PROMPT_TOKENS = 32
+
+
+def bench(
+    model: MODEL,
+    arms: Annotated[
+        str, typer.Option(help="What to compare, comma-separated; see below.", metavar="LIST")
+    ] = DEFAULT_ARMS,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
+    expert_cache: EXPERT_CACHE = "25%",
+    memory_cap: Annotated[
+        str | None,
+        typer.Option(
+            help="Limit for arms that can keep one, page cache included, such as 700MiB.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times each arm runs: A B A B ...")] = 3,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, separated by lines of three dashes.", show_default=False),
+    ] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    store_dir: STORE_DIR = None,
+    kv_cache: KV_CACHE = "static",
+    option: COMPILE_OPTION = None,
+    warmup_tokens: Annotated[
+        int, typer.Option(min=3, help="Tokens generated before anything is timed.")
+    ] = 8,
+    skip_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens after each first one that are not timed.")
+    ] = 4,
+    threads: THREADS = None,
+    json: JSON = None,
+    debug: DEBUG = False,
+) -> None:
+    """Measure time per token of one model, run in several ways.
+
+    Each arm runs in a process of its own, one after the other, over and over (A B C A B C), so that
+    a machine that changes its speed does so to all of them. Decoding is greedy.
+
+    [bold]Arms[/bold]
+
+      eager            Hugging Face as it comes, all experts in memory: the reference for tokens
+
+      accelerate       Hugging Face device_map disk offload, untouched, all decoder layers on disk
+
+      accelerate_auto  the same with device_map="auto" and as much memory as the expert cache
+
+      on_demand        specmoe without a cache: every expert is fetched when it is needed
+
+      cache            specmoe with an expert cache (--expert-cache)
+
+      resident         specmoe with all experts in memory
+
+    [bold]Examples[/bold]
+
+      specmoe bench ./checkpoint --arms accelerate,cache --new-tokens 64 --json out.json
+
+      specmoe bench ./checkpoint --memory-cap 700MiB --dtype bfloat16
+    """
+    from specmoe_compile.cli.measure.arms import checked_arms
+    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.runtime.sizes import parse_size
+
+    names = checked_arms(arms)
+    check_dtype(dtype)
+    check_choice("kv-cache", kv_cache, ("static", "dynamic"))
+    options = compile_options(option)
+    parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
+    cap_bytes = None
+    if memory_cap is not None:
+        cap_bytes = parse_size(memory_cap, total_bytes=_ram_bytes(), option="--memory-cap")
+    if new_tokens < skip_tokens + 3:
+        raise ValueError(
+            f"--new-tokens {new_tokens} leaves nothing to time after the first token and"
+            f" --skip-tokens {skip_tokens}: give at least {skip_tokens + 3}."
+        )
+    check_writable(json)
+    quiet_transformers()
+    prompts, prompt_note = load_prompts(model, prompt_file)
+    description = describe_model(model, dtype)
+    settings: dict[str, Any] = {
+        "new_tokens": new_tokens,
+        "warmup_tokens": warmup_tokens,
+        "skip_tokens": skip_tokens,
+        "device": device,
+        "dtype": dtype,
+        "expert_cache": expert_cache,
+        "kv_cache": kv_cache,
+        "options": options,
+        "threads": threads,
+    }
+    result = measure(
+        model,
+        names,
+        prompts,
+        settings,
+        store_dir=store_dir,
+        memory_cap_bytes=cap_bytes,
+        repeats=repeats,
+    )
+    result["model"] = description
+    result["settings"]["prompts"] = prompt_note
+    print_table(result)
+    if json is not None:
+        write_json(json, result)
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+def measure(
+    model: str,
+    names: Sequence[str],
+    prompts: list[list[int]],
+    settings: Mapping[str, Any],
+    *,
+    store_dir: Path | None,
+    memory_cap_bytes: int | None,
+    repeats: int,
+    save_logits: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run arms and return the document of schema 1, without `model`.
+
+    Args:
+        model: checkpoint folder or hub name.
+        names: arms, valid ones.
+        prompts: token ids.
+        settings: fields of `ArmJob` that all arms share.
+        store_dir: folder of the store on disk, or None for the default one.
+        memory_cap_bytes: limit wanted; a notice says so where it cannot be kept.
+        repeats: times that each arm runs.
+        save_logits: file for the logits, by arm.
+    """
+    import sys
+
+    from specmoe_compile.cli.measure import harness
+    from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+    from specmoe_compile.cli.measure.memory_cap import why_not_permitted
+    from specmoe_compile.cli.measure.records import SCHEMA, ArmJob
+
+    if memory_cap_bytes is not None and (reason := why_not_permitted()) is not None:
+        print(f"specmoe: without the memory cap, because {reason}.", file=sys.stderr)
+        memory_cap_bytes = None
+    folder = None if store_dir is None else str(store_dir.expanduser())
+    with tempfile.TemporaryDirectory(prefix="specmoe-bench-", dir=_work_parent(folder)) as work:
+        jobs = [
+            ArmJob(
+                arm=name,
+                model=model,
+                prompts=prompts,
+                store_dir=folder,
+                work_dir=work,
+                save_logits=(save_logits or {}).get(name),
+                **settings,
+            )
+            for name in names
+        ]
+        with _Progress(jobs, repeats) as progress:
+            packed = None
+            if any(name in ("on_demand", "cache") for name in names):
+                progress.say("packing the expert store")
+                with harness.cap_or_nothing(memory_cap_bytes) as cap:
+                    packed = harness.run_pack(
+                        model, folder, settings["dtype"], cap=cap, work_dir=work
+                    )
+                del packed["path"]
+            results = harness.run_arms(
+                jobs,
+                repeats=repeats,
+                memory_cap_bytes=memory_cap_bytes,
+                on_event=progress.on_event,
+            )
+    return {
+        "schema": SCHEMA,
+        "commit": commit_or_none(),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "arms": harness.arm_records(results),
+        "failed": {name: r.error for name, r in results.items() if r.error is not None},
+        "settings": {**settings, "repeats": repeats, "order": "interleaved", "seed": 0},
+        "page_cache": (
+            "specmoe reads its store with O_DIRECT, past the page cache; accelerate reads through"
+            " it, warm from loading, as far as the memory cap leaves room"
+        ),
+        "pack": packed,
+    }
+
+
+def load_prompts(model: str, prompt_file: Path | None) -> tuple[list[list[int]], dict[str, Any]]:
+    """Prompts as token ids, and what to note about them.
+
+    Random ids stand in for the default prompt where a model has no tokenizer.
+    """
+    import hashlib
+
+    import torch
+
+    from specmoe_compile.cli.generate import load_tokenizer
+
+    if prompt_file is not None:
+        text = prompt_file.expanduser().read_text(encoding="utf-8")
+        texts = [part for part in text.split("\n---\n") if part.strip()]
+        if not texts:
+            raise ValueError(f"--prompt-file {prompt_file} holds no prompt.")
+    else:
+        texts = [DEFAULT_PROMPT]
+    folder = Path(model)
+    if prompt_file is None and folder.is_dir() and not (folder / "tokenizer_config.json").exists():
+        vocabulary = describe_model(model, "auto")["vocabulary"]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (1, _RANDOM_PROMPT_TOKENS), generator=generator).tolist()
+        return ids, {"count": 1, "tokens": [_RANDOM_PROMPT_TOKENS], "source": "random ids, seed 0"}
+    tokenizer = load_tokenizer(model)
+    ids = [tokenizer(text).input_ids for text in texts]
+    return ids, {
+        "count": len(ids),
+        "tokens": [len(row) for row in ids],
+        "source": "built-in" if prompt_file is None else prompt_file.name,
+        "sha256": hashlib.sha256("\n---\n".join(texts).encode()).hexdigest(),
+    }
+
+
+def describe_model(model: str, dtype: str) -> dict[str, Any]:
+    """Shape and sizes of a model, without loading it.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint.
+        UnsupportedModelError: it has no experts.
+    """
+    import torch
+
+    from specmoe_compile.cli.measure.arms import meta_model
+    from specmoe_compile.runtime.checkpoint import check_checkpoint_folder
+    from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
+
+    if Path(model).is_dir():
+        check_checkpoint_folder(Path(model))
+    modules = meta_model(model)
+    layers = find_experts_layers(modules)
+    stored = modules.config.dtype or torch.float32
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    parameters = sum(p.numel() for p in modules.parameters())
+    experts = sum(p.numel() for layer in layers for p in layer.module.parameters(recurse=False))
+    return {
+        "name": Path(model).name if Path(model).is_dir() else model,
+        "class": type(modules).__name__,
+        "dtype": str(wanted).removeprefix("torch."),
+        "moe_layers": len(layers),
+        "experts": [layer.num_experts for layer in layers],
+        "top_k": find_top_k(modules, layers),
+        "expert_bytes": experts * wanted.itemsize,
+        "other_bytes": (parameters - experts) * wanted.itemsize,
+        "bytes_per_expert": experts * wanted.itemsize // sum(layer.num_experts for layer in layers),
+        "vocabulary": modules.config.get_text_config().vocab_size,
+    }
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """Print what was measured, fastest figures beside the first arm's."""
+    from rich.console import Console
+
+    from specmoe_compile.cli.tables import bench_table
+
+    console = Console()
+    console.print(bench_table(result["arms"], result["model"]))
+    for name, reason in result["failed"].items():
+        console.print(f"[red]{name} failed:[/red] {reason}")
+
+
+class _Progress:
+    """A progress bar over all arms and repeats, on standard error."""
+
+    def __init__(self, jobs: Sequence[Any], repeats: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._repeats = repeats
+        self._places = {job.arm: place for place, job in enumerate(jobs)}
+        self._tokens = {job.arm: len(job.prompts) * job.new_tokens for job in jobs}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=float(len(jobs) * repeats))
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, what: str) -> None:
+        self._bar.update(self._task, description=what)
+
+    def on_event(self, job: Any, repeat: int, event: Mapping[str, Any]) -> None:
+        runs_done = repeat * len(self._places) + self._places[job.arm]
+        share, what = 0.0, event["event"]
+        if what == "tokens":
+            share = event["done"] / self._tokens[job.arm]
+            what = f"{event['done']} of {self._tokens[job.arm]} tokens"
+        elif what == "finished":
+            share = 1.0
+        self._bar.update(
+            self._task,
+            completed=runs_done + share,
+            description=f"{job.arm} ({repeat + 1}/{self._repeats}): {what}",
+        )
+
+
+def _ram_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _work_parent(store_dir: str | None) -> str | None:
+    """Where temporary files go: beside the store, so that all arms use the same disk."""
+    from specmoe_compile.runtime.machine import cache_folder
+
+    parent = cache_folder() if store_dir is None else Path(store_dir).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return str(parent)

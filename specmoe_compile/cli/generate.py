@@ -1,0 +1,229 @@
+"""`specmoe generate`: stream text from a model whose experts are offloaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specmoe_compile.cli.options import (
+    COMPILE_OPTION,
+    DEBUG,
+    DEVICE,
+    DTYPE,
+    EXPERT_CACHE,
+    JSON,
+    KV_CACHE,
+    MODEL,
+    STORE,
+    STORE_DIR,
+    THREADS,
+    check_choice,
+    check_dtype,
+    compile_options,
+)
+
+
+def generate(
+    model: MODEL,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; - reads standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    store: STORE = "auto",
+    store_dir: STORE_DIR = None,
+    expert_cache: EXPERT_CACHE = "25%",
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Decode through the compiled graph.")
+    ] = True,
+    option: COMPILE_OPTION = None,
+    kv_cache: KV_CACHE = "static",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 is greedy; above, sample at this temperature.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    threads: THREADS = None,
+    json: JSON = None,
+    debug: DEBUG = False,
+) -> None:
+    """Stream text from a Mixture-of-Experts model whose experts stay in RAM or on disk.
+
+    The text goes to standard output, what it cost to standard error.
+
+    [bold]Examples[/bold]
+
+      specmoe generate Qwen/Qwen3-30B-A3B --prompt "Why is the sky blue?" --chat --expert-cache 8GiB
+
+      specmoe generate ./checkpoint --store disk --expert-cache 25% --prompt "def main():"
+
+      echo "Once upon a time" | specmoe generate ./checkpoint --prompt - --temperature 0.8
+    """
+    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+
+    check_dtype(dtype)
+    check_choice("store", store, ("auto", "ram", "disk"))
+    check_choice("kv-cache", kv_cache, ("static", "dynamic"))
+    options = compile_options(option)
+    check_writable(json)
+    text = _prompt_text(prompt)
+
+    import torch
+
+    import specmoe_compile
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    quiet_transformers()
+    tokenizer = load_tokenizer(model)
+    ids = _encode(tokenizer, text, chat=chat)
+    inner: Any = specmoe_compile.from_pretrained(
+        model,
+        device=device,
+        dtype=dtype,
+        store=store,  # type: ignore[arg-type]
+        store_dir=store_dir,
+        expert_cache=expert_cache,
+    )
+    runner = torch.compile(inner, backend="specmoe", options=options) if compile else inner
+    settings: dict[str, Any] = {"do_sample": temperature > 0.0}
+    if temperature > 0.0:
+        settings["temperature"] = temperature
+    if kv_cache == "static":
+        settings["cache_implementation"] = "static"
+    torch.manual_seed(seed)
+    result = stream(runner, tokenizer, ids, max_new_tokens, settings, compiled=compile)
+    stats = specmoe_compile.stats(inner)
+    print(_summary(result), file=sys.stderr)
+    print(stats, file=sys.stderr)
+    if json is not None:
+        write_json(json, {"schema": 1, **result, "stats": stats.as_dict()})
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    ids: Any,
+    max_new_tokens: int,
+    settings: dict[str, Any],
+    *,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Generate once, text to standard output as it comes; returns times and tokens.
+
+    Args:
+        model: has `generate`.
+        tokenizer: of the model.
+        ids: [1, W] int64, the prompt.
+        max_new_tokens: most tokens to generate.
+        settings: further arguments of `generate`.
+        compiled: whether the first token includes compilation, for the notice while waiting.
+    """
+    from rich.console import Console
+    from transformers import TextStreamer
+
+    from specmoe_compile.cli.measure.records import spread
+    from specmoe_compile.cli.measure.timing import TokenClock
+
+    what = "Compiling and reading the prompt" if compiled else "Reading the prompt"
+    status = Console(stderr=True).status(f"{what} ...")
+
+    class _QuietUntilText(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            status.stop()
+            super().on_finalized_text(text, stream_end=stream_end)
+
+    clock = TokenClock(inner=_QuietUntilText(tokenizer, skip_prompt=False))
+    status.start()
+    try:
+        clock.start()
+        out = model.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            pad_token_id=_pad_token(tokenizer),
+            **settings,
+        )
+    finally:
+        status.stop()
+    tokens = out[0, ids.shape[1] :].tolist()
+    return {
+        "prompt_tokens": ids.shape[1],
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "ttft_ms": clock.ttft_ms,
+        "tpot_ms": spread(clock.intervals_ms) if clock.intervals_ms else None,
+    }
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load a model's tokenizer; raises `ValueError` with one sentence if there is none."""
+    from transformers import AutoTokenizer
+
+    from specmoe_compile.runtime.checkpoint import check_checkpoint_folder
+
+    loader: Any = AutoTokenizer
+    if Path(model).is_dir():
+        check_checkpoint_folder(Path(model))
+    elif Path(model).exists():
+        raise ValueError(f"{model} is a file: give the checkpoint's folder.")
+    try:
+        return loader.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        if not Path(model).is_dir():
+            raise FileNotFoundError(
+                f"{model!r} is neither a folder nor a model that the Hugging Face hub or its local"
+                " cache has: check the name, or your connection."
+            ) from error
+        raise ValueError(
+            f"{model} has no tokenizer that transformers can load: add tokenizer.json and"
+            " tokenizer_config.json to the folder."
+        ) from error
+
+
+def _prompt_text(prompt: str | None) -> str:
+    if prompt is None:
+        raise ValueError(
+            "There is no prompt: give --prompt TEXT, or --prompt - for standard input."
+        )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("The prompt is empty: give --prompt some text to continue.")
+    return text
+
+
+def _encode(tokenizer: Any, text: str, *, chat: bool) -> Any:
+    """Prompt as [1, W] int64."""
+    if not chat:
+        return tokenizer(text, return_tensors="pt").input_ids
+    if not tokenizer.chat_template:
+        raise ValueError("This model has no chat template: leave out --chat.")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).input_ids
+
+
+def _pad_token(tokenizer: Any) -> int | None:
+    pad: int | None = tokenizer.pad_token_id
+    eos: int | None = tokenizer.eos_token_id
+    return eos if pad is None else pad
+
+
+def _summary(result: dict[str, Any]) -> str:
+    parts = [
+        f"{len(result['tokens'])} tokens after a prompt of {result['prompt_tokens']}",
+        f"first token after {result['ttft_ms'] / 1e3:.1f} s",
+    ]
+    if result["tpot_ms"] is not None:
+        p50 = result["tpot_ms"]["p50"]
+        parts.append(f"then {p50:.1f} ms per token (median; compilation in the first few)")
+    return "\n" + ", ".join(parts) + "."

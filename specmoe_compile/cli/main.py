@@ -1,0 +1,107 @@
+"""Entry point of the command line: the commands, and what a mistake looks like.
+
+A mistake that the caller can correct ends with status 2 and one sentence on standard error; nothing
+is imported before it is needed, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from specmoe_compile.cli.bench import bench
+from specmoe_compile.cli.demo import demo
+from specmoe_compile.cli.doctor import doctor
+from specmoe_compile.cli.generate import generate
+from specmoe_compile.cli.options import DEBUG
+from specmoe_compile.cli.output import sentence, user_error_or_none
+from specmoe_compile.cli.pack import pack
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+# Typer carries click inside itself from some version on; its errors are reached by way of a class
+# that every version exports.
+_CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="specmoe",
+    help="Run Mixture-of-Experts models whose experts do not fit the fast memory.",
+    epilog=(
+        "First time here? [bold]specmoe doctor[/bold] says what this machine can do, and"
+        " [bold]specmoe demo[/bold] shows everything at work (from a clone of the repository)."
+    ),
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from specmoe_compile import __version__
+
+        print(f"specmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: DEBUG = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for command in (demo, generate, bench, pack, doctor):
+    app.command()(command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit status."""
+    debug = "--debug" in arguments
+    logging.basicConfig(format="specmoe: %(message)s", level=logging.WARNING)
+    if debug:
+        logging.getLogger("specmoe_compile").setLevel(logging.DEBUG)
+    try:
+        status = app(args=list(arguments), prog_name="specmoe", standalone_mode=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED_STATUS
+    except _CommandLineError as error:
+        _complain(error.format_message())
+        return USER_ERROR_STATUS
+    except typer.Abort:
+        return INTERRUPTED_STATUS
+    except Exception as error:
+        known = user_error_or_none(error)
+        if known is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        _complain(sentence(known))
+        return USER_ERROR_STATUS
+    return status if isinstance(status, int) else 0
+
+
+def _complain(message: str) -> None:
+    print(f"specmoe: {sentence(ValueError(message))}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

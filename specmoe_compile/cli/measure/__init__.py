@@ -1,0 +1,1 @@
+"""What `specmoe bench` and `specmoe doctor` measure with, and the records they write."""

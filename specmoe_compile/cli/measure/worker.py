@@ -1,0 +1,245 @@
+"""The process that measures one arm: `python -m specmoe_compile.cli.measure.worker JOB RESULT`.
+
+JOB is the JSON of an `ArmJob`; RESULT is where the JSON of its `ArmRun` goes. Events for a progress
+bar go to standard output, one JSON object per line. A mistake that one sentence explains ends the
+process with status 2 and that sentence as the last line on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from specmoe_compile.cli.measure.counters import CounterLaps, Counters, add_counters
+from specmoe_compile.cli.measure.records import ArmJob, ArmRun
+from specmoe_compile.cli.measure.timing import TokenClock
+from specmoe_compile.cli.output import (
+    quiet_transformers,
+    sentence,
+    user_error_or_none,
+    write_json,
+)
+
+_EVENT_INTERVAL_S = 0.5
+
+
+def main(job_path: str, result_path: str) -> int:
+    """Measure one job; returns the exit status."""
+    job = ArmJob(**json.loads(Path(job_path).read_text(encoding="utf-8")))
+    try:
+        run = measure(job, emit=_emit)
+    except Exception as error:
+        known = user_error_or_none(error)
+        if known is None:
+            traceback.print_exc()
+        # The parent shows the last line.
+        print(sentence(known or error), file=sys.stderr)
+        return 1 if known is None else 2
+    write_json(Path(result_path), asdict(run))
+    return 0
+
+
+def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
+    """Load the arm, warm it up, and time its generation.
+
+    Args:
+        job: what to measure.
+        emit: called as `emit(event, **details)` when something is worth telling.
+    """
+    import torch
+
+    from specmoe_compile.cli.measure.arms import ARMS
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    arm = ARMS[job.arm]
+    quiet_transformers()
+    emit("loading")
+    started_s = time.perf_counter()
+    loaded = arm.load(job, arm)
+    load_s = time.perf_counter() - started_s
+    load_peak = peak_rss_bytes()
+    emit("compiling" if arm.options is not None else "warming up")
+    kwargs: dict[str, Any] = {}
+    if arm.options is not None and job.kv_cache == "static":
+        kwargs["cache_implementation"] = "static"
+    timer = _Timer(job, loaded, kwargs)
+    first_token_s = timer.warm_up(job.started_s)
+    graphs_before = _graph_count()
+    decode, prefill = timer.run(emit)
+    notes = list(loaded.notes)
+    if arm.options is not None and _graph_count() != graphs_before:
+        notes.append(
+            f"{_graph_count() - graphs_before} graphs were compiled after the warm-up: some times"
+            " include compilation"
+        )
+    if job.save_logits is not None:
+        torch.save(torch.stack(timer.logits), job.save_logits)
+    return ArmRun(
+        arm=job.arm,
+        policy=arm.policy if arm.options is None else job.options.get("policy", arm.policy),
+        tpot_samples_ms=timer.tpot_ms,
+        ttft_samples_ms=timer.ttft_ms,
+        tokens=timer.tokens,
+        decode=decode,
+        prefill=prefill,
+        fast_tier_bytes=loaded.fast_tier_bytes,
+        load_s=load_s,
+        compile_s=_compile_s(),
+        first_token_s=first_token_s,
+        peak_rss_bytes=peak_rss_bytes(),
+        load_peak_rss_bytes=load_peak,
+        children_peak_rss_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        * _MAXRSS_UNIT,
+        peak_cuda_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        compiled_graphs=_graph_count() if arm.options is not None else None,
+        threads=torch.get_num_threads(),
+        notes=notes,
+    )
+
+
+class _Timer:
+    """Generates the job's prompts and keeps their times, tokens and logits."""
+
+    def __init__(self, job: ArmJob, loaded: Any, kwargs: dict[str, Any]) -> None:
+        self._job = job
+        self._loaded = loaded
+        self._kwargs = kwargs
+        self._device = next(loaded.inner.parameters()).device
+        longest = max(len(prompt) for prompt in job.prompts)
+        self._most_tokens = longest + max(job.new_tokens, job.warmup_tokens)
+        self.tpot_ms: list[float] = []
+        self.ttft_ms: list[float] = []
+        self.tokens: list[list[int]] = []
+        self.logits: list[Any] = []
+
+    def warm_up(self, process_started_s: float) -> float:
+        """Generate a few tokens; returns the seconds from the process's start to the first."""
+        first_s: list[float] = []
+
+        def note(count: int) -> None:
+            if count == 1:
+                first_s.append(time.time() - process_started_s)
+
+        prompt = self._job.prompts[0]
+        # Asks for the longest generation of all and stops early: transformers sizes a static cache
+        # by the most it was ever asked for, so that the warm-up and all prompts share one graph.
+        self._generate(
+            prompt,
+            self._most_tokens - len(prompt),
+            TokenClock(on_token=note),
+            stop_at=len(prompt) + self._job.warmup_tokens,
+        )
+        return first_s[0]
+
+    def run(self, emit: Callable[..., None]) -> tuple[Counters | None, Counters | None]:
+        """Generate every prompt; returns the session's counters while decoding and prefilling."""
+        job, loaded = self._job, self._loaded
+        laps = CounterLaps(loaded.read_stats) if loaded.read_stats is not None else None
+        decode: Counters | None = None
+        prefill: Counters | None = None
+        told_s = 0.0
+        for index, prompt in enumerate(job.prompts):
+
+            def on_token(count: int, index: int = index) -> None:
+                nonlocal prefill, told_s
+                if count == 1 and laps is not None:
+                    prefill = add_counters(prefill, laps.lap())
+                if time.perf_counter() - told_s > _EVENT_INTERVAL_S:
+                    told_s = time.perf_counter()
+                    emit("tokens", done=index * job.new_tokens + count)
+
+            clock = TokenClock(on_token=on_token)
+            out = self._generate(prompt, job.new_tokens, clock)
+            if laps is not None:
+                decode = add_counters(decode, laps.lap())
+            assert clock.ttft_ms is not None, "generate streamed no token"
+            self.ttft_ms.append(clock.ttft_ms)
+            self.tpot_ms.extend(clock.intervals_ms[job.skip_tokens :])
+            self.tokens.append(out.sequences[0, len(prompt) :].tolist())
+            if job.save_logits is not None:
+                import torch
+
+                self.logits.append(torch.cat(out.logits).float().cpu())
+        return decode, prefill
+
+    def _generate(
+        self, prompt: list[int], new_tokens: int, clock: TokenClock, *, stop_at: int | None = None
+    ) -> Any:
+        import torch
+        from transformers import StoppingCriteriaList
+
+        ids = torch.tensor([prompt], dtype=torch.int64, device=self._device)
+        criteria = StoppingCriteriaList()
+        if stop_at is not None:
+            criteria.append(lambda ids, scores, **_: _all_or_none(ids, ids.shape[1] >= stop_at))
+        clock.start()
+        return self._loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            # An end-of-sequence token would end the timing early.
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+            do_sample=False,
+            streamer=clock,
+            stopping_criteria=criteria,
+            return_dict_in_generate=True,
+            output_logits=self._job.save_logits is not None,
+            **self._kwargs,
+        )
+
+
+def _all_or_none(ids: Any, stop: bool) -> Any:
+    """What a stopping criterion returns: one flag per sequence."""
+    import torch
+
+    return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=ids.device)
+
+
+def _compile_s() -> float:
+    """Seconds that Dynamo and what it calls took so far."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    spent: dict[str, float] = calculate_time_spent()
+    return float(spent.get("total_wall_time", spent.get("entire_frame_compile", 0.0)))
+
+
+def _graph_count() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+# Linux counts kibibytes, macOS bytes.
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process had resident since it became what it is.
+
+    VmHWM where there is /proc: `ru_maxrss` also remembers the parent, whose memory a child shares
+    until it executes.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no /proc: what getrusage knows must do
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+
+
+def _emit(event: str, **details: Any) -> None:
+    print(json.dumps({"event": event, **details}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

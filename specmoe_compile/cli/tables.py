@@ -1,0 +1,100 @@
+"""Tables that commands print, and that the documents show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from specmoe_compile.runtime.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = tuple[str, ...]
+
+BENCH_HEAD: Row = (
+    "arm",
+    "ms/token",
+    "p20..p80",
+    "speed",
+    "first token",
+    "hits",
+    "read/token",
+    "stall/token",
+    "while stalled",
+    "peak RSS",
+    "cap",
+    "tokens",
+)
+
+
+def bench_rows(arms: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per arm; speed is against the first arm, tokens against the reference.
+
+    The reference for tokens is the arm `eager` if there is one, else the first arm.
+    """
+    if not arms:
+        return []
+    base_ms = arms[0]["tpot_ms"]["p50"]
+    reference = next((arm for arm in arms if arm["name"] == "eager"), arms[0])
+    return [_bench_row(arm, base_ms, reference) for arm in arms]
+
+
+def _bench_row(arm: Mapping[str, Any], base_ms: float, reference: Mapping[str, Any]) -> Row:
+    tpot = arm["tpot_ms"]
+    decoded = arm["timed_tokens"] - arm["repeats"] * len(arm["tokens"])
+    read, stall = arm["demand_bytes"], arm["stall_ms"]
+    gbps = arm["stalled_read_gbps"]
+    cap = arm["memory_cap_bytes"]
+    return (
+        arm["name"],
+        f"{tpot['p50']:.1f}",
+        f"{tpot['p20']:.1f}..{tpot['p80']:.1f}",
+        f"{base_ms / tpot['p50']:.2f}x",
+        f"{arm['ttft_ms']:.0f} ms",
+        "-" if arm["hit_rate"] is None else f"{100 * arm['hit_rate']:.1f} %",
+        "-" if read is None else format_bytes(round(read / max(1, decoded))),
+        "-" if stall is None else f"{stall / max(1, decoded):.1f} ms",
+        "-" if not gbps else f"{gbps:.2f} GB/s",
+        format_bytes(arm["peak_rss_bytes"]),
+        "-" if cap is None else format_bytes(cap),
+        _token_verdict(arm, reference),
+    )
+
+
+def _token_verdict(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    if arm["tokens_sha256"] is None:
+        return "differ between repeats"
+    if arm is reference:
+        return "reference"
+    if arm["tokens_sha256"] == reference["tokens_sha256"]:
+        return "same"
+    return f"{count_differing(arm['tokens'], reference['tokens'])} differ"
+
+
+def count_differing(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> int:
+    """Number of places where two generations of the same prompts have different tokens."""
+    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def bench_table(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> Table:
+    """The rows as a rich table, model in the title."""
+    from rich.table import Table
+
+    title = (
+        f"{model['name']}, {model['dtype']}: {model['moe_layers']} MoE layers,"
+        f" top-{model['top_k']}, {format_bytes(model['expert_bytes'])} of experts"
+    )
+    table = Table(title=title)
+    for index, name in enumerate(BENCH_HEAD):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in bench_rows(arms):
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a document."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
