@@ -207,6 +207,16 @@ def calibration_windows(tokens: torch.Tensor, window: int = WINDOW) -> torch.Ten
     return torch.stack([tokens[start : start + window] for start in starts.tolist()]).long()
 
 
+def measurement_record(dtype: str) -> dict[str, Any]:
+    """Return how `evaluate_model` was applied, to be stored with what it measured."""
+    return {
+        "dtype": dtype,
+        "window": WINDOW,
+        "held_out_files": list(HELD_OUT_FILES),
+        "calibration_windows": CALIBRATION_WINDOWS,
+    }
+
+
 def format_metrics(metrics: dict[str, Any]) -> str:
     """Return the measured loss and recall as lines of text."""
     lines = [f"held-out loss {metrics['held_out_nats_per_byte']:.4f} nats/byte"]
@@ -235,7 +245,7 @@ def main() -> None:
         calibration_windows(read_training_tokens(files)),
         batch=args.batch,
     )
-    metrics |= {"dtype": "float32", "window": WINDOW, "held_out_files": list(HELD_OUT_FILES)}
+    metrics |= measurement_record("float32")
     out = args.out or args.checkpoint / "metrics.json"
     out.write_text(json.dumps(metrics, indent=2) + "\n")
     print(format_metrics(metrics))

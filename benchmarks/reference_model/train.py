@@ -9,7 +9,7 @@ float32 masters of them. The data order and the initial weights are functions of
 """
 
 import argparse
-import copy
+import hashlib
 import json
 import math
 import platform
@@ -37,6 +37,7 @@ from benchmarks.reference_model.evaluate import (
     calibration_windows,
     evaluate_model,
     format_metrics,
+    measurement_record,
 )
 from benchmarks.reference_model.tokenizer import EOS_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
 
@@ -257,8 +258,10 @@ class Trainer:
 
 def save_checkpoint(model: PreTrainedModel, out: Path) -> None:
     """Write weights in bfloat16 (per-expert tensors), configuration and tokenizer to `out`."""
-    model = copy.deepcopy(model).eval().to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
+    # A fresh copy, since training goes on with this one after an intermediate checkpoint.
+    stored = AutoModelForCausalLM.from_config(build_config(), dtype=torch.bfloat16).eval()
+    stored.load_state_dict(model.state_dict())
+    model = stored
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=128
     )
@@ -281,6 +284,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--source", type=Path, default=None, help="standard library folder")
+    parser.add_argument(
+        "--source-name",
+        default=f"{platform.python_implementation()} {platform.python_version()}",
+        help="which Python the source folder belongs to, for the model card",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-seconds", type=float, default=None, help="train no longer than this")
     parser.add_argument("--check-every", type=int, default=None, help="steps between checkpoints")
@@ -334,13 +342,14 @@ def main() -> None:
         "training_files": len(files),
         "training_bytes": tokens.numel(),
         "hardware": describe_hardware(device),
-        "python_source": ".".join(platform.python_version_tuple()[:2]),
+        "training_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "python_source": args.source_name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     metrics = evaluate_model(trainer.model, held_out, calibration)
-    metrics |= {"dtype": "bfloat16", "window": WINDOW}
+    metrics |= measurement_record("bfloat16" if device.type == "cuda" else "float32, unrounded")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{record['steps']} steps in {record['seconds']:.0f} s; {format_metrics(metrics)}")
 
