@@ -11,7 +11,7 @@ N tokens of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,16 @@ class ExpertWeights(NamedTuple):
 class ExpertRunner:
     """Computes one layer's experts with the layer's own activation, gate and norm."""
 
-    __slots__ = ("_gate", "_is_transposed", "_layout", "_norm", "_up_name", "dtype", "num_experts")
+    __slots__ = (
+        "_gate",
+        "_is_transposed",
+        "_layout",
+        "_norm",
+        "_up_name",
+        "dtype",
+        "hidden_size",
+        "num_experts",
+    )
 
     def __init__(self, module: torch.nn.Module, layout: ExpertLayout, num_experts: int) -> None:
         """Read what the module says about itself (`use_experts_implementation`)."""
@@ -51,7 +60,17 @@ class ExpertRunner:
             owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
         )
         self.dtype = next(s.dtype for s in layout.tensors if s.name == self._up_name)
+        down = next(s.shape for s in layout.tensors if s.name == "down_proj")
+        self.hidden_size = down[1] if self._is_transposed else down[0]
         self.num_experts = num_experts
+
+    def check_ids(self, experts: Sequence[int]) -> None:
+        """Raise `SpecMoEError` when an expert number is outside 0..E-1."""
+        if experts and (min(experts) < 0 or max(experts) >= self.num_experts):
+            raise SpecMoEError(
+                f"The router asks for experts {min(experts)}..{max(experts)}, but this layer has"
+                f" experts 0..{self.num_experts - 1}."
+            )
 
     def weights(self, record: Tensor) -> ExpertWeights:
         """Return the views of a record, [record_bytes] uint8; cheap to keep, slow to make."""
@@ -104,14 +123,14 @@ class Routing:
             experts: list[int] = ids.tolist()[0]
             self._rows: dict[int, Any] = {expert: k for k, expert in enumerate(experts)}
             if len(self._rows) == len(experts):
-                _check_range(experts, runner.num_experts)
+                runner.check_ids(experts)
                 self.experts = experts
                 return
         flat = ids.reshape(-1)
         # The very call of Hugging Face: tokens in another order may round differently.
         order = torch.sort(flat).indices
         if flat.numel():
-            _check_range((int(flat.min()), int(flat.max())), runner.num_experts)
+            runner.check_ids((int(flat.min()), int(flat.max())))
         counts: list[int] = torch.bincount(flat, minlength=runner.num_experts).tolist()
         self._tokens = order // ids.shape[1]
         self._rows = {}
@@ -129,14 +148,6 @@ class Routing:
             return
         rows, start, end = self._rows[expert]
         y[rows] = runner.run(weights, self._x[self._tokens[start:end]]).to(y.dtype)
-
-
-def _check_range(experts: Any, num_experts: int) -> None:
-    if experts and (min(experts) < 0 or max(experts) >= num_experts):
-        raise SpecMoEError(
-            f"The router asks for experts {min(experts)}..{max(experts)}, but this layer has"
-            f" experts 0..{num_experts - 1}."
-        )
 
 
 def reduce_experts(y: Tensor, weights: Tensor, like: Tensor) -> Tensor:

@@ -20,23 +20,23 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime import nvtx
-from specmoe_compile.runtime.cpu_experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu_experts import ExpertRunner
+from specmoe_compile.runtime.default_vectors import DefaultVectors
 from specmoe_compile.runtime.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.expert_cache import ExpertCache
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
 from specmoe_compile.runtime.memory import SlotMemory, StagingRing, slots_per_layer
 from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.residency import CachedResidency, InPlaceResidency, Residency, Step
+from specmoe_compile.runtime.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.speculator import Speculator
 from specmoe_compile.runtime.stats import LayerStats, Stats
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 
 if TYPE_CHECKING:
     from specmoe_compile.runtime.live_session import LiveSession
-
-PREFILL_TOKENS = 16
-"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
@@ -80,6 +80,7 @@ class Session:
         cache: `ExpertCache`, or `DoubleBuffers` without a cache; None when experts are in place.
         device: where experts are computed.
         top_k: K, the most experts of a token.
+        default_vectors: mean outputs of the experts, learned while running.
     """
 
     def __init__(
@@ -123,9 +124,15 @@ class Session:
         self._layer_stats = tuple(LayerStats() for _ in self.layers)
         self._lock = threading.RLock()
         self._busy_before_ms = 0.0
-        self._speculation = SpeculationConfig()
         self._transfer: DiskTransfer | None = None
         self._residency = self._make_residency(expert_cache_bytes, cache_policy, reader_threads)
+        self.default_vectors = DefaultVectors(
+            [runner.num_experts for runner in self._runners],
+            [runner.hidden_size for runner in self._runners],
+        )
+        self._speculator = Speculator(
+            self._residency, self._runners, self._layer_stats, self.default_vectors
+        )
         self.handle = register_session(self)
         # Runs at exit too, and does not keep the session alive.
         self._finalizer = weakref.finalize(self, _close_parts, self.handle, self._transfer, store)
@@ -140,24 +147,33 @@ class Session:
                     " none but the buffers of two layers."
                 )
             return InPlaceResidency(self.store, self._runners, self._layer_stats)
-        layouts = self.store.layouts
-        experts = [layer.num_experts for layer in self.layers]
-        if cache_bytes == 0:
-            slots: tuple[int, ...] = tuple(min(self.top_k, count) for count in experts)
-            memory = SlotMemory(self._runners, layouts, slots, shared_banks=2)
-            self.cache = DoubleBuffers(bank_of=memory.bank_of, slots=slots)
-        else:
-            slots = slots_per_layer(cache_bytes, layouts, experts, self.top_k)
-            memory = SlotMemory(self._runners, layouts, slots)
-            self.cache = ExpertCache(num_experts=experts, slots=slots, policy=policy)
         self._transfer = DiskTransfer(self.store, reader_threads=reader_threads)
         # Enough that a reader never waits for the expert that is being computed.
-        staging = StagingRing(layouts, buffers=reader_threads + 2)
+        self._staging = StagingRing(self.store.layouts, buffers=reader_threads + 2)
+        if cache_bytes == 0:
+            return self._buffered(SpeculationConfig())
+        experts = self.store.num_experts
+        slots = slots_per_layer(cache_bytes, self.store.layouts, experts, self.top_k)
+        self.cache = ExpertCache(num_experts=experts, slots=slots, policy=policy)
+        return self._cached(self.cache, SlotMemory(self._runners, self.store.layouts, slots))
+
+    def _buffered(self, speculation: SpeculationConfig) -> CachedResidency:
+        """Return a residency without a cache, with the buffers that the predictions need."""
+        width = max(self.top_k, speculation.prefetch_width or 0)
+        slots = tuple(min(width, count) for count in self.store.num_experts)
+        memory = SlotMemory(
+            self._runners, self.store.layouts, slots, shared_banks=speculation.lookahead + 1
+        )
+        self.cache = DoubleBuffers(bank_of=memory.bank_of, slots=slots)
+        return self._cached(self.cache, memory)
+
+    def _cached(self, table: ExpertCache | DoubleBuffers, memory: SlotMemory) -> CachedResidency:
+        assert self._transfer is not None, "a residency that reads has a transfer"
         return CachedResidency(
             self.store,
-            self.cache,
+            table,
             memory,
-            staging,
+            self._staging,
             self._transfer,
             self._runners,
             self._layer_stats,
@@ -204,8 +220,14 @@ class Session:
     def configure(self, speculation: SpeculationConfig) -> None:
         """Set what happens to predictions, from now on."""
         with self._lock:
-            self._speculation = speculation
-            nvtx.enable(speculation.nvtx)
+            previous = self._speculator.config
+            if isinstance(self.cache, DoubleBuffers) and _buffers_differ(previous, speculation):
+                self._residency = self._buffered(speculation)
+                self._speculator.use(self._residency)
+            self._speculator.config = speculation
+            self._speculator.learns_from_decode = speculation.prefetch
+            if speculation.nvtx:
+                nvtx.enable()
 
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
@@ -235,28 +257,62 @@ class Session:
         """
         with self._lock, layer_range(layer, "experts"):
             self._check_open()
-            runner = self._runners[layer]
-            routing = Routing(x, ids, runner)
-            y = x.new_empty((*ids.shape, x.shape[-1]))
-            step = self._residency.begin(
-                layer, routing.experts, prefill=x.shape[0] > PREFILL_TOKENS
-            )
-            try:
-                self._compute(step, routing, runner, y, block=True)
-            finally:
-                self._residency.finish(step)
-            return reduce_experts(y, weights, x)
+            return self._speculator.demand(layer, x, ids, weights)
 
-    def _compute(
-        self, step: Step, routing: Routing, runner: ExpertRunner, y: Tensor, *, block: bool
-    ) -> None:
-        """Compute a step's experts into `y`, [T, K, H]; without `block` those that are there."""
-        flat = y.view(-1, y.shape[-1])
-        for expert, weights in step.ready:
-            routing.compute(expert, weights, runner, flat)
-        step.ready.clear()
-        while (arrival := self._residency.next_or_none(step, block=block)) is not None:
-            routing.compute(arrival[0], arrival[1], runner, flat)
+    def blend_default_vectors(
+        self, layer: int, ids: Tensor, weights: Tensor, like: Tensor
+    ) -> Tensor:
+        """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
+        with self._lock, layer_range(layer, "blend"):
+            return self.default_vectors.blend(layer, ids, weights, like)
+
+    def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Take a prediction of a layer's routing and start reading what it lacks; never blocks.
+
+        Args:
+            layer: MoE layer ordinal.
+            ids: [T, P] int64 or int32, predicted experts.
+            weights: [T, P] float, their router weights.
+
+        Returns:
+            The ticket's number, for `wait_prefetch`.
+        """
+        with self._lock, layer_range(layer, "prefetch"):
+            self._check_open()
+            return self._speculator.start(layer, ids, weights)
+
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+        """Settle a ticket against the true ids, [T, K]; issues demand reads, never blocks.
+
+        Returns:
+            The step's number, for `run_resident_experts` and `correct_experts`.
+        """
+        with self._lock, layer_range(layer, "wait"):
+            self._check_open()
+            return self._speculator.settle(ticket, layer, ids)
+
+    def run_resident_experts(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that are there: unweighted outputs [T, K, H]; never blocks.
+
+        Rows of experts that are still being read are undefined. Arguments are those of `experts`.
+        """
+        with self._lock, layer_range(layer, "resident"):
+            self._check_open()
+            return self._speculator.run(state, layer, x, ids, weights)
+
+    def correct_experts(
+        self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that arrive late and sum over K: [T, K, H] -> [T, H].
+
+        Raises:
+            TransferError: an expert could not be read; the session goes on.
+        """
+        with self._lock, layer_range(layer, "correct"):
+            self._check_open()
+            return self._speculator.correct(state, layer, partial, x, ids, weights)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -272,6 +328,10 @@ def _check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
             f"The expert store holds {len(stored)} MoE layers with other shapes than the model's"
             f" {len(wanted)}: it was made from another model."
         )
+
+
+def _buffers_differ(one: SpeculationConfig, other: SpeculationConfig) -> bool:
+    return (one.lookahead, one.prefetch_width) != (other.lookahead, other.prefetch_width)
 
 
 def _close_parts(handle: int, transfer: DiskTransfer | None, store: ExpertStore) -> None:

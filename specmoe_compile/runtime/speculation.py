@@ -1,4 +1,4 @@
-"""Run-time half of the options of speculation.
+"""Run-time options of speculation, and the rule that turns a layer's prefetch off.
 
 Shape letters: T tokens, K top-k, L MoE layers.
 """
@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
 
+TRIAL_STEPS = 24
+"""Prefetches of a layer that are measured before it may be turned off."""
+OFF_STEPS = 256
+"""Steps that a layer stays off the first time; each time in a row doubles it."""
+MAX_OFF_STEPS = 8192
+_DECAY = 1.0 / TRIAL_STEPS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
     """What a session does with predictions; see the fields of `CompileOptions`."""
 
+    prefetch: bool = True
+    """whether graphs predict at all; without, decoding learns no default vectors."""
     policy: Literal["exact", "default_vector", "commit"] = "exact"
     """what a miss gets."""
     default_vector_threshold: float = 0.1
@@ -40,6 +49,7 @@ class SpeculationConfig:
         """Take the run-time fields of a compile's options; `skip_layers="auto"` skips none here."""
         skip = options.skip_layers if isinstance(options.skip_layers, tuple) else ()
         return cls(
+            prefetch=options.prefetch,
             policy=options.policy,
             default_vector_threshold=options.default_vector_threshold,
             commit_weights=options.commit_weights,
@@ -50,3 +60,47 @@ class SpeculationConfig:
             lookahead=options.lookahead,
             nvtx=options.nvtx,
         )
+
+
+class PrefetchGate:
+    """Turns one layer's prefetch off while it costs more time than it saves.
+
+    Saved: reading time of useful records that had passed when they were needed. Lost: reading time
+    that useless records still took from then on while something else was waited for, reads of
+    experts that useless records had pushed out, and the host's own time for issuing the prefetch.
+    Both are averaged over about TRIAL_STEPS prefetches. After a while off, it is tried again.
+    """
+
+    __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._saved_ms = 0.0
+        self._lost_ms = 0.0
+        self._off_for = 0
+        self._off_next = OFF_STEPS
+        self.closures = 0
+
+    def admits(self) -> bool:
+        """Return whether to prefetch in this step; counts the step if not."""
+        if self._off_for == 0:
+            return True
+        self._off_for -= 1
+        return False
+
+    def measure(self, saved_ms: float, lost_ms: float) -> None:
+        """Take in what one prefetch saved and lost."""
+        self._steps += 1
+        rate = max(_DECAY, 1.0 / self._steps)
+        self._saved_ms += rate * (saved_ms - self._saved_ms)
+        self._lost_ms += rate * (lost_ms - self._lost_ms)
+        if self._steps < TRIAL_STEPS:
+            return
+        if self._saved_ms >= self._lost_ms:
+            self._off_next = OFF_STEPS
+            return
+        self.closures += 1
+        self._off_for = self._off_next
+        self._off_next = min(MAX_OFF_STEPS, 2 * self._off_next)
+        self._steps = 0
+        self._saved_ms = self._lost_ms = 0.0

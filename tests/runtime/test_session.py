@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, StoreError, TransferError
-from specmoe_compile.runtime.residency import CachedResidency
-from specmoe_compile.runtime.session import PREFILL_TOKENS, Session, get_session
+from specmoe_compile.runtime.cached_residency import CachedResidency
+from specmoe_compile.runtime.session import Session, get_session
+from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 from tests.runtime.fakes import (
     INTERMEDIATE,
     E,
@@ -160,9 +161,9 @@ def test_prefill_leaves_the_slots_of_decode_alone(session: Session) -> None:
     assert [e for e in range(E) if session.cache.slot(0, e) >= 0] == held  # type: ignore[union-attr]
 
 
-def test_handles_count_up_and_die_with_their_session() -> None:
+def test_handle_is_the_lowest_free_number_and_dies_with_its_session() -> None:
     first, second = make_session("half"), make_session("half")
-    assert second.handle == first.handle + 1
+    assert first.handle < second.handle
     assert get_session(first.handle) is first
     first.close()
     first.close()
@@ -170,7 +171,9 @@ def test_handles_count_up_and_die_with_their_session() -> None:
         get_session(first.handle)
     with pytest.raises(SpecMoEError, match="closed"):
         first.experts(0, *token_batch(0, 1))
-    assert get_session(second.handle) is second
+    with make_session("half") as third:
+        assert third.handle == first.handle
+        assert get_session(second.handle) is second
     second.close()
 
 

@@ -27,9 +27,19 @@ class Read:
         destination: [record_bytes] uint8, where the record goes.
         speculative: a guess, which yields to demand reads; False once it is promoted.
         error: what the reader raised, when `state` is FAILED.
+        started_s, finished_s: `time.perf_counter` when it began and ended; 0 before.
     """
 
-    __slots__ = ("destination", "error", "expert", "layer", "speculative", "state")
+    __slots__ = (
+        "destination",
+        "error",
+        "expert",
+        "finished_s",
+        "layer",
+        "speculative",
+        "started_s",
+        "state",
+    )
 
     def __init__(
         self, layer: int, expert: int, destination: torch.Tensor, *, speculative: bool
@@ -40,6 +50,8 @@ class Read:
         self.speculative = speculative
         self.state = QUEUED
         self.error: BaseException | None = None
+        self.started_s = 0.0
+        self.finished_s = 0.0
 
     @property
     def final(self) -> bool:

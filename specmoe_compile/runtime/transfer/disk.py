@@ -26,6 +26,10 @@ from specmoe_compile.runtime.transfer.base import (
     Transfer,
 )
 
+GUESSED_BYTES_IN_FLIGHT = 4 << 20
+"""Speculative reads in progress at once, at least one: a demand read has to share the link with
+them, and a few MiB in flight keep any disk busy."""
+
 
 class DiskTicket(Ticket):
     """Reads that one `start` queued."""
@@ -72,6 +76,9 @@ class DiskTransfer(Transfer):
         self._speculative: deque[Read] = deque()
         self._closed = False
         self._active = 0
+        self._guesses = 0
+        largest = max(layout.record_bytes for layout in store.layouts)
+        self._most_guesses = max(1, min(reader_threads, GUESSED_BYTES_IN_FLIGHT // largest))
         self._busy_s = 0.0
         self._busy_since_s = 0.0
         self._threads = [
@@ -169,8 +176,11 @@ class DiskTransfer(Transfer):
                     self._work.wait()
                     read = self._next_or_none()
                 read.state = RUNNING
+                read.started_s = time.perf_counter()
+                guess = read.speculative
+                self._guesses += guess
                 if self._active == 0:
-                    self._busy_since_s = time.perf_counter()
+                    self._busy_since_s = read.started_s
                 self._active += 1
             error: BaseException | None = None
             try:
@@ -180,11 +190,15 @@ class DiskTransfer(Transfer):
                 error = raised
             with self._mutex:
                 read.error = error
+                read.finished_s = time.perf_counter()
                 read.state = DONE if error is None else FAILED
+                self._guesses -= guess
                 self._active -= 1
                 if self._active == 0:
-                    self._busy_s += time.perf_counter() - self._busy_since_s
+                    self._busy_s += read.finished_s - self._busy_since_s
                 self._arrived.notify_all()
+                if guess and self._speculative:
+                    self._work.notify()
 
     def _next_or_none(self) -> Read | None:
         """Take the next read to serve; the mutex is held."""
@@ -192,7 +206,7 @@ class DiskTransfer(Transfer):
             read = self._demand.popleft()
             if read.state == QUEUED:
                 return read
-        while self._speculative:
+        while self._speculative and self._guesses < self._most_guesses:
             read = self._speculative.popleft()
             if read.state == QUEUED and read.speculative:
                 return read

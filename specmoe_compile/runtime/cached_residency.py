@@ -1,0 +1,298 @@
+"""Experts in slots of the fast tier: hits are computed at once, misses are read meanwhile.
+
+Shape letters: E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.double_buffers import DoubleBuffers
+from specmoe_compile.runtime.expert_cache import CachePlan
+from specmoe_compile.runtime.expert_store import ExpertStore
+from specmoe_compile.runtime.memory import SlotMemory, StagingRing
+from specmoe_compile.runtime.residency import Issued, Residency, Step
+from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
+from specmoe_compile.runtime.transfer.disk import raise_unless_done
+
+
+class SlotTable(Protocol):
+    """What `ExpertCache` and `DoubleBuffers` have in common."""
+
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        pinned_slots: Collection[int] = (),
+        bypass: bool = False,
+        speculative: bool = False,
+    ) -> CachePlan: ...
+
+    def slot(self, layer: int, expert: int) -> int: ...
+
+    def forget(self, layer: int, expert: int) -> None: ...
+
+
+class _Pending(NamedTuple):
+    """A read into a slot that nobody has waited for yet."""
+
+    read: Read
+    ticket: Ticket
+    speculative: bool
+
+
+class CachedResidency(Residency):
+    """Experts in slots, filled by a transfer; those without a slot go through a staging ring."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        table: SlotTable,
+        memory: SlotMemory,
+        staging: StagingRing,
+        transfer: Transfer,
+        runners: Sequence[ExpertRunner],
+        stats: Sequence[LayerStats],
+    ) -> None:
+        """Tie the parts together; none is owned."""
+        self.fast_tier_bytes = memory.total_bytes + staging.total_bytes
+        self.table = table
+        self.transfer = transfer
+        self._memory = memory
+        self._staging = staging
+        self._runners = runners
+        self._stats = stats
+        self._record_bytes = [layout.record_bytes for layout in store.layouts]
+        # By bank and slot: no slot is given away while something reads into it, and layers that
+        # share a bank share its slots.
+        self._pending: list[dict[int, _Pending]] = [{} for _ in range(max(memory.bank_of) + 1)]
+        # Prefetched experts that no step has used yet.
+        self._unused: list[set[int]] = [set() for _ in memory.bank_of]
+        self._pushed_out: list[set[int]] = [set() for _ in memory.bank_of]
+        self._regret_s = [0.0] * len(memory.bank_of)
+        self._s_per_byte = 0.0
+
+    def set_poison(self, on: bool) -> None:
+        """Fill every slot and buffer with NaNs before it is given to another expert; for tests."""
+        self._memory.poison = on
+        self._staging.poison = on
+
+    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
+        stats = self._stats[layer]
+        pending = self._pending[self._memory.bank_of[layer]]
+        if pending:
+            self.settle(layer, set(experts))
+        plan = self.table.plan(layer, experts, pinned_slots=pending.keys(), bypass=prefill)
+        step = Step(layer)
+        unused = self._unused[layer]
+        if unused:
+            self._count_use(layer, plan)
+        for expert, slot in plan.hits:
+            entry = pending.get(slot)
+            if entry is None:
+                step.ready.append((expert, self._memory.weights(layer, slot)))
+            else:
+                step.waiting[expert] = entry.read
+                step.places[expert] = slot
+                stats.late_prefetches += 1
+        stats.steps += 1
+        stats.hits += len(plan.hits)
+        if plan.fills or plan.bypassed:
+            misses = len(plan.fills) + len(plan.bypassed)
+            stats.misses += misses
+            stats.demand_bytes += misses * self._record_bytes[layer]
+            if self._pushed_out[layer]:
+                self._count_regret(layer, plan)
+            self._fill(step, plan.fills)
+            step.deferred.extend(plan.bypassed)
+            self._stage(step)
+        return step
+
+    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:
+        self._release_consumed(step)
+        if not step.waiting:
+            return None
+        read = self._arrived_or_none(step) if not block else None
+        if read is None:
+            if not block:
+                return None
+            started_s = time.perf_counter()
+            read = self.transfer.wait_any(step.waiting.values())
+            self._stats[step.layer].stall_ms += (time.perf_counter() - started_s) * 1e3
+        expert = read.expert
+        del step.waiting[expert]
+        self._note_speed(read)
+        slot = step.places.pop(expert, None)
+        if slot is None:
+            raise_unless_done(read)
+            return expert, self._runners[step.layer].weights(read.destination)
+        self._pending[self._memory.bank_of[step.layer]].pop(slot, None)
+        if read.state != DONE:
+            self.table.forget(step.layer, expert)
+            raise_unless_done(read)
+        return expert, self._memory.weights(step.layer, slot)
+
+    def finish(self, step: Step) -> None:
+        for expert, (buffer, ticket) in step.staged.items():
+            self.transfer.cancel(ticket, (expert,))
+            self._staging.abandon(buffer)
+        step.staged.clear()
+        step.waiting.clear()
+        step.deferred.clear()
+        step.ready.clear()
+        if isinstance(self.table, DoubleBuffers):
+            self.table.release(step.layer)
+            wasted = len(self._unused[step.layer]) * self._record_bytes[step.layer]
+            self._stats[step.layer].wasted_speculative_bytes += wasted
+            self._unused[step.layer].clear()
+
+    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return [expert for expert in experts if self.table.slot(layer, expert) < 0]
+
+    def prefetch(self, layer: int, experts: Sequence[int], *, budget_bytes: int | None) -> Issued:
+        pending = self._pending[self._memory.bank_of[layer]]
+        if pending:
+            self.settle(layer, set(experts))
+        missing = [expert for expert in experts if self.table.slot(layer, expert) < 0]
+        size_bytes = self._record_bytes[layer]
+        if budget_bytes is not None:
+            missing = missing[: budget_bytes // size_bytes]
+        if not missing:
+            return Issued({}, [])
+        # The predicted experts that are there must not make room for those that are not.
+        pinned = {*pending, *(self.table.slot(layer, expert) for expert in experts)}
+        plan = self.table.plan(layer, missing, pinned_slots=pinned, speculative=True)
+        if self._unused[layer]:
+            self._count_use(layer, plan)
+        if not plan.fills:
+            return Issued({}, plan.evicted)
+        requests = [(e, self._memory.record(layer, slot)) for e, slot in plan.fills]
+        ticket = self.transfer.start(layer, requests, speculative=True)
+        for expert, slot in plan.fills:
+            pending[slot] = _Pending(ticket.reads[expert], ticket, True)
+            self._unused[layer].add(expert)
+        stats = self._stats[layer]
+        stats.prefetches += len(plan.fills)
+        stats.speculative_bytes += len(plan.fills) * size_bytes
+        return Issued(ticket.reads, plan.evicted)
+
+    def read_s(self, layer: int) -> float:
+        return self._s_per_byte * self._record_bytes[layer]
+
+    def take_regret(self, layer: int, victims: Sequence[int]) -> float:
+        lost_s, self._regret_s[layer] = self._regret_s[layer], 0.0
+        self._pushed_out[layer].update(victims)
+        return lost_s
+
+    def settle(self, layer: int, wanted: Collection[int]) -> None:
+        pending = self._pending[self._memory.bank_of[layer]]
+        for slot, entry in list(pending.items()):
+            read = entry.read
+            if not read.final:
+                if read.layer == layer and read.expert in wanted:
+                    self.transfer.promote(read)
+                else:
+                    self.transfer.cancel(entry.ticket, (read.expert,))
+            if read.final:
+                del pending[slot]
+                if read.state == DONE:
+                    self._note_speed(read)
+                else:
+                    self._drop(slot, entry)
+
+    def _drop(self, slot: int, entry: _Pending) -> None:
+        """Forget an expert whose read brought nothing, and take its bytes off the books."""
+        layer, expert = entry.read.layer, entry.read.expert
+        if self.table.slot(layer, expert) == slot:
+            self.table.forget(layer, expert)
+        stats = self._stats[layer]
+        if entry.speculative:
+            self._unused[layer].discard(expert)
+            stats.speculative_bytes -= self._record_bytes[layer]
+            stats.cancelled_prefetches += entry.read.state == CANCELLED
+        else:
+            stats.demand_bytes -= self._record_bytes[layer]
+
+    def _count_use(self, layer: int, plan: CachePlan) -> None:
+        """Book prefetched experts that a step uses, and those that lose their slot unused."""
+        stats, unused, size_bytes = (
+            self._stats[layer],
+            self._unused[layer],
+            self._record_bytes[layer],
+        )
+        for expert, _ in plan.hits:
+            if expert in unused:
+                unused.remove(expert)
+                stats.useful_speculative_bytes += size_bytes
+        for expert in plan.evicted:
+            if expert in unused:
+                unused.remove(expert)
+                stats.wasted_speculative_bytes += size_bytes
+
+    def _count_regret(self, layer: int, plan: CachePlan) -> None:
+        """Book the reads of experts that useless guesses had pushed out."""
+        for expert in (*(expert for expert, _ in plan.fills), *plan.bypassed):
+            if expert in self._pushed_out[layer]:
+                self._pushed_out[layer].remove(expert)
+                self._regret_s[layer] += self.read_s(layer)
+
+    def _note_speed(self, read: Read) -> None:
+        """Keep a running mean of the time that a read takes, over about 16 reads."""
+        pace = (read.finished_s - read.started_s) / read.destination.numel()
+        self._s_per_byte += (pace - self._s_per_byte) / (16 if self._s_per_byte else 1)
+
+    def _fill(self, step: Step, fills: Sequence[tuple[int, int]]) -> None:
+        """Read misses into their slots."""
+        if not fills:
+            return
+        layer = step.layer
+        requests = [(expert, self._memory.record(layer, slot)) for expert, slot in fills]
+        try:
+            ticket = self.transfer.start(layer, requests)
+        except BaseException:
+            # The table already says that they are there.
+            for expert, _ in fills:
+                self.table.forget(layer, expert)
+            raise
+        pending = self._pending[self._memory.bank_of[layer]]
+        for expert, slot in fills:
+            read = ticket.reads[expert]
+            pending[slot] = _Pending(read, ticket, False)
+            step.waiting[expert] = read
+            step.places[expert] = slot
+
+    def _stage(self, step: Step) -> None:
+        """Read experts that got no slot into staging buffers, as many as there are."""
+        while step.deferred:
+            taken = self._staging.acquire_or_none(step.layer)
+            if taken is None:
+                if not step.waiting and not step.staged:
+                    self._wait_for_staging()
+                    continue
+                return
+            buffer, record = taken
+            expert = step.deferred.popleft()
+            ticket = self.transfer.start(step.layer, [(expert, record)])
+            self._staging.lend(buffer, ticket.reads[expert])
+            step.staged[expert] = (buffer, ticket)
+            step.waiting[expert] = ticket.reads[expert]
+
+    def _wait_for_staging(self) -> None:
+        """Block until a buffer that an abandoned step left behind is free."""
+        self.transfer.wait_any(self._staging.busy_reads())
+
+    def _release_consumed(self, step: Step) -> None:
+        """Give back the staging buffers whose experts were taken, and read the next ones."""
+        if not step.staged:
+            return
+        for expert in [expert for expert in step.staged if expert not in step.waiting]:
+            self._staging.release(step.staged.pop(expert)[0])
+        self._stage(step)
+
+    def _arrived_or_none(self, step: Step) -> Read | None:
+        return next((read for read in step.waiting.values() if read.final), None)

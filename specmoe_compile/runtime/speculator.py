@@ -1,0 +1,325 @@
+"""The speculative path of a session: predict, prefetch, settle, run, correct.
+
+One layer step goes `start` (some layers earlier) -> `settle` -> `run` -> `correct`. Whatever the
+prediction was, policy `exact` gives the result of the demand path, bit for bit. A number that is
+not the current step's (an op that is run twice, an abandoned step) means that nothing is known: the
+step is then done from scratch. Number -1 stands for whatever is current.
+
+Steps of more than PREFILL_TOKENS tokens are prefill: never predicted, always exact.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from specmoe_compile.runtime.commit import committed_routing
+from specmoe_compile.runtime.cpu_experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.default_vectors import DefaultVectors
+from specmoe_compile.runtime.residency import Issued, Residency, Step
+from specmoe_compile.runtime.speculation import PrefetchGate, SpeculationConfig
+from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.runtime.transfer.base import DONE, RUNNING
+
+PREFILL_TOKENS = 16
+"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
+
+
+_NOBODY = 0
+_CURRENT = -1
+
+
+class _Prediction:
+    """What `start` was told about a layer, in values of our own: graphs reuse their buffers."""
+
+    __slots__ = ("issue_ms", "issued", "number", "rows", "weights")
+
+    def __init__(self, number: int, rows: list[list[int]], weights: Tensor | None) -> None:
+        self.number = number
+        self.rows = rows
+        self.weights = weights
+        self.issued: Issued | None = None
+        self.issue_ms = 0.0
+
+
+class _State:
+    """One layer step between `settle` and `correct`.
+
+    Attributes:
+        step: None until it is known which experts are needed.
+        prediction: what to commit to; None in an exact step.
+        ids, weights: the routing that is executed where it is not the router's own.
+        filled: experts whose rows hold default vectors instead of outputs.
+        ran: whether `run` was called.
+    """
+
+    __slots__ = ("filled", "ids", "layer", "number", "prediction", "ran", "step", "weights")
+
+    def __init__(self, number: int, layer: int) -> None:
+        self.number = number
+        self.layer = layer
+        self.step: Step | None = None
+        self.prediction: _Prediction | None = None
+        self.ids: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.filled: tuple[int, ...] = ()
+        self.ran = False
+
+
+class Speculator:
+    """Runs layer steps, with or without predictions. Callers serialise their calls.
+
+    Attributes:
+        config: run-time options; may be replaced between steps.
+        vectors: default vectors.
+        gates: of each layer, what turns its prefetch off.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        runners: Sequence[ExpertRunner],
+        stats: Sequence[LayerStats],
+        vectors: DefaultVectors,
+    ) -> None:
+        self.config = SpeculationConfig()
+        self.vectors = vectors
+        self.residency = residency
+        self.gates = [PrefetchGate() for _ in runners]
+        # Decoding learns default vectors only once a graph that uses them was configured.
+        self.learns_from_decode = False
+        self._runners = runners
+        self._stats = stats
+        self._numbers = itertools.count(1)
+        self._predictions: list[_Prediction | None] = [None] * len(runners)
+        self._state: _State | None = None
+
+    def use(self, residency: Residency) -> None:
+        """Run from another residency from now on; what was predicted is forgotten."""
+        self._abandon()
+        self._predictions = [None] * len(self._predictions)
+        self.residency = residency
+
+    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """One layer without speculation: [T, H], [T, K], [T, K] -> [T, H]."""
+        self._abandon()
+        runner = self._runners[layer]
+        routing = Routing(x, ids, runner)
+        step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > PREFILL_TOKENS)
+        try:
+            y = x.new_empty((*ids.shape, x.shape[-1]))
+            self._compute(step, routing, y, block=True)
+        finally:
+            self.residency.finish(step)
+        self._learn(layer, ids, y, routing.experts)
+        return reduce_experts(y, weights, x)
+
+    def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
+        number = next(self._numbers)
+        self._predictions[layer] = None
+        config = self.config
+        if not 0 < ids.shape[0] <= PREFILL_TOKENS or layer in config.skip_layers:
+            return number
+        started_s = time.perf_counter()
+        rows: list[list[int]] = ids.tolist()
+        commits = config.policy == "commit"
+        prediction = _Prediction(number, rows, weights.clone() if commits else None)
+        self._predictions[layer] = prediction
+        if config.auto_off and not self.gates[layer].admits():
+            # Recall is measured all the same; a step that would commit is exact meanwhile.
+            prediction.weights = None
+            return number
+        experts = _by_weight(rows, weights, config.prefetch_width, self._runners[layer].num_experts)
+        prediction.issued = self.residency.prefetch(
+            layer, experts, budget_bytes=config.prefetch_budget_bytes
+        )
+        prediction.issue_ms = (time.perf_counter() - started_s) * 1e3
+        return number
+
+    def settle(self, number: int, layer: int, ids: Tensor) -> int:
+        """Meet a prediction with the true ids [T, K]; returns the number of the step.
+
+        Promotes the reads that are wanted, cancels the others, and issues the reads that are
+        missing, unless which ones these are depends on the router weights.
+        """
+        self._abandon()
+        state = self._state = _State(next(self._numbers), layer)
+        prediction, self._predictions[layer] = self._predictions[layer], None
+        tokens = ids.shape[0]
+        if not 0 < tokens <= PREFILL_TOKENS:
+            return state.number
+        rows: list[list[int]] = ids.tolist()
+        wanted = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        known = prediction is not None and number in (prediction.number, _CURRENT)
+        if prediction is not None and known and len(prediction.rows) == tokens:
+            self._count_recall(layer, rows, prediction.rows)
+            if prediction.issued is not None and prediction.issued.reads:
+                self.gates[layer].measure(*self._gain(layer, prediction, set(wanted)))
+            if self.config.policy == "commit" and prediction.weights is not None:
+                state.prediction = prediction
+                self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
+                return state.number
+        if self.config.policy == "default_vector":
+            self.residency.settle(layer, set(wanted))
+            return state.number
+        self._runners[layer].check_ids(wanted)
+        state.step = self.residency.begin(layer, wanted, prefill=False)
+        return state.number
+
+    def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Compute what is there, [T, H] -> [T, K, H], unweighted; never blocks."""
+        state = self._current(number, layer, ids)
+        runner = self._runners[layer]
+        y = x.new_empty((*ids.shape, x.shape[-1]))
+        if state.prediction is not None:
+            state.ids, state.weights = committed_routing(
+                state.prediction.rows,
+                state.prediction.weights,
+                ids,
+                weights,
+                use_true_weights=self.config.commit_weights == "true",
+            )
+            self._stats[layer].skipped_experts += _count_missing(ids, state.ids)
+        routing = Routing(x, ids if state.ids is None else state.ids, runner)
+        if state.step is None:
+            needed = self._needed(state, routing, ids, weights, y)
+            state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > PREFILL_TOKENS)
+        state.ran = True
+        self._compute(state.step, routing, y, block=False)
+        return y
+
+    def correct(
+        self, number: int, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Compute the rest of `partial`, [T, K, H], and sum over K: -> [T, H]."""
+        state = self._state
+        known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
+        if state is None or not known or not state.ran or state.step is None:
+            return self.demand(layer, x, ids, weights)
+        ids = ids if state.ids is None else state.ids
+        routing = Routing(x, ids, self._runners[layer])
+        try:
+            y = partial
+            if state.step.waiting or state.step.deferred:
+                y = partial.clone()  # an op must not write to its arguments
+                self._compute(state.step, routing, y, block=True)
+        finally:
+            self._abandon()
+        filled = state.filled
+        self._learn(layer, ids, y, [e for e in routing.experts if e not in filled])
+        return reduce_experts(y, weights if state.weights is None else state.weights, x)
+
+    def _current(self, number: int, layer: int, ids: Tensor) -> _State:
+        """Return the step of that number if it is the live one and not run yet, else a new one."""
+        state = self._state
+        known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
+        if state is None or not known or state.ran:
+            self.settle(_NOBODY, layer, ids)
+            state = self._state
+            assert state is not None, "settle leaves a live step"
+            state.number = number if number >= 0 else state.number
+        return state
+
+    def _needed(
+        self, state: _State, routing: Routing, ids: Tensor, weights: Tensor, y: Tensor
+    ) -> list[int]:
+        """Return the experts to fetch and run; gives the others' rows of `y` default vectors.
+
+        Policy default_vector: an expert that is neither there nor on its way, and whose router
+        weight is below the threshold for each of its tokens, is left out.
+        """
+        exact = self.config.policy != "default_vector" or state.prediction is not None
+        if exact or ids.shape[0] > PREFILL_TOKENS:
+            return routing.experts
+        absent = self.residency.absent(state.layer, routing.experts)
+        if not absent:
+            return routing.experts
+        strongest: dict[int, float] = {}
+        flat_ids: list[int] = ids.reshape(-1).tolist()
+        for expert, weight in zip(flat_ids, weights.reshape(-1).tolist(), strict=True):
+            strongest[expert] = max(weight, strongest.get(expert, 0.0))
+        threshold = self.config.default_vector_threshold
+        state.filled = tuple(e for e in absent if strongest[e] < threshold)
+        table = self.vectors.tables[state.layer]
+        rows = y.view(-1, y.shape[-1])
+        for row, expert in enumerate(flat_ids):
+            if expert in state.filled:
+                rows[row] = table[expert]
+        self._stats[state.layer].skipped_experts += len(state.filled)
+        return [expert for expert in routing.experts if expert not in state.filled]
+
+    def _compute(self, step: Step, routing: Routing, y: Tensor, *, block: bool) -> None:
+        """Compute a step's experts into `y`, [T, K, H]; without `block` those that are there."""
+        flat, runner = y.view(-1, y.shape[-1]), self._runners[step.layer]
+        for expert, weights in step.ready:
+            routing.compute(expert, weights, runner, flat)
+        step.ready.clear()
+        while (arrival := self.residency.next_or_none(step, block=block)) is not None:
+            routing.compute(arrival[0], arrival[1], runner, flat)
+
+    def _learn(self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int]) -> None:
+        if experts and (self.learns_from_decode or ids.shape[0] > PREFILL_TOKENS):
+            self.vectors.update(layer, ids, y, experts)
+
+    def _abandon(self) -> None:
+        """End the live step, if there is one, complete or not."""
+        state, self._state = self._state, None
+        if state is not None and state.step is not None:
+            self.residency.finish(state.step)
+
+    def _count_recall(
+        self, layer: int, rows: Sequence[list[int]], predicted: Sequence[list[int]]
+    ) -> None:
+        stats = self._stats[layer]
+        for true, guess in zip(rows, predicted, strict=True):
+            stats.needed += len(true)
+            stats.predicted += len(guess)
+            stats.recalled += len(set(true).intersection(guess))
+
+    def _gain(self, layer: int, prediction: _Prediction, wanted: set[int]) -> tuple[float, float]:
+        """Return the milliseconds that a prefetch saved and lost, see `PrefetchGate`."""
+        issued = prediction.issued
+        assert issued is not None, "only a prefetch that was issued has a gain"
+        now_s = time.perf_counter()
+        saved_s = lost_s = 0.0
+        useful = 0
+        all_there = not self.residency.absent(layer, list(wanted))
+        for expert, read in issued.reads.items():
+            passed_s = min(now_s, read.finished_s or now_s) - read.started_s
+            if expert in wanted:
+                useful += 1
+                all_there = all_there and read.state == DONE
+                saved_s += passed_s if read.state in (RUNNING, DONE) else 0.0
+        for expert, read in issued.reads.items():
+            if expert not in wanted and read.state == RUNNING and not all_there:
+                lost_s += max(0.0, self.residency.read_s(layer) - (now_s - read.started_s))
+        # The oldest victims would have gone for the useful records anyway.
+        lost_s += self.residency.take_regret(layer, issued.victims[useful:])
+        return saved_s * 1e3, lost_s * 1e3 + prediction.issue_ms
+
+
+def _by_weight(
+    rows: Sequence[Sequence[int]], weights: Tensor, width: int | None, num_experts: int
+) -> list[int]:
+    """Return the predicted experts, the most wanted ones (by weight over all tokens) first."""
+    total: dict[int, float] = {}
+    for experts, shares in zip(rows, weights.tolist(), strict=True):
+        pairs: Iterable[tuple[int, float]] = zip(experts, shares, strict=True)
+        if width is not None and width < len(experts):
+            pairs = sorted(pairs, key=lambda pair: -pair[1])[:width]
+        for expert, share in pairs:
+            if 0 <= expert < num_experts:
+                total[expert] = total.get(expert, 0.0) + share
+    return sorted(total, key=lambda expert: -total[expert])
+
+
+def _count_missing(ids: Tensor, executed: Tensor) -> int:
+    """Count the (token, expert) pairs of `ids` that are not in the same row of `executed`."""
+    pairs = zip(ids.tolist(), executed.tolist(), strict=True)
+    return sum(len(set(true).difference(done)) for true, done in pairs)
