@@ -10,6 +10,7 @@ model gets its real class back afterwards.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -142,7 +143,7 @@ def load_without_experts(
                 model, checkpoint, load_config, str(path_or_id), device, place_experts
             )
             # Weights go straight to the device; the loader's own option would need accelerate.
-            load_config.device_map = {"": device}
+            load_config = dataclasses.replace(load_config, device_map={"": device})
             read = super(loader_class, loader_class)._load_pretrained_model
             info, index = read(model, resident, None, load_config, *args)
         info.missing_keys -= experts
