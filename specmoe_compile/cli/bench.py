@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,9 @@ from specmoe_compile.cli.options import (
     check_dtype,
     compile_options,
 )
+
+if TYPE_CHECKING:
+    from specmoe_compile.cli.measure.records import ArmJob
 
 DEFAULT_ARMS = "accelerate,on_demand,cache,resident"
 DEFAULT_PROMPT = (
@@ -138,7 +142,7 @@ def bench(
         repeats=repeats,
     )
     result["model"] = description
-    result["settings"]["prompts"] = prompt_note
+    result["prompts"] = prompt_note
     print_table(result)
     if json is not None:
         write_json(json, result)
@@ -169,16 +173,9 @@ def measure(
         repeats: times that each arm runs.
         save_logits: file for the logits, by arm.
     """
-    import sys
+    from specmoe_compile.cli.measure.records import ArmJob
 
-    from specmoe_compile.cli.measure import harness
-    from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
-    from specmoe_compile.cli.measure.memory_cap import why_not_permitted
-    from specmoe_compile.cli.measure.records import SCHEMA, ArmJob
-
-    if memory_cap_bytes is not None and (reason := why_not_permitted()) is not None:
-        print(f"specmoe: without the memory cap, because {reason}.", file=sys.stderr)
-        memory_cap_bytes = None
+    memory_cap_bytes = permitted_cap(memory_cap_bytes)
     folder = None if store_dir is None else str(store_dir.expanduser())
     with tempfile.TemporaryDirectory(prefix="specmoe-bench-", dir=_work_parent(folder)) as work:
         jobs = [
@@ -193,21 +190,46 @@ def measure(
             )
             for name in names
         ]
-        with _Progress(jobs, repeats) as progress:
-            packed = None
-            if any(name in ("on_demand", "cache") for name in names):
-                progress.say("packing the expert store")
-                with harness.cap_or_nothing(memory_cap_bytes) as cap:
-                    packed = harness.run_pack(
-                        model, folder, settings["dtype"], cap=cap, work_dir=work
-                    )
-                del packed["path"]
-            results = harness.run_arms(
-                jobs,
-                repeats=repeats,
-                memory_cap_bytes=memory_cap_bytes,
-                on_event=progress.on_event,
-            )
+        packed = None
+        if any(name in ("on_demand", "cache") for name in names):
+            packed = _pack(jobs[0], memory_cap_bytes)
+        result = run_jobs(jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes)
+    result["settings"] = {**settings, "repeats": repeats, "order": "interleaved", "seed": 0}
+    result["pack"] = packed
+    return result
+
+
+def _pack(job: ArmJob, memory_cap_bytes: int | None) -> dict[str, Any]:
+    """Pack the store under the cap, so that no arm's loading includes it; returns the report."""
+    from rich.console import Console
+
+    from specmoe_compile.cli.measure import harness
+
+    status = Console(stderr=True).status("Packing the expert store ...")
+    with status, harness.cap_or_nothing(memory_cap_bytes) as cap:
+        report = harness.run_pack(
+            job.model, job.store_dir, job.dtype, cap=cap, work_dir=job.work_dir
+        )
+    # Where the folder lies is nobody's business but this machine's.
+    del report["path"]
+    return report
+
+
+def run_jobs(
+    jobs: Sequence[ArmJob], *, repeats: int, memory_cap_bytes: int | None
+) -> dict[str, Any]:
+    """Run jobs with a progress bar; returns the document of schema 1 without `model`.
+
+    `memory_cap_bytes` must be one that `permitted_cap` returned.
+    """
+    from specmoe_compile.cli.measure import harness
+    from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+    from specmoe_compile.cli.measure.records import SCHEMA
+
+    with _Progress(jobs, repeats) as progress:
+        results = harness.run_arms(
+            jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes, on_event=progress.on_event
+        )
     return {
         "schema": SCHEMA,
         "commit": commit_or_none(),
@@ -215,13 +237,24 @@ def measure(
         "versions": versions(),
         "arms": harness.arm_records(results),
         "failed": {name: r.error for name, r in results.items() if r.error is not None},
-        "settings": {**settings, "repeats": repeats, "order": "interleaved", "seed": 0},
         "page_cache": (
             "specmoe reads its store with O_DIRECT, past the page cache; accelerate reads through"
             " it, warm from loading, as far as the memory cap leaves room"
         ),
-        "pack": packed,
     }
+
+
+def permitted_cap(memory_cap_bytes: int | None) -> int | None:
+    """Return the cap if it can be kept here; otherwise say why not and return None."""
+    from specmoe_compile.cli.measure.memory_cap import why_not_permitted
+
+    if memory_cap_bytes is None:
+        return None
+    reason = why_not_permitted()
+    if reason is None:
+        return memory_cap_bytes
+    print(f"specmoe: without the memory cap, because {reason}.", file=sys.stderr)
+    return None
 
 
 def load_prompts(model: str, prompt_file: Path | None) -> tuple[list[list[int]], dict[str, Any]]:
@@ -294,13 +327,14 @@ def describe_model(model: str, dtype: str) -> dict[str, Any]:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """Print what was measured, fastest figures beside the first arm's."""
+    """Print what was measured, and which arms failed."""
     from rich.console import Console
 
     from specmoe_compile.cli.tables import bench_table
 
     console = Console()
-    console.print(bench_table(result["arms"], result["model"]))
+    if result["arms"]:
+        console.print(bench_table(result["arms"], result["model"]))
     for name, reason in result["failed"].items():
         console.print(f"[red]{name} failed:[/red] {reason}")
 
@@ -330,9 +364,6 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-
-    def say(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
 
     def on_event(self, job: Any, repeat: int, event: Mapping[str, Any]) -> None:
         runs_done = repeat * len(self._places) + self._places[job.arm]

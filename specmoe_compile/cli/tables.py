@@ -69,16 +69,26 @@ def _token_verdict(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
         return "reference"
     if arm["tokens_sha256"] == reference["tokens_sha256"]:
         return "same"
-    return f"{count_differing(arm['tokens'], reference['tokens'])} differ"
+    differing = count_differing(arm["tokens"], reference["tokens"])
+    if differing:
+        return f"{differing} differ"
+    return f"same ({min(_longest(arm), _longest(reference))})"
+
+
+def _longest(arm: Mapping[str, Any]) -> int:
+    return max(len(row) for row in arm["tokens"])
 
 
 def count_differing(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> int:
-    """Number of places where two generations of the same prompts have different tokens."""
-    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+    """Number of places where two generations of the same prompts have different tokens.
+
+    Where one generation is longer, its first tokens are compared.
+    """
+    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=False))
 
 
 def bench_table(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> Table:
-    """The rows as a rich table, model in the title."""
+    """A rich table with one column per arm, model in the title."""
     from rich.table import Table
 
     title = (
@@ -86,9 +96,10 @@ def bench_table(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> 
         f" top-{model['top_k']}, {format_bytes(model['expert_bytes'])} of experts"
     )
     table = Table(title=title)
-    for index, name in enumerate(BENCH_HEAD):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in bench_rows(arms):
+    columns = [BENCH_HEAD, *bench_rows(arms)]
+    for index, column in enumerate(columns):
+        table.add_column(column[0], justify="right" if index else "left", no_wrap=True)
+    for row in list(zip(*columns, strict=True))[1:]:
         table.add_row(*row)
     return table
 

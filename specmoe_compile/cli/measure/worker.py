@@ -92,7 +92,7 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
         prefill=prefill,
         fast_tier_bytes=loaded.fast_tier_bytes,
         load_s=load_s,
-        compile_s=_compile_s(),
+        compile_s=compile_seconds(),
         first_token_s=first_token_s,
         peak_rss_bytes=peak_rss_bytes(),
         load_peak_rss_bytes=load_peak,
@@ -204,7 +204,7 @@ def _all_or_none(ids: Any, stop: bool) -> Any:
     return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=ids.device)
 
 
-def _compile_s() -> float:
+def compile_seconds() -> float:
     """Seconds that Dynamo and what it calls took so far."""
     from torch._dynamo.utils import calculate_time_spent
 
