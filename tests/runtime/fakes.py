@@ -67,6 +67,7 @@ class ModuleSource:
 
     fingerprint = "0" * 64
     name = "modules"
+    source_files: dict[str, tuple[int, int]] = {}  # noqa: RUF012
 
     def __init__(self, layers: Sequence[ExpertsLayer], top_k: int) -> None:
         self.layers = tuple(layer.store_layer for layer in layers)

@@ -1,0 +1,203 @@
+"""Reader threads: order, cancelling, errors and the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import StoreError, TransferError
+from specmoe_compile.runtime.aligned import aligned_empty
+from specmoe_compile.runtime.disk_store import DiskStore
+from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED
+from specmoe_compile.runtime.transfer.disk import DiskTransfer
+from tests.runtime.fakes import (
+    E,
+    K,
+    ModuleSource,
+    SlowStore,
+    experts_layer,
+    qwen_experts,
+    ram_store,
+)
+
+LAYERS = [experts_layer(index, qwen_experts(seed=index)) for index in range(2)]
+RECORD = LAYERS[0].layout.record_bytes
+RECORDS = ram_store(LAYERS)
+
+
+def buffers(experts: list[int]) -> list[tuple[int, Tensor]]:
+    return [(expert, torch.zeros(RECORD, dtype=torch.uint8)) for expert in experts]
+
+
+@pytest.fixture
+def store() -> SlowStore:
+    return SlowStore(RECORDS)
+
+
+@pytest.fixture
+def transfer(store: SlowStore) -> Iterator[DiskTransfer]:
+    """One reader, so that the order of reads is the order of service."""
+    made = DiskTransfer(store, reader_threads=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hold(store: SlowStore, transfer: DiskTransfer) -> Iterator[threading.Event]:
+    """Keep the reader busy with expert 7 of layer 1 until the event is set."""
+    event = threading.Event()
+    store.before_read = lambda layer, expert: event.wait(10) and None
+    transfer.start(1, buffers([7]))
+    while not store.reads:
+        time.sleep(0.001)
+    yield event
+    event.set()
+
+
+def test_records_land_where_they_were_asked_for(store: SlowStore) -> None:
+    transfer = DiskTransfer(store, reader_threads=3)
+    requests = buffers(list(range(E)))
+    ticket = transfer.start(1, requests)
+    ticket.wait()
+    assert ticket.done
+    for expert, destination in requests:
+        assert torch.equal(destination, RECORDS.record(1, expert))
+    transfer.close()
+
+
+def test_demand_goes_before_speculative(
+    store: SlowStore, transfer: DiskTransfer, hold: threading.Event
+) -> None:
+    guess = transfer.start(0, buffers([0, 1]), speculative=True)
+    demand = transfer.start(0, buffers([2, 3]))
+    hold.set()
+    guess.wait()
+    demand.wait()
+    assert store.reads == [(1, 7), (0, 2), (0, 3), (0, 0), (0, 1)]
+
+
+def test_promoted_guess_is_read_once_and_among_demand(
+    store: SlowStore, transfer: DiskTransfer, hold: threading.Event
+) -> None:
+    guess = transfer.start(0, buffers([0, 1]), speculative=True)
+    transfer.start(0, buffers([2]))
+    assert transfer.promote(guess.reads[1])
+    assert not transfer.promote(guess.reads[1])
+    hold.set()
+    guess.wait()
+    assert store.reads == [(1, 7), (0, 2), (0, 1), (0, 0)]
+
+
+def test_cancel_takes_back_what_has_not_started(
+    store: SlowStore, transfer: DiskTransfer, hold: threading.Event
+) -> None:
+    ticket = transfer.start(0, buffers([0, 1, 2]))
+    assert transfer.cancel(ticket, (1,)) == [1]
+    assert transfer.cancel(ticket, (1,)) == []
+    hold.set()
+    ticket.wait(0)
+    ticket.wait(2)
+    with pytest.raises(TransferError, match="cancelled"):
+        ticket.wait(1)
+    assert ticket.done
+    assert (0, 1) not in store.reads
+    assert transfer.cancel(ticket) == []
+
+
+def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
+    """Small records: as many as fit the limit; a demand read finds a free reader."""
+    transfer = DiskTransfer(store, reader_threads=2)
+    transfer._most_guesses = 1
+    event = threading.Event()
+    store.before_read = lambda layer, expert: (event.wait(10) if expert < 4 else True) and None
+    guess = transfer.start(0, buffers([0, 1, 2]), speculative=True)
+    demand = transfer.start(0, buffers([5, 6]))
+    demand.wait()
+    assert [read.state for read in guess.reads.values()].count(QUEUED) >= 2
+    event.set()
+    guess.wait()
+    transfer.close()
+
+
+def test_error_reaches_every_waiter_and_spares_the_others(
+    store: SlowStore, transfer: DiskTransfer
+) -> None:
+    def fail(layer: int, expert: int) -> None:
+        if expert == 1:
+            raise StoreError("bad sector")
+
+    store.before_read = fail
+    ticket = transfer.start(0, buffers([0, 1, 2]))
+    for _ in range(2):
+        with pytest.raises(
+            TransferError, match="expert 1 of MoE layer 0 failed: bad sector"
+        ) as got:
+            ticket.wait(1)
+        assert isinstance(got.value.__cause__, StoreError)
+    ticket.wait(0)
+    ticket.wait(2)
+    with pytest.raises(TransferError):
+        ticket.wait()
+    transfer.start(0, buffers([3])).wait()
+
+
+def test_wait_any_returns_the_first_that_arrives(store: SlowStore) -> None:
+    transfer = DiskTransfer(store, reader_threads=2)
+    event = threading.Event()
+    store.before_read = lambda layer, expert: (event.wait(10) if expert == 0 else True) and None
+    reads = transfer.start(0, buffers([0, 1])).reads
+    assert transfer.wait_any(reads.values()).expert == 1
+    event.set()
+    assert transfer.wait_any([reads[0]]).state == DONE
+    transfer.close()
+
+
+def test_close_cancels_what_is_queued_and_ends_the_threads(
+    store: SlowStore, transfer: DiskTransfer, hold: threading.Event
+) -> None:
+    ticket = transfer.start(0, buffers([0]))
+    threading.Timer(0.05, hold.set).start()
+    transfer.close()
+    transfer.close()
+    assert ticket.reads[0].state == CANCELLED
+    assert not any(thread.is_alive() for thread in transfer._threads)
+    with pytest.raises(TransferError):
+        ticket.wait()
+    with pytest.raises(TransferError, match="closed"):
+        transfer.start(0, buffers([1]))
+
+
+def test_busy_time_is_the_time_in_which_something_is_read(store: SlowStore) -> None:
+    transfer = DiskTransfer(SlowStore(RECORDS, delay_s=lambda: 0.05), reader_threads=2)
+    transfer.start(0, buffers([0, 1])).wait()
+    time.sleep(0.05)
+    transfer.start(0, buffers([2])).wait()
+    assert 99 < transfer.busy_ms < 1000
+    before_ms = transfer.busy_ms
+    time.sleep(0.02)
+    assert transfer.busy_ms == before_ms
+    transfer.close()
+
+
+def test_needs_a_reader(store: SlowStore) -> None:
+    with pytest.raises(ValueError, match="reader_threads=0"):
+        DiskTransfer(store, reader_threads=0)
+
+
+def test_reads_a_store_on_disk(tmp_path: Path) -> None:
+    pack_records(ModuleSource(LAYERS, K), tmp_path / "store", progress=False)
+    store = DiskStore.open(tmp_path / "store")
+    transfer = DiskTransfer(store, reader_threads=4)
+    bank = aligned_empty(E * RECORD).view(E, RECORD)
+    transfer.start(1, [(expert, bank[expert]) for expert in range(E)]).wait()
+    for expert in range(E):
+        assert torch.equal(bank[expert], RECORDS.record(1, expert))
+    transfer.close()
+    store.close()
