@@ -28,7 +28,12 @@ from specmoe_compile.runtime.machine import cache_folder
 from specmoe_compile.runtime.packing import pack
 from specmoe_compile.runtime.ram_store import RamStore
 from tests.runtime import tiny_checkpoints
-from tests.runtime.test_packing import assert_holds_model, assert_rest_equal, load_reference
+from tests.runtime.test_packing import (
+    assert_holds_model,
+    assert_rest_equal,
+    load_reference,
+    write_packed,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 FAMILIES = [*tiny_checkpoints.CONFIGS, "gpt_oss_mxfp4", "deepseek_v3_fp8"]
@@ -214,6 +219,28 @@ def test_a_hub_name_is_found_in_the_hub_cache(folder: Path, tmp_path: Path) -> N
     assert torch.equal(generate(model), generate(load_reference(folder)))
     store = session_of(model).store
     assert isinstance(store, DiskStore) and store.path.name.startswith("tiny-moe-float32-")
+
+
+def test_code_of_the_checkpoint_runs_only_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "custom"
+    write_packed(tiny_checkpoints.build("qwen3_moe"), folder)
+    (folder / "modeling_custom.py").write_text(
+        "from transformers import Qwen3MoeForCausalLM\n"
+        "class CustomForCausalLM(Qwen3MoeForCausalLM):\n"
+        "    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_custom.CustomForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert type(load(folder, store="disk")) is transformers.Qwen3MoeForCausalLM
+    trusted = load(folder, store="disk", trust_remote_code=True)
+    assert type(trusted).__name__ == "CustomForCausalLM"
+    assert torch.equal(generate(trusted), generate(load_reference(folder)))
 
 
 def test_a_subfolder_is_loaded(folder: Path, tmp_path: Path) -> None:

@@ -113,13 +113,31 @@ def test_experts_are_cast_when_packed(name: str, tmp_path: Path) -> None:
         pack_quietly(folder, tmp_path / "float32", dtype=torch.bfloat16)
 
 
+def test_experts_that_the_model_keeps_in_float32_stay_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["mlp.experts.down_proj", "norm"]
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "_keep_in_fp32_modules_strict", kept)
+    folder = tiny_checkpoints.write("qwen3_moe", tmp_path / "model")
+    reference = load_reference(folder, dtype=torch.bfloat16)
+    experts = reference.model.layers[0].mlp.experts
+    assert (experts.gate_up_proj.dtype, experts.down_proj.dtype) == (torch.bfloat16, torch.float32)
+    report = pack_quietly(folder, tmp_path / "store", dtype="bfloat16")
+    with contextlib.closing(DiskStore.open(report.path)) as store:
+        assert_holds_model(store, reference)
+
+
+def write_packed(model: Any, folder: Path) -> None:
+    """Write a checkpoint whose tensors are the model's own parameters, experts packed."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
 def test_a_checkpoint_with_packed_experts_is_read_by_rows(tmp_path: Path) -> None:
     model = tiny_checkpoints.build("qwen3_moe")
-    model.config.save_pretrained(tmp_path / "model")
-    model.config.architectures = ["Qwen3MoeForCausalLM"]
-    model.config.save_pretrained(tmp_path / "model")
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    write_packed(model, tmp_path / "model")
     report = pack_quietly(tmp_path / "model", tmp_path / "store")
     with contextlib.closing(DiskStore.open(report.path)) as store:
         assert_holds_model(store, model)
