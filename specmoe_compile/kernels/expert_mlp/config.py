@@ -1,0 +1,88 @@
+"""Block sizes of the decode kernels: a fixed rule per shape, so that nothing is tuned while a CUDA
+graph is captured. No Triton in here.
+
+Shape letters: T tokens, K top-k, H hidden, I expert intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# One 16-byte load of every lane of a warp, in bytes: the least that a row is read by.
+_WARP_LOAD_BYTES = 32 * 16
+# Weights of one pipeline stage, in bytes: four loads of 16 bytes for each of 128 threads.
+_STAGE_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvConfig:
+    """Launch of a matrix-vector product per choice.
+
+    Attributes:
+        block_k: choices of one program, a power of two (down projection only).
+        block_out: outputs of one program (a gate and its up count once).
+        block_in: inputs that are read at a time.
+        num_warps: warps of one program.
+        num_stages: tiles in flight through shared memory, plus one.
+    """
+
+    block_k: int = 1
+    block_out: int
+    block_in: int
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _row_block(length: int, itemsize: int, most: int) -> int:
+    """Power of two of at least one warp load and at most `most` inputs that pads `length` least.
+
+    The widest of equals.
+    """
+    block = narrowest = _WARP_LOAD_BYTES // itemsize
+    best = block
+    while block <= max(most, narrowest):
+        if ceil_div(length, block) * block <= ceil_div(length, best) * best:
+            best = block
+        block *= 2
+    return best
+
+
+def gate_up_config(
+    intermediate: int, hidden: int, itemsize: int, *, has_gate: bool, transposed: bool
+) -> GemvConfig:
+    """Configuration of the up projection."""
+    matrices = 2 if has_gate else 1
+    if transposed:
+        # 64 bytes of each input's row, gate and up together: the least that device memory hands
+        # out. Two warps, so that the vector's loads are wide enough to go through the pipeline.
+        block_out = max(1, 64 // itemsize // matrices)
+        return GemvConfig(block_out=block_out, block_in=128, num_warps=2)
+    block_in = _row_block(hidden, itemsize, 512)
+    return GemvConfig(
+        block_out=max(1, _STAGE_BYTES // itemsize // matrices // block_in), block_in=block_in
+    )
+
+
+def down_config(
+    intermediate: int, hidden: int, top_k: int, itemsize: int, *, transposed: bool
+) -> GemvConfig:
+    """Configuration of the down projection, which also sums over K."""
+    block_k = next_power_of_2(top_k)
+    if transposed:
+        # 64 bytes of each input's row: more programs than SMs matter more than longer rows, and
+        # deeper pipelines make up for the few that there are.
+        block_in = max(16, 256 // block_k)
+        return GemvConfig(
+            block_k=block_k, block_out=64 // itemsize, block_in=block_in, num_stages=5
+        )
+    block_in = _row_block(intermediate, itemsize, 512)
+    block_out = max(1, _STAGE_BYTES // itemsize // block_in // block_k)
+    return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)

@@ -1,0 +1,366 @@
+"""Triton kernels of decode: the up projection with its gate, the down projection with the sum.
+
+Two launches compute a layer: `gate_up_kernel`, a program per choice (token, k) and block of
+outputs, writes the intermediate [T, K, I]; `down_kernel`, a program per token and block of outputs,
+computes the token's K choices and their weighted sum. Weights are read where they lie in the bank,
+by slot.
+
+`down_kernel` takes each choice from one of three places: computed now (slot >= 0), a default vector
+(skipped >= 0), or the outputs of an earlier launch (`partial`). Executing all choices at once,
+executing those that are resident, and completing them later are the same compiled kernel, told
+apart by run-time flags only. So a choice's output has the same bits in all of them, and the sum
+over K, in fp32, the same order.
+
+Rounding: sums in fp32; the intermediate and each choice's output are rounded to the dtype of x.
+
+Shape letters: T tokens, K top-k, H hidden, I expert intermediate, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specmoe_compile.kernels.common import activate, apply_gate
+from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.kernels.expert_mlp.config import (
+    GemvConfig,
+    ceil_div,
+    down_config,
+    gate_up_config,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def gate_up_kernel(
+    x,
+    slots,
+    up,
+    up_bias,
+    intermediate,
+    up_stride,
+    bias_stride,
+    alpha,
+    limit,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    K: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    LIMIT_AFTER: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """intermediate[t, k] = gate(up[slots[t, k]] @ x[t]); absent choices (slot < 0) are left alone.
+
+    Grid: (T * K, ceil(I / BLOCK_OUT)); programs that may share an expert's rows are neighbours.
+
+    Args:
+        x: [T, H]; slots: [T, K] integers; intermediate: [T, K, I], dtype of x; all contiguous.
+        up: [S, 2I or I, H] or transposed, `up_stride` elements from slot to slot.
+        up_bias: [S, 2I or I], `bias_stride` elements from slot to slot; unused without HAS_BIAS.
+        alpha, limit: fp32, see `apply_gate`.
+    """
+    choice = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + choice).to(tl.int64)
+    if slot < 0:
+        return
+    x += (choice // K) * H
+    up += slot * up_stride
+    outputs = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    mask = outputs < I
+    # Where gate i and up i are among the outputs of the projection.
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    UP_OFFSET: tl.constexpr = 1 if INTERLEAVED else I
+    WIDTH: tl.constexpr = 2 * I if HAS_GATE else I
+
+    # `num_stages` makes loads of the next tiles go to shared memory while this one is summed: that,
+    # more than many programs at once, keeps device memory busy.
+    if TRANSPOSED and INTERLEAVED:
+        # Gate and up lie side by side: one strip of 2 * BLOCK_OUT columns, parted at the end.
+        pairs = tl.program_id(1) * (2 * BLOCK_OUT) + tl.arange(0, 2 * BLOCK_OUT)[None, :]
+        both = tl.zeros([BLOCK_IN, 2 * BLOCK_OUT], tl.float32)
+        for start in tl.range(0, H, BLOCK_IN, num_stages=NUM_STAGES):
+            inputs = start + tl.arange(0, BLOCK_IN)
+            v = tl.load(x + inputs, mask=inputs < H, other=0.0).to(tl.float32)
+            w_mask = (inputs < H)[:, None] & (pairs < WIDTH)
+            w = tl.load(up + (inputs * WIDTH)[:, None] + pairs, mask=w_mask, other=0.0)
+            both += w.to(tl.float32) * v[:, None]
+        gate, value = tl.split(tl.reshape(tl.sum(both, axis=0), [BLOCK_OUT, 2]))
+    elif TRANSPOSED:
+        columns = outputs[None, :]
+        gates = tl.zeros([BLOCK_IN, BLOCK_OUT], tl.float32)
+        values = tl.zeros([BLOCK_IN, BLOCK_OUT], tl.float32)
+        for start in tl.range(0, H, BLOCK_IN, num_stages=NUM_STAGES):
+            inputs = start + tl.arange(0, BLOCK_IN)
+            v = tl.load(x + inputs, mask=inputs < H, other=0.0).to(tl.float32)
+            w_mask = (inputs < H)[:, None] & mask[None, :]
+            w = tl.load(up + (inputs * WIDTH)[:, None] + columns, mask=w_mask, other=0.0)
+            gates += w.to(tl.float32) * v[:, None]
+            if HAS_GATE:
+                w = tl.load(up + (inputs * WIDTH + I)[:, None] + columns, mask=w_mask, other=0.0)
+                values += w.to(tl.float32) * v[:, None]
+        gate = tl.sum(gates, axis=0)
+        value = tl.sum(values, axis=0)
+    else:
+        rows = up + (outputs * (STEP * H))[:, None]
+        gates = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        values = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        for start in tl.range(0, H, BLOCK_IN, num_stages=NUM_STAGES):
+            inputs = start + tl.arange(0, BLOCK_IN)[None, :]
+            v = tl.load(x + inputs, mask=inputs < H, other=0.0).to(tl.float32)
+            w_mask = mask[:, None] & (inputs < H)
+            w = tl.load(rows + inputs, mask=w_mask, other=0.0)
+            gates += w.to(tl.float32) * v
+            if HAS_GATE:
+                w = tl.load(rows + UP_OFFSET * H + inputs, mask=w_mask, other=0.0)
+                values += w.to(tl.float32) * v
+        gate = tl.sum(gates, axis=1)
+        value = tl.sum(values, axis=1)
+
+    if HAS_BIAS:
+        up_bias += slot * bias_stride + outputs * STEP
+        gate += tl.load(up_bias, mask=mask, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            value += tl.load(up_bias + UP_OFFSET, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        result = apply_gate(gate, value, alpha, limit, ACTIVATION, LIMITED, LIMIT_AFTER)
+    else:
+        result = activate(gate, ACTIVATION)
+    target = intermediate + choice * I + outputs
+    tl.store(target, result.to(intermediate.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["read_partial", "read_skipped", "store_y"],
+    do_not_specialize_on_alignment=[
+        "slots",
+        "weights",
+        "partial",
+        "skipped",
+        "default_vectors",
+        "y",
+        "out",
+    ],
+)
+def down_kernel(
+    intermediate,
+    slots,
+    weights,
+    down,
+    down_bias,
+    partial,
+    skipped,
+    default_vectors,
+    y,
+    out,
+    down_stride,
+    bias_stride,
+    read_partial,
+    read_skipped,
+    store_y,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """out[t] = sum over k of weights[t, k] * y[t, k], each y from the place the module names.
+
+    Grid: (T, ceil(H / BLOCK_OUT)). All K choices are read side by side (BLOCK_K >= K, a power of
+    two), so that a short I does not leave the memory idle between one choice and the next.
+
+    Args:
+        intermediate: [T, K, I]; slots: [T, K] integers, -1 for not computed now.
+        weights: [T, K] float; partial: [T, K, H], dtype of `intermediate`.
+        skipped: [T, K] integers, row of `default_vectors` or -1; default_vectors: [E, H] fp32.
+        y: [T, K, H], written where `store_y`: computed and earlier outputs, zeros for the others.
+        out: [T, H]. All of these contiguous.
+        down: [S, H, I] or transposed; down_bias: [S, H]; strides in elements from slot to slot.
+        read_partial, read_skipped, store_y: 0 or 1; where 0 the pointers are never followed.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    choices = token * K + ks
+    # Masks, not a branch, keep absent choices from being read.
+    slot = tl.load(slots + choices, mask=ks < K, other=-1).to(tl.int64)
+    base = tl.maximum(slot, 0) * down_stride
+    outputs = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    active = slot >= 0
+
+    if TRANSPOSED:
+        columns = base[:, None, None] + outputs[None, None, :]  # [BLOCK_K, 1, BLOCK_OUT]
+        column_mask = active[:, None, None] & (outputs < H)[None, None, :]
+        acc = tl.zeros([BLOCK_K, BLOCK_IN, BLOCK_OUT], tl.float32)
+        for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
+            inputs = start + tl.arange(0, BLOCK_IN)
+            v_mask = active[:, None] & (inputs < I)[None, :]
+            v_at = choices[:, None] * I + inputs[None, :]
+            v = tl.load(intermediate + v_at, mask=v_mask, other=0.0).to(tl.float32)
+            w_mask = column_mask & (inputs < I)[None, :, None]
+            w_at = columns + (inputs * H)[None, :, None]
+            w = tl.load(down + w_at, mask=w_mask, other=0.0)
+            acc += w.to(tl.float32) * v[:, :, None]
+        computed = tl.trans(tl.sum(acc, axis=1))
+    else:
+        rows = base[None, :, None] + (outputs * I)[:, None, None]  # [BLOCK_OUT, BLOCK_K, 1]
+        row_mask = active[None, :, None] & (outputs < H)[:, None, None]
+        acc = tl.zeros([BLOCK_OUT, BLOCK_K, BLOCK_IN], tl.float32)
+        for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
+            inputs = start + tl.arange(0, BLOCK_IN)[None, None, :]
+            v_mask = active[None, :, None] & (inputs < I)
+            v = tl.load(intermediate + choices[None, :, None] * I + inputs, mask=v_mask, other=0.0)
+            w_mask = row_mask & (inputs < I)
+            w = tl.load(down + rows + inputs, mask=w_mask, other=0.0)
+            acc += w.to(tl.float32) * v.to(tl.float32)
+        computed = tl.sum(acc, axis=2)  # [BLOCK_OUT, BLOCK_K]
+
+    # From here on, tiles are [BLOCK_OUT, BLOCK_K].
+    is_now = active[None, :]
+    mask = (outputs < H)[:, None] & (ks < K)[None, :]
+    if HAS_BIAS:
+        bias_at = (tl.maximum(slot, 0) * bias_stride)[None, :] + outputs[:, None]
+        bias = tl.load(down_bias + bias_at, mask=mask & is_now, other=0.0)
+        computed += bias.to(tl.float32)
+    skip = tl.load(skipped + choices, mask=ks < K * read_skipped, other=-1).to(tl.int64)
+    is_default = ((slot < 0) & (skip >= 0))[None, :]
+    is_earlier = ((slot < 0) & (skip < 0) & (ks < K * read_partial))[None, :]
+    places = choices[None, :] * H + outputs[:, None]
+    earlier = tl.load(partial + places, mask=mask & is_earlier, other=0.0)
+    default_at = (tl.maximum(skip, 0) * H)[None, :] + outputs[:, None]
+    default = tl.load(default_vectors + default_at, mask=mask & is_default, other=0.0)
+
+    found = tl.where(is_now, computed.to(intermediate.dtype.element_ty), earlier)
+    tl.store(y + places, found, mask=mask & (ks < K * store_y)[None, :])
+    value = tl.where(is_default, default, found.to(tl.float32))
+    weight = tl.load(weights + choices, mask=ks < K, other=0.0).to(tl.float32)
+    total = tl.sum(weight[None, :] * value, axis=1)
+    tl.store(out + token * H + outputs, total.to(out.dtype.element_ty), mask=outputs < H)
+
+
+def launch_gate_up(
+    x: Tensor, slots: Tensor, bank: ExpertBank, form: ExpertForm, intermediate: Tensor
+) -> None:
+    """Launch `gate_up_kernel` on the current stream; writes `intermediate`, [T, K, I]."""
+    hidden, inner = bank.sizes(form)
+    config = gate_up_config(
+        inner, hidden, x.element_size(), has_gate=form.has_gate, transposed=form.transposed
+    )
+    up_bias = bank.up if bank.up_bias is None else bank.up_bias
+    gate_up_kernel[(slots.numel(), ceil_div(inner, config.block_out))](
+        x,
+        slots,
+        bank.up,
+        up_bias,
+        intermediate,
+        bank.up.stride(0),
+        up_bias.stride(0),
+        form.alpha,
+        form.limit,
+        **gate_up_constexprs(
+            hidden, inner, slots.shape[1], form, config, has_bias=bank.up_bias is not None
+        ),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def launch_down(
+    intermediate: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    bank: ExpertBank,
+    form: ExpertForm,
+    out: Tensor,
+    *,
+    partial: Tensor | None = None,
+    skipped: Tensor | None = None,
+    default_vectors: Tensor | None = None,
+    y: Tensor | None = None,
+) -> None:
+    """Launch `down_kernel` on the current stream; writes `out` [T, H] and, if given, `y` [T, K, H].
+
+    Tensors that are left out are replaced by others of their dtype, so that the same compiled
+    kernel runs whatever is left out.
+    """
+    hidden, inner = bank.sizes(form)
+    tokens, top_k = slots.shape
+    config = down_config(
+        inner, hidden, top_k, intermediate.element_size(), transposed=form.transposed
+    )
+    down_bias = bank.down if bank.down_bias is None else bank.down_bias
+    if default_vectors is None:
+        default_vectors = intermediate.new_empty(1, dtype=torch.float32)
+    down_kernel[(tokens, ceil_div(hidden, config.block_out))](
+        intermediate,
+        slots,
+        weights,
+        bank.down,
+        down_bias,
+        intermediate if partial is None else partial,
+        slots if skipped is None else skipped,
+        default_vectors,
+        intermediate if y is None else y,
+        out,
+        bank.down.stride(0),
+        down_bias.stride(0),
+        int(partial is not None),
+        int(skipped is not None),
+        int(y is not None),
+        **down_constexprs(hidden, inner, top_k, form, config, has_bias=bank.down_bias is not None),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def gate_up_constexprs(
+    hidden: int, inner: int, top_k: int, form: ExpertForm, config: GemvConfig, *, has_bias: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of `gate_up_kernel`."""
+    return {
+        "H": hidden,
+        "I": inner,
+        "K": top_k,
+        "HAS_GATE": form.has_gate,
+        "HAS_BIAS": has_bias,
+        "INTERLEAVED": form.interleaved,
+        "TRANSPOSED": form.transposed,
+        "ACTIVATION": form.activation,
+        "LIMITED": form.is_limited,
+        "LIMIT_AFTER": form.limit_after,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "NUM_STAGES": config.num_stages,
+    }
+
+
+def down_constexprs(
+    hidden: int, inner: int, top_k: int, form: ExpertForm, config: GemvConfig, *, has_bias: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of `down_kernel`."""
+    return {
+        "H": hidden,
+        "I": inner,
+        "K": top_k,
+        "HAS_BIAS": has_bias,
+        "TRANSPOSED": form.transposed,
+        "BLOCK_K": config.block_k,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "NUM_STAGES": config.num_stages,
+    }

@@ -1,0 +1,41 @@
+"""Makes Triton's interpreter compute in bfloat16 as a GPU does; nothing on machines with a GPU.
+
+The interpreter cuts off bits where GPUs round to nearest even, and multiplies the bit patterns of
+bfloat16 matrices as if they were integers. Left so, tests in bfloat16 would need tolerances too
+wide to find anything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    # Nothing but the refusal of CUDA tensors is left to test on machines that Triton does not serve.
+    collect_ignore_glob = ["test_[!c]*.py", "test_c[!h]*.py"]
+elif os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _convert_float = interpreter._convert_float
+    _create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def _rounding_convert_float(
+        values: np.ndarray, source: Any, target: Any, rounding_mode: Any
+    ) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        return _convert_float(values, source, target, rounding_mode)
+
+    def _converting_create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (builder.cast_impl(matrix, tl.float32) for matrix in (a, b))
+        return _create_dot(builder, a, b, *rest)
+
+    interpreter._convert_float = _rounding_convert_float
+    interpreter.InterpreterBuilder.create_dot = _converting_create_dot
