@@ -83,10 +83,10 @@ def _why_not(graph: Graph, config: PassConfig) -> str | None:
     if not config.prefetch:
         return "option prefetch is off"
     ops = specmoe_ops()
-    if next(find_calls(graph, ops.experts.default), None) is None:
-        return "it dispatches no experts"
     if next(find_calls(graph, ops.wait_prefetch.default), None) is not None:
         return "it was rewritten before"
+    if next(find_calls(graph, ops.experts.default), None) is None:
+        return "it dispatches no experts"
     return None
 
 

@@ -1,0 +1,170 @@
+"""The manager: order, reports, identity, trace, idempotence, the FX graph cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.config import CompileOptions
+from specmoe_compile.passes import manager
+from specmoe_compile.passes.manager import PASSES, SpeculationPass, run_passes
+from specmoe_compile.passes.pass_config import PassConfig
+from tests.passes.graphs import calls, inputs, plain_block, trace, use_session
+
+
+def test_passes_run_in_their_order_and_report() -> None:
+    report = run_passes(trace(plain_block), PassConfig(), check_each=True)
+    assert [done.name for done in report.passes] == [run.__name__ for run in PASSES]
+    assert report.matches == {
+        "find_moe_layers": 3,
+        "choose_predictions": 2,
+        "insert_default_vectors": 2,
+        "insert_lookahead_router": 2,
+        "insert_expert_prefetch": 2,
+        "split_expert_execution": 3,
+    }
+    assert report.reason is None
+    assert all(done.elapsed_ms > 0 for done in report.passes)
+    assert report.elapsed_ms >= sum(done.elapsed_ms for done in report.passes)
+    assert report.nodes_after > report.nodes_before
+    assert "MoE layer 0 is not predicted: it is the first MoE layer" in str(report)
+
+
+def test_twice_is_once() -> None:
+    gm = trace(plain_block)
+    run_passes(gm, PassConfig())
+    before = str(gm.graph)
+    again = run_passes(gm, PassConfig())
+    assert again.reason == "it was rewritten before" and not again.passes
+    assert str(gm.graph) == before
+
+
+def test_prefetch_off_leaves_the_graph() -> None:
+    gm = trace(plain_block)
+    before = str(gm.graph)
+    report = run_passes(gm, PassConfig(prefetch=False))
+    assert report.reason == "option prefetch is off"
+    assert str(gm.graph) == before
+
+
+def test_graph_without_experts_is_left() -> None:
+    gm = trace(lambda r, gate, layer: r + gate.sum())
+    before = str(gm.graph)
+    assert run_passes(gm, PassConfig()).reason == "it dispatches no experts"
+    assert str(gm.graph) == before
+
+
+def test_nothing_to_predict_leaves_every_dispatch_node() -> None:
+    gm = trace(plain_block)
+    before = str(gm.graph)
+    report = run_passes(gm, PassConfig(skip_layers=(1, 2)), check_each=True)
+    assert report.reason == "no MoE layer can be predicted"
+    assert str(gm.graph) == before
+    assert list(report.skipped) == [0, 1, 2]
+
+
+def test_unused_clones_are_removed(monkeypatch: Any) -> None:
+    use_session(monkeypatch)
+    gm = trace(plain_block)
+    want = gm(*inputs())
+    run_passes(gm, PassConfig())
+    gm.recompile()
+    assert all(node.users or node.op == "output" or node.is_impure() for node in gm.graph.nodes)
+    assert len(calls(gm.graph, "start_prefetch")) == 2
+    torch.testing.assert_close(gm(*inputs()), want, rtol=0, atol=0)
+
+
+def test_clones_carry_no_eager_input_values() -> None:
+    gm = trace(plain_block)
+    for node in gm.graph.nodes:
+        node.meta["eager_input_vals"] = ((), {})
+    run_passes(gm, PassConfig())
+    new = [n for n in gm.graph.nodes if n.op != "output" and "eager_input_vals" not in n.meta]
+    old = [n for n in gm.graph.nodes if "eager_input_vals" in n.meta]
+    assert len(new) > 20 and old
+    assert all(set(n.meta) <= {"val", "tensor_meta", "nn_module_stack"} for n in new)
+
+
+def test_before_and_after_are_traced(monkeypatch: Any) -> None:
+    seen: dict[str, str] = {}
+
+    def record(kind: str, *, metadata_fn: Any, payload_fn: Any) -> None:
+        assert kind == "artifact"
+        seen[metadata_fn()["name"]] = payload_fn()
+
+    monkeypatch.setattr(manager, "trace_structured", record)
+    run_passes(trace(plain_block), PassConfig())
+    assert "start_prefetch" not in seen["specmoe_before_passes"]
+    assert seen["specmoe_after_passes"].count("torch.ops.specmoe.start_prefetch") == 2
+
+
+def test_log_names_skipped_layers(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="specmoe_compile.passes"):
+        run_passes(trace(plain_block), PassConfig(skip_layers=(2,)))
+    assert "insert_expert_prefetch: 1 in" in caplog.text
+    assert "choose_predictions: MoE layer 2: option skip_layers names it" in caplog.text
+
+
+def test_identity_depends_on_every_option_and_on_nothing_else() -> None:
+    base = SpeculationPass(PassConfig())
+    assert base.uuid() == SpeculationPass(PassConfig()).uuid()
+    others = [
+        PassConfig(prefetch=False),
+        PassConfig(lookahead=2),
+        PassConfig(prefetch_width=4),
+        PassConfig(skip_layers=(1,)),
+        PassConfig(control=True),
+    ]
+    identities = {SpeculationPass(config).uuid() for config in others} | {base.uuid()}
+    assert len(identities) == len(others) + 1
+    base(trace(plain_block).graph)
+    copy = pickle.loads(pickle.dumps(base))
+    assert copy.uuid() == base.uuid() and copy.reports == [] and len(base.reports) == 1
+
+
+def test_options_reach_the_passes() -> None:
+    options = CompileOptions(lookahead=3, prefetch_width=6, skip_layers=(1,), control=True)
+    assert SpeculationPass.from_options(options).config == PassConfig(
+        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True
+    )
+    automatic = CompileOptions(skip_layers="auto")
+    assert SpeculationPass.from_options(automatic).config.skip_layers == ()
+    assert SpeculationPass.from_options(automatic, skip_layers=(2,)).config.skip_layers == (2,)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}]
+)
+def test_wrong_values_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        PassConfig(**options)
+
+
+def _compile_in_a_process(cache: Path) -> dict[str, int]:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.passes.compile_once"],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_second_process_hits_the_graph_cache(tmp_path: Path) -> None:
+    first = _compile_in_a_process(tmp_path)
+    second = _compile_in_a_process(tmp_path)
+    assert first == {"hits": 0, "misses": 1, "passes": 1, "prefetches": 2}
+    assert second == {"hits": 1, "misses": 0, "passes": 0, "prefetches": 2}
