@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    # Nothing but the refusal of CUDA tensors is left to test on machines that Triton does not serve.
+    # Where there is no Triton, only its absence can be tested.
     collect_ignore_glob = ["test_[!c]*.py", "test_c[!h]*.py"]
 elif os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
 from specmoe_compile.runtime.layout import ExpertLayout
 
 # Where Triton kernels run: on the GPU, or in Triton's interpreter (tests/conftest.py).
@@ -114,3 +115,17 @@ def make_case(
 def nan_like(*shape: int, dtype: torch.dtype) -> Tensor:
     """An output buffer whose old contents would show."""
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def run_kernels(case: Case, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Both launches of the decode kernels on NaN-filled buffers; returns y [T, K, H] and out [T, H]."""
+    tokens, top_k = case.slots.shape
+    hidden, inner = case.bank.sizes(case.form)
+    intermediate = nan_like(tokens, top_k, inner, dtype=case.x.dtype)
+    y = nan_like(tokens, top_k, hidden, dtype=case.x.dtype)
+    out = nan_like(tokens, hidden, dtype=case.x.dtype)
+    launch_gate_up(case.x, case.slots, case.bank, case.form, intermediate)
+    launch_down(
+        intermediate, case.slots, case.weights, case.bank, case.form, out, partial=partial, y=y
+    )
+    return y, out

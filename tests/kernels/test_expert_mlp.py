@@ -14,29 +14,14 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.expert_form import ExpertBank
-from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode, run_resident_experts
 from specmoe_compile.kernels.expert_mlp.reference import (
     run_experts_decode_reference,
     run_resident_experts_reference,
 )
-from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, nan_like
+from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, run_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def run_kernels(case: Case, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Both launches on NaN-filled buffers; returns y [T, K, H] and out [T, H]."""
-    tokens, top_k = case.slots.shape
-    hidden, inner = case.bank.sizes(case.form)
-    intermediate = nan_like(tokens, top_k, inner, dtype=case.x.dtype)
-    y = nan_like(tokens, top_k, hidden, dtype=case.x.dtype)
-    out = nan_like(tokens, hidden, dtype=case.x.dtype)
-    launch_gate_up(case.x, case.slots, case.bank, case.form, intermediate)
-    launch_down(
-        intermediate, case.slots, case.weights, case.bank, case.form, out, partial=partial, y=y
-    )
-    return y, out
 
 
 def assert_matches_reference(case: Case) -> None:

@@ -1,0 +1,1 @@
+"""Completing a layer: late experts, default vectors of skipped ones, and the sum over K."""
