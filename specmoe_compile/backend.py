@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
@@ -18,6 +18,9 @@ from torch.fx import GraphModule
 from specmoe_compile.config import CompileOptions
 from specmoe_compile.errors import CompileError
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
+
+if TYPE_CHECKING:
+    from specmoe_compile.passes.manager import SpeculationPass
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,8 @@ def specmoe(
         _fall_back(config, report.skipped or ["it calls no experts module"])
         return _lower_untouched(gm, example_inputs, config)
     _refuse_training(example_inputs)
-    _configure_sessions(gm, config)
-    return _lower(gm, example_inputs, config)
+    speculation = _configure_speculation(gm, config)
+    return _lower(gm, example_inputs, config, speculation)
 
 
 def _refuse_training(example_inputs: Sequence[Any]) -> None:
@@ -90,20 +93,27 @@ def _warn_once(message: str) -> None:
         log.warning("%s", message)
 
 
-def _configure_sessions(gm: GraphModule, config: CompileOptions) -> None:
-    """Hand the run-time half of the options to every session that the graph names."""
-    from specmoe_compile.runtime.session import get_session
+def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
+    """Hand the run-time half of the options to the graph's sessions; returns the passes."""
+    from specmoe_compile.passes.manager import SpeculationPass
+    from specmoe_compile.runtime.session import Session, get_session
     from specmoe_compile.runtime.speculation import SpeculationConfig
 
-    for handle in {node.args[3] for node in find_dispatch_nodes(gm.graph)}:
-        session = get_session(handle)  # type: ignore[arg-type]
+    handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
+    sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
+    for session in sessions:
         session.configure(SpeculationConfig.from_options(config))
+    # A plain model's experts are all there: its LiveSession has nothing to prefetch.
+    offloaded = all(isinstance(session, Session) for session in sessions)
+    return SpeculationPass.from_options(config, offloaded=offloaded)
 
 
-def _lower(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions) -> Compiled:
-    from specmoe_compile.passes.manager import SpeculationPass
-
-    speculation = SpeculationPass.from_options(config)
+def _lower(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: CompileOptions,
+    speculation: SpeculationPass,
+) -> Compiled:
     if config.lowering == "eager":
         return _lower_eager(gm, example_inputs, speculation)
     from torch._inductor.compile_fx import compile_fx

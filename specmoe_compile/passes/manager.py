@@ -138,10 +138,14 @@ class SpeculationPass(CustomGraphPass):
 
     @classmethod
     def from_options(
-        cls, options: CompileOptions, *, skip_layers: tuple[int, ...] | None = None
+        cls,
+        options: CompileOptions,
+        *,
+        offloaded: bool = True,
+        skip_layers: tuple[int, ...] | None = None,
     ) -> SpeculationPass:
         """Build the pass for a compile's options; see `PassConfig.from_options`."""
-        return cls(PassConfig.from_options(options, skip_layers=skip_layers))
+        return cls(PassConfig.from_options(options, offloaded=offloaded, skip_layers=skip_layers))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite one graph in place."""

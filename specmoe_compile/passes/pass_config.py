@@ -39,17 +39,22 @@ class PassConfig:
 
     @classmethod
     def from_options(
-        cls, options: CompileOptions, *, skip_layers: tuple[int, ...] | None = None
+        cls,
+        options: CompileOptions,
+        *,
+        offloaded: bool = True,
+        skip_layers: tuple[int, ...] | None = None,
     ) -> PassConfig:
         """Take the fields of a compile's options.
 
         Args:
             options: options of `torch.compile`.
+            offloaded: whether there is anything to fetch; a plain model's experts are all there.
             skip_layers: what `skip_layers="auto"` was resolved to; None skips no layer.
         """
         given = options.skip_layers
         return cls(
-            prefetch=options.prefetch,
+            prefetch=options.prefetch and offloaded,
             lookahead=options.lookahead,
             prefetch_width=options.prefetch_width,
             skip_layers=given if isinstance(given, tuple) else tuple(skip_layers or ()),

@@ -168,3 +168,8 @@ def test_second_process_hits_the_graph_cache(tmp_path: Path) -> None:
     second = _compile_in_a_process(tmp_path)
     assert first == {"hits": 0, "misses": 1, "passes": 1, "prefetches": 2}
     assert second == {"hits": 1, "misses": 0, "passes": 0, "prefetches": 2}
+
+
+def test_plain_model_is_not_predicted() -> None:
+    options = CompileOptions()
+    assert not SpeculationPass.from_options(options, offloaded=False).config.prefetch
