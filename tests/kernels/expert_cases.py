@@ -118,7 +118,7 @@ def nan_like(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def run_kernels(case: Case, *, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Both launches of the decode kernels on NaN-filled buffers; returns y [T, K, H] and out [T, H]."""
+    """Both decode launches on NaN-filled buffers; returns y [T, K, H] and out [T, H]."""
     tokens, top_k = case.slots.shape
     hidden, inner = case.bank.sizes(case.form)
     intermediate = nan_like(tokens, top_k, inner, dtype=case.x.dtype)

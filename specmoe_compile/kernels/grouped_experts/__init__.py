@@ -1,0 +1,1 @@
+"""Experts of many tokens (prefill), grouped by slot."""
