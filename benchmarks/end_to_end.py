@@ -1,0 +1,340 @@
+"""The published end-to-end benchmark: the reference model with experts of 3 MiB, 805 MB in all.
+
+    python -m benchmarks.end_to_end            everything, about an hour on 2 cores
+    python -m benchmarks.end_to_end --quick    one table, no files in the repository
+    python -m benchmarks.end_to_end --only timing --dtypes float32
+    python -m benchmarks.end_to_end --only report
+
+Phases, each with its own result in `benchmarks/results/end_to_end_*.json`:
+
+- disk     what `specmoe doctor` measures, before and after the timing
+- timing   time per token of every arm, interleaved, disk arms under a memory cap
+- tokens   greedy tokens and logits of many prompts, against the unmodified model
+- startup  time to the first token of a first and of a second process
+- report   writes docs/results/end_to_end.md from those files, and says what holds
+
+Run it on a machine that does nothing else: the load average is in every result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.end_to_end_report import write_report
+from benchmarks.reference_model.data import default_source, held_out_windows
+from benchmarks.reference_model.tokenizer import PAD_ID
+from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
+from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.doctor import examine
+from specmoe_compile.cli.measure.harness import run_worker
+from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.records import ArmJob, spread
+from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.runtime.machine import cache_folder
+
+RESULTS = repository_root() / "benchmarks" / "results"
+REPORT = repository_root() / "docs" / "results" / "end_to_end.md"
+
+RECORD_MIB = 3
+MEMORY_CAP_BYTES = 700 << 20
+EXPERT_CACHE = "25%"
+NEW_TOKENS = 64
+PROMPT_TOKENS = 64
+TIMING_ARMS = ("accelerate", "accelerate_auto", "on_demand", "cache", "eager", "resident")
+TOKEN_ARMS = ("eager", "on_demand", "cache", "resident")
+PHASES = ("timing", "tokens", "startup", "report")
+DTYPES = ("float32", "bfloat16")
+
+
+class Plan:
+    """Where things are, and how much to run."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.place: Path = arguments.folder
+        self.repeats: int = arguments.repeats
+        self.prompts: int = arguments.prompts
+        self.dtypes: list[str] = arguments.dtypes
+        self.results: Path = arguments.results
+
+    def model(self, dtype: str) -> Path:
+        """The widened reference model, made when it is not there."""
+        return widened_model(repository_root(), self.place, RECORD_MIB, dtype)
+
+    def store_dir(self, dtype: str) -> Path:
+        """Where its expert store is or will be."""
+        return self.place / f"{self.model(dtype).name}-store"
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Write one phase's result."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        path = self.results / f"end_to_end_{name}.json"
+        write_json(path, {**value, "load_average": list(os.getloadavg())})
+        print(f"wrote {path.name}", flush=True)
+
+
+def held_out_prompts(count: int) -> list[list[int]]:
+    """Prompts of PROMPT_TOKENS bytes from files that training never saw, spread evenly."""
+    windows = held_out_windows(default_source(), PROMPT_TOKENS - 1)
+    windows = windows[(windows != PAD_ID).all(dim=1)]
+    picks = torch.linspace(0, len(windows) - 1, count).round().long()
+    return windows[picks].tolist()
+
+
+def _settings(dtype: str, **changes: Any) -> dict[str, Any]:
+    """What all arms of a phase share."""
+    return {
+        "new_tokens": NEW_TOKENS,
+        "warmup_tokens": 8,
+        "skip_tokens": 4,
+        "device": "cpu",
+        "dtype": dtype,
+        "expert_cache": EXPERT_CACHE,
+        "kv_cache": "static",
+        **changes,
+    }
+
+
+def _prompt_note(prompts: list[list[int]]) -> dict[str, Any]:
+    return {
+        "count": len(prompts),
+        "tokens": PROMPT_TOKENS,
+        "source": "held-out files of the Python standard library",
+        "sha256": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+    }
+
+
+def run_timing(plan: Plan, dtype: str) -> None:
+    """Time per token of every arm, the disk measured before and after."""
+    model, store_dir = plan.model(dtype), plan.store_dir(dtype)
+    prompts = held_out_prompts(1)
+
+    def disk() -> dict[str, Any]:
+        return examine(plan.place, RECORD_MIB << 20, 512 << 20, 3.0)
+
+    before = disk()
+    result = measure(
+        str(model),
+        TIMING_ARMS,
+        prompts,
+        _settings(dtype),
+        store_dir=store_dir,
+        memory_cap_bytes=MEMORY_CAP_BYTES,
+        repeats=plan.repeats,
+    )
+    after = disk()
+    result["model"] = describe_model(str(model), dtype)
+    result["prompts"] = _prompt_note(prompts)
+    result["disk"] = {
+        "before": before["disk"],
+        "after": after["disk"],
+        "memory": before["memory"],
+        "reader_threads": before["reader_threads"],
+    }
+    print_table(result)
+    plan.write(f"timing_{dtype}", result)
+
+
+def run_tokens(plan: Plan, dtype: str) -> None:
+    """Tokens and logits of many prompts, against the unmodified model; times do not count."""
+    model, store_dir = plan.model(dtype), plan.store_dir(dtype)
+    prompts = held_out_prompts(plan.prompts)
+    with tempfile.TemporaryDirectory(dir=plan.place) as folder:
+        files = {name: str(Path(folder) / f"{name}.pt") for name in TOKEN_ARMS}
+        result = measure(
+            str(model),
+            TOKEN_ARMS,
+            prompts,
+            _settings(dtype),
+            store_dir=store_dir,
+            memory_cap_bytes=None,
+            repeats=1,
+            save_logits=files,
+        )
+        arms = {arm["name"]: arm for arm in result["arms"]}
+        logits = {name: torch.load(files[name]) for name in arms}
+    result["comparison"] = {
+        name: compare_generations(
+            arms["eager"]["tokens"], logits["eager"], arm["tokens"], logits[name]
+        )
+        for name, arm in arms.items()
+        if name != "eager"
+    }
+    result["model"] = describe_model(str(model), dtype)
+    result["prompts"] = _prompt_note(prompts)
+    plan.write(f"tokens_{dtype}", result)
+
+
+def compare_generations(
+    tokens: Sequence[Sequence[int]],
+    logits: torch.Tensor,
+    other_tokens: Sequence[Sequence[int]],
+    other_logits: torch.Tensor,
+) -> dict[str, Any]:
+    """Compare two generations of the same prompts.
+
+    Logits are compared while both had the same text before them: up to the first token in which
+    they differ, that step included.
+
+    Args:
+        tokens, other_tokens: per prompt.
+        logits, other_logits: [prompts, new_tokens, V] float32.
+    """
+    differing = sum(
+        a != b
+        for left, right in zip(tokens, other_tokens, strict=True)
+        for a, b in zip(left, right, strict=True)
+    )
+    largest = spread_of_logits = 0.0
+    margins: list[float] = []
+    compared = 0
+    for index, (left, right) in enumerate(zip(tokens, other_tokens, strict=True)):
+        split = next(
+            (i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left)
+        )
+        shared = min(split + 1, len(left))
+        here, there = logits[index, :shared], other_logits[index, :shared]
+        largest = max(largest, float((here - there).abs().max()))
+        spread_of_logits = max(spread_of_logits, float((here.amax(-1) - here.amin(-1)).max()))
+        compared += shared
+        if split < len(left):
+            top = here[split].topk(2).values
+            margins.append(float(top[0] - top[1]))
+    return {
+        "tokens": sum(len(row) for row in tokens),
+        "differing_tokens": differing,
+        "prompts": len(tokens),
+        "diverging_prompts": len(margins),
+        "largest_margin_at_divergence": max(margins) if margins else None,
+        "steps_compared": compared,
+        "largest_logit_difference": largest,
+        "logit_range": spread_of_logits,
+    }
+
+
+def run_startup(plan: Plan, dtype: str) -> None:
+    """A first process with empty compile caches, then a second one; three such pairs."""
+    model, store_dir = plan.model(dtype), plan.store_dir(dtype)
+    pairs: list[dict[str, float]] = []
+    # The store is there already from the timing; if not, this packs it outside of any time.
+    measure(
+        str(model),
+        ("cache",),
+        held_out_prompts(1),
+        _settings(dtype, new_tokens=8),
+        store_dir=store_dir,
+        memory_cap_bytes=None,
+        repeats=1,
+    )
+    for _ in range(plan.repeats):
+        with tempfile.TemporaryDirectory(dir=plan.place) as folder:
+            job = ArmJob(
+                arm="cache",
+                model=str(model),
+                prompts=held_out_prompts(1),
+                store_dir=str(store_dir),
+                work_dir=folder,
+                **_settings(dtype, new_tokens=8),
+            )
+            environment = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")}
+            first, second = (run_worker(job, environment=environment) for _ in range(2))
+        pairs.append(
+            {
+                "first_s": first.first_token_s,
+                "first_compile_s": first.compile_s,
+                "second_s": second.first_token_s,
+                "second_compile_s": second.compile_s,
+            }
+        )
+        print(f"first {first.first_token_s:.1f} s, second {second.first_token_s:.1f} s", flush=True)
+    plan.write(
+        f"startup_{dtype}",
+        {
+            "schema": 1,
+            "commit": commit_or_none(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "model": describe_model(str(model), dtype),
+            "pairs": pairs,
+            "first_s": spread([pair["first_s"] for pair in pairs]),
+            "second_s": spread([pair["second_s"] for pair in pairs]),
+        },
+    )
+
+
+def run_quick(plan: Plan) -> None:
+    """One table in a few minutes; writes nothing into the repository."""
+    dtype = plan.dtypes[0]
+    result = measure(
+        str(plan.model(dtype)),
+        ("accelerate", "on_demand", "cache", "resident", "eager"),
+        held_out_prompts(1),
+        _settings(dtype, new_tokens=32),
+        store_dir=plan.store_dir(dtype),
+        memory_cap_bytes=permitted_cap(MEMORY_CAP_BYTES),
+        repeats=1,
+    )
+    result["model"] = describe_model(str(plan.model(dtype)), dtype)
+    print_table(result)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="one table, no files")
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--repeats", type=int, default=3, help="of timing and startup")
+    parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
+    parser.add_argument(
+        "--folder", type=Path, default=cache_folder() / "demo", help="for models and stores"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--report", type=Path, default=REPORT, help="the document to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the phases asked for; returns 0, 1 if something that must hold does not, or 2."""
+    arguments = parse_arguments(argv)
+    plan = Plan(arguments)
+    quiet_transformers()
+    phases: dict[str, Callable[[Plan, str], None]] = {
+        "timing": run_timing,
+        "tokens": run_tokens,
+        "startup": run_startup,
+    }
+    try:
+        if arguments.quick:
+            run_quick(plan)
+            return 0
+        for dtype in plan.dtypes:
+            for name, run in phases.items():
+                if name in arguments.only:
+                    print(f"== {name}, {dtype}", flush=True)
+                    run(plan, dtype)
+        if "report" in arguments.only:
+            return 0 if write_report(plan.results, arguments.report) else 1
+    except Exception as error:
+        known = user_error_or_none(error)
+        if known is None:
+            raise
+        print(f"error: {sentence(known)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
