@@ -1,6 +1,6 @@
 """Train the reference model from the Python standard library's sources.
 
-    python -m benchmarks.reference_model.train --out DIR --steps 4000 --device cuda
+    python -m benchmarks.reference_model.train --out DIR --device cuda
 
 Shapes: B windows, W tokens per window, T = B * W tokens, E experts, K top-k, H hidden.
 
@@ -58,18 +58,18 @@ class TrainingOptions:
     router_rate: factor on the routers' learning rate.
     """
 
-    steps: int = 4000
-    batch: int = 32
+    steps: int = 1500
+    batch: int = 16
     window: int = WINDOW
-    seed: int = 0
-    aux: float = 0.01
-    learning_rate: float = 2e-3
+    seed: int = 6
+    aux: float = 0.001
+    learning_rate: float = 3e-3
     warmup: int = 150
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
-    embedding_std: float = 1.0
-    branch_scale: float = 0.25  # 1 / sqrt(2 * layers), as in GPT-2
-    router_rate: float = 1.0
+    embedding_std: float = 0.02
+    branch_scale: float = 1.0
+    router_rate: float = 0.3
     include_tests: bool = False
 
 
@@ -100,8 +100,8 @@ def build_config() -> Qwen3MoeConfig:
 def build_model(options: TrainingOptions) -> PreTrainedModel:
     """Return the model with its initial weights, float32 on the CPU.
 
-    The embedding starts large and the branches small, so that the residual stream carries the byte
-    from the first layer on instead of being overwritten by the first attention.
+    A large embedding and small branches were tried, to keep early layers predictable: they cost
+    more loss than they gained recall. Slow routers (`router_rate`) did gain recall.
     """
     torch.manual_seed(options.seed)
     model = AutoModelForCausalLM.from_config(build_config(), dtype=torch.float32)
