@@ -12,7 +12,7 @@ Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ class CompileSpec:
         label: "op kernel T=1", unique within a model.
         aligned: arguments that are multiples of 16 (pointers, in bytes), which Triton learns from
             the arguments of a real launch.
-        traffic: see `Traffic`.
+        traffic: see `Traffic`; None for launches that arithmetic bounds, not bytes.
     """
 
     kernel: Any
@@ -122,5 +122,36 @@ class CompileSpec:
     num_stages: int
     grid: tuple[int, ...]
     label: str
-    traffic: Traffic
+    traffic: Traffic | None
     aligned: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """What a launch loads of one argument.
+
+    Attributes:
+        distinct_bytes: different bytes that are loaded.
+        loaded_bytes: bytes that all programs load together.
+        cached: repeats come from L2, because the operand is small or because the programs that
+            share a part of it run next to each other.
+    """
+
+    distinct_bytes: int
+    loaded_bytes: int
+    cached: bool = True
+
+
+def count_traffic(operands: Sequence[Operand], *, stored_bytes: int, operations: int) -> Traffic:
+    """Add up what a launch loads and stores; every byte is stored once."""
+    distinct = sum(operand.distinct_bytes for operand in operands)
+    repeated = [operand.loaded_bytes - operand.distinct_bytes for operand in operands]
+    from_memory = sum(
+        repeats for operand, repeats in zip(operands, repeated, strict=True) if not operand.cached
+    )
+    return Traffic(
+        needed_bytes=distinct + stored_bytes,
+        moved_bytes=distinct + from_memory + stored_bytes,
+        reread_bytes=sum(repeated) - from_memory,
+        operations=operations,
+    )

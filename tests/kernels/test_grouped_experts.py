@@ -100,9 +100,12 @@ def test_plan_covers_each_choice_once(index_dtype: torch.dtype, block_m: int) ->
         plan = plan_tiles(slots, num_slots, block_m)
         assert plan.slot.numel() == max_tiles(180, num_slots, block_m)
         seen: list[int] = []
-        for slot, start, end in zip(*(t.tolist() for t in plan[1:]), strict=True):
+        columns = zip(*(column.tolist() for column in plan[1:]), strict=True)
+        for tile, (slot, start, end, first, count) in enumerate(columns):
             if slot >= 0:
                 assert 0 < end - start <= block_m
+                assert plan.slot[first : first + count].tolist() == [slot] * count
+                assert first <= tile < first + count
                 choices = plan.order[start:end].tolist()
                 assert all(int(slots.view(-1)[choice]) == slot for choice in choices)
                 seen.extend(choices)

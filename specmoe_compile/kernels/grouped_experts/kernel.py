@@ -1,8 +1,9 @@
 """Triton kernels of prefill: matrix products of all tokens of an expert at once.
 
 Choices (token, k) are sorted by slot and cut into tiles (`plan`); a program multiplies one tile by
-one block of its expert's outputs. One launch per projection. Tiles of a slot are neighbours in the
-grid, so that the weights they share are read from device memory once and from L2 after that.
+one block of its expert's outputs. One launch per projection. Programs run slot by slot, and within
+a slot all tiles of one block of outputs before the next block: what they share, weights and inputs,
+is read from device memory once and from L2 after that.
 
 A row's sum depends on its own inputs only, never on the other rows of its tile: computing experts
 in several calls gives the bits of one call. No atomics.
@@ -33,16 +34,35 @@ from specmoe_compile.kernels.grouped_experts.plan import TilePlan
 
 
 @triton.jit
+def _locate(tile_slot, tile_start, tile_end, tile_first, tile_count, BLOCKS: tl.constexpr):
+    """Slot, first and last row, and block of outputs of this program; see `TilePlan`.
+
+    The programs of a slot are numbered first * BLOCKS .. (first + count) * BLOCKS.
+    """
+    program = tl.program_id(0)
+    any_tile = program // BLOCKS
+    first = tl.load(tile_first + any_tile)
+    count = tl.maximum(tl.load(tile_count + any_tile), 1)
+    within = program - first * BLOCKS
+    tile = first + within % count
+    slot = tl.load(tile_slot + any_tile).to(tl.int64)
+    # Of a tile that is not needed `first` and `count` mean nothing.
+    tile = tl.where(slot < 0, 0, tile)
+    return slot, tl.load(tile_start + tile), tl.load(tile_end + tile), within // count
+
+
+@triton.jit
 def _load_weights(
     weights,
     inputs,
     outputs,
+    output_mask,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Tile [inputs, outputs] of a matrix that is [WIDTH, LENGTH], or [LENGTH, WIDTH] transposed."""
-    mask = (inputs < LENGTH)[:, None] & (outputs < WIDTH)[None, :]
+    mask = (inputs < LENGTH)[:, None] & output_mask[None, :]
     if TRANSPOSED:
         at = (inputs * WIDTH)[:, None] + outputs[None, :]
     else:
@@ -57,6 +77,8 @@ def grouped_gate_up_kernel(
     tile_slot,
     tile_start,
     tile_end,
+    tile_first,
+    tile_count,
     up,
     up_bias,
     intermediate,
@@ -80,23 +102,25 @@ def grouped_gate_up_kernel(
 ):
     """intermediate[i] = gate(up[slot of i] @ x[token of i]) for choices i in the order of the plan.
 
-    Grid: (M tiles, ceil(I / BLOCK_N)).
+    Grid: (M tiles * ceil(I / BLOCK_N),).
 
     Args:
         x: [T, H]; intermediate: [N, I], dtype of x, rows in the order of the plan; contiguous.
-        order, tile_slot, tile_start, tile_end: see `TilePlan`.
+        order, tile_slot, tile_start, tile_end, tile_first, tile_count: see `TilePlan`.
         up, up_bias: [S, 2I or I, H] or transposed, [S, 2I or I]; strides from slot to slot.
         alpha, limit: fp32, see `apply_gate`.
     """
-    slot = tl.load(tile_slot + tl.program_id(0)).to(tl.int64)
+    slot, row, end, block = _locate(
+        tile_slot, tile_start, tile_end, tile_first, tile_count, tl.cdiv(I, BLOCK_N)
+    )
     if slot < 0:
         return
-    rows = tl.load(tile_start + tl.program_id(0)) + tl.arange(0, BLOCK_M)
-    row_mask = rows < tl.load(tile_end + tl.program_id(0))
+    rows = row + tl.arange(0, BLOCK_M)
+    row_mask = rows < end
     tokens = tl.load(order + rows, mask=row_mask, other=0).to(tl.int64) // K
     x_rows = x + (tokens * H)[:, None]
     up += slot * up_stride
-    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = outputs < I
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     UP_OFFSET: tl.constexpr = 1 if INTERLEAVED else I
@@ -104,28 +128,27 @@ def grouped_gate_up_kernel(
 
     if TRANSPOSED and INTERLEAVED:
         # Gate and up lie side by side: one strip of 2 * BLOCK_N columns, parted at the end.
-        pairs = tl.program_id(1) * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
+        pairs = block * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for start in range(0, H, BLOCK_IN):
             inputs = start + tl.arange(0, BLOCK_IN)
             x_mask = row_mask[:, None] & (inputs < H)[None, :]
             a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0)
-            b = _load_weights(up, inputs, pairs, H, WIDTH, TRANSPOSED)
+            b = _load_weights(up, inputs, pairs, pairs < WIDTH, H, WIDTH, TRANSPOSED)
             both = tl.dot(a, b, both, input_precision="ieee")
         gate, value = tl.split(tl.reshape(both, [BLOCK_M, BLOCK_N, 2]))
     else:
-        # Outputs past I wrap around to others that exist, and are not stored.
-        within = tl.where(mask, outputs, 0)
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         value = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, H, BLOCK_IN):
             inputs = start + tl.arange(0, BLOCK_IN)
             x_mask = row_mask[:, None] & (inputs < H)[None, :]
             a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0)
-            b = _load_weights(up, inputs, within * STEP, H, WIDTH, TRANSPOSED)
+            b = _load_weights(up, inputs, outputs * STEP, mask, H, WIDTH, TRANSPOSED)
             gate = tl.dot(a, b, gate, input_precision="ieee")
             if HAS_GATE:
-                b = _load_weights(up, inputs, within * STEP + UP_OFFSET, H, WIDTH, TRANSPOSED)
+                places = outputs * STEP + UP_OFFSET
+                b = _load_weights(up, inputs, places, mask, H, WIDTH, TRANSPOSED)
                 value = tl.dot(a, b, value, input_precision="ieee")
 
     if HAS_BIAS:
@@ -149,6 +172,8 @@ def grouped_down_kernel(
     tile_slot,
     tile_start,
     tile_end,
+    tile_first,
+    tile_count,
     down,
     down_bias,
     y,
@@ -164,30 +189,32 @@ def grouped_down_kernel(
 ):
     """y[order[i]] = down[slot of i] @ intermediate[i]; rows of choices without a slot stay.
 
-    Grid: (M tiles, ceil(H / BLOCK_N)).
+    Grid: (M tiles * ceil(H / BLOCK_N),).
 
     Args:
         intermediate: [N, I], rows in the order of the plan; y: [N, H], same dtype, contiguous.
-        order, tile_slot, tile_start, tile_end: see `TilePlan`.
+        order, tile_slot, tile_start, tile_end, tile_first, tile_count: see `TilePlan`.
         down, down_bias: [S, H, I] or transposed, [S, H]; strides from slot to slot.
     """
-    slot = tl.load(tile_slot + tl.program_id(0)).to(tl.int64)
+    slot, row, end, block = _locate(
+        tile_slot, tile_start, tile_end, tile_first, tile_count, tl.cdiv(H, BLOCK_N)
+    )
     if slot < 0:
         return
-    rows = tl.load(tile_start + tl.program_id(0)) + tl.arange(0, BLOCK_M)
-    row_mask = rows < tl.load(tile_end + tl.program_id(0))
+    rows = row + tl.arange(0, BLOCK_M)
+    row_mask = rows < end
     choices = tl.load(order + rows, mask=row_mask, other=0).to(tl.int64)
     a_rows = intermediate + (rows.to(tl.int64) * I)[:, None]
     down += slot * down_stride
-    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = outputs < H
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, I, BLOCK_IN):
         inputs = start + tl.arange(0, BLOCK_IN)
         a_mask = row_mask[:, None] & (inputs < I)[None, :]
         a = tl.load(a_rows + inputs[None, :], mask=a_mask, other=0.0)
-        b = _load_weights(down, inputs, outputs, I, H, TRANSPOSED)
+        b = _load_weights(down, inputs, outputs, mask, I, H, TRANSPOSED)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    mask = outputs < H
     if HAS_BIAS:
         bias = tl.load(down_bias + slot * bias_stride + outputs, mask=mask, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -216,7 +243,7 @@ def launch_grouped(
     config = gate_up_config(rows, x.element_size(), has_gate=form.has_gate)
     up_bias = bank.up if bank.up_bias is None else bank.up_bias
     has_bias = bank.up_bias is not None
-    grouped_gate_up_kernel[(tiles, ceil_div(inner, config.block_n))](
+    grouped_gate_up_kernel[(tiles * ceil_div(inner, config.block_n),)](
         x,
         *plan,
         bank.up,
@@ -233,7 +260,7 @@ def launch_grouped(
     )
     config = down_config(rows, x.element_size())
     down_bias = bank.down if bank.down_bias is None else bank.down_bias
-    grouped_down_kernel[(tiles, ceil_div(hidden, config.block_n))](
+    grouped_down_kernel[(tiles * ceil_div(hidden, config.block_n),)](
         intermediate,
         *plan,
         bank.down,

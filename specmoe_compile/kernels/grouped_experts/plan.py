@@ -10,20 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_mlp.config import ceil_div
-
 
 class TilePlan(NamedTuple):
     """Tiles of choices that share a slot.
 
     `order`: [N] int64, choices sorted by slot, equal ones in their old order. Tile m holds the
-    choices order[start[m]:end[m]] of slot slot[m], each [M] int32; slot -1 marks a tile not needed.
+    choices order[start[m]:end[m]] of slot slot[m], whose tiles are first[m] .. first[m] + count[m].
+    All but `order` are [M] int32; slot -1 marks a tile that is not needed.
     """
 
     order: Tensor
     slot: Tensor
     start: Tensor
     end: Tensor
+    first: Tensor
+    count: Tensor
 
 
 def max_tiles(choices: int, slots: int, block_m: int) -> int:
@@ -50,16 +51,9 @@ def plan_tiles(slots: Tensor, num_slots: int, block_m: int) -> TilePlan:
     slot = torch.searchsorted(tiles_end, numbers, right=True)
     needed = slot < num_slots
     slot = slot.clamp(max=num_slots - 1)
-    start = offsets[slot] + (numbers - tiles_end[slot] + tiles[slot]) * block_m
+    count = tiles[slot]
+    first = tiles_end[slot] - count
+    start = offsets[slot] + (numbers - first) * block_m
     end = torch.minimum(start + block_m, offsets[slot + 1])
-    return TilePlan(
-        order,
-        torch.where(needed, slot, -1).to(torch.int32),
-        start.to(torch.int32),
-        end.to(torch.int32),
-    )
-
-
-def count_tiles(counts: list[int], block_m: int) -> int:
-    """Tiles that are needed for slots with these many choices."""
-    return sum(ceil_div(count, block_m) for count in counts)
+    slot = torch.where(needed, slot, -1)
+    return TilePlan(order, *(column.to(torch.int32) for column in (slot, start, end, first, count)))

@@ -1,0 +1,42 @@
+"""Launches of `correct_experts` for a model's shape; the compiled kernels are those of decode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from specmoe_compile.kernels.compile_spec import CompileSpec, ModelShape
+from specmoe_compile.kernels.expert_mlp.config import gate_up_config
+from specmoe_compile.kernels.expert_mlp.variants import (
+    SLOT_BYTES,
+    down_spec,
+    gate_up_spec,
+    gate_up_traffic,
+)
+
+
+def compile_specs(shape: ModelShape) -> list[CompileSpec]:
+    """One token, one expert of which arrived late."""
+    gate_up = gate_up_spec(shape, 1, op="correct_experts")
+    config = gate_up_config(
+        shape.intermediate,
+        shape.hidden,
+        shape.itemsize,
+        has_gate=shape.has_gate,
+        transposed=shape.transposed,
+    )
+    # Programs of choices that are not late read their slot and end.
+    traffic = gate_up_traffic(replace(shape, top_k=1), config, 1)
+    idle = (shape.top_k - 1) * SLOT_BYTES
+    traffic = replace(
+        traffic,
+        needed_bytes=traffic.needed_bytes + idle,
+        moved_bytes=traffic.moved_bytes + idle,
+        reread_bytes=traffic.reread_bytes + idle * (gate_up.grid[1] - 1),
+    )
+    return [
+        replace(gate_up, traffic=traffic, label="correct_experts gate_up T=1, 1 late"),
+        replace(
+            down_spec(shape, 1, op="correct_experts", late=1),
+            label="correct_experts down T=1, 1 late",
+        ),
+    ]
