@@ -26,8 +26,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=32, help="Tokens to generate.")] = 96,
     expert_cache: EXPERT_CACHE = "25%",
     record_mib: Annotated[
-        int, typer.Option(min=1, help="Size of one expert; the reference model has 256.")
-    ] = 3,
+        float, typer.Option(min=0.09, help="Size of one expert; the reference model has 256.")
+    ] = 3.0,
     memory_cap: Annotated[
         str, typer.Option(help="Memory limit of the comparison, where permitted.", metavar="SIZE")
     ] = "700MiB",
@@ -77,7 +77,7 @@ def demo(
     size_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     console.print(
         f"{size_bytes / 1e6:.0f} MB in {model}: the reference model, each expert widened to"
-        f" {record_mib} MiB without changing what it computes."
+        f" {record_mib:g} MiB without changing what it computes."
     )
 
     console.rule("2. Its experts go to disk, and it generates")
@@ -116,7 +116,7 @@ def repository_root() -> Path:
     return root
 
 
-def widened_model(root: Path, place: Path, record_mib: int, dtype: str = "float32") -> Path:
+def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "float32") -> Path:
     """Return the folder of the reference model with larger experts, made on the first call.
 
     Args:
@@ -131,11 +131,11 @@ def widened_model(root: Path, place: Path, record_mib: int, dtype: str = "float3
     checkpoint = root / "benchmarks" / "reference_model" / "checkpoint"
     with (checkpoint / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-    model = place / f"reference-{record_mib}mib-{dtype}-{digest}"
+    model = place / f"reference-{record_mib:g}mib-{dtype}-{digest}"
     if (model / "config.json").is_file():
         return model
     place.mkdir(parents=True, exist_ok=True)
-    needed = _DISK_COPIES * 256 * record_mib << 20
+    needed = int(_DISK_COPIES * 256 * record_mib * (1 << 20))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise SpecMoEError(
@@ -146,7 +146,7 @@ def widened_model(root: Path, place: Path, record_mib: int, dtype: str = "float3
     command += ["--record-mib", str(record_mib), "--dtype", dtype, "--no-verify"]
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise SpecMoEError(f"The reference model could not be widened to {record_mib} MiB.")
+        raise SpecMoEError(f"The reference model could not be widened to {record_mib:g} MiB.")
     return model
 
 

@@ -71,7 +71,6 @@ for command in (demo, generate, bench, pack, doctor):
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
     debug = "--debug" in arguments
-    logging.basicConfig(format="specmoe: %(message)s", level=logging.WARNING)
     if debug:
         logging.getLogger("specmoe_compile").setLevel(logging.DEBUG)
     try:
@@ -100,6 +99,7 @@ def _complain(message: str) -> None:
 
 def main() -> None:
     """Run the command line of this process."""
+    logging.basicConfig(format="specmoe: %(message)s", level=logging.WARNING)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -1,0 +1,195 @@
+"""`specmoe bench` and `specmoe generate` on a tiny checkpoint, arms as real processes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.cli.main import run
+from specmoe_compile.cli.measure.harness import (
+    ArmFailedError,
+    ArmInputError,
+    run_arms,
+    run_python,
+    run_worker,
+)
+from specmoe_compile.cli.measure.records import ArmJob
+from tests.cli.test_records import SCHEMA_KEYS
+from tests.helpers import save_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a byte tokenizer; its vocabulary holds bytes below 96."""
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    build_tokenizer(256).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("FIRST PROMPT: 1 + 1 =\n---\nSECOND")
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: Path, prompt_file: Path, tmp_path_factory: Any) -> dict[str, Any]:
+    """Two arms, two repeats, through the command line."""
+    folder = tmp_path_factory.mktemp("bench")
+    out = folder / "out.json"
+    arguments = ["--arms", "eager,cache", "--new-tokens", "9", "--repeats", "2"]
+    arguments += ["--prompt-file", str(prompt_file), "--store-dir", str(folder / "store")]
+    arguments += ["-O", "lowering=eager", "--expert-cache", "50%", "--threads", "1"]
+    arguments += ["--dtype", "float32", "--memory-cap", "4GiB", "--json", str(out)]
+    assert run(["bench", str(checkpoint), *arguments]) == 0
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_document_has_the_schema(result: dict[str, Any]) -> None:
+    assert result["schema"] == 1
+    assert {"commit", "machine", "versions", "model", "arms"} <= result.keys()
+    assert [arm["name"] for arm in result["arms"]] == ["eager", "cache"]
+    for arm in result["arms"]:
+        assert arm.keys() >= SCHEMA_KEYS
+        assert set(arm["tpot_ms"]) == {"p20", "p50", "p80"}
+        assert 0 < arm["tpot_ms"]["p20"] <= arm["tpot_ms"]["p50"] <= arm["tpot_ms"]["p80"]
+        assert re.fullmatch("[0-9a-f]{64}", arm["tokens_sha256"])
+        # two repeats of two prompts, 8 intervals each, 4 of them skipped
+        assert arm["samples"] == 16
+        assert arm["peak_rss_bytes"] > 1 << 20
+
+
+def test_the_cache_arm_gives_the_unmodified_models_tokens_and_counts(
+    result: dict[str, Any],
+) -> None:
+    eager, cache = result["arms"]
+    assert cache["tokens_sha256"] == eager["tokens_sha256"]
+    assert cache["compiled_graphs"] > 0
+    # two repeats of two prompts, 8 decode steps each, 3 layers
+    assert cache["decode_steps"] == 2 * 2 * 8 * 3
+    assert 0 < cache["hit_rate"] < 1
+    assert cache["demand_bytes"] > 0
+    assert cache["speculative_bytes"] == 0
+    assert cache["fast_tier_bytes"] > 0
+    assert (eager["policy"], cache["policy"]) == (None, "exact")
+    assert (eager["hit_rate"], eager["stall_ms"]) == (None, None)
+
+
+def test_the_document_names_the_model_but_no_folder(
+    result: dict[str, Any], checkpoint: Path
+) -> None:
+    assert (result["model"]["moe_layers"], result["model"]["top_k"]) == (3, 2)
+    assert result["prompts"]["count"] == 2
+    assert str(checkpoint.parent) not in json.dumps(result)
+
+
+def test_a_cache_that_is_too_small_ends_the_bench_with_its_sentence(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--arms", "cache", "--expert-cache", "1%", "--store-dir", str(tmp_path / "s")]
+    assert run(["bench", str(checkpoint), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("specmoe: expert_cache='1%'")
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: Path) -> None:
+    jobs = [
+        ArmJob(
+            arm=arm,
+            model=str(checkpoint),
+            prompts=[[5, 6]],
+            new_tokens=5,
+            warmup_tokens=3,
+            skip_tokens=0,
+            # no such precision of arithmetic: a bug's error, not a mistake with a sentence
+            dtype=dtype,
+            work_dir=str(tmp_path),
+        )
+        for arm, dtype in (("accelerate", "nonsense"), ("eager", "float32"))
+    ]
+    events: list[tuple[str, str]] = []
+    results = run_arms(
+        jobs,
+        repeats=1,
+        on_event=lambda job, repeat, event: events.append((job.arm, event["event"])),
+    )
+    assert results["accelerate"].error
+    assert results["accelerate"].runs == []
+    assert len(results["eager"].runs) == 1
+    assert events[-1] == ("eager", "finished")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_refuses_hands_its_sentence_on() -> None:
+    code = "import sys; print('noise\\nspecmoe: Not so.', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(ArmInputError, match=r"^Not so\.$"):
+        run_python(["-c", code])
+
+
+def test_a_process_that_is_killed_says_by_what() -> None:
+    with pytest.raises(ArmFailedError, match="SIGKILL"):
+        run_python(["-c", "import os; os.kill(os.getpid(), 9)"])
+
+
+def test_a_process_that_ends_silently_says_its_status() -> None:
+    with pytest.raises(ArmFailedError, match="status 3"):
+        run_python(["-c", "raise SystemExit(3)"])
+
+
+def test_logits_are_saved_for_every_step(checkpoint: Path, tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "logits.pt"
+    run_worker(
+        ArmJob(
+            arm="eager",
+            model=str(checkpoint),
+            prompts=[[5, 6], [7, 8, 9]],
+            new_tokens=5,
+            warmup_tokens=3,
+            skip_tokens=0,
+            work_dir=str(tmp_path),
+            save_logits=str(path),
+        )
+    )
+    logits = torch.load(path)
+    assert logits.shape == (2, 5, 96)
+    assert logits.dtype == torch.float32
+
+
+def test_generate_streams_the_unmodified_models_text(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(256)
+    ids = tokenizer("HELLO", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, 5:]
+    out = tmp_path / "out.json"
+    capsys.readouterr()
+    arguments = ["--prompt", "HELLO", "--max-new-tokens", "12", "--no-compile", "--store", "disk"]
+    arguments += ["--store-dir", str(tmp_path / "store"), "--expert-cache", "50%"]
+    assert run(["generate", str(checkpoint), *arguments, "--json", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "HELLO" + tokenizer.decode(expected) + "\n"
+    assert "12 tokens after a prompt of 5" in captured.err
+    result = json.loads(out.read_text())
+    assert result["tokens"] == expected.tolist()
+    assert result["stats"]["misses"] > 0
+    assert result["ttft_ms"] > 0
+
+
+def test_a_chat_prompt_needs_a_chat_template(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", str(checkpoint), "--prompt", "HI", "--chat"]) == 2
+    assert "chat template" in capsys.readouterr().err
