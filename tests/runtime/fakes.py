@@ -67,11 +67,11 @@ class ModuleSource:
 
     fingerprint = "0" * 64
     name = "modules"
-    source_files: dict[str, tuple[int, int]] = {}  # noqa: RUF012
 
     def __init__(self, layers: Sequence[ExpertsLayer], top_k: int) -> None:
         self.layers = tuple(layer.store_layer for layer in layers)
         self.top_k = top_k
+        self.source_files: dict[str, tuple[int, int]] = {}
         self._modules = [layer.module for layer in layers]
 
     def fill(self, layer: int, expert: int, record: Tensor) -> None:
