@@ -95,6 +95,7 @@ def _warn_once(message: str) -> None:
 
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
+    from specmoe_compile.calibration import use_calibration
     from specmoe_compile.passes.manager import SpeculationPass
     from specmoe_compile.runtime.session import Session, get_session
     from specmoe_compile.runtime.speculation import SpeculationConfig
@@ -105,7 +106,14 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         session.configure(SpeculationConfig.from_options(config))
     # A plain model's experts are all there: its LiveSession has nothing to prefetch.
     offloaded = all(isinstance(session, Session) for session in sessions)
-    return SpeculationPass.from_options(config, offloaded=offloaded)
+    poor: set[int] = set()
+    if config.default_vectors is not None and offloaded:
+        for session in sessions:
+            calibration = use_calibration(session, config.default_vectors)
+            poor.update(calibration.poor_layers(config.policy))
+    return SpeculationPass.from_options(
+        config, offloaded=offloaded, skip_layers=tuple(sorted(poor))
+    )
 
 
 def _lower(
@@ -147,4 +155,4 @@ def _lower_eager(
         graph_module.recompile()
         return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]
 
-    return aot_autograd(fw_compiler=compile_forward)(gm, list(example_inputs))  # type: ignore[no-any-return]
+    return aot_autograd(fw_compiler=compile_forward)(gm, list(example_inputs))

@@ -69,7 +69,7 @@ def calibrate(
         raise FileNotFoundError(f"The folder of --out {out} does not exist: create it first.")
 
     import torch
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     import specmoe_compile
     from specmoe_compile.calibration import calibrate as run

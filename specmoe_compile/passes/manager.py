@@ -50,7 +50,11 @@ PASSES: tuple[Pass, ...] = (
 
 
 def run_passes(
-    gm_or_graph: GraphModule | Graph, config: PassConfig, *, check_each: bool | None = None
+    gm_or_graph: GraphModule | Graph,
+    config: PassConfig,
+    *,
+    check_each: bool | None = None,
+    plan: SpeculationPlan | None = None,
 ) -> PipelineReport:
     """Rewrite an aten graph in place; a second run finds nothing to do.
 
@@ -59,6 +63,7 @@ def run_passes(
         config: options.
         check_each: check invariants after every pass and not only at the end; None checks when
             debug logging is on.
+        plan: filled in with what the passes found and made, for callers that watch its nodes.
 
     Returns:
         What was done, and why what was not done.
@@ -72,7 +77,8 @@ def run_passes(
     report.reason = _why_not(graph, config)
     if report.reason is None:
         debugging = log.isEnabledFor(logging.DEBUG)
-        _run(graph, config, report, debugging if check_each is None else check_each)
+        check_each = debugging if check_each is None else check_each
+        _run(graph, config, report, SpeculationPlan() if plan is None else plan, check_each)
     report.nodes_after = len(graph.nodes)
     report.elapsed_ms = _ms_since(started)
     log.info("%s", report)
@@ -90,10 +96,15 @@ def _why_not(graph: Graph, config: PassConfig) -> str | None:
     return None
 
 
-def _run(graph: Graph, config: PassConfig, report: PipelineReport, check_each: bool) -> None:
+def _run(
+    graph: Graph,
+    config: PassConfig,
+    report: PipelineReport,
+    plan: SpeculationPlan,
+    check_each: bool,
+) -> None:
     _trace("specmoe_before_passes", graph)
     aliases = output_aliases(graph)
-    plan = SpeculationPlan()
     for run in PASSES:
         started = time.perf_counter()
         done = run(graph, config, plan)
