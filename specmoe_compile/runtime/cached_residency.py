@@ -99,7 +99,7 @@ class CachedResidency(Residency):
             else:
                 step.waiting[expert] = entry.read
                 step.places[expert] = slot
-                stats.late_prefetches += 1
+                stats.late_prefetches += entry.speculative
         stats.steps += 1
         stats.hits += len(plan.hits)
         if plan.fills or plan.bypassed:

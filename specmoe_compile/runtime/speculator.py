@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -131,11 +131,13 @@ class Speculator:
         commits = config.policy == "commit"
         prediction = _Prediction(number, rows, weights.clone() if commits else None)
         self._predictions[layer] = prediction
-        if config.auto_off and not self.gates[layer].admits():
-            # Recall is measured all the same; a step that would commit is exact meanwhile.
-            prediction.weights = None
+        # What is committed to is never read in vain; and off, a step would have to be exact.
+        if config.auto_off and not commits and not self.gates[layer].admits():
             return number
-        experts = _by_weight(rows, weights, config.prefetch_width, self._runners[layer].num_experts)
+        # A miss below the threshold would not be fetched.
+        floor = config.default_vector_threshold if config.policy == "default_vector" else None
+        experts = _by_weight(rows, weights.tolist(), config.prefetch_width, floor)
+        experts = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
         prediction.issued = self.residency.prefetch(
             layer, experts, budget_bytes=config.prefetch_budget_bytes
         )
@@ -156,12 +158,13 @@ class Speculator:
             return state.number
         rows: list[list[int]] = ids.tolist()
         wanted = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        commits = self.config.policy == "commit"
         known = prediction is not None and number in (prediction.number, _CURRENT)
         if prediction is not None and known and len(prediction.rows) == tokens:
             self._count_recall(layer, rows, prediction.rows)
-            if prediction.issued is not None and prediction.issued.reads:
+            if prediction.issued is not None and prediction.issued.reads and not commits:
                 self.gates[layer].measure(*self._gain(layer, prediction, set(wanted)))
-            if self.config.policy == "commit" and prediction.weights is not None:
+            if commits and prediction.weights is not None:
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
                 return state.number
@@ -305,18 +308,28 @@ class Speculator:
 
 
 def _by_weight(
-    rows: Sequence[Sequence[int]], weights: Tensor, width: int | None, num_experts: int
+    rows: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    width: int | None,
+    floor: float | None,
 ) -> list[int]:
-    """Return the predicted experts, the most wanted ones (by weight over all tokens) first."""
+    """Return the predicted experts, the most wanted ones (by weight over all tokens) first.
+
+    Args:
+        rows: [T][P] experts.
+        weights: [T][P].
+        width: experts per token that count, the heaviest; None: all.
+        floor: leave out experts whose weight is below it for each token; None: none.
+    """
     total: dict[int, float] = {}
-    for experts, shares in zip(rows, weights.tolist(), strict=True):
-        pairs: Iterable[tuple[int, float]] = zip(experts, shares, strict=True)
-        if width is not None and width < len(experts):
-            pairs = sorted(pairs, key=lambda pair: -pair[1])[:width]
-        for expert, share in pairs:
-            if 0 <= expert < num_experts:
-                total[expert] = total.get(expert, 0.0) + share
-    return sorted(total, key=lambda expert: -total[expert])
+    heaviest: dict[int, float] = {}
+    for experts, shares in zip(rows, weights, strict=True):
+        pairs = sorted(zip(experts, shares, strict=True), key=lambda pair: -pair[1])
+        for expert, share in pairs[:width]:
+            total[expert] = total.get(expert, 0.0) + share
+            heaviest[expert] = max(share, heaviest.get(expert, share))
+    chosen = [e for e in total if floor is None or heaviest[e] >= floor]
+    return sorted(chosen, key=lambda expert: -total[expert])
 
 
 def _count_missing(ids: Tensor, executed: Tensor) -> int:

@@ -319,6 +319,27 @@ def test_commit_with_true_weights_renormalises_what_was_predicted(session: Sessi
     assert 2 not in {e for _, e in reads(session)}
 
 
+def test_default_vector_policy_does_not_prefetch_what_it_would_not_fetch(session: Session) -> None:
+    session.configure(Config(policy="default_vector", default_vector_threshold=0.3))
+    session.start_prefetch(
+        0, torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.9, 0.1], [0.7, 0.3]])
+    )
+    session.start_prefetch(
+        1, torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]])
+    )
+    assert [layer.prefetches for layer in session.stats.layers] == [3, 2, 0]
+
+
+def test_commit_is_never_turned_off() -> None:
+    with make_session("one_token") as session:
+        session.configure(Config(policy="commit"))
+        for token in range(3 * TRIAL_STEPS):
+            batch = token_batch(token, 1)
+            wrong = predict("wrong", batch, random.Random(0))
+            out = step(session, 0, batch, session.start_prefetch(0, *wrong))
+            assert torch.equal(out, reference(MODULES[0], batch[0], *wrong))
+
+
 def test_commit_without_a_prediction_is_exact(session: Session) -> None:
     session.configure(Config(policy="commit"))
     batch = token_batch(0, 1)
