@@ -7,11 +7,11 @@
 
 Phases, each with its own result in `benchmarks/results/end_to_end_*.json`:
 
-- disk     what `specmoe doctor` measures, before and after the timing
-- timing   time per token of every arm, interleaved, disk arms under a memory cap
+- timing   time per token of every arm, interleaved, disk arms under a memory cap; what
+           `specmoe doctor` measures, before and after
 - tokens   greedy tokens and logits of many prompts, against the unmodified model
 - startup  time to the first token of a first and of a second process
-- report   writes docs/results/end_to_end.md from those files, and says what holds
+- report   writes docs/results/end_to_end.md and the README's table, and says what holds
 
 Run it on a machine that does nothing else: the load average is in every result.
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.end_to_end_report import write_report
+from benchmarks.end_to_end_report import write_readme_section, write_report
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
@@ -326,7 +326,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"== {name}, {dtype}", flush=True)
                     run(plan, dtype)
         if "report" in arguments.only:
-            return 0 if write_report(plan.results, arguments.report) else 1
+            holds = write_report(plan.results, arguments.report)
+            if arguments.report == REPORT:
+                write_readme_section(plan.results, repository_root() / "README.md")
+            return 0 if holds else 1
     except Exception as error:
         known = user_error_or_none(error)
         if known is None:

@@ -17,6 +17,9 @@ ACCELERATE_FACTOR = 10.0
 DISK_SHARE = 0.85
 RESIDENT_FACTOR = 1.5
 STARTUP_FACTOR = 0.5
+README_START = "<!-- measured: written by python -m benchmarks.end_to_end --only report -->"
+README_END = "<!-- /measured -->"
+README_LEAVES_OUT = ("p20..p80", "while stalled", "stall/token")
 LOGIT_TOLERANCE = 0.05
 """Of the logits' range (largest minus smallest of a step): bfloat16 keeps 8 bits, so one rounding
 is 0.4 %, and eight layers of two blocks add up a few of them."""
@@ -63,6 +66,41 @@ def write_report(results: Path, report: Path) -> bool:
     for claim in claims:
         print(f"{'ok ' if claim.holds else 'NOT'} {claim.text}: {claim.measured}")
     return all(claim.holds for claim in claims)
+
+
+def write_readme_section(results: Path, readme: Path) -> None:
+    """Put the table of time per token between the marks in the README.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    parts: list[str] = []
+    for dtype in DTYPES:
+        path = results / f"end_to_end_timing_{dtype}.json"
+        if not path.is_file():
+            continue
+        timing = json.loads(path.read_text(encoding="utf-8"))
+        keep = [name for name in BENCH_HEAD if name not in README_LEAVES_OUT]
+        rows = [dict(zip(BENCH_HEAD, row, strict=True)) for row in bench_rows(timing["arms"])]
+        model, machine = timing["model"], timing["machine"]
+        parts.append(
+            f"The reference model in {dtype}, {model['expert_bytes'] / 1e6:.0f} MB of experts,"
+            f" {machine['cores']} cores ({machine['cpu']}), commit"
+            f" {str(timing['commit'])[:12]}:\n\n"
+            + markdown_table(keep, [[row[name] for name in keep] for row in rows])
+        )
+    if not parts:
+        return
+    parts.append(
+        "How, what else, and what must hold: [docs/results/end_to_end.md]"
+        "(docs/results/end_to_end.md)."
+    )
+    text = readme.read_text(encoding="utf-8")
+    start, end = text.find(README_START), text.find(README_END)
+    if not 0 <= start < end:
+        raise ValueError(f"{readme.name} has no marks {README_START} and {README_END}.")
+    body = "\n\n".join(parts)
+    readme.write_text(f"{text[:start]}{README_START}\n{body}\n{text[end:]}", encoding="utf-8")
 
 
 def timing_claims(timing: Mapping[str, Any], dtype: str) -> list[Claim]:

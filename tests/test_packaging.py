@@ -1,0 +1,131 @@
+"""The distribution: entry points, light import, and a Makefile that a newcomer can type."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import specmoe_compile
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh process outside of the repository and return what it prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def test_backend_is_found_without_importing_the_package() -> None:
+    assert run_python("import torch; print('specmoe' in torch._dynamo.list_backends(None))") == (
+        "True"
+    )
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, specmoe_compile;"
+        "print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from specmoe_compile.cli.main import run; run(['bench', '--help']);"
+        "print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_console_script_and_backend_are_declared() -> None:
+    points = importlib.metadata.distribution("specmoe-compile").entry_points
+    found = {(point.group, point.name): point.value for point in points}
+    assert found["console_scripts", "specmoe"] == "specmoe_compile.cli.main:main"
+    assert found["torch_dynamo_backends", "specmoe"] == "specmoe_compile.backend:specmoe"
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == specmoe_compile.__version__
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in specmoe_compile.__all__:
+        assert getattr(specmoe_compile, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = specmoe_compile.nonsense
+
+
+def test_package_is_typed() -> None:
+    assert (ROOT / "specmoe_compile" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("demo", "specmoe demo"),
+        ("test", 'pytest -m "not slow and not gpu"'),
+        ("check", "mypy"),
+        ("bench", "benchmarks.end_to_end --quick"),
+        ("publish", "benchmarks.end_to_end"),
+    ],
+)
+def test_make_targets_set_up_an_environment_first(
+    target: str, command: str, tmp_path: Path
+) -> None:
+    """What a fresh clone would run: the environment, then the command."""
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    arguments = ["make", "--dry-run", target]
+    done = subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, text=True)
+    setup = done.stdout.index("-m venv .venv")
+    install = done.stdout.index("pip install")
+    assert setup < install < done.stdout.index(command)
+
+
+def test_an_environment_that_is_there_is_not_set_up_again(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    arguments = ["make", "--dry-run", "test"]
+    done = subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "pip install" not in done.stdout
+
+
+def test_continuous_integration_runs_make_check() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make check" in script.read_text()
+
+
+def test_readme_links_lead_to_files() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if "://" not in target:
+                assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def test_readme_names_every_compile_option() -> None:
+    from dataclasses import fields
+
+    text = (ROOT / "README.md").read_text()
+    for option in fields(specmoe_compile.CompileOptions):
+        assert f"`{option.name}`" in text
