@@ -177,7 +177,7 @@ def test_report_and_readme_are_written_from_the_files(tmp_path: Path) -> None:
     path = results / "end_to_end_timing_float32.json"
     path.write_text(json.dumps(timing_of(arms_of())))
     report, readme = tmp_path / "report.md", tmp_path / "README.md"
-    readme.write_text(f"before\n{README_START}\nold\n{README_END}\nafter\n")
+    readme.write_text(f"before\n{README_START}\nSTALE\n{README_END}\nafter\n")
     assert write_report(results, report)
     write_readme_section(results, readme)
     text = report.read_text()
@@ -186,7 +186,7 @@ def test_report_and_readme_are_written_from_the_files(tmp_path: Path) -> None:
     shown = readme.read_text()
     assert shown.startswith("before\n")
     assert shown.endswith(f"{README_END}\nafter\n")
-    assert "old" not in shown
+    assert "STALE" not in shown
     assert "| accelerate | 900.0 | 1.00x |" in shown
 
 
