@@ -83,6 +83,7 @@ def down_config(
         return GemvConfig(
             block_k=block_k, block_out=64 // itemsize, block_in=block_in, num_stages=5
         )
-    block_in = _row_block(intermediate, itemsize, 512)
-    block_out = max(1, _STAGE_BYTES // itemsize // block_in // block_k)
+    # The intermediate is read again by every program: the more outputs of one program, the less.
+    block_in = _row_block(intermediate, itemsize, 256 if block_k >= 8 else 512)
+    block_out = max(1, 2 * _STAGE_BYTES // itemsize // block_in // block_k)
     return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)

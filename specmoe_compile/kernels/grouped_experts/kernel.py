@@ -52,6 +52,15 @@ def _locate(tile_slot, tile_start, tile_end, tile_first, tile_count, BLOCKS: tl.
 
 
 @triton.jit
+def _tile_mask(row_mask, inputs, LENGTH: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """Mask of a tile [rows, inputs]; a LENGTH that the blocks divide costs nothing."""
+    if LENGTH % BLOCK_IN == 0:
+        return row_mask[:, None] & (inputs >= 0)[None, :]
+    else:
+        return row_mask[:, None] & (inputs < LENGTH)[None, :]
+
+
+@triton.jit
 def _load_weights(
     weights,
     inputs,
@@ -60,9 +69,10 @@ def _load_weights(
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):
     """Tile [inputs, outputs] of a matrix that is [WIDTH, LENGTH], or [LENGTH, WIDTH] transposed."""
-    mask = (inputs < LENGTH)[:, None] & output_mask[None, :]
+    mask = tl.trans(_tile_mask(output_mask, inputs, LENGTH, BLOCK_IN))
     if TRANSPOSED:
         at = (inputs * WIDTH)[:, None] + outputs[None, :]
     else:
@@ -132,9 +142,9 @@ def grouped_gate_up_kernel(
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for start in range(0, H, BLOCK_IN):
             inputs = start + tl.arange(0, BLOCK_IN)
-            x_mask = row_mask[:, None] & (inputs < H)[None, :]
+            x_mask = _tile_mask(row_mask, inputs, H, BLOCK_IN)
             a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0)
-            b = _load_weights(up, inputs, pairs, pairs < WIDTH, H, WIDTH, TRANSPOSED)
+            b = _load_weights(up, inputs, pairs, pairs < WIDTH, H, WIDTH, TRANSPOSED, BLOCK_IN)
             both = tl.dot(a, b, both, input_precision="ieee")
         gate, value = tl.split(tl.reshape(both, [BLOCK_M, BLOCK_N, 2]))
     else:
@@ -142,13 +152,13 @@ def grouped_gate_up_kernel(
         value = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, H, BLOCK_IN):
             inputs = start + tl.arange(0, BLOCK_IN)
-            x_mask = row_mask[:, None] & (inputs < H)[None, :]
+            x_mask = _tile_mask(row_mask, inputs, H, BLOCK_IN)
             a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0)
-            b = _load_weights(up, inputs, outputs * STEP, mask, H, WIDTH, TRANSPOSED)
+            b = _load_weights(up, inputs, outputs * STEP, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
             gate = tl.dot(a, b, gate, input_precision="ieee")
             if HAS_GATE:
                 places = outputs * STEP + UP_OFFSET
-                b = _load_weights(up, inputs, places, mask, H, WIDTH, TRANSPOSED)
+                b = _load_weights(up, inputs, places, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
                 value = tl.dot(a, b, value, input_precision="ieee")
 
     if HAS_BIAS:
@@ -211,9 +221,9 @@ def grouped_down_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, I, BLOCK_IN):
         inputs = start + tl.arange(0, BLOCK_IN)
-        a_mask = row_mask[:, None] & (inputs < I)[None, :]
+        a_mask = _tile_mask(row_mask, inputs, I, BLOCK_IN)
         a = tl.load(a_rows + inputs[None, :], mask=a_mask, other=0.0)
-        b = _load_weights(down, inputs, outputs, mask, I, H, TRANSPOSED)
+        b = _load_weights(down, inputs, outputs, mask, I, H, TRANSPOSED, BLOCK_IN)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if HAS_BIAS:
         bias = tl.load(down_bias + slot * bias_stride + outputs, mask=mask, other=0.0)
