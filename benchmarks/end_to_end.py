@@ -7,9 +7,9 @@
 
 Phases, each with its own result in `benchmarks/results/end_to_end_*.json`:
 
+- tokens   greedy tokens and logits of many prompts, against the unmodified model
 - timing   time per token of every arm, interleaved, disk arms under a memory cap; what
            `specmoe doctor` measures, before and after
-- tokens   greedy tokens and logits of many prompts, against the unmodified model
 - startup  time to the first token of a first and of a second process
 - report   writes docs/results/end_to_end.md and the README's table, and says what holds
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ NEW_TOKENS = 64
 PROMPT_TOKENS = 64
 TIMING_ARMS = ("accelerate", "accelerate_auto", "on_demand", "cache", "eager", "resident")
 TOKEN_ARMS = ("eager", "on_demand", "cache", "resident")
-PHASES = ("timing", "tokens", "startup", "report")
+PHASES = ("tokens", "timing", "startup", "report")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -116,6 +117,8 @@ def run_timing(plan: Plan, dtype: str) -> None:
     """Time per token of every arm, the disk measured before and after."""
     model, store_dir = plan.model(dtype), plan.store_dir(dtype)
     prompts = held_out_prompts(1)
+    # Packed anew, so that the memory which packing needs is measured too.
+    shutil.rmtree(store_dir, ignore_errors=True)
 
     def disk() -> dict[str, Any]:
         return examine(plan.place, RECORD_MIB << 20, 512 << 20, 3.0)
@@ -312,8 +315,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = Plan(arguments)
     quiet_transformers()
     phases: dict[str, Callable[[Plan, str], None]] = {
-        "timing": run_timing,
+        # First, so that the timing under the cap finds its graphs compiled: a compiler beside the
+        # model does not fit under it.
         "tokens": run_tokens,
+        "timing": run_timing,
         "startup": run_startup,
     }
     try:

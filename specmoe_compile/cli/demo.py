@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json as json_module
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "floa
         dtype: "float32" or "bfloat16".
 
     Raises:
-        SpecMoEError: there is no room, or this size is not possible.
+        ValueError: this size is not possible.
+        SpecMoEError: there is no room.
     """
     checkpoint = root / "benchmarks" / "reference_model" / "checkpoint"
     with (checkpoint / "model.safetensors").open("rb") as file:
@@ -134,6 +136,7 @@ def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "floa
     model = place / f"reference-{record_mib:g}mib-{dtype}-{digest}"
     if (model / "config.json").is_file():
         return model
+    _check_record(checkpoint, record_mib, dtype)
     place.mkdir(parents=True, exist_ok=True)
     needed = int(_DISK_COPIES * 256 * record_mib * (1 << 20))
     free = shutil.disk_usage(place).free
@@ -148,6 +151,19 @@ def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "floa
     if done.returncode != 0:
         raise SpecMoEError(f"The reference model could not be widened to {record_mib:g} MiB.")
     return model
+
+
+def _check_record(checkpoint: Path, record_mib: float, dtype: str) -> None:
+    """Raise `ValueError` unless the size is that of an expert times a power of two."""
+    config = json_module.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    item_bytes = 4 if dtype == "float32" else 2
+    smallest = 3 * config["hidden_size"] * config["moe_intermediate_size"] * item_bytes
+    copies, rest = divmod(record_mib * (1 << 20), smallest)
+    if rest or copies < 1 or int(copies) & (int(copies) - 1):
+        raise ValueError(
+            f"--record-mib {record_mib:g} is not possible: give {smallest / (1 << 20):g} times a"
+            " power of two, such as 0.75, 1.5, 3 or 6."
+        )
 
 
 def _generate(

@@ -1,0 +1,67 @@
+"""`specmoe demo`: the model is made once, and the whole path runs on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specmoe_compile.cli import demo
+from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.main import run
+from specmoe_compile.errors import SpecMoEError
+
+SMALLEST_MIB = 3 * 128 * 64 * 4 / (1 << 20)  # an expert of the reference model in float32
+
+
+def test_the_widened_model_is_made_once(tmp_path: Path) -> None:
+    folder = widened_model(repository_root(), tmp_path, SMALLEST_MIB)
+    shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert any(path.suffix == ".safetensors" for path in shards)
+    assert widened_model(repository_root(), tmp_path, SMALLEST_MIB) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
+
+
+@pytest.mark.parametrize("record_mib", ["1", "0.1", "5"])
+def test_an_impossible_size_is_one_sentence(
+    record_mib: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["demo", "--record-mib", record_mib, "--folder", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"specmoe: --record-mib {record_mib} is not possible")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_room_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(SpecMoEError, match="MiB free"):
+        widened_model(repository_root(), tmp_path, 3 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_repository_the_demo_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "specmoe_compile" / "cli" / "demo.py"))
+    with pytest.raises(SpecMoEError, match="make demo in a clone"):
+        repository_root()
+
+
+@pytest.mark.slow
+def test_the_whole_demo_gives_the_unmodified_models_tokens(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--record-mib", str(SMALLEST_MIB), "--new-tokens", "32", "--json", str(out)]
+    assert run(["demo", "--folder", str(tmp_path / "demo"), *arguments]) == 0
+    captured = capfd.readouterr()
+    assert "class Stack:" in captured.out
+    assert "32 of 32 tokens equal the unmodified model's" in captured.out
+    result = json.loads(out.read_text())
+    assert result["differing_tokens"] == 0
+    assert [arm["name"] for arm in result["arms"]] == ["accelerate", "cache", "eager"]
+    assert result["failed"] == {}
+    streamed = result["streamed"]
+    assert len(streamed["tokens"]) == 32
+    assert streamed["compile_s"] > 0
+    assert streamed["stats"]["store"] == "disk"
