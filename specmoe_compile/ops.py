@@ -21,7 +21,7 @@ from torch.fx.node import has_side_effect
 
 from specmoe_compile.runtime.session import get_session
 
-_LIBRARY = torch.library.Library("specmoe", "DEF")
+_LIBRARY = torch.library.Library("specmoe", "DEF")  # type: ignore[no-untyped-call]
 
 _SCHEMAS = {
     "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
@@ -42,7 +42,7 @@ _SCHEMAS = {
     ),
 }
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
 
 
 def _check_routing(op: str, ids: Tensor, weights: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Running experts on the CPU, one expert's tokens at a time.
 
 Numerics are those of Hugging Face's `grouped_mm_experts_forward`: the same matrix products per
-expert, the module's own gate, activation and norm, then `(y * weights).sum` over K. Each expert's
+expert, the module's own gate, activation and norm, then `(y * weights).sum` over K. (Large experts
+on a single token: the same products, summed in another order, see `cpu_kernels`.) Each expert's
 rows are computed by themselves and the sum has a fixed order, so that the result does not depend on
 which experts were there first.
 
@@ -12,12 +13,13 @@ N tokens of one expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.runtime.cpu_kernels import OneToken, one_token_kernel_or_none
 from specmoe_compile.runtime.layout import ExpertLayout
 
 
@@ -41,6 +43,7 @@ class ExpertRunner:
         "_is_transposed",
         "_layout",
         "_norm",
+        "_one_token",
         "_up_name",
         "dtype",
         "hidden_size",
@@ -63,6 +66,7 @@ class ExpertRunner:
         down = next(s.shape for s in layout.tensors if s.name == "down_proj")
         self.hidden_size = down[1] if self._is_transposed else down[0]
         self.num_experts = num_experts
+        self._one_token: OneToken | Literal["unknown"] | None = "unknown"
 
     def check_ids(self, experts: Sequence[int]) -> None:
         """Raise `SpecMoEError` when an expert number is outside 0..E-1."""
@@ -85,6 +89,9 @@ class ExpertRunner:
     def run(self, weights: ExpertWeights, x: Tensor) -> Tensor:
         """Unweighted output of one expert: [N, H] -> [N, H], in the weights' dtype."""
         up, up_bias, down, down_bias = weights
+        if x.shape[0] == 1 and (kernel := self._kernel_or_none(weights)) is not None:
+            out = kernel(x[0], up.t(), up_bias, down.t(), down_bias).unsqueeze(0)
+            return out if self._norm is None else self._norm(out)
         hidden = torch.mm(x, up)
         if up_bias is not None:
             hidden.add_(up_bias)
@@ -92,6 +99,14 @@ class ExpertRunner:
         if down_bias is not None:
             out.add_(down_bias)
         return out if self._norm is None else self._norm(out)
+
+    def _kernel_or_none(self, weights: ExpertWeights) -> OneToken | None:
+        if self._one_token == "unknown":
+            up, up_bias, down, down_bias = weights
+            self._one_token = one_token_kernel_or_none(
+                self._gate, up.t(), up_bias, down.t(), down_bias
+            )
+        return self._one_token
 
 
 class Routing:
