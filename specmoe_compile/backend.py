@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,8 +103,6 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
 
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
-    for session in sessions:
-        session.configure(SpeculationConfig.from_options(config))
     # A plain model's experts are all there: its LiveSession has nothing to prefetch.
     offloaded = all(isinstance(session, Session) for session in sessions)
     poor: set[int] = set()
@@ -111,9 +110,11 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         for session in sessions:
             calibration = use_calibration(session, config.default_vectors)
             poor.update(calibration.poor_layers(config.policy))
-    return SpeculationPass.from_options(
-        config, offloaded=offloaded, skip_layers=tuple(sorted(poor))
-    )
+    if config.skip_layers == "auto":
+        config = replace(config, skip_layers=tuple(sorted(poor)))
+    for session in sessions:
+        session.configure(SpeculationConfig.from_options(config))
+    return SpeculationPass.from_options(config, offloaded=offloaded)
 
 
 def _lower(

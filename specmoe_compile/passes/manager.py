@@ -148,15 +148,9 @@ class SpeculationPass(CustomGraphPass):
         self.reports: list[PipelineReport] = []
 
     @classmethod
-    def from_options(
-        cls,
-        options: CompileOptions,
-        *,
-        offloaded: bool = True,
-        skip_layers: tuple[int, ...] | None = None,
-    ) -> SpeculationPass:
+    def from_options(cls, options: CompileOptions, *, offloaded: bool = True) -> SpeculationPass:
         """Build the pass for a compile's options; see `PassConfig.from_options`."""
-        return cls(PassConfig.from_options(options, offloaded=offloaded, skip_layers=skip_layers))
+        return cls(PassConfig.from_options(options, offloaded=offloaded))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite one graph in place."""

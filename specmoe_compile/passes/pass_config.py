@@ -38,26 +38,20 @@ class PassConfig:
             raise ValueError(f"skip_layers={self.skip_layers}: expected MoE layer numbers >= 0")
 
     @classmethod
-    def from_options(
-        cls,
-        options: CompileOptions,
-        *,
-        offloaded: bool = True,
-        skip_layers: tuple[int, ...] | None = None,
-    ) -> PassConfig:
+    def from_options(cls, options: CompileOptions, *, offloaded: bool = True) -> PassConfig:
         """Take the fields of a compile's options.
 
         Args:
-            options: options of `torch.compile`.
+            options: options of `torch.compile`; `skip_layers="auto"`, if it was not resolved to
+                layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
-            skip_layers: what `skip_layers="auto"` was resolved to; None skips no layer.
         """
         given = options.skip_layers
         return cls(
             prefetch=options.prefetch and offloaded,
             lookahead=options.lookahead,
             prefetch_width=options.prefetch_width,
-            skip_layers=given if isinstance(given, tuple) else tuple(skip_layers or ()),
+            skip_layers=given if isinstance(given, tuple) else (),
             control=options.control,
         )
 

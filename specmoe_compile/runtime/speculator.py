@@ -164,11 +164,12 @@ class Speculator:
             self._count_recall(layer, rows, prediction.rows)
             if prediction.issued is not None and prediction.issued.reads and not commits:
                 self.gates[layer].measure(*self._gain(layer, prediction, set(wanted)))
-            if commits and prediction.weights is not None:
+            if commits and prediction.weights is not None and prediction.weights.numel():
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
                 return state.number
-        if self.config.policy == "default_vector":
+        # In a layer that never speculates every miss is fetched.
+        if self.config.policy == "default_vector" and layer not in self.config.skip_layers:
             self.residency.settle(layer, set(wanted))
             return state.number
         self._runners[layer].check_ids(wanted)
