@@ -340,10 +340,22 @@ def test_commit_is_never_turned_off() -> None:
             assert torch.equal(out, reference(MODULES[0], batch[0], *wrong))
 
 
-def test_commit_without_a_prediction_is_exact(session: Session) -> None:
+@pytest.mark.parametrize("width", [None, 0])
+def test_commit_without_a_prediction_is_exact(session: Session, width: int | None) -> None:
     session.configure(Config(policy="commit"))
-    batch = token_batch(0, 1)
-    assert torch.equal(step(session, 0, batch, 0), reference(MODULES[0], *batch))
+    batch = x, ids, weights = token_batch(0, 1)
+    ticket = 0
+    if width is not None:
+        ticket = session.start_prefetch(0, ids[:, :width], weights[:, :width])
+    assert torch.equal(step(session, 0, (x, ids, weights), ticket), reference(MODULES[0], *batch))
+
+
+def test_commit_to_fewer_experts_than_the_router_uses(session: Session) -> None:
+    session.configure(Config(policy="commit"))
+    batch = x, _, _ = token_batch(0, 1)
+    guess, share = torch.tensor([[6]]), torch.tensor([[0.7]])
+    out = step(session, 0, batch, session.start_prefetch(0, guess, share))
+    torch.testing.assert_close(out, reference(MODULES[0], x, guess, share))
 
 
 def test_default_vectors_are_learned_from_both_paths() -> None:
