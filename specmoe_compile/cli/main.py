@@ -15,8 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from specmoe_compile.cli.bench import bench
+from specmoe_compile.cli.calibrate import calibrate
 from specmoe_compile.cli.demo import demo
 from specmoe_compile.cli.doctor import doctor
+from specmoe_compile.cli.evaluate import evaluate
 from specmoe_compile.cli.generate import generate
 from specmoe_compile.cli.options import DEBUG
 from specmoe_compile.cli.output import sentence, user_error_or_none
@@ -64,8 +66,9 @@ def _root(
         print(context.get_help())
 
 
-for command in (demo, generate, bench, pack, doctor):
+for command in (demo, generate, bench, pack, calibrate, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def run(arguments: Sequence[str]) -> int:
