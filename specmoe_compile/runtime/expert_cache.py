@@ -1,5 +1,10 @@
 """Which expert each slot of the expert cache holds, and who has to leave: pure Python.
 
+Integers only, so that a kernel which keeps the same tables on a device can be equal to the bit.
+LRU gives up the slot that was used longest ago. LFU gives up the one that was used least, where all
+counts of a layer are halved every `ageing_period` plans, so that what was popular once does not stay
+for ever. Ties go to the lowest slot. Slots that hold nothing go first.
+
 Shape letters: E experts, L MoE layers, S slots per layer.
 """
 
@@ -7,15 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+Policy = Literal["lru", "lfu"]
+
+NOBODY = -1
 
 
 @dataclass(slots=True)
 class CachePlan:
     """What one plan decided; the tables say so already.
 
-    hits: (expert, slot) of experts that are there. fills: (expert, slot) to be read now.
-    bypassed: experts that get no slot. evicted: experts that lost theirs.
+    Attributes:
+        hits: (expert, slot) of experts that are there.
+        fills: (expert, slot) to be read now.
+        bypassed: experts that get no slot in this plan.
+        evicted: experts that lost their slot.
     """
 
     hits: list[tuple[int, int]] = field(default_factory=list)
@@ -25,20 +37,50 @@ class CachePlan:
 
 
 class ExpertCache:
-    """Slots of every layer and their replacement."""
+    """Slots of every layer and their replacement.
+
+    Attributes:
+        slot_of: slot of each expert or -1, [L][E].
+        expert_of: expert of each slot or -1, [L][S].
+        last_use: plan of the layer in which each slot was last used or filled, [L][S]; 0 is never.
+        count: uses of each slot since it was filled, halved with age, [L][S].
+        clock: plans of each layer so far, [L].
+    """
 
     def __init__(
         self,
         *,
         num_experts: Sequence[int],
         slots: Sequence[int],
-        policy: Literal["lru", "lfu"] = "lru",
+        policy: Policy = "lru",
+        ageing_period: int = 64,
     ) -> None:
-        self.slot_of = [[-1] * e for e in num_experts]
-        self.expert_of = [[-1] * s for s in slots]
-        self.last_use = [[0] * s for s in slots]
-        self._clock = [0] * len(slots)
+        """Start empty.
+
+        Args:
+            num_experts: E of each layer.
+            slots: S of each layer.
+            policy: "lru" or "lfu".
+            ageing_period: plans of a layer between two halvings of its counts.
+
+        Raises:
+            ValueError: an unknown policy, a layer without slots, or a period below 1.
+        """
+        if policy not in get_args(Policy):
+            raise ValueError(f"cache policy {policy!r} is not known: choose lru or lfu")
+        if len(num_experts) != len(slots) or any(count < 1 for count in slots):
+            raise ValueError(
+                f"each of {len(num_experts)} layers needs at least one slot, got {list(slots)}"
+            )
+        if ageing_period < 1:
+            raise ValueError(f"ageing_period is {ageing_period}: give at least 1 plan")
         self.policy = policy
+        self.slot_of = [[NOBODY] * experts for experts in num_experts]
+        self.expert_of = [[NOBODY] * count for count in slots]
+        self.last_use = [[0] * count for count in slots]
+        self.count = [[0] * count for count in slots]
+        self.clock = [0] * len(slots)
+        self._ageing_period = ageing_period
 
     def slot(self, layer: int, expert: int) -> int:
         """Return the expert's slot, or -1."""
@@ -47,10 +89,10 @@ class ExpertCache:
     def forget(self, layer: int, expert: int) -> None:
         """Free an expert's slot, after a read that failed."""
         slot = self.slot_of[layer][expert]
-        if slot >= 0:
-            self.slot_of[layer][expert] = -1
-            self.expert_of[layer][slot] = -1
-            self.last_use[layer][slot] = 0
+        if slot != NOBODY:
+            self.slot_of[layer][expert] = NOBODY
+            self.expert_of[layer][slot] = NOBODY
+            self.last_use[layer][slot] = self.count[layer][slot] = 0
 
     def plan(
         self,
@@ -61,40 +103,93 @@ class ExpertCache:
         bypass: bool = False,
         speculative: bool = False,
     ) -> CachePlan:
-        """Find or give slots to `experts`, duplicates folded."""
-        slot_of, expert_of, last_use = (
-            self.slot_of[layer],
-            self.expert_of[layer],
-            self.last_use[layer],
-        )
-        self._clock[layer] += 1
-        now = self._clock[layer]
+        """Find or give slots to experts.
+
+        Args:
+            layer: MoE layer ordinal.
+            experts: expert numbers in order of preference; duplicates are folded.
+            pinned_slots: slots that must keep their experts (in use, or being read).
+            bypass: prefill; only slots that hold nothing are filled, nothing is evicted.
+            speculative: a guess; hits are not counted as uses.
+
+        Returns:
+            The plan. Slots of this plan's experts are never its victims.
+        """
+        slot_of, expert_of = self.slot_of[layer], self.expert_of[layer]
+        last_use, count = self.last_use[layer], self.count[layer]
+        self.clock[layer] = now = self.clock[layer] + 1
+        if self.policy == "lfu" and now % self._ageing_period == 0:
+            count[:] = [uses >> 1 for uses in count]
         plan = CachePlan()
         missing: list[int] = []
         taken = set(pinned_slots)
         for expert in dict.fromkeys(experts):
             slot = slot_of[expert]
-            if slot < 0:
+            if slot == NOBODY:
                 missing.append(expert)
                 continue
             plan.hits.append((expert, slot))
             taken.add(slot)
             if not speculative:
                 last_use[slot] = now
+                count[slot] += 1
         if not missing:
             return plan
-        candidates = sorted(
-            (s for s in range(len(expert_of)) if s not in taken), key=lambda s: (last_use[s], s)
-        )
-        for expert in missing:
-            if not candidates or (bypass and expert_of[candidates[0]] >= 0):
-                plan.bypassed.append(expert)
-                continue
-            slot = candidates.pop(0)
-            old = expert_of[slot]
-            if old >= 0:
-                slot_of[old] = -1
-                plan.evicted.append(old)
-            expert_of[slot], slot_of[expert], last_use[slot] = expert, slot, now
+        victims = self._victims(layer, taken, empty_only=bypass)
+        for expert, slot in zip(missing, victims, strict=False):
+            previous = expert_of[slot]
+            if previous != NOBODY:
+                slot_of[previous] = NOBODY
+                plan.evicted.append(previous)
+            expert_of[slot], slot_of[expert] = expert, slot
+            last_use[slot], count[slot] = now, 1
             plan.fills.append((expert, slot))
+        plan.bypassed = missing[len(plan.fills) :]
         return plan
+
+    def _victims(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
+        """Slots that may be filled, those to be given up first in front."""
+        expert_of, last_use, count = self.expert_of[layer], self.last_use[layer], self.count[layer]
+        free = [slot for slot in range(len(expert_of)) if slot not in taken]
+        if empty_only:
+            return [slot for slot in free if expert_of[slot] == NOBODY]
+        if self.policy == "lru":
+            return sorted(free, key=lambda s: (expert_of[s] != NOBODY, last_use[s], s))
+        return sorted(free, key=lambda s: (expert_of[s] != NOBODY, count[s], last_use[s], s))
+
+
+def belady_hits(requests: Sequence[Sequence[int]], slots: int) -> int:
+    """Hits of the best possible replacement of one layer's cache, known only afterwards.
+
+    Each step's experts must all be there at once, as far as the slots go; the expert that is needed
+    again last leaves (L. A. Belady, "A study of replacement algorithms for a virtual-storage
+    computer", 1966).
+
+    Args:
+        requests: distinct experts of each step, in time order.
+        slots: S.
+    """
+    uses: dict[int, list[int]] = {}
+    for step, experts in enumerate(requests):
+        for expert in dict.fromkeys(experts):
+            uses.setdefault(expert, []).append(step)
+    for steps in uses.values():
+        steps.reverse()
+    never = len(requests)
+    held: set[int] = set()
+    hits = 0
+    for experts in requests:
+        wanted = list(dict.fromkeys(experts))
+        for expert in wanted:
+            uses[expert].pop()
+            hits += expert in held
+        for expert in wanted:
+            if expert in held:
+                continue
+            if len(held) >= slots:
+                others = held.difference(wanted)
+                if not others:
+                    continue
+                held.remove(max(others, key=lambda e: (uses[e][-1] if uses[e] else never, e)))
+            held.add(expert)
+    return hits

@@ -1,0 +1,144 @@
+"""The cache policy: who gets a slot, who leaves, and what may never leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmoe_compile.runtime.expert_cache import NOBODY, ExpertCache, belady_hits
+
+
+def cache(slots: int = 3, experts: int = 8, **kwargs: Any) -> ExpertCache:
+    return ExpertCache(num_experts=[experts], slots=[slots], **kwargs)
+
+
+def test_empty_slots_are_filled_in_order() -> None:
+    plan = cache().plan(0, [5, 1, 5])
+    assert (plan.hits, plan.fills, plan.bypassed, plan.evicted) == ([], [(5, 0), (1, 1)], [], [])
+
+
+def test_lru_evicts_what_was_used_longest_ago() -> None:
+    table = cache()
+    for expert in (0, 1, 2, 0):
+        table.plan(0, [expert])
+    plan = table.plan(0, [3])
+    assert plan.evicted == [1]
+    assert table.slot(0, 1) == NOBODY and table.slot(0, 3) == 1
+
+
+def test_lfu_evicts_what_was_used_least() -> None:
+    table = cache(policy="lfu")
+    for expert in (0, 0, 0, 1, 2, 2, 1, 1):
+        table.plan(0, [expert])
+    assert table.plan(0, [3]).evicted == [2]
+
+
+def test_lfu_forgets_old_popularity() -> None:
+    fresh, aged = (
+        cache(2, policy="lfu", ageing_period=1000),
+        cache(2, policy="lfu", ageing_period=4),
+    )
+    for table in (fresh, aged):
+        for _ in range(20):
+            table.plan(0, [0])
+        for _ in range(6):
+            table.plan(0, [1])
+    assert fresh.plan(0, [2]).evicted == [1]
+    assert aged.plan(0, [2]).evicted == [0]
+
+
+def test_a_plan_never_evicts_its_own_experts() -> None:
+    table = cache(2)
+    table.plan(0, [0, 1])
+    plan = table.plan(0, [2, 0, 3])
+    assert plan.hits == [(0, 0)]
+    assert plan.evicted == [1]
+    assert plan.fills == [(2, 1)] and plan.bypassed == [3]
+
+
+def test_pinned_slots_stay() -> None:
+    table = cache(2)
+    table.plan(0, [0, 1])
+    plan = table.plan(0, [2], pinned_slots=[0, 1])
+    assert plan.bypassed == [2] and not plan.evicted
+
+
+def test_bypass_fills_empty_slots_and_evicts_nothing() -> None:
+    table = cache(3)
+    table.plan(0, [0, 1])
+    plan = table.plan(0, [2, 3, 4], bypass=True)
+    assert plan.fills == [(2, 2)] and plan.bypassed == [3, 4] and not plan.evicted
+
+
+def test_speculative_hits_are_not_uses() -> None:
+    table = cache(2)
+    table.plan(0, [0])
+    table.plan(0, [1])
+    table.plan(0, [0], speculative=True)
+    assert table.plan(0, [2]).evicted == [0]
+
+
+def test_forgotten_expert_frees_its_slot_first() -> None:
+    table = cache(2)
+    table.plan(0, [0, 1])
+    table.forget(0, 1)
+    table.forget(0, 7)
+    assert table.slot(0, 1) == NOBODY
+    assert table.plan(0, [2]).fills == [(2, 1)]
+
+
+def test_layers_are_separate() -> None:
+    table = ExpertCache(num_experts=[4, 4], slots=[1, 1])
+    table.plan(0, [0])
+    assert table.slot(1, 0) == NOBODY and table.plan(1, [0]).fills == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"policy": "fifo"}, {"slots": [0]}, {"slots": [1, 1]}, {"ageing_period": 0}]
+)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"policy|slot|ageing_period"):
+        ExpertCache(**{"num_experts": [4], "slots": [2], **wrong})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_tables_stay_consistent(data: st.DataObject) -> None:
+    slots = data.draw(st.integers(1, 6))
+    experts = data.draw(st.integers(slots, 10))
+    table = cache(slots, experts, policy=data.draw(st.sampled_from(["lru", "lfu"])))
+    for _ in range(data.draw(st.integers(1, 25))):
+        wanted = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=8))
+        pinned = data.draw(st.sets(st.integers(0, slots - 1)))
+        kept = [table.expert_of[0][slot] for slot in pinned]
+        options = {name: data.draw(st.booleans()) for name in ("bypass", "speculative")}
+        plan = table.plan(0, wanted, pinned_slots=pinned, **options)
+        placed = [expert for expert, _ in plan.hits + plan.fills]
+        assert sorted(placed + plan.bypassed) == sorted(set(wanted))
+        assert all(table.slot(0, expert) == slot for expert, slot in plan.hits + plan.fills)
+        assert all(table.slot(0, expert) == NOBODY for expert in plan.evicted + plan.bypassed)
+        assert [table.expert_of[0][slot] for slot in pinned] == kept
+        assert not (options["bypass"] and plan.evicted)
+        for expert, slot in enumerate(table.slot_of[0]):
+            assert slot == NOBODY or table.expert_of[0][slot] == expert
+        assert sum(e != NOBODY for e in table.expert_of[0]) == sum(
+            s != NOBODY for s in table.slot_of[0]
+        )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 6), min_size=1, max_size=3), max_size=25), st.integers(3, 7))
+def test_no_policy_beats_belady(steps: list[set[int]], slots: int) -> None:
+    requests = [sorted(step) for step in steps]
+    best = belady_hits(requests, slots)
+    for policy in ("lru", "lfu"):
+        table = cache(slots, 7, policy=policy)
+        assert sum(len(table.plan(0, step).hits) for step in requests) <= best
+
+
+def test_belady_of_a_known_sequence() -> None:
+    # Two slots: 0 1 fill; 2 replaces 1, which is needed later than 0; 0 hits; 1 replaces 2.
+    assert belady_hits([[0], [1], [2], [0], [1]], 2) == 1
