@@ -25,6 +25,9 @@ from benchmarks.reference_model.tokenizer import EOS_ID, PAD_ID, build_tokenizer
 from benchmarks.reference_model.train import balance_loss, learning_rate_factor
 from benchmarks.reference_model.widen import count_different_tokens, main, widen, widen_tensor
 
+# Recall@4 of layers 1..7 with default vectors that the project promises, less the 0.02 it allows.
+# Known shortfall: layer 2 reaches 0.8093, where 0.81 is promised.
+LEAST_RECALL = (0.74, 0.809, 0.76, 0.77, 0.63, 0.63, 0.66)
 MAX_HELD_OUT_LOSS = 1.15
 KIB = 1024
 
@@ -95,6 +98,8 @@ def test_held_out_loss_and_recall_on_a_slice(model):
 
 def test_stored_metrics_keep_what_the_project_promises(metrics):
     assert metrics["held_out_nats_per_byte"] <= MAX_HELD_OUT_LOSS
+    measured = metrics["recall_at_k"]["default_vectors"]
+    assert all(m >= least for m, least in zip(measured, LEAST_RECALL, strict=True)), measured
 
 
 def test_card_says_what_was_measured():
