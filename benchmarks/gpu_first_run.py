@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def measure_memory_bandwidth() -> float:
     return 2 * source.numel() / median_ms(lambda _: target.copy_(source)) / 1e6
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor, _: int) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _copy_each(target: torch.Tensor, source: torch.Tensor, _: int) -> None:
+    for record in range(len(source)):
+        target[record].copy_(source[record], non_blocking=True)
+
+
 def measure_link() -> list[dict[str, float]]:
     """Host-to-device GB/s by record size and count: one copy, and one copy per record."""
     rows: list[dict[str, float]] = []
@@ -85,20 +95,14 @@ def measure_link() -> list[dict[str, float]]:
         device = torch.empty_like(host, device="cuda")
         for count in RECORDS:
 
-            def whole(_: int, count: int = count) -> None:
-                device[:count].copy_(host[:count], non_blocking=True)
-
-            def each(_: int, count: int = count) -> None:
-                for record in range(count):
-                    device[record].copy_(host[record], non_blocking=True)
-
+            source, target = host[:count], device[:count]
             moved = count * size / 1e6
             rows.append(
                 {
                     "record_mb": size_mb,
                     "records": count,
-                    "one_copy_gbps": moved / median_ms(whole, 15),
-                    "copy_per_record_gbps": moved / median_ms(each, 15),
+                    "one_copy_gbps": moved / median_ms(partial(_copy, target, source), 15),
+                    "copy_per_record_gbps": moved / median_ms(partial(_copy_each, target, source), 15),
                 }
             )
         print(f"{size_mb:5.1f} MB x 8: ", {k: round(v, 1) for k, v in rows[-2].items()})

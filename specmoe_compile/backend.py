@@ -103,8 +103,8 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
 
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
-    # A plain model's experts are all there: its LiveSession has nothing to prefetch.
-    offloaded = all(isinstance(session, Session) for session in sessions)
+    # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
+    offloaded = all(isinstance(s, Session) and s.cache is not None for s in sessions)
     poor: set[int] = set()
     if config.default_vectors is not None and offloaded:
         for session in sessions:

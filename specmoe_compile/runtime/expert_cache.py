@@ -2,8 +2,8 @@
 
 Integers only, so that a kernel which keeps the same tables on a device can be equal to the bit.
 LRU gives up the slot that was used longest ago. LFU gives up the one that was used least, where all
-counts of a layer are halved every `ageing_period` plans, so that what was popular once does not stay
-for ever. Ties go to the lowest slot. Slots that hold nothing go first.
+counts of a layer are halved every `ageing_period` plans, so that what was popular once does not
+stay for ever. Ties go to the lowest slot. Slots that hold nothing go first.
 
 Shape letters: E experts, L MoE layers, S slots per layer.
 """
