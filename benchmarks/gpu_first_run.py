@@ -94,15 +94,16 @@ def measure_link() -> list[dict[str, float]]:
         host = torch.randint(0, 255, (max(RECORDS), size), dtype=torch.uint8).pin_memory()
         device = torch.empty_like(host, device="cuda")
         for count in RECORDS:
-
             source, target = host[:count], device[:count]
             moved = count * size / 1e6
+            whole_ms = median_ms(partial(_copy, target, source), 15)
+            each_ms = median_ms(partial(_copy_each, target, source), 15)
             rows.append(
                 {
                     "record_mb": size_mb,
                     "records": count,
-                    "one_copy_gbps": moved / median_ms(partial(_copy, target, source), 15),
-                    "copy_per_record_gbps": moved / median_ms(partial(_copy_each, target, source), 15),
+                    "one_copy_gbps": moved / whole_ms,
+                    "copy_per_record_gbps": moved / each_ms,
                 }
             )
         print(f"{size_mb:5.1f} MB x 8: ", {k: round(v, 1) for k, v in rows[-2].items()})

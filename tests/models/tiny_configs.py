@@ -38,7 +38,10 @@ RULES: tuple[tuple[str, Value], ...] = (
     (r"(swa_|encoder_)?(num_)?attention_heads|num_heads|linear_num_heads", _constant(HEADS)),
     (r"linear_num_value_heads|index_n_heads", _constant(HEADS)),
     (r"mamba_(num|n)_heads", _constant(8)),
-    (r"(global_|swa_|linear_|mamba_|index_|linear_key_|linear_value_)?(d_)?head(_dim)?", _constant(16)),
+    (
+        r"(global_|swa_|linear_|mamba_|index_|linear_key_|linear_value_)?(d_)?head(_dim)?",
+        _constant(16),
+    ),
     (r"mamba_d_head|mamba_d_state|ssm_state_size|mamba_dt_rank", _constant(16)),
     (r"(q|kv|o)_lora_rank", _constant(16)),
     (r"qk_(rope|nope)_head_dim", _constant(8)),
@@ -92,7 +95,12 @@ def tiny_config(
                 fields[name] = shrunk
     extra = {name: value for name, value in overrides.items() if name not in fields}
     # Tied to the embeddings, a random head repeats its input for ever.
-    common = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False}
+    common = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+    }
     return config_class(**{**common, "initializer_range": 0.2, **fields, **extra})
 
 
