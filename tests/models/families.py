@@ -80,6 +80,8 @@ def _family(name: str, classes: _Classes) -> Family:
     causal = [c for c in generating if c.__name__.endswith("ForCausalLM")]
     chosen = next(iter((*causal, *generating)), None)
     return Family(name=name, model_class=chosen, experts_classes=experts)
+
+
 _SPARSE = ["dense", *["sparse"] * 3]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
@@ -138,7 +140,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
-    "zaya": {"num_experts_per_tok": 1},
+    # One expert per token, whose small weight needs larger outputs to change tokens.
+    "zaya": {"num_experts_per_tok": 1, "initializer_range": 0.4},
 }
 
 
