@@ -1,0 +1,310 @@
+"""Check a family end to end: offloaded and plain, against the unmodified eager model.
+
+`python -m tests.models.walk --write docs/models.md` checks every family and writes the manual's
+table; names of families check those and print their rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import specmoe_compile
+from specmoe_compile.generation import session_of
+from specmoe_compile.passes import manager
+from specmoe_compile.passes.choose_predictions import FIRST_LAYER
+from specmoe_compile.passes.report import PipelineReport
+from specmoe_compile.runtime.experts_module import is_experts_module
+from tests.models.describe import Description, describe
+from tests.models.families import Family, build
+from tests.models.tiny_configs import VOCABULARY
+from tests.runtime.test_packing import assert_holds_model
+
+NEW_TOKENS = 24
+PROMPT = 9
+# Inductor and the decompositions sum norms and softmax in another order than eager PyTorch, and
+# four layers and up to 24 tokens amplify it; a wrong expert changes logits by 0.1 and more.
+LOGITS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One way to generate: kind of cache, batch, and how the graph is lowered."""
+
+    cache: str
+    batch: int
+    lowering: str = "eager"
+
+    def __str__(self) -> str:
+        return f"{self.cache} cache, batch {self.batch}, {self.lowering}"
+
+
+OFFLOADED = (
+    Case(cache="static", batch=1, lowering="inductor"),
+    Case(cache="dynamic", batch=3, lowering="inductor"),
+    Case(cache="static", batch=3),
+    Case(cache="dynamic", batch=1),
+)
+PLAIN = (Case(cache="static", batch=3, lowering="inductor"), Case(cache="dynamic", batch=1))
+# Generating code takes most of the time; the rewritten graphs are the same without.
+FAST_OFFLOADED = tuple(Case(cache=c, batch=b) for c in ("static", "dynamic") for b in (1, 3))
+FAST_PLAIN = (Case(cache="static", batch=3), Case(cache="dynamic", batch=1))
+
+
+@dataclass(slots=True)
+class Run:
+    """What one way of running gave.
+
+    Attributes:
+        tokens: [batch, new tokens] int64.
+        logits: [batch, new tokens, vocabulary] float32.
+        error: the exception, when there is no result.
+        graph_breaks: reason -> how often.
+        reports: of the passes, one per graph that dispatches experts.
+        seconds: time, compilation included.
+    """
+
+    tokens: Tensor | None = None
+    logits: Tensor | None = None
+    error: str | None = None
+    graph_breaks: dict[str, int] = field(default_factory=dict)
+    reports: list[PipelineReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Check:
+    """Everything that was seen of one family.
+
+    Attributes:
+        layers_in_model, layers_found: experts modules of the model; layers of its session.
+        description: its router and experts.
+        reference: the unmodified eager model, by (cache, batch).
+        offloaded, plain: the compiled models, by case.
+    """
+
+    family: Family
+    layers_in_model: int
+    layers_found: int
+    description: Description
+    reference: dict[tuple[str, int], Run] = field(default_factory=dict)
+    offloaded: dict[Case, Run] = field(default_factory=dict)
+    plain: dict[Case, Run] = field(default_factory=dict)
+
+    def impossible(self) -> dict[tuple[str, int], str]:
+        """(cache, batch) -> why the unmodified eager model itself cannot do it."""
+        return {key: run.error for key, run in self.reference.items() if run.error is not None}
+
+    def differences(self) -> list[str]:
+        """What is not as the eager model has it; none is exact."""
+        found = []
+        if self.layers_found != self.layers_in_model:
+            found.append(f"{self.layers_found} of {self.layers_in_model} MoE layers found")
+        for how, runs in (("offloaded", self.offloaded), ("plain", self.plain)):
+            for case, run in runs.items():
+                reason = difference(self.reference[case.cache, case.batch], run)
+                if reason is not None:
+                    found.append(f"{how}, {case}: {reason}")
+        return found
+
+    def graph_breaks(self) -> dict[str, int]:
+        """Reason -> how often Dynamo broke the graph of the offloaded model, over all cases."""
+        reasons: dict[str, int] = {}
+        for run in self.offloaded.values():
+            for reason, count in run.graph_breaks.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        return reasons
+
+    def predicted(self) -> int:
+        """MoE layers predicted in the graph that predicts fewest."""
+        graphs = [report for run in self.offloaded.values() for report in run.reports]
+        return min((r.matches.get("insert_expert_prefetch", 0) for r in graphs), default=0)
+
+    def unpredicted(self) -> dict[int, str]:
+        """MoE layer -> why some graph does not predict it; the first layer is left out."""
+        reasons: dict[int, str] = {}
+        for run in self.offloaded.values():
+            for report in run.reports:
+                for layer, reason in report.skipped.items():
+                    if layer != 0 or reason != FIRST_LAYER:
+                        reasons.setdefault(layer, reason)
+        return dict(sorted(reasons.items()))
+
+
+def inputs(batch: int, *, length: int = PROMPT) -> dict[str, Tensor]:
+    """Random prompts of different lengths, padded on the left; row 0 has no padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, VOCABULARY - 6, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        ids[row, : 2 * row] = 0
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def difference(want: Run, got: Run) -> str | None:
+    """Say how a run differs from the eager model's; None if it does not."""
+    if got.error is not None:
+        return got.error
+    assert want.tokens is not None and want.logits is not None
+    assert got.tokens is not None and got.logits is not None
+    if want.tokens.shape != got.tokens.shape:
+        return f"{tuple(got.tokens.shape)} tokens instead of {tuple(want.tokens.shape)}"
+    same = (want.tokens == got.tokens).all(dim=0)
+    if not same.all():
+        return f"other tokens from step {int(same.int().argmin())} of {len(same)} on"
+    largest = float((want.logits - got.logits).abs().max())
+    if not largest <= LOGITS_TOLERANCE:
+        return f"logits differ by {largest:.2g}"
+    return None
+
+
+def generate(model: Any, cache: str, batch: int, new_tokens: int = NEW_TOKENS) -> Run:
+    """Generate greedily; an exception becomes the run's `error`."""
+    run = Run()
+    kwargs = {"cache_implementation": "static"} if cache == "static" else {}
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    try:
+        with torch.no_grad(), recorded_reports(run.reports):
+            out = model.generate(
+                **inputs(batch),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **kwargs,
+            )
+    except Exception as error:  # the walk reports it in the family's row
+        run.error = f"{type(error).__name__}: {error}"
+    else:
+        run.tokens = out.sequences[:, PROMPT:]
+        run.logits = torch.stack(out.logits, dim=1)
+    run.graph_breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    run.seconds = time.perf_counter() - started
+    return run
+
+
+@contextlib.contextmanager
+def recorded_reports(into: list[PipelineReport]) -> Iterator[None]:
+    """Collect what the passes report about every graph compiled in this block."""
+    run_passes = manager.run_passes
+
+    def recording(*args: Any, **kwargs: Any) -> PipelineReport:
+        report = run_passes(*args, **kwargs)
+        into.append(report)
+        return report
+
+    manager.run_passes = recording  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        manager.run_passes = run_passes  # type: ignore[assignment]
+
+
+def check_family(
+    family: Family,
+    folder: Path,
+    *,
+    offloaded: Sequence[Case] = OFFLOADED,
+    plain: Sequence[Case] = PLAIN,
+    new_tokens: int = NEW_TOKENS,
+) -> Check:
+    """Run a family in every way and compare.
+
+    Args:
+        family: one with a generating class.
+        folder: empty folder; its checkpoint and its expert store go there.
+        offloaded: cases of the model with its experts on disk.
+        plain: cases of the plain model, compiled in place.
+        new_tokens: how many each case generates.
+    """
+    model_class: Any = family.model_class
+    build(family).save_pretrained(folder / "model")
+    reference = model_class.from_pretrained(folder / "model").eval()
+    loaded = specmoe_compile.from_pretrained(
+        folder / "model",
+        device="cpu",
+        store="disk",
+        expert_cache="50%",
+        store_dir=folder / "store",
+        progress=False,
+    )
+    session = session_of(loaded)
+    assert_holds_model(session.store, reference)
+    check = Check(
+        family=family,
+        layers_in_model=sum(map(is_experts_module, reference.modules())),
+        layers_found=len(session.layers),
+        description=describe(reference, inputs(1)["input_ids"]),
+    )
+    for case in dict.fromkeys((*offloaded, *plain)):
+        key = (case.cache, case.batch)
+        if key not in check.reference:
+            # Transformers would compile where there is a GPU; this is the eager model.
+            reference.generation_config.disable_compile = True
+            check.reference[key] = generate(reference, *key, new_tokens)
+    possible = [key for key, run in check.reference.items() if run.error is None]
+    try:
+        _run_compiled(loaded, offloaded, possible, check.offloaded, new_tokens)
+    finally:
+        specmoe_compile.close(loaded)
+    _run_plain(model_class, folder, plain, possible, check.plain, new_tokens)
+    return check
+
+
+def _run_compiled(
+    model: Any,
+    cases: Sequence[Case],
+    possible: Sequence[tuple[str, int]],
+    into: dict[Case, Run],
+    new_tokens: int,
+) -> None:
+    """Generate with `torch.compile(model)`, one compiled function per lowering."""
+    for lowering in dict.fromkeys(case.lowering for case in cases):
+        compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
+        with _no_graph_caches():
+            for case in cases:
+                if case.lowering == lowering and (case.cache, case.batch) in possible:
+                    into[case] = generate(compiled, case.cache, case.batch, new_tokens)
+        torch._dynamo.reset()
+
+
+def _run_plain(
+    model_class: Any,
+    folder: Path,
+    cases: Sequence[Case],
+    possible: Sequence[tuple[str, int]],
+    into: dict[Case, Run],
+    new_tokens: int,
+) -> None:
+    """Generate with a plain model that `model.compile` compiled in place."""
+    for case in cases:
+        if (case.cache, case.batch) not in possible:
+            continue
+        model = model_class.from_pretrained(folder / "model").eval()
+        model.compile(backend="specmoe", options={"lowering": case.lowering})
+        with _no_graph_caches():
+            into[case] = generate(model, case.cache, case.batch, new_tokens)
+        torch._dynamo.reset()
+        del model
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _no_graph_caches() -> Iterator[None]:
+    """Compile anew: where a cache answers, the passes do not run and report nothing."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
