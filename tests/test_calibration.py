@@ -33,6 +33,13 @@ def _offloaded(**kwargs: Any) -> Any:
     return specmoe_compile.offload(tiny_qwen3_moe(**kwargs), store="ram")
 
 
+def _with_cache(folder: Path) -> Any:
+    """An offloaded model that fetches experts, so that there is something to predict."""
+    return specmoe_compile.offload(
+        tiny_qwen3_moe(), store="disk", store_dir=folder / "store", expert_cache="50%"
+    )
+
+
 class _Trace:
     """A plain model's residuals, expert inputs and routing, of one forward pass."""
 
@@ -260,7 +267,7 @@ def test_option_default_vectors_and_automatic_skip(
     poor = replace(calibration.layers[1], recall=0.0)
     good = replace(calibration.layers[2], recall=1.0)
     replace(calibration, layers=(calibration.layers[0], poor, good)).save(path)
-    model = _offloaded()
+    model = _with_cache(tmp_path)
     options = {"default_vectors": str(path), "skip_layers": "auto", "lowering": "eager"}
     run = torch.compile(model, backend="specmoe", options=options)
     with torch.no_grad():
@@ -276,7 +283,7 @@ def test_option_default_vectors_refuses_a_stale_file(
 ) -> None:
     path = tmp_path / "c"
     replace(calibration, fingerprint="0" * 64).save(path)
-    model = _offloaded()
+    model = _with_cache(tmp_path)
     options = {"default_vectors": str(path), "lowering": "eager"}
     run = torch.compile(model, backend="specmoe", options=options)
     with torch.no_grad(), pytest.raises(Exception, match="is stale"):
