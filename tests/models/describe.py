@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specmoe_compile.runtime.experts_module import is_experts_module
 
-_ROUTING_OPS = {"_softmax": "softmax", "sigmoid": "sigmoid", "softplus": "softplus", "topk": "top-k"}
+_ROUTING_OPS = {
+    "_softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "softplus": "softplus",
+    "topk": "top-k",
+}
 _BIAS_NAMES = ("correction_bias", "expert_bias", "routing_bias", "balancing_biases", "gate.bias")
 
 
