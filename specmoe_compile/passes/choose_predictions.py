@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from specmoe_compile.passes.fx_utils import value_of
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import MoELayer, SpeculationPlan
 from specmoe_compile.passes.report import PassReport
 
 FIRST_LAYER = "it is the first MoE layer: nothing comes before it to predict it from"
 SKIPPED = "option skip_layers names it"
+PREFILL = "this graph is prefill: a session predicts steps of few tokens only"
+ON_PURPOSE = (FIRST_LAYER, SKIPPED, PREFILL)
+"""Reasons that are nobody's shortcoming."""
 
 
 def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> PassReport:
@@ -21,7 +26,7 @@ def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) 
 
     Args:
         graph: aten graph, not changed.
-        config: `lookahead`, `skip_layers`, `control`.
+        config: `lookahead`, `skip_layers`, `most_tokens`, `control`.
         plan: with its layers.
 
     Returns:
@@ -47,6 +52,9 @@ def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
         return FIRST_LAYER
     if target.index in config.skip_layers:
         return SKIPPED
+    tokens = value_of(target.ids).shape[0]
+    if config.most_tokens is not None and statically_known_true(tokens > config.most_tokens):
+        return PREFILL
     if target.reason is not None:
         return target.reason
     if config.control:

@@ -20,7 +20,7 @@ from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
 
 from specmoe_compile.passes.check_invariants import check_invariants, output_aliases
-from specmoe_compile.passes.choose_predictions import choose_predictions
+from specmoe_compile.passes.choose_predictions import ON_PURPOSE, choose_predictions
 from specmoe_compile.passes.find_moe_layers import find_moe_layers
 from specmoe_compile.passes.fx_utils import find_calls, module_of, specmoe_ops
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
@@ -118,7 +118,17 @@ def _run(
     check_invariants(graph, aliases)
     if not any(layer.is_split for layer in plan.layers):
         report.reason = "no MoE layer can be predicted"
+        _warn_unless_on_purpose(report)
     _trace("specmoe_after_passes", graph)
+
+
+def _warn_unless_on_purpose(report: PipelineReport) -> None:
+    reasons = [f"layer {n}: {r}" for n, r in report.skipped.items() if r not in ON_PURPOSE]
+    if reasons:
+        log.warning(
+            "specmoe predicts no experts in this graph, so every miss is waited for: %s",
+            "; ".join(reasons),
+        )
 
 
 def _ms_since(started: float) -> float:

@@ -26,6 +26,8 @@ class PassConfig:
     """Experts predicted per token; None, or not above the model's top-k, keeps its top-k."""
     skip_layers: tuple[int, ...] = ()
     """MoE layers, by ordinal, that are not predicted."""
+    most_tokens: int | None = None
+    """Steps known to have more tokens are prefill and are not predicted; None predicts all."""
     control: bool = False
     """Feed the lookahead with the true router input; nothing is hidden, and recall is 100 %."""
 
@@ -34,6 +36,8 @@ class PassConfig:
             raise ValueError(f"lookahead={self.lookahead}: expected an integer >= 1")
         if self.prefetch_width is not None and self.prefetch_width < 1:
             raise ValueError(f"prefetch_width={self.prefetch_width}: expected an integer >= 1")
+        if self.most_tokens is not None and self.most_tokens < 1:
+            raise ValueError(f"most_tokens={self.most_tokens}: expected an integer >= 1")
         if any(layer < 0 for layer in self.skip_layers):
             raise ValueError(f"skip_layers={self.skip_layers}: expected MoE layer numbers >= 0")
 
@@ -46,12 +50,15 @@ class PassConfig:
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
         """
+        from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+
         given = options.skip_layers
         return cls(
             prefetch=options.prefetch and offloaded,
             lookahead=options.lookahead,
             prefetch_width=options.prefetch_width,
             skip_layers=given if isinstance(given, tuple) else (),
+            most_tokens=PREFILL_TOKENS,
             control=options.control,
         )
 

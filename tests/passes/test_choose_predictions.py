@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specmoe_compile.passes.choose_predictions import FIRST_LAYER, SKIPPED, choose_predictions
+from specmoe_compile.passes.choose_predictions import (
+    FIRST_LAYER,
+    PREFILL,
+    SKIPPED,
+    choose_predictions,
+)
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import MoELayer
 from tests.passes.graphs import HIDDEN, OPS, TOKENS, find, norm, plain_block, route, trace
@@ -36,6 +41,13 @@ def test_skipped_layers_are_sources_still() -> None:
     paths, skipped = _chosen(PassConfig(skip_layers=(1, 3)))
     assert paths == [[1, 2]]
     assert skipped == {0: FIRST_LAYER, 1: SKIPPED, 3: SKIPPED}
+
+
+def test_prefill_is_not_predicted() -> None:
+    assert _chosen(PassConfig(most_tokens=TOKENS))[0] == [[0, 1], [1, 2], [2, 3]]
+    paths, skipped = _chosen(PassConfig(most_tokens=TOKENS - 1))
+    assert paths == []
+    assert skipped == {0: FIRST_LAYER, 1: PREFILL, 2: PREFILL, 3: PREFILL}
 
 
 def test_control_needs_no_source() -> None:

@@ -18,7 +18,7 @@ from specmoe_compile.config import CompileOptions
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.manager import PASSES, SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
-from tests.passes.graphs import calls, inputs, plain_block, trace, use_session
+from tests.passes.graphs import OPS, calls, inputs, norm, plain_block, route, trace, use_session
 
 
 def test_passes_run_in_their_order_and_report() -> None:
@@ -114,6 +114,22 @@ def test_log_names_skipped_layers(caplog: pytest.LogCaptureFixture) -> None:
     assert "choose_predictions: MoE layer 2: option skip_layers names it" in caplog.text
 
 
+def test_graph_that_cannot_be_predicted_is_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_passes(trace(plain_block), PassConfig(skip_layers=(1, 2)))
+    run_passes(trace(plain_block), PassConfig(most_tokens=1))
+    assert "predicts no experts" not in caplog.text
+
+    def no_residual(r: torch.Tensor, gate: torch.Tensor, layer: int) -> torch.Tensor:
+        x = norm(r)
+        return OPS.experts(x, *route(x, gate), 0, layer)
+
+    run_passes(trace(no_residual, layers=2), PassConfig())
+    assert "predicts no experts in this graph" in caplog.text
+    assert "layer 1: no addition after its experts" in caplog.text
+
+
 def test_identity_depends_on_every_option_and_on_nothing_else() -> None:
     base = SpeculationPass(PassConfig())
     assert base.uuid() == SpeculationPass(PassConfig()).uuid()
@@ -123,6 +139,7 @@ def test_identity_depends_on_every_option_and_on_nothing_else() -> None:
         PassConfig(prefetch_width=4),
         PassConfig(skip_layers=(1,)),
         PassConfig(control=True),
+        PassConfig(most_tokens=4),
     ]
     identities = {SpeculationPass(config).uuid() for config in others} | {base.uuid()}
     assert len(identities) == len(others) + 1
@@ -134,14 +151,14 @@ def test_identity_depends_on_every_option_and_on_nothing_else() -> None:
 def test_options_reach_the_passes() -> None:
     options = CompileOptions(lookahead=3, prefetch_width=6, skip_layers=(1,), control=True)
     assert SpeculationPass.from_options(options).config == PassConfig(
-        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True
+        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, most_tokens=16
     )
     automatic = CompileOptions(skip_layers="auto")
     assert SpeculationPass.from_options(automatic).config.skip_layers == ()
 
 
 @pytest.mark.parametrize(
-    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}]
+    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}, {"most_tokens": 0}]
 )
 def test_wrong_values_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -1,0 +1,48 @@
+"""The passes and a real session: what statistics must read when the lookahead cannot be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import specmoe_compile
+from tests.helpers import greedy, prompts, tiny_qwen3_moe
+
+
+def _generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Any]:
+    model = specmoe_compile.offload(
+        tiny_qwen3_moe(), store="disk", store_dir=folder / "store", expert_cache="50%"
+    )
+    options = {"lowering": "eager", "auto_off": False, **options}
+    run = torch.compile(model, backend="specmoe", options=options)
+    tokens = greedy(run, prompts(1, 20), 12, cache_implementation="static")  # type: ignore[arg-type]
+    return tokens, specmoe_compile.stats(model)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_control_reads_full_recall(tmp_path: Path, lowering: str) -> None:
+    tokens, stats = _generated(tmp_path, control=True, lowering=lowering)
+    assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 12))
+    first, *others = stats.layers
+    assert first.needed == 0
+    for layer in others:
+        assert layer.needed == 11 * 2 and layer.recall == 1.0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lookahead": 2}, {"prefetch_width": 4}, {"skip_layers": [1]}]
+)
+def test_tokens_are_exact_and_predictions_are_counted(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tokens, stats = _generated(tmp_path, **options)
+    assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 12))
+    skipped = options.get("skip_layers", [])
+    width = options.get("prefetch_width", 2)
+    for index, layer in enumerate(stats.layers):
+        steps = 0 if index == 0 or index in skipped else 11
+        assert layer.needed == steps * 2 and layer.predicted == steps * width
+    assert 0 < stats.total.recall < 1
