@@ -38,7 +38,7 @@ from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
 from specmoe_compile.cli.measure.harness import run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
-from specmoe_compile.cli.measure.records import ArmJob, spread
+from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
@@ -199,18 +199,17 @@ def compare_generations(
         for left, right in zip(tokens, other_tokens, strict=True)
         for a, b in zip(left, right, strict=True)
     )
-    largest = spread_of_logits = 0.0
+    spread_of_logits = 0.0
     margins: list[float] = []
-    compared = 0
+    worst: list[float] = []
     for index, (left, right) in enumerate(zip(tokens, other_tokens, strict=True)):
         split = next(
             (i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left)
         )
         shared = min(split + 1, len(left))
         here, there = logits[index, :shared], other_logits[index, :shared]
-        largest = max(largest, float((here - there).abs().max()))
+        worst += (here - there).abs().amax(-1).tolist()
         spread_of_logits = max(spread_of_logits, float((here.amax(-1) - here.amin(-1)).max()))
-        compared += shared
         if split < len(left):
             top = here[split].topk(2).values
             margins.append(float(top[0] - top[1]))
@@ -220,8 +219,9 @@ def compare_generations(
         "prompts": len(tokens),
         "diverging_prompts": len(margins),
         "largest_margin_at_divergence": max(margins) if margins else None,
-        "steps_compared": compared,
-        "largest_logit_difference": largest,
+        "steps_compared": len(worst),
+        "median_logit_difference": quantile(worst, 0.5),
+        "largest_logit_difference": max(worst),
         "logit_range": spread_of_logits,
     }
 

@@ -239,7 +239,8 @@ def run_jobs(
         "failed": {name: r.error for name, r in results.items() if r.error is not None},
         "page_cache": (
             "specmoe reads its store with O_DIRECT, past the page cache; accelerate reads through"
-            " it, warm from loading, as far as the memory cap leaves room"
+            " it, warm from loading, as far as the memory cap leaves room; the checkpoint's own"
+            " pages are dropped before every run"
         ),
     }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from specmoe_compile.cli.main import run
 from specmoe_compile.cli.measure.harness import (
     ArmFailedError,
     ArmInputError,
+    drop_cached_pages,
     run_arms,
     run_python,
     run_worker,
@@ -193,3 +197,31 @@ def test_a_chat_prompt_needs_a_chat_template(
 ) -> None:
     assert run(["generate", str(checkpoint), "--prompt", "HI", "--chat"]) == 2
     assert "chat template" in capsys.readouterr().err
+
+
+def test_a_checkpoints_pages_leave_the_page_cache(tmp_path: Path) -> None:
+    """Measured by mapping the file: mincore says which of its pages are in memory."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x" * (1 << 20))
+    other = tmp_path / "other.bin"
+    other.write_bytes(b"x" * (1 << 20))
+    for file in (path, other):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    assert cached_pages(path) == cached_pages(other) == 256
+    drop_cached_pages(tmp_path)
+    assert cached_pages(path) == 0
+    assert cached_pages(other) == 256
+
+
+def cached_pages(path: Path) -> int:
+    """Number of a file's 4 KiB pages that are in the page cache."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        size = len(view)
+        states = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.addressof(buffer := ctypes.c_char.from_buffer(view))
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), states) == 0
+        del buffer
+        return sum(state & 1 for state in states)

@@ -28,7 +28,7 @@ MB = 1_000_000
 def disk_arm(name: str, ms: float, *, misses: int = 30) -> dict[str, Any]:
     """An arm of one layer that decoded ten steps and read 1 MB per miss at 1 GB/s."""
     decode = counters(
-        misses=misses, hits=40 - misses, steps=10, demand_bytes=misses * MB, stall_ms=float(misses)
+        misses=misses, hits=40 - misses, steps=10, demand_bytes=misses * MB, busy_ms=float(misses)
     )
     run = run_of(tpot_samples_ms=[ms], decode=decode, peak_rss_bytes=650 * MB)
     return arm_record(name, [run], memory_cap_bytes=700 << 20)
@@ -135,6 +135,7 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "prompts": 2,
         "diverging_prompts": 0,
         "largest_margin_at_divergence": None,
+        "median_logit_difference": 0.01,
         "largest_logit_difference": 0.1,
         "logit_range": 20.0,
         **changes,
@@ -206,6 +207,7 @@ def test_logits_are_compared_up_to_the_first_token_that_differs() -> None:
     assert found["diverging_prompts"] == 1
     assert found["steps_compared"] == 2
     assert found["largest_logit_difference"] == 0.5
+    assert found["median_logit_difference"] == 0.5
     assert found["largest_margin_at_divergence"] == 0.25
     assert found["logit_range"] == 4.0
 

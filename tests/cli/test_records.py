@@ -38,9 +38,9 @@ def stats_of(*layers: LayerStats, busy_ms: float = 0.0) -> Stats:
     )
 
 
-def counters(**values: float) -> dict[str, Any]:
-    laps = CounterLaps(iter([stats_of(LayerStats()), stats_of(LayerStats(**values))]).__next__)
-    return laps.lap()
+def counters(*, busy_ms: float = 0.0, **values: float) -> dict[str, Any]:
+    readings = [stats_of(LayerStats()), stats_of(LayerStats(**values), busy_ms=busy_ms)]
+    return CounterLaps(iter(readings).__next__).lap()
 
 
 def run_of(**changes: Any) -> ArmRun:
@@ -50,7 +50,9 @@ def run_of(**changes: Any) -> ArmRun:
         "tpot_samples_ms": [1.0, 2.0, 3.0],
         "ttft_samples_ms": [10.0],
         "tokens": [[1, 2, 3, 4]],
-        "decode": counters(hits=3, misses=1, demand_bytes=2_000_000, stall_ms=2.0, steps=4),
+        "decode": counters(
+            hits=3, misses=1, demand_bytes=2_000_000, stall_ms=1.0, steps=4, busy_ms=2.0
+        ),
         "prefill": counters(misses=2, demand_bytes=500),
         "fast_tier_bytes": 100,
         "load_s": 1.0,
@@ -91,7 +93,7 @@ def test_record_has_the_keys_of_the_schema_and_pools_repeats() -> None:
     assert record["hit_rate"] == 0.75
     assert record["demand_bytes"] == 4_000_000
     assert record["prefill_demand_bytes"] == 1000
-    assert record["stalled_read_gbps"] == pytest.approx(1.0)
+    assert record["read_gbps"] == pytest.approx(1.0)
     assert record["peak_rss_bytes"] == 2000
     assert (record["memory_cap_bytes"], record["cgroup_peak_bytes"]) == (700, 600)
     json.dumps(record, allow_nan=False)
@@ -99,7 +101,7 @@ def test_record_has_the_keys_of_the_schema_and_pools_repeats() -> None:
 
 def test_record_without_a_session_has_nulls() -> None:
     record = arm_record("eager", [run_of(decode=None, prefill=None)], memory_cap_bytes=None)
-    for key in ("hit_rate", "demand_bytes", "speculative_bytes", "stall_ms", "stalled_read_gbps"):
+    for key in ("hit_rate", "demand_bytes", "speculative_bytes", "stall_ms", "read_gbps"):
         assert record[key] is None
 
 

@@ -109,6 +109,7 @@ def run_worker(
         job_path, result_path = Path(folder) / "job.json", Path(folder) / "result.json"
         job = replace(job, work_dir=folder, started_s=time.time())
         job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        drop_cached_pages(Path(job.model))
         run_python(
             ["-m", WORKER, str(job_path), str(result_path)],
             cap=cap,
@@ -116,6 +117,22 @@ def run_worker(
             environment=environment,
         )
         return ArmRun(**json.loads(result_path.read_text(encoding="utf-8")))
+
+
+def drop_cached_pages(folder: Path) -> None:
+    """Drop a checkpoint's files from the page cache.
+
+    Pages that another process left there count against no cap but that process's, so that a capped
+    arm could read a whole model from memory. A model from the hub is read as it is.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.glob("*.safetensors"):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def run_pack(

@@ -164,7 +164,8 @@ def arm_record(
         "timed_tokens": sum(len(row) for run in runs for row in run.tokens),
         "decode_steps": _total_or_none(decode, "steps"),
         "misses": _total_or_none(decode, "misses"),
-        "stalled_read_gbps": _stalled_read_gbps(decode),
+        "read_busy_ms": sum(c["read_busy_ms"] for c in decode) if decode else None,
+        "read_gbps": _read_gbps_or_none(decode),
         "prefill_demand_bytes": _total_or_none(prefill, "demand_bytes"),
         "prefill_stall_ms": _total_or_none(prefill, "stall_ms"),
         "load_peak_rss_bytes": max(run.load_peak_rss_bytes for run in runs),
@@ -201,8 +202,10 @@ def _hit_rate_or_none(counters: Sequence[dict[str, Any]]) -> float | None:
     return hits / (hits + misses) if hits + misses else None
 
 
-def _stalled_read_gbps(counters: Sequence[dict[str, Any]]) -> float | None:
-    """Demand bytes over the time that the caller waited for them, 1e9 bytes per second."""
-    stall_ms = _total_or_none(counters, "stall_ms")
-    demand_bytes = _total_or_none(counters, "demand_bytes")
-    return demand_bytes / 1e6 / stall_ms if stall_ms else None
+def _read_gbps_or_none(counters: Sequence[dict[str, Any]]) -> float | None:
+    """Bytes read over the time in which reads were in progress, 1e9 bytes per second."""
+    busy_ms = sum(c["read_busy_ms"] for c in counters)
+    if not busy_ms:
+        return None
+    read_bytes = sum(c["total"]["demand_bytes"] + c["total"]["speculative_bytes"] for c in counters)
+    return float(read_bytes / 1e6 / busy_ms)
