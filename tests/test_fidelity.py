@@ -27,6 +27,7 @@ _RUNS = {
     "predicted": PolicyRun(policy="commit"),
     "true": PolicyRun(policy="commit", commit_weights="true"),
     "skipped": PolicyRun(policy="commit", skip_layers=(1, 2)),
+    "all skipped": PolicyRun(policy="default_vector", threshold=1.0, skip_layers=(0, 1, 2)),
 }
 
 
@@ -101,8 +102,9 @@ def test_committing_changes_the_output(results: Results, weights: str) -> None:
     assert found["kl_nats"] > 1e-4 and found["skipped_experts_per_token"] > 0
 
 
-def test_committing_with_every_layer_skipped_is_exact(results: Results) -> None:
-    found = results["skipped"]
+@pytest.mark.parametrize("name", ["skipped", "all skipped"])
+def test_every_layer_skipped_is_exact(results: Results, name: str) -> None:
+    found = results[name]
     assert found["greedy_agreement"] == found["top1_agreement"] == 1.0
     assert found["skipped_experts_per_token"] == 0 and found["recall"] is None
 
