@@ -84,7 +84,11 @@ MODULES: dict[str, tuple[tuple[Any, ...], dict[str, Any], ExpertForm]] = {
 def make_named(name: str) -> tuple[Any, ExpertForm]:
     arguments, config, form = MODULES[name]
     family = "qwen3_moe" if arguments[0] == "Qwen3MoeExperts" else name
-    return make_module(family, *arguments, **config), form
+    module = make_module(family, *arguments, **config)
+    if form.is_limited:
+        # Not every version of transformers takes the limit from the configuration.
+        module.limit = form.limit
+    return module, form
 
 
 @pytest.mark.parametrize("name", MODULES)
