@@ -1,0 +1,1 @@
+"""Looking up a step's experts in the cache tables, and giving slots to those that are missing."""

@@ -1,0 +1,230 @@
+"""Op `plan_cache`: which experts of a layer are in the cache, and which are to be fetched to where.
+
+On CUDA it is one launch that never waits for the device, so that a decode step with its cache can
+be one CUDA graph.
+
+Shape letters: T tokens, K top-k, E experts, S slots, N = min(T * K, E).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.kernels.checks import INDEX_DTYPES, check_tensor, require_triton
+from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.plan_cache.reference import plan_cache_reference
+from specmoe_compile.runtime.expert_cache import Policy
+
+_NAME = "plan_cache"
+LIBRARY.define(
+    f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
+    " Tensor(d!) count, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
+    " Tensor(h!) counters, *, str policy, int ageing_period=64, bool bypass=False,"
+    " bool speculative=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+MAX_EXPERTS = 512
+MAX_CHOICES = 256
+
+COUNTERS = (
+    "steps",
+    "hits",
+    "late_prefetches",
+    "misses",
+    "bypassed",
+    "evicted",
+    "prefetches",
+    "useful_prefetches",
+    "wasted_prefetches",
+)
+
+
+class CacheTables(NamedTuple):
+    """Cache tables of one layer, contiguous and on one device; may be rows of [L, ...] tensors.
+
+    Attributes:
+        slot_of: [E] int32, slot of each expert or -1.
+        expert_of: [S] int32, expert of each slot or -1.
+        last_use: [S] int64, plan in which the slot was last used or filled; 0 is never.
+        count: [S] int32, uses since it was filled, halved with age.
+        pending: [S] int32, 1 while a speculative transfer into the slot may be in flight.
+        unused: [S] int32, 1 for a speculative fill that no demand plan has used yet.
+        clock: [1] int64, plans so far.
+        counters: [len(COUNTERS)] int64, added to. `steps`, `hits`, `late_prefetches`, `misses`
+            (fills and bypassed), `bypassed` and `useful_prefetches` are of demand plans,
+            `prefetches` of speculative fills, `evicted` and `wasted_prefetches` of both.
+    """
+
+    slot_of: Tensor
+    expert_of: Tensor
+    last_use: Tensor
+    count: Tensor
+    pending: Tensor
+    unused: Tensor
+    clock: Tensor
+    counters: Tensor
+
+
+class CachePlanTensors(NamedTuple):
+    """What one plan decided; the tables say so already.
+
+    Attributes:
+        present: [T, K] int32, slot of each choice whose record is there now, else -1.
+        late: [T, K] int32, slot of each choice that arrives by this or by a pending transfer,
+            else -1.
+        fill_experts: [N] int32, experts to be copied, in order; -1 after the count.
+        fill_slots: [N] int32, their slots; -1 after the count.
+        fill_count: [1] int32.
+    """
+
+    present: Tensor
+    late: Tensor
+    fill_experts: Tensor
+    fill_slots: Tensor
+    fill_count: Tensor
+
+
+def plan_cache(
+    ids: Tensor,
+    tables: CacheTables,
+    *,
+    policy: str,
+    ageing_period: int = 64,
+    bypass: bool = False,
+    speculative: bool = False,
+) -> CachePlanTensors:
+    """Find or give slots to the experts of a step, and update the tables.
+
+    The decisions are those of `runtime.expert_cache.ExpertCache.plan` on the ids row by row, to the
+    bit, with the slots of pending transfers pinned. A demand plan ends by clearing `pending`: the
+    caller waits for the layer's transfers before it reads the slots in `late`.
+
+    Args:
+        ids: [T, K] int32 or int64, contiguous, T * K from 1 to 256: experts by choice; negative for
+            none. On CUDA, ids of E or more count as none too.
+        tables: of the layer, on the device of `ids`; E and S at most 512. Changed in place.
+        policy: "lru" or "lfu".
+        ageing_period: plans between two halvings of `count` ("lfu").
+        bypass: only slots that hold nothing are filled, nothing is evicted.
+        speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
+
+    Returns:
+        New tensors on the device of `ids`; every element is written.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout, or a size
+            is too large; on the CPU also an id of E or more.
+        SpecMoEError: CUDA tensors without Triton.
+    """
+    op = torch.ops.specmoe_kernels.plan_cache
+    options = {"ageing_period": ageing_period, "bypass": bypass, "speculative": speculative}
+    return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
+
+
+def _check(ids: Tensor, tables: CacheTables, policy: str, ageing_period: int) -> None:
+    check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
+    check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
+    check_tensor(_NAME, "expert_of", tables.expert_of, ("S",), (torch.int32,), like=ids)
+    slots = tables.expert_of.shape[0]
+    check_tensor(_NAME, "last_use", tables.last_use, (slots,), (torch.int64,), like=ids)
+    check_tensor(_NAME, "count", tables.count, (slots,), (torch.int32,), like=ids)
+    check_tensor(_NAME, "pending", tables.pending, (slots,), (torch.int32,), like=ids)
+    check_tensor(_NAME, "unused", tables.unused, (slots,), (torch.int32,), like=ids)
+    check_tensor(_NAME, "clock", tables.clock, (1,), (torch.int64,), like=ids)
+    check_tensor(_NAME, "counters", tables.counters, (len(COUNTERS),), (torch.int64,), like=ids)
+    if not 1 <= ids.numel() <= MAX_CHOICES:
+        raise ValueError(
+            f"specmoe_kernels::{_NAME}: ids has {ids.numel()} choices, expected 1 to {MAX_CHOICES};"
+            " a longer prompt passes by the cache"
+        )
+    for name, table in (("slot_of", tables.slot_of), ("expert_of", tables.expert_of)):
+        if not 1 <= table.shape[0] <= MAX_EXPERTS:
+            raise ValueError(
+                f"specmoe_kernels::{_NAME}: {name} has {table.shape[0]} entries, expected 1 to"
+                f" {MAX_EXPERTS}"
+            )
+    if policy not in get_args(Policy):
+        raise ValueError(f"specmoe_kernels::{_NAME}: policy is {policy!r}, expected 'lru' or 'lfu'")
+    if ageing_period < 1:
+        raise ValueError(
+            f"specmoe_kernels::{_NAME}: ageing_period is {ageing_period}, expected at least 1"
+        )
+
+
+def _new_plan(ids: Tensor, tables: CacheTables) -> CachePlanTensors:
+    """Uninitialised results."""
+    fills = min(ids.numel(), tables.slot_of.shape[0])
+    return CachePlanTensors(
+        present=ids.new_empty(ids.shape, dtype=torch.int32),
+        late=ids.new_empty(ids.shape, dtype=torch.int32),
+        fill_experts=ids.new_empty((fills,), dtype=torch.int32),
+        fill_slots=ids.new_empty((fills,), dtype=torch.int32),
+        fill_count=ids.new_empty((1,), dtype=torch.int32),
+    )
+
+
+def _fake(
+    ids: Tensor,
+    *tables: Tensor,
+    policy: str,
+    ageing_period: int = 64,
+    bypass: bool = False,
+    speculative: bool = False,
+) -> tuple[Tensor, ...]:
+    named = CacheTables(*tables)
+    _check(ids, named, policy, ageing_period)
+    return tuple(_new_plan(ids, named))
+
+
+def _cpu(
+    ids: Tensor,
+    *tables: Tensor,
+    policy: Any,
+    ageing_period: int = 64,
+    bypass: bool = False,
+    speculative: bool = False,
+) -> tuple[Tensor, ...]:
+    _check(ids, CacheTables(*tables), policy, ageing_period)
+    return plan_cache_reference(
+        ids,
+        *tables,
+        policy=policy,
+        ageing_period=ageing_period,
+        bypass=bypass,
+        speculative=speculative,
+    )
+
+
+def _cuda(
+    ids: Tensor,
+    *tables: Tensor,
+    policy: str,
+    ageing_period: int = 64,
+    bypass: bool = False,
+    speculative: bool = False,
+) -> tuple[Tensor, ...]:
+    require_triton(_NAME)
+    from specmoe_compile.kernels.plan_cache.kernel import launch_plan
+
+    named = CacheTables(*tables)
+    _check(ids, named, policy, ageing_period)
+    plan = _new_plan(ids, named)
+    with torch.cuda.device(ids.device):
+        launch_plan(
+            ids,
+            *named,
+            *plan,
+            policy=policy,
+            ageing_period=ageing_period,
+            bypass=bypass,
+            speculative=speculative,
+        )
+    return tuple(plan)
+
+
+LIBRARY.impl(_NAME, _cpu, "CPU")
+LIBRARY.impl(_NAME, _cuda, "CUDA")
+torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)

@@ -1,0 +1,121 @@
+"""What `plan_cache` computes: the Python policy of the runtime, on tables that are tensors.
+
+Shape letters: T tokens, K top-k, E experts, S slots, N = min(T * K, E).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.runtime.expert_cache import NOBODY, ExpertCache, Policy
+
+
+def plan_cache_reference(
+    ids: Tensor,
+    slot_of: Tensor,
+    expert_of: Tensor,
+    last_use: Tensor,
+    count: Tensor,
+    pending: Tensor,
+    unused: Tensor,
+    clock: Tensor,
+    counters: Tensor,
+    *,
+    policy: Policy,
+    ageing_period: int,
+    bypass: bool,
+    speculative: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
+
+    Args and returns: see `plan_cache`.
+
+    Raises:
+        ValueError: an id is E or more.
+    """
+    choices: list[int] = ids.reshape(-1).tolist()
+    if max(choices) >= slot_of.shape[0]:
+        raise ValueError(
+            f"specmoe_kernels::plan_cache: ids holds expert {max(choices)}, but slot_of has"
+            f" {slot_of.shape[0]} experts"
+        )
+    cache = ExpertCache(
+        num_experts=[slot_of.shape[0]],
+        slots=[expert_of.shape[0]],
+        policy=policy,
+        ageing_period=ageing_period,
+    )
+    cache.slot_of[0], cache.expert_of[0] = slot_of.tolist(), expert_of.tolist()
+    cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
+    cache.clock[0] = int(clock)
+    in_flight: list[int] = pending.tolist()
+    untouched: list[int] = unused.tolist()
+    plan = cache.plan(
+        0,
+        [expert for expert in choices if expert >= 0],
+        pinned_slots=[slot for slot, flag in enumerate(in_flight) if flag],
+        bypass=bypass,
+        speculative=speculative,
+    )
+    hit_slots = [slot for _, slot in plan.hits]
+    fill_slots = [slot for _, slot in plan.fills]
+    late_hits = [slot for slot in hit_slots if in_flight[slot]]
+    present, late = _split_choices(choices, cache.slot_of[0], {*late_hits, *fill_slots})
+
+    wasted = sum(untouched[slot] for slot in fill_slots)
+    useful = 0
+    if not speculative:
+        useful = sum(untouched[slot] for slot in hit_slots)
+        in_flight = [0] * len(in_flight)
+        for slot in hit_slots:
+            untouched[slot] = 0
+    for slot in fill_slots:
+        in_flight[slot] = untouched[slot] = int(speculative)
+    misses = len(plan.fills) + len(plan.bypassed)
+    demand = [1, len(plan.hits), len(late_hits), misses, len(plan.bypassed)]
+    added = [
+        *([0] * len(demand) if speculative else demand),
+        len(plan.evicted),
+        len(plan.fills) if speculative else 0,
+        useful,
+        wasted,
+    ]
+    _write(slot_of, cache.slot_of[0])
+    _write(expert_of, cache.expert_of[0])
+    _write(last_use, cache.last_use[0])
+    _write(count, cache.count[0])
+    _write(pending, in_flight)
+    _write(unused, untouched)
+    _write(clock, cache.clock)
+    counters += counters.new_tensor(added)
+
+    rest = [NOBODY] * (min(len(choices), slot_of.shape[0]) - len(plan.fills))
+    return (
+        _int32(present, ids).view(ids.shape),
+        _int32(late, ids).view(ids.shape),
+        _int32([expert for expert, _ in plan.fills] + rest, ids),
+        _int32(fill_slots + rest, ids),
+        _int32([len(plan.fills)], ids),
+    )
+
+
+def _split_choices(
+    choices: Sequence[int], slot_of: Sequence[int], late_slots: set[int]
+) -> tuple[list[int], list[int]]:
+    """Slot of each choice that is there, and of each that will be; -1 elsewhere."""
+    slots = [slot_of[expert] if expert >= 0 else NOBODY for expert in choices]
+    present = [NOBODY if slot in late_slots else slot for slot in slots]
+    late = [slot if slot in late_slots else NOBODY for slot in slots]
+    return present, late
+
+
+def _write(table: Tensor, values: Sequence[int]) -> None:
+    table.copy_(table.new_tensor(values))
+
+
+def _int32(values: Any, like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=like.device)
