@@ -98,13 +98,13 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
     from specmoe_compile.calibration import use_calibration
     from specmoe_compile.passes.manager import SpeculationPass
-    from specmoe_compile.runtime.session import Session, get_session
+    from specmoe_compile.runtime.session import get_session
     from specmoe_compile.runtime.speculation import SpeculationConfig
 
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
-    offloaded = all(isinstance(s, Session) and s.cache is not None for s in sessions)
+    offloaded = all(getattr(s, "cache", None) is not None for s in sessions)
     poor: set[int] = set()
     if config.default_vectors is not None and offloaded:
         for session in sessions:

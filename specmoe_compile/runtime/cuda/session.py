@@ -1,0 +1,356 @@
+"""The session of a model whose experts lie in host memory and are computed on a device.
+
+It answers the calls of `runtime.session.Session`. Between the calls it keeps the live step of each
+layer; the numbers that graphs carry from op to op mean nothing to it.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import SpecMoEError, UnsupportedModelError
+from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
+from specmoe_compile.kernels.grouped_experts.op import reduce_choices
+from specmoe_compile.runtime import nvtx
+from specmoe_compile.runtime.cuda.decode_gather import (
+    DecodeStep,
+    GatherDecoder,
+    heaviest_by_expert,
+    skip_weak_misses,
+)
+from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
+from specmoe_compile.runtime.cuda.stats import layer_stats
+from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
+from specmoe_compile.runtime.cuda.tables import DeviceCache
+from specmoe_compile.runtime.cuda.vectors import DeviceVectors
+from specmoe_compile.runtime.experts_module import ExpertsLayer
+from specmoe_compile.runtime.memory import slots_per_layer
+from specmoe_compile.runtime.nvtx import layer_range
+from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.session import _check_store, _sessions, register_session
+from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+from specmoe_compile.runtime.stats import Stats
+
+
+class DeviceSession:
+    """Store, slots, streams and counters of one model; a context manager that closes them.
+
+    Attributes:
+        handle: what graphs call the session by.
+        layers: the MoE layers, by ordinal.
+        store: the slow tier; closed with the session.
+        cache: slots and tables on the device.
+        device: where experts are computed.
+        top_k: K, the most experts of a token.
+        default_vectors: mean outputs of the experts, learned while running.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertsLayer],
+        store: RamStore,
+        *,
+        device: torch.device,
+        expert_cache_bytes: int,
+        cache_policy: Literal["lru", "lfu"] = "lru",
+        top_k: int,
+        streams: Streams | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        """Reserve device memory.
+
+        Args:
+            layers: by MoE layer ordinal; their modules say how an expert is computed.
+            store: records of all of them, in RAM; page-locked for a CUDA device.
+            device: where experts are computed.
+            expert_cache_bytes: bytes of slots over all layers.
+            cache_policy: which expert leaves a full cache.
+            top_k: K.
+            streams: those of `device` by default.
+            release: called once on closing, before the store is closed.
+
+        Raises:
+            ValueError: the cache does not hold one token's experts, or the store is another
+                model's.
+            UnsupportedModelError: the kernels cannot compute these experts.
+        """
+        self.layers = tuple(layers)
+        self.store = store
+        self.device = device
+        self.top_k = top_k
+        _check_store(self.layers, store)
+        forms = [_form_of(layer) for layer in self.layers]
+        slots = slots_per_layer(expert_cache_bytes, store.layouts, store.num_experts, top_k)
+        records = [store.layer_records(layer) for layer in range(len(self.layers))]
+        self._streams = streams if streams is not None else CudaStreams(device)
+        self.cache = DeviceCache(store.layouts, store.num_experts, slots, device)
+        self._decoder = GatherDecoder(
+            self.cache, records, store.layouts, forms, self._streams, policy=cache_policy
+        )
+        self._prefill = PrefillBuffers(records, store.layouts, forms, self._streams, device)
+        hidden = [_hidden_size(layer, form) for layer, form in zip(self.layers, forms, strict=True)]
+        self.default_vectors = DeviceVectors(store.num_experts, hidden, device=device)
+        self._config = SpeculationConfig()
+        self._learns_from_decode = False
+        # The live step of each layer; False: the whole layer was computed by the prefill path.
+        self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(self.layers)
+        self._waited: list[DecodeStep | None] = [None] * len(self.layers)
+        self._lock = threading.RLock()
+        self.handle = register_session(self)  # type: ignore[arg-type]
+        self._finalizer = weakref.finalize(self, _close_parts, self.handle, release, store)
+
+    def __enter__(self) -> DeviceSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Wait for the device, then give back page locks and the store."""
+        if not self.closed:
+            for layer in self.layers:
+                layer.module._specmoe_session = None  # type: ignore[assignment]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self._finalizer()
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, as a copy; waits for the device.
+
+        Times and recall are not measured on the device and stay zero.
+        """
+        record_bytes = [layout.record_bytes for layout in self.store.layouts]
+        return Stats(
+            layers=layer_stats(self.cache, record_bytes),
+            fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes,
+            store_bytes=self.store.total_bytes,
+            store=self.store.kind,
+            read_busy_ms=0.0,
+        )
+
+    def configure(self, speculation: SpeculationConfig) -> None:
+        """Set what happens to predictions, from now on.
+
+        `auto_off` has no effect: what a prefetch gains is not measured on the device.
+
+        Raises:
+            ValueError: policy `commit`.
+        """
+        if speculation.policy == "commit":
+            raise ValueError(
+                "policy='commit' is not supported for experts on a GPU: use 'exact' or"
+                " 'default_vector'."
+            )
+        with self._lock:
+            self._config = speculation
+            self._learns_from_decode = speculation.prefetch
+            if speculation.nvtx:
+                nvtx.enable()
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; the cache keeps what it holds."""
+        with self._lock:
+            self.cache.reset_counters()
+
+    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts of one layer, fetching what is missing.
+
+        Args:
+            layer: MoE layer ordinal.
+            x: [T, H] float, on the session's device.
+            ids: [T, K] int64 or int32.
+            weights: [T, K] float.
+
+        Returns:
+            [T, H] in the dtype of `x`: the weighted sum over K.
+
+        Raises:
+            SpecMoEError: the session is closed.
+        """
+        with self._lock, layer_range(layer, "experts"):
+            self._check_open()
+            self._forget_step(layer)
+            return self._demand(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
+
+    def blend_default_vectors(
+        self, layer: int, ids: Tensor, weights: Tensor, like: Tensor
+    ) -> Tensor:
+        """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
+        with self._lock, layer_range(layer, "blend"):
+            return self.default_vectors.blend(layer, ids, weights, like)
+
+    def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""
+        with self._lock, layer_range(layer, "prefetch"):
+            self._check_open()
+            if self._is_prefill(layer, ids) or layer in self._config.skip_layers:
+                return 0
+            ids = self._most_wanted(layer, ids, weights)
+            if ids.numel() and self._decoder.fits(layer, ids.numel()):
+                self._decoder.prefetch(layer, ids.contiguous())
+            return 0
+
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+        """Plan the true ids, [T, K], and start fetching what is missing.
+
+        With policy `default_vector` what is missing depends on the router weights, which come with
+        `run_resident_experts`.
+        """
+        with self._lock, layer_range(layer, "wait"):
+            self._check_open()
+            self._forget_step(layer)
+            if not self._is_prefill(layer, ids) and not self._fills_defaults(layer):
+                self._waited[layer] = self._decoder.demand(layer, ids.contiguous())
+            return 0
+
+    def run_resident_experts(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that are there: unweighted outputs [T, K, H].
+
+        Rows of experts that are still being fetched are undefined. Arguments are those of
+        `experts`.
+        """
+        with self._lock, layer_range(layer, "resident"):
+            self._check_open()
+            return self._run(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
+
+    def correct_experts(
+        self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that arrive late and sum over K: [T, K, H] -> [T, H]."""
+        with self._lock, layer_range(layer, "correct"):
+            self._check_open()
+            x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+            step, self._steps[layer] = self._steps[layer], None
+            if step is None:
+                return self._demand(layer, x, ids, weights)
+            return self._correct(layer, step, partial.contiguous(), x, weights)
+
+    def _demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if not self._is_prefill(layer, ids):
+            self._waited[layer] = self._decoder.demand(layer, ids)
+        partial = self._run(layer, x, ids, weights)
+        step, self._steps[layer] = self._steps[layer], None
+        assert step is not None, "running a layer leaves a step"
+        return self._correct(layer, step, partial, x, weights)
+
+    def _run(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        step, self._waited[layer] = self._waited[layer], None
+        if self._is_prefill(layer, ids):
+            self._steps[layer] = False
+            self._decoder.join(layer)
+            y = self._prefill.run(layer, x, ids)
+            self.default_vectors.learn(layer, ids, y)
+            return y
+        if step is None:
+            step = self._demand_strong(layer, ids, weights)
+        self._steps[layer] = step
+        y = self._decoder.run(layer, step, x, weights)
+        if self._learns_from_decode and not self._streams.capturing:
+            self.default_vectors.learn_from_decode(layer, ids, y, step.plan.present)
+        return y
+
+    def _demand_strong(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
+        """Plan a step; by policy `default_vector` without its weak misses."""
+        if not self._fills_defaults(layer):
+            return self._decoder.demand(layer, ids)
+        with self._streams.on("compute"):
+            slot_of = self.cache.tables[layer].slot_of
+            threshold = self._config.default_vector_threshold
+            kept, skipped, number = skip_weak_misses(ids, weights, slot_of, threshold)
+            self.cache.skipped[layer] += number
+        return self._decoder.demand(layer, kept, skipped)
+
+    def _correct(
+        self,
+        layer: int,
+        step: DecodeStep | Literal[False],
+        partial: Tensor,
+        x: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        if step is False:
+            with self._streams.on("compute"):
+                return reduce_choices(partial, weights)
+        vectors = self.default_vectors.tables[layer]
+        return self._decoder.correct(layer, step, partial, x, weights, vectors)
+
+    def _most_wanted(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the predictions to fetch, -1 for those too weak; decided without the host."""
+        config = self._config
+        width = ids.shape[1]
+        if config.prefetch_width is not None and config.prefetch_width < width:
+            width = config.prefetch_width
+        if config.prefetch_budget_bytes is not None:
+            # As if all choices were of different experts: values are the device's alone.
+            most = config.prefetch_budget_bytes // self.store.layouts[layer].record_bytes
+            width = min(width, most // max(1, ids.shape[0]))
+        with self._streams.on("compute"):
+            if width < ids.shape[1]:
+                weights, places = weights.topk(width, dim=1)
+                ids = ids.gather(1, places)
+            if config.policy == "default_vector" and ids.numel():
+                # A miss below the threshold would not be fetched.
+                heaviest = heaviest_by_expert(ids, weights, self.store.num_experts[layer])
+                weak = heaviest[ids.long()] < config.default_vector_threshold
+                ids = torch.where(weak, -1, ids)
+        return ids
+
+    def _fills_defaults(self, layer: int) -> bool:
+        # In a layer that never speculates every miss is fetched.
+        return self._config.policy == "default_vector" and layer not in self._config.skip_layers
+
+    def _is_prefill(self, layer: int, ids: Tensor) -> bool:
+        return ids.shape[0] > PREFILL_TOKENS or not self._decoder.fits(layer, ids.numel())
+
+    def _forget_step(self, layer: int) -> None:
+        """Drop a step of this layer that was never corrected."""
+        self._steps[layer] = self._waited[layer] = None
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SpecMoEError("The session is closed: load the model again.")
+
+
+def _form_of(layer: ExpertsLayer) -> ExpertForm:
+    owner: Any = layer.module
+    if getattr(owner, "has_post_expert_norm", False):
+        raise UnsupportedModelError(
+            f"The experts of {layer.name} have a norm of their own, which is supported on the CPU"
+            " only: use device='cpu'."
+        )
+    return recognise_form(layer.module)
+
+
+def _hidden_size(layer: ExpertsLayer, form: ExpertForm) -> int:
+    (shape,) = (spec.shape for spec in layer.layout.tensors if spec.name == "down_proj")
+    return shape[-1] if form.transposed else shape[0]
+
+
+def _close_parts(handle: int, release: Callable[[], None] | None, store: RamStore) -> None:
+    _sessions.pop(handle, None)
+    if release is not None:
+        release()
+    store.close()

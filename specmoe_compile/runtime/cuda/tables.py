@@ -1,0 +1,75 @@
+"""The device's half of the expert cache: slots, and tables that kernels read and write.
+
+Tables of all layers are rows of a few [L, ...] tensors, so that their addresses are stable and
+statistics come back in one copy. A layer with fewer experts or slots uses the front of its row.
+
+Shape letters: L MoE layers, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.kernels.plan_cache.op import COUNTERS, CacheTables
+from specmoe_compile.runtime.layout import ExpertLayout
+
+
+class DeviceCache:
+    """Slots and tables of every layer.
+
+    Attributes:
+        slots: S of each layer.
+        banks: records of a layer's slots, [S, record_bytes] uint8.
+        tables: of each layer, views of the common tensors.
+        counters: [L, len(COUNTERS)] int64.
+        skipped: [L] int64, misses that got a default vector.
+        total_bytes: size of the slots.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        num_experts: Sequence[int],
+        slots: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """Reserve device memory for empty slots."""
+        layers, most_experts, most_slots = len(slots), max(num_experts), max(slots)
+        self.slots = tuple(slots)
+        self.banks = [
+            torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
+            for layout, count in zip(layouts, slots, strict=True)
+        ]
+        self.total_bytes = sum(bank.numel() for bank in self.banks)
+
+        def rows(width: int, fill: int, dtype: torch.dtype) -> Tensor:
+            return torch.full((layers, width), fill, dtype=dtype, device=device)
+
+        slot_of = rows(most_experts, -1, torch.int32)
+        expert_of = rows(most_slots, -1, torch.int32)
+        last_use = rows(most_slots, 0, torch.int64)
+        count, pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(3))
+        clock = rows(1, 0, torch.int64)
+        self.counters = rows(len(COUNTERS), 0, torch.int64)
+        self.skipped = rows(1, 0, torch.int64)[:, 0]
+        self.tables = [
+            CacheTables(
+                slot_of=slot_of[layer, :experts],
+                expert_of=expert_of[layer, :own],
+                last_use=last_use[layer, :own],
+                count=count[layer, :own],
+                pending=pending[layer, :own],
+                unused=unused[layer, :own],
+                clock=clock[layer],
+                counters=self.counters[layer],
+            )
+            for layer, (experts, own) in enumerate(zip(num_experts, slots, strict=True))
+        ]
+
+    def reset_counters(self) -> None:
+        """Set the statistics to zero; slots keep what they hold."""
+        self.counters.zero_()
+        self.skipped.zero_()
