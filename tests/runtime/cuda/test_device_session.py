@@ -13,7 +13,6 @@ from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 
 
-
 def compiled(model: Any, **options: Any) -> Any:
     torch._dynamo.reset()
     return torch.compile(model, backend="specmoe", options={"lowering": "eager", **options})
