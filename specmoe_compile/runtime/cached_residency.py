@@ -6,7 +6,7 @@ Shape letters: E experts, L MoE layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
@@ -14,7 +14,7 @@ from specmoe_compile.runtime.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.expert_cache import CachePlan
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.memory import SlotMemory, StagingRing
-from specmoe_compile.runtime.residency import Issued, Residency, Step
+from specmoe_compile.runtime.residency import NOTHING_ISSUED, Issued, Residency, Step
 from specmoe_compile.runtime.stats import LayerStats
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.disk import raise_unless_done
@@ -73,8 +73,9 @@ class CachedResidency(Residency):
         self._pending: list[dict[int, _Pending]] = [{} for _ in range(max(memory.bank_of) + 1)]
         # Prefetched experts that no step has used yet.
         self._unused: list[set[int]] = [set() for _ in memory.bank_of]
-        self._pushed_out: list[set[int]] = [set() for _ in memory.bank_of]
-        self._regret_s = [0.0] * len(memory.bank_of)
+        # Rank of the useless guess that pushed an expert out, and what such ranks cost since.
+        self._pushed_out: list[dict[int, int]] = [{} for _ in memory.bank_of]
+        self._regret_s: list[dict[int, float]] = [{} for _ in memory.bank_of]
         self._s_per_byte = 0.0
 
     def set_poison(self, on: bool) -> None:
@@ -154,18 +155,25 @@ class CachedResidency(Residency):
     def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
         return [expert for expert in experts if self.table.slot(layer, expert) < 0]
 
-    def prefetch(self, layer: int, experts: Sequence[int], *, budget_bytes: int | None) -> Issued:
+    def prefetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        predicted: Sequence[int],
+        budget_bytes: int | None,
+    ) -> Issued:
         pending = self._pending[self._memory.bank_of[layer]]
         if pending:
-            self.settle(layer, set(experts))
+            self.settle(layer, set(predicted))
         missing = [expert for expert in experts if self.table.slot(layer, expert) < 0]
         size_bytes = self._record_bytes[layer]
         if budget_bytes is not None:
             missing = missing[: budget_bytes // size_bytes]
         if not missing:
-            return Issued({}, [])
+            return NOTHING_ISSUED
         # The predicted experts that are there must not make room for those that are not.
-        pinned = {*pending, *(self.table.slot(layer, expert) for expert in experts)}
+        pinned = {*pending, *(self.table.slot(layer, expert) for expert in predicted)}
         plan = self.table.plan(layer, missing, pinned_slots=pinned, speculative=True)
         if self._unused[layer]:
             self._count_use(layer, plan)
@@ -184,8 +192,8 @@ class CachedResidency(Residency):
     def read_s(self, layer: int) -> float:
         return self._s_per_byte * self._record_bytes[layer]
 
-    def take_regret(self, layer: int, victims: Sequence[int]) -> float:
-        lost_s, self._regret_s[layer] = self._regret_s[layer], 0.0
+    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
+        lost_s, self._regret_s[layer] = self._regret_s[layer], {}
         self._pushed_out[layer].update(victims)
         return lost_s
 
@@ -237,9 +245,10 @@ class CachedResidency(Residency):
     def _count_regret(self, layer: int, plan: CachePlan) -> None:
         """Book the reads of experts that useless guesses had pushed out."""
         for expert in (*(expert for expert, _ in plan.fills), *plan.bypassed):
-            if expert in self._pushed_out[layer]:
-                self._pushed_out[layer].remove(expert)
-                self._regret_s[layer] += self.read_s(layer)
+            rank = self._pushed_out[layer].pop(expert, None)
+            if rank is not None:
+                lost = self._regret_s[layer]
+                lost[rank] = lost.get(rank, 0.0) + self.read_s(layer)
 
     def _note_speed(self, read: Read) -> None:
         """Keep a running mean of the time that a read takes, over about 16 reads."""

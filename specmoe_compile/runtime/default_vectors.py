@@ -74,13 +74,14 @@ class DefaultVectors:
         """
         table = self.tables[layer]
         if ids.shape[0] <= _DENSE_TOKENS:
-            out = torch.bmm(weights.float().unsqueeze(1), table[ids]).squeeze(1)
+            rows = table.index_select(0, ids.reshape(-1)).view(*ids.shape, -1)
+            out = torch.bmm(weights.float().unsqueeze(1), rows).squeeze(1)
         else:
             # One product with a [T, E] matrix needs no [T, K, H] copy of the tables.
             dense = torch.zeros(ids.shape[0], table.shape[0], device=ids.device)
             dense.scatter_add_(1, ids.long(), weights.float())
             out = dense @ table
-        return out.to(like.dtype)
+        return out if out.dtype == like.dtype else out.to(like.dtype)
 
     def update(self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int]) -> None:
         """Count one step's outputs in.

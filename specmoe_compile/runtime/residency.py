@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
@@ -24,6 +24,9 @@ class Issued(NamedTuple):
 
     reads: dict[int, Read]
     victims: list[int]
+
+
+NOTHING_ISSUED = Issued({}, [])
 
 
 class Step:
@@ -84,8 +87,22 @@ class Residency(ABC):
         """Return those experts that are neither there nor on their way."""
 
     @abstractmethod
-    def prefetch(self, layer: int, experts: Sequence[int], *, budget_bytes: int | None) -> Issued:
-        """Start speculative reads of what is not there, in order, within a budget; never blocks."""
+    def prefetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        predicted: Sequence[int],
+        budget_bytes: int | None,
+    ) -> Issued:
+        """Start speculative reads of what is not there, in order, within a budget; never blocks.
+
+        Args:
+            layer: MoE layer ordinal.
+            experts: what to read.
+            predicted: these and all others that are thought to be needed; none makes room.
+            budget_bytes: most bytes to read; None: no limit.
+        """
 
     @abstractmethod
     def settle(self, layer: int, wanted: Collection[int]) -> None:
@@ -96,11 +113,15 @@ class Residency(ABC):
         """Return how long reading a record of this layer takes lately, in seconds."""
 
     @abstractmethod
-    def take_regret(self, layer: int, victims: Sequence[int]) -> float:
+    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
         """Remember experts that useless guesses pushed out; return what such ones cost so far.
 
+        Args:
+            layer: MoE layer ordinal.
+            victims: expert -> rank of the guess that pushed it out.
+
         Returns:
-            Seconds of reading, since the last call, that went to experts of earlier calls.
+            Rank -> seconds of reading, since the last call, that went to experts of earlier calls.
         """
 
 
@@ -141,8 +162,15 @@ class InPlaceResidency(Residency):
     def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
         return []
 
-    def prefetch(self, layer: int, experts: Sequence[int], *, budget_bytes: int | None) -> Issued:
-        return Issued({}, [])
+    def prefetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        predicted: Sequence[int],
+        budget_bytes: int | None,
+    ) -> Issued:
+        return NOTHING_ISSUED
 
     def settle(self, layer: int, wanted: Collection[int]) -> None:
         pass
@@ -150,5 +178,5 @@ class InPlaceResidency(Residency):
     def read_s(self, layer: int) -> float:
         return 0.0
 
-    def take_regret(self, layer: int, victims: Sequence[int]) -> float:
-        return 0.0
+    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
+        return {}

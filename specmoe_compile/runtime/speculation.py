@@ -1,4 +1,4 @@
-"""Run-time options of speculation, and the rule that turns a layer's prefetch off.
+"""Run-time options of speculation, and the rule that turns prefetches off.
 
 Shape letters: T tokens, K top-k, L MoE layers.
 """
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
 
-TRIAL_STEPS = 24
-"""Prefetches of a layer that are measured before it may be turned off."""
+TRIAL_STEPS = 16
+"""Prefetches of a rank that are measured before it may be turned off."""
 OFF_STEPS = 256
-"""Steps that a layer stays off the first time; each time in a row doubles it."""
+"""Steps that a rank stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
 _DECAY = 1.0 / TRIAL_STEPS
 
@@ -36,7 +36,7 @@ class SpeculationConfig:
     prefetch_budget_bytes: int | None = None
     """most speculative bytes per prefetch of a layer; None: no limit."""
     auto_off: bool = True
-    """turn a layer's prefetch off while it does not pay."""
+    """turn the prefetch of a layer, or of its unsure guesses, off while it does not pay."""
     skip_layers: tuple[int, ...] = ()
     """MoE layers that never speculate."""
     lookahead: int = 1
@@ -63,11 +63,14 @@ class SpeculationConfig:
 
 
 class PrefetchGate:
-    """Turns one layer's prefetch off while it costs more time than it saves.
+    """Turns one layer's guesses of one rank off while they cost more time than they save.
 
-    Saved: reading time of useful records that had passed when they were needed. Lost: reading time
-    that useless records still took from then on while something else was waited for, reads of
-    experts that useless records had pushed out, and the host's own time for issuing the prefetch.
+    The rank of a guess is its place among the predicted experts, heaviest first: heavy ones are
+    nearly always right, light ones often not, and only a measurement tells which still pay on a
+    given disk and cache. Saved: reading time of useful records that had passed when they were
+    needed. Lost: reading time that useless records still took from then on while something else was
+    waited for, reads of experts that useless records had pushed out, and the host's own time for
+    issuing the prefetch.
     Both are averaged over about TRIAL_STEPS prefetches. After a while off, it is tried again.
     """
 
@@ -80,6 +83,11 @@ class PrefetchGate:
         self._off_for = 0
         self._off_next = OFF_STEPS
         self.closures = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the next `admits` will."""
+        return self._off_for == 0
 
     def admits(self) -> bool:
         """Return whether to prefetch in this step; counts the step if not."""

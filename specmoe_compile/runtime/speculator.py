@@ -37,13 +37,14 @@ _CURRENT = -1
 class _Prediction:
     """What `start` was told about a layer, in values of our own: graphs reuse their buffers."""
 
-    __slots__ = ("issue_ms", "issued", "number", "rows", "weights")
+    __slots__ = ("issue_ms", "issued", "number", "ranks", "rows", "weights")
 
     def __init__(self, number: int, rows: list[list[int]], weights: Tensor | None) -> None:
         self.number = number
         self.rows = rows
         self.weights = weights
         self.issued: Issued | None = None
+        self.ranks: dict[int, int] = {}
         self.issue_ms = 0.0
 
 
@@ -77,7 +78,7 @@ class Speculator:
     Attributes:
         config: run-time options; may be replaced between steps.
         vectors: default vectors.
-        gates: of each layer, what turns its prefetch off.
+        gates: of each layer, by rank of a guess, what turns its prefetch off.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Speculator:
         self.config = SpeculationConfig()
         self.vectors = vectors
         self.residency = residency
-        self.gates = [PrefetchGate() for _ in runners]
+        self.gates: list[list[PrefetchGate]] = [[] for _ in runners]
         # Decoding learns default vectors only once a graph that uses them was configured.
         self.learns_from_decode = False
         self._runners = runners
@@ -131,15 +132,16 @@ class Speculator:
         commits = config.policy == "commit"
         prediction = _Prediction(number, rows, weights.clone() if commits else None)
         self._predictions[layer] = prediction
-        # What is committed to is never read in vain; and off, a step would have to be exact.
-        if config.auto_off and not commits and not self.gates[layer].admits():
-            return number
         # A miss below the threshold would not be fetched.
         floor = config.default_vector_threshold if config.policy == "default_vector" else None
         experts = _by_weight(rows, weights.tolist(), config.prefetch_width, floor)
         experts = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
+        admitted = experts
+        # What is committed to is never read in vain; and off, a step would have to be exact.
+        if config.auto_off and not commits:
+            admitted = self._admitted(layer, experts, prediction.ranks, width=len(rows[0]))
         prediction.issued = self.residency.prefetch(
-            layer, experts, budget_bytes=config.prefetch_budget_bytes
+            layer, admitted, predicted=experts, budget_bytes=config.prefetch_budget_bytes
         )
         prediction.issue_ms = (time.perf_counter() - started_s) * 1e3
         return number
@@ -162,8 +164,8 @@ class Speculator:
         known = prediction is not None and number in (prediction.number, _CURRENT)
         if prediction is not None and known and len(prediction.rows) == tokens:
             self._count_recall(layer, rows, prediction.rows)
-            if prediction.issued is not None and prediction.issued.reads and not commits:
-                self.gates[layer].measure(*self._gain(layer, prediction, set(wanted)))
+            if prediction.issued is not None and prediction.issued.reads and prediction.ranks:
+                self._measure(layer, prediction, set(wanted))
             if commits and prediction.weights is not None and prediction.weights.numel():
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
@@ -286,26 +288,57 @@ class Speculator:
             stats.predicted += len(guess)
             stats.recalled += len(set(true).intersection(guess))
 
-    def _gain(self, layer: int, prediction: _Prediction, wanted: set[int]) -> tuple[float, float]:
-        """Return the milliseconds that a prefetch saved and lost, see `PrefetchGate`."""
-        issued = prediction.issued
+    def _admitted(
+        self, layer: int, experts: Sequence[int], ranks: dict[int, int], *, width: int
+    ) -> list[int]:
+        """Return the guesses, heaviest first, whose ranks pay; `ranks` gets all their ranks."""
+        gates = self.gates[layer]
+        while len(gates) < width:
+            gates.append(PrefetchGate())
+        # A batch has more guesses than a token has: its ranks are those of one token, stretched.
+        stretch = width / max(width, len(experts))
+        open_ranks = [gate.admits() for gate in gates[:width]]
+        admitted: list[int] = []
+        for place, expert in enumerate(experts):
+            rank = ranks[expert] = int(place * stretch)
+            if open_ranks[rank]:
+                admitted.append(expert)
+        return admitted
+
+    def _measure(self, layer: int, prediction: _Prediction, wanted: set[int]) -> None:
+        """Tell the gates what each rank of a prefetch saved and lost, see `PrefetchGate`."""
+        issued, ranks = prediction.issued, prediction.ranks
         assert issued is not None, "only a prefetch that was issued has a gain"
         now_s = time.perf_counter()
-        saved_s = lost_s = 0.0
-        useful = 0
+        saved_s: dict[int, float] = {}
+        lost_s: dict[int, float] = {}
+        useless: list[int] = []
         all_there = not self.residency.absent(layer, list(wanted))
         for expert, read in issued.reads.items():
-            passed_s = min(now_s, read.finished_s or now_s) - read.started_s
-            if expert in wanted:
-                useful += 1
-                all_there = all_there and read.state == DONE
-                saved_s += passed_s if read.state in (RUNNING, DONE) else 0.0
-        for expert, read in issued.reads.items():
-            if expert not in wanted and read.state == RUNNING and not all_there:
-                lost_s += max(0.0, self.residency.read_s(layer) - (now_s - read.started_s))
+            rank = ranks[expert]
+            saved_s.setdefault(rank, 0.0)
+            if expert not in wanted:
+                useless.append(expert)
+                continue
+            all_there = all_there and read.state == DONE
+            if read.state in (RUNNING, DONE):
+                saved_s[rank] += min(now_s, read.finished_s or now_s) - read.started_s
+        for expert in useless:
+            read = issued.reads[expert]
+            if read.state == RUNNING and not all_there:
+                left_s = max(0.0, self.residency.read_s(layer) - (now_s - read.started_s))
+                lost_s[ranks[expert]] = lost_s.get(ranks[expert], 0.0) + left_s
         # The oldest victims would have gone for the useful records anyway.
-        lost_s += self.residency.take_regret(layer, issued.victims[useful:])
-        return saved_s * 1e3, lost_s * 1e3 + prediction.issue_ms
+        victims = issued.victims[len(issued.reads) - len(useless) :]
+        pushed_out = {v: ranks[e] for v, e in zip(victims, reversed(useless), strict=False)}
+        regret_s = self.residency.take_regret(layer, pushed_out)
+        share_ms = prediction.issue_ms / len(saved_s)
+        for rank, gate in enumerate(self.gates[layer]):
+            lost = lost_s.get(rank, 0.0) + regret_s.get(rank, 0.0)
+            if rank in saved_s:
+                gate.measure(saved_s[rank] * 1e3, lost * 1e3 + share_ms)
+            elif lost and gate.is_open:
+                gate.measure(0.0, lost * 1e3)
 
 
 def _by_weight(

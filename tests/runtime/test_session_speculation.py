@@ -420,3 +420,20 @@ def test_right_predictions_keep_a_layer_on() -> None:
             step(session, 0, batch, ticket)
             prefetches.append(session.stats.layers[0].prefetches)
         assert prefetches[-1] > prefetches[TRIAL_STEPS]
+
+
+def test_only_the_rank_that_errs_is_turned_off() -> None:
+    """The heaviest guess is always right, the lightest always wrong."""
+    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.004)
+    with make_session("one_token", store=store) as session:
+        session.configure(Config())
+        for token in range(3 * TRIAL_STEPS):
+            batch = _, ids, _ = token_batch(token, 1)
+            wrong = next(e for e in range(E) if e not in ids[0].tolist())
+            guess = torch.tensor([[int(ids[0, 0]), wrong]])
+            ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
+            time.sleep(0.001)
+            step(session, 0, batch, ticket)
+        heavy, light = session._speculator.gates[0]
+        assert heavy.closures == 0
+        assert light.closures == 1

@@ -47,8 +47,8 @@ class CudaStreams:
         """Make the side streams; `device` has an index."""
         self._device = device
         self._side = {
-            "demand": torch.cuda.Stream(device, priority=_HIGH_PRIORITY),
-            "prefetch": torch.cuda.Stream(device, priority=_LOW_PRIORITY),
+            "demand": torch.cuda.Stream(device, priority=_HIGH_PRIORITY),  # type: ignore[no-untyped-call]
+            "prefetch": torch.cuda.Stream(device, priority=_LOW_PRIORITY),  # type: ignore[no-untyped-call]
         }
 
     @property
@@ -56,7 +56,7 @@ class CudaStreams:
         return torch.cuda.is_current_stream_capturing()
 
     def record(self, stream: StreamName) -> _Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream(stream))
         return _Event(event, self.capturing)
 
