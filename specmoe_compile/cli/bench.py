@@ -92,6 +92,14 @@ def bench(
 
       cache            specmoe with an expert cache (--expert-cache)
 
+      prefetch         on_demand with prefetch: no cache but the buffers of two layers
+
+      specmoe          specmoe as it comes: expert cache and prefetch, exact
+
+      default_vector   the same; default vectors in place of light missing experts (approximate)
+
+      commit           the same; the predicted experts are executed as they are (approximate)
+
       resident         specmoe with all experts in memory
 
     [bold]Examples[/bold]
@@ -191,12 +199,19 @@ def measure(
             for name in names
         ]
         packed = None
-        if any(name in ("on_demand", "cache") for name in names):
+        if any(reads_store(name) for name in names):
             packed = _pack(jobs[0], memory_cap_bytes)
         result = run_jobs(jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes)
     result["settings"] = {**settings, "repeats": repeats, "order": "interleaved", "seed": 0}
     result["pack"] = packed
     return result
+
+
+def reads_store(arm: str) -> bool:
+    """Whether an arm may run from a store on disk: all of specmoe's but `resident`."""
+    from specmoe_compile.cli.measure.arms import ARMS
+
+    return ARMS[arm].policy is not None and ARMS[arm].capped
 
 
 def _pack(job: ArmJob, memory_cap_bytes: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
 
 log = logging.getLogger(__name__)
+
+TIME_METRIC = "specmoe_passes"
+"""Under which Dynamo's compile-time metrics count the passes."""
 
 Pass = Callable[[Graph, PassConfig, SpeculationPlan], PassReport]
 
@@ -71,6 +75,16 @@ def run_passes(
     Raises:
         InvariantError: a pass broke an invariant: a bug of specmoe.
     """
+    with dynamo_timed(TIME_METRIC):
+        return _run_timed(gm_or_graph, config, check_each, plan)
+
+
+def _run_timed(
+    gm_or_graph: GraphModule | Graph,
+    config: PassConfig,
+    check_each: bool | None,
+    plan: SpeculationPlan | None,
+) -> PipelineReport:
     graph = gm_or_graph.graph if isinstance(gm_or_graph, GraphModule) else gm_or_graph
     started = time.perf_counter()
     report = PipelineReport(nodes_before=len(graph.nodes), nodes_after=len(graph.nodes))

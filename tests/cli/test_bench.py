@@ -8,12 +8,14 @@ import mmap
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
 from specmoe_compile.cli.main import run
+from specmoe_compile.cli.measure.arms import ARMS
 from specmoe_compile.cli.measure.harness import (
     ArmFailedError,
     ArmInputError,
@@ -23,6 +25,8 @@ from specmoe_compile.cli.measure.harness import (
     run_worker,
 )
 from specmoe_compile.cli.measure.records import ArmJob
+from specmoe_compile.config import Policy
+from specmoe_compile.generation import session_of
 from tests.cli.test_records import SCHEMA_KEYS
 from tests.helpers import save_tiny
 
@@ -92,6 +96,33 @@ def test_the_document_names_the_model_but_no_folder(
     assert (result["model"]["moe_layers"], result["model"]["top_k"]) == (3, 2)
     assert result["prompts"]["count"] == 2
     assert str(checkpoint.parent) not in json.dumps(result)
+
+
+@pytest.mark.parametrize("name", ["prefetch", "specmoe", "default_vector", "commit"])
+def test_speculating_arms_prefetch_under_their_policy(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """In this process: an arm's own process is tested with the other arms."""
+    job = ArmJob(
+        arm=name,
+        model=str(checkpoint),
+        prompts=[],
+        new_tokens=9,
+        expert_cache="50%",
+        store_dir=str(tmp_path / "store"),
+        work_dir=str(tmp_path),
+        device="cpu",
+        options={"lowering": "eager", "auto_off": False},
+    )
+    loaded = ARMS[name].load(job, ARMS[name])
+    ids = torch.tensor([[5, 6, 7]])
+    loaded.model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert loaded.read_stats is not None
+    stats = loaded.read_stats()
+    assert stats.total.prefetches > 0
+    assert stats.fast_tier_bytes < stats.store_bytes
+    policy = session_of(loaded.inner)._speculator.config.policy
+    assert policy == ARMS[name].policy == (name if name in get_args(Policy) else "exact")
 
 
 def test_a_cache_that_is_too_small_ends_the_bench_with_its_sentence(

@@ -67,6 +67,7 @@ class ArmRun:
             up to it; None for an arm without a session.
         fast_tier_bytes: expert bytes that the arm keeps in the fast tier.
         load_s: loading the model. compile_s: time that Dynamo and Inductor took.
+        passes_ms: time of specmoe's passes in it; 0 where compiled code came from a cache.
         first_token_s: from the start of the process to the first token, imports and all.
         peak_rss_bytes: VmHWM of the process; children are not in it.
         load_peak_rss_bytes: the same, read when the model was loaded.
@@ -87,6 +88,7 @@ class ArmRun:
     fast_tier_bytes: int
     load_s: float
     compile_s: float
+    passes_ms: float = 0.0
     first_token_s: float
     peak_rss_bytes: int
     load_peak_rss_bytes: int

@@ -93,6 +93,7 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
         fast_tier_bytes=loaded.fast_tier_bytes,
         load_s=load_s,
         compile_s=compile_seconds(),
+        passes_ms=passes_ms(),
         first_token_s=first_token_s,
         peak_rss_bytes=peak_rss_bytes(),
         load_peak_rss_bytes=load_peak,
@@ -210,6 +211,15 @@ def compile_seconds() -> float:
 
     spent: dict[str, float] = calculate_time_spent()
     return float(spent.get("total_wall_time", spent.get("entire_frame_compile", 0.0)))
+
+
+def passes_ms() -> float:
+    """Milliseconds that specmoe's passes took so far."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    from specmoe_compile.passes.manager import TIME_METRIC
+
+    return 1e3 * sum(compilation_time_metrics.get(TIME_METRIC, []))
 
 
 def _graph_count() -> int:
