@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Keys hold an expert or a slot, both below 512, in their lowest bits. Above a slot there is room for
-# 2**53 plans.
+# Keys hold an expert or a slot, both below 512, in their lowest bits. Above a slot there is room
+# for 2**53 plans.
 INDEX_BITS = tl.constexpr(9)
 INDEX_MASK = tl.constexpr(511)
 OCCUPIED_BIT = tl.constexpr(62)

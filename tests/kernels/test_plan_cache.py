@@ -1,0 +1,246 @@
+"""`plan_cache` against the runtime's Python policy, driven with the same streams of ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specmoe_compile.kernels.plan_cache.op import (
+    COUNTERS,
+    CachePlanTensors,
+    CacheTables,
+    plan_cache,
+)
+from tests.kernels.expert_cases import DEVICE
+from tests.kernels.plan_cases import (
+    ExpectedCache,
+    LayerTables,
+    Step,
+    as_lists,
+    plan_by_kernel,
+)
+
+PLANNERS = {"op": plan_cache, "kernel": plan_by_kernel}
+planners = pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
+CPU = torch.device("cpu")
+
+
+def assert_equal_streams(
+    planner: Callable[..., CachePlanTensors],
+    experts: int,
+    slots: int,
+    steps: Sequence[Step],
+    *,
+    index_dtype: torch.dtype = torch.int64,
+    start: int = 0,
+    device: torch.device = DEVICE,
+    **policy: Any,
+) -> ExpectedCache:
+    """Drive both with the same steps; equal results and tables after each."""
+    expected = ExpectedCache(experts, slots, start=start, **policy)
+    tables = LayerTables(experts, slots, start=start, device=device)
+    for step in steps:
+        ids = torch.tensor(step.ids, dtype=index_dtype, device=device)
+        plan = planner(ids, tables.layer, **policy, **step.options)
+        assert as_lists(plan) == expected.plan(step), step
+        assert as_lists(tables.layer) == expected.tables(), step
+    tables.assert_others_untouched()
+    return expected
+
+
+@st.composite
+def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
+    """E, S between K and E, a policy and steps; few experts, so that ties and evictions happen."""
+    top_k = draw(st.integers(1, 4))
+    experts = draw(st.integers(top_k, 12))
+    slots = draw(st.one_of(st.just(top_k), st.just(experts), st.integers(top_k, experts)))
+    steps = []
+    for _ in range(draw(st.integers(1, max_steps))):
+        tokens = draw(st.sampled_from([1, 1, 2, 3, 6]))
+        row = st.lists(st.integers(-1, experts - 1), min_size=top_k, max_size=top_k)
+        steps.append(
+            Step(
+                ids=draw(st.lists(row, min_size=tokens, max_size=tokens)),
+                bypass=draw(st.sampled_from([False, False, False, True])),
+                speculative=draw(st.booleans()),
+            )
+        )
+    return {
+        "experts": experts,
+        "slots": slots,
+        "steps": steps,
+        "policy": draw(st.sampled_from(["lru", "lfu"])),
+        "ageing_period": draw(st.integers(1, 5)),
+        "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams(max_steps=20))
+def test_cpu_op_decides_as_the_python_policy(stream: dict[str, Any]) -> None:
+    assert_equal_streams(plan_cache, device=CPU, **stream)
+
+
+@settings(max_examples=40, deadline=None)
+@given(streams(max_steps=10))
+def test_kernel_decides_as_the_python_policy(stream: dict[str, Any]) -> None:
+    assert_equal_streams(plan_by_kernel, **stream)
+
+
+def random_steps(
+    count: int, *, experts: int, tokens: int, top_k: int, distinct: bool = True
+) -> list[Step]:
+    steps = []
+    for index in range(count):
+        if distinct:
+            rows = [torch.randperm(experts)[:top_k].tolist() for _ in range(tokens)]
+        else:
+            rows = torch.randint(0, experts, (tokens, top_k)).tolist()
+        steps.append(Step(ids=rows, speculative=index % 3 == 1, bypass=index % 5 == 3))
+    return steps
+
+
+@planners
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize(
+    ("experts", "slots", "tokens", "top_k"),
+    [
+        (1, 1, 1, 1),
+        (5, 5, 1, 5),
+        (7, 3, 3, 3),
+        (512, 512, 16, 16),
+        (512, 40, 16, 10),
+        (300, 17, 1, 8),
+    ],
+    ids=["one_expert", "s_and_k_are_e", "s_is_k", "largest", "more_than_slots", "odd"],
+)
+def test_sizes(
+    planner: Callable[..., CachePlanTensors],
+    policy: str,
+    experts: int,
+    slots: int,
+    tokens: int,
+    top_k: int,
+) -> None:
+    steps = random_steps(4, experts=experts, tokens=tokens, top_k=top_k)
+    assert_equal_streams(planner, experts, slots, steps, policy=policy, ageing_period=2)
+
+
+@planners
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_old_caches_keep_their_order(planner: Callable[..., CachePlanTensors], policy: str) -> None:
+    """Plans beyond 32 bits are compared in full."""
+    steps = random_steps(12, experts=9, tokens=1, top_k=2)
+    assert_equal_streams(planner, 9, 4, steps, policy=policy, start=2**40 - 5)
+
+
+@planners
+def test_pending_slots_are_late_and_stay(planner: Callable[..., CachePlanTensors]) -> None:
+    steps = [
+        Step(ids=[[0, 1]]),
+        Step(ids=[[2]], speculative=True),
+        Step(ids=[[3]], speculative=True),
+        # Slots 0 and 1 went to the guesses 2 and 3: 2 comes late, 4 finds no slot that may go.
+        Step(ids=[[2, 4]]),
+        # 3 was a wrong guess, and leaves now.
+        Step(ids=[[5, 2]]),
+    ]
+    expected = assert_equal_streams(planner, 6, 2, steps, policy="lru")
+    assert expected.counters == {
+        "steps": 3,
+        "hits": 2,
+        "late_prefetches": 1,
+        "misses": 4,
+        "bypassed": 1,
+        "evicted": 3,
+        "prefetches": 2,
+        "useful_prefetches": 1,
+        "wasted_prefetches": 1,
+    }
+
+
+@planners
+def test_results_are_contiguous_int32(planner: Callable[..., CachePlanTensors]) -> None:
+    ids = torch.tensor([[3, 1, 3], [1, -1, 0]], device=DEVICE)
+    plan = planner(ids, LayerTables(4, 3).layer, policy="lru")
+    shapes = [tuple(tensor.shape) for tensor in plan]
+    assert shapes == [(2, 3), (2, 3), (4,), (4,), (1,)]
+    assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in plan)
+    assert plan.late.tolist() == [[0, 1, 0], [1, -1, 2]]
+    assert plan.fill_experts.tolist() == [3, 1, 0, -1]
+
+
+def test_kernel_counts_unknown_experts_as_none() -> None:
+    """The device cannot refuse them, but must not write beyond its tables."""
+    tables = LayerTables(4, 2)
+    ids = torch.tensor([[4, 1, 2**33 + 1, -5]], device=DEVICE)
+    plan = plan_by_kernel(ids, tables.layer, policy="lru")
+    assert plan.late.tolist() == [[-1, 0, -1, -1]]
+    assert plan.fill_experts.tolist() == [1, -1, -1, -1]
+    assert tables.layer.slot_of.tolist() == [-1, 0, -1, -1]
+    tables.assert_others_untouched()
+
+
+def test_op_passes_opcheck() -> None:
+    op = torch.ops.specmoe_kernels.plan_cache.default
+    ids = torch.tensor([[3, 1], [1, 0]], device=DEVICE)
+    for policy, speculative in (("lru", False), ("lfu", True)):
+        options = {"policy": policy, "speculative": speculative}
+        torch.library.opcheck(op, (ids, *LayerTables(5, 3).layer), options)
+
+
+def test_op_compiles_into_one_graph() -> None:
+    def two_plans(ids: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = CacheTables(*(row[1] for row in rows))
+        guess = plan_cache(ids, tables, policy="lru", speculative=True)
+        return guess.late, plan_cache(ids, tables, policy="lru").late
+
+    ids = torch.tensor([[3, 1]], device=DEVICE)
+    eager, compiled = LayerTables(5, 3), LayerTables(5, 3)
+    expected = two_plans(ids, *eager.all)
+    results = torch.compile(two_plans, fullgraph=True)(ids, *compiled.all)
+    assert [result.tolist() for result in results] == [result.tolist() for result in expected]
+    assert as_lists(compiled.all) == as_lists(eager.all)
+
+
+def test_wrong_arguments_are_refused_with_one_sentence() -> None:
+    ids = torch.tensor([[3, 1]], device=DEVICE)
+    good = LayerTables(5, 3).layer
+    wide = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
+    attempts: list[tuple[type[Exception], str, Any, CacheTables, dict[str, Any]]] = [
+        (TypeError, "ids is float32, expected int64 or int32", ids.float(), good, {}),
+        (ValueError, "ids is (2,), expected [T, K]", ids[0], good, {}),
+        (ValueError, "ids is not contiguous", ids.repeat(2, 2)[:, ::2], good, {}),
+        (ValueError, "ids has 0 choices, expected 1 to 256", ids[:0], good, {}),
+        (ValueError, "ids has 257 choices", ids.new_zeros(257, 1), good, {}),
+        (TypeError, "slot_of is int64", ids, good._replace(slot_of=good.slot_of.long()), {}),
+        (ValueError, "count is (2,), expected [3]", ids, good._replace(count=good.count[1:]), {}),
+        (ValueError, "pending is not contiguous", ids, good._replace(pending=wide[:, 0]), {}),
+        (TypeError, "clock is int32", ids, good._replace(clock=good.clock.int()), {}),
+        (
+            ValueError,
+            f"counters is (3,), expected [{len(COUNTERS)}]",
+            ids,
+            good._replace(counters=good.counters[:3]),
+            {},
+        ),
+        (ValueError, "slot_of has 513 entries", ids, LayerTables(513, 3).layer, {}),
+        (ValueError, "expert_of has 513 entries", ids, LayerTables(5, 513).layer, {}),
+        (ValueError, "policy is 'fifo', expected 'lru' or 'lfu'", ids, good, {"policy": "fifo"}),
+        (ValueError, "ageing_period is 0", ids, good, {"ageing_period": 0}),
+    ]
+    for error, message, choices, tables, options in attempts:
+        with pytest.raises(error, match=re.escape(message)) as caught:
+            plan_cache(choices, tables, **{"policy": "lru", **options})
+        assert "\n" not in str(caught.value)
+
+
+def test_cpu_op_refuses_unknown_experts() -> None:
+    with pytest.raises(ValueError, match=re.escape("expert 5, but slot_of has 5 experts")):
+        plan_cache(torch.tensor([[5]]), LayerTables(5, 3, device=CPU).layer, policy="lru")
