@@ -114,7 +114,8 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         config = replace(config, skip_layers=tuple(sorted(poor)))
     for session in sessions:
         session.configure(SpeculationConfig.from_options(config))
-    return SpeculationPass.from_options(config, offloaded=offloaded)
+    on_cpu = all(session.device.type == "cpu" for session in sessions)
+    return SpeculationPass.from_options(config, offloaded=offloaded, conditional=on_cpu)
 
 
 def _lower(
@@ -128,9 +129,17 @@ def _lower(
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {"post_grad_custom_pre_pass": speculation, "freezing": False}
-    if config.mode == "reduce-overhead":
+    if config.mode == "reduce-overhead" and _is_decode(gm):
         patches["triton.cudagraphs"] = True
     return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _is_decode(gm: GraphModule) -> bool:
+    """Whether every step of the graph is one of decode: a prefill is not worth a capture."""
+    from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+
+    steps = [node.args[1].meta["example_value"].shape[0] for node in find_dispatch_nodes(gm.graph)]  # type: ignore[union-attr]
+    return all(isinstance(tokens, int) and tokens <= PREFILL_TOKENS for tokens in steps)
 
 
 def _lower_untouched(

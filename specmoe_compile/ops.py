@@ -31,7 +31,9 @@ _SCHEMAS = {
     "start_prefetch": (
         "(Tensor ids, Tensor weights, int session, int layer, Tensor[] after) -> Tensor"
     ),
-    "wait_prefetch": "(Tensor ticket, Tensor ids, int session, int layer) -> Tensor",
+    "wait_prefetch": (
+        "(Tensor ticket, Tensor ids, int session, int layer, int[] asks=[]) -> Tensor"
+    ),
     "run_resident_experts": (
         "(Tensor x, Tensor ids, Tensor weights, Tensor state, int session, int layer,"
         " Tensor[] after) -> Tensor"
@@ -73,7 +75,7 @@ def _token(number: int, like: Tensor) -> Tensor:
     """
     if like.is_cuda:
         return like.new_empty(1, dtype=torch.int64)
-    return torch.tensor([number])
+    return torch.full((1,), number)  # a third cheaper than torch.tensor
 
 
 def _number(token: Tensor) -> int:
@@ -117,12 +119,22 @@ def _start_fake(
     return ids.new_empty(1, dtype=torch.int64)
 
 
-def _wait(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
-    """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1]."""
-    return _token(get_session(session).wait_prefetch(_number(ticket), layer, ids), ids)
+def _wait(
+    ticket: Tensor, ids: Tensor, session: int, layer: int, asks: Sequence[int] = ()
+) -> Tensor:
+    """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1].
+
+    Bit i of the state says whether a prediction of layer `asks[i]` is wanted in this step; on the
+    CPU only.
+    """
+    wait = get_session(session).wait_prefetch
+    number = wait(_number(ticket), layer, ids, asks) if asks else wait(_number(ticket), layer, ids)
+    return _token(number, ids)
 
 
-def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
+def _wait_fake(
+    ticket: Tensor, ids: Tensor, session: int, layer: int, asks: Sequence[int] = ()
+) -> Tensor:
     return ids.new_empty(1, dtype=torch.int64)
 
 
@@ -193,5 +205,5 @@ for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
 
-for _effect in (torch.ops.specmoe.start_prefetch.default, torch.ops.specmoe.wait_prefetch.default):
-    has_side_effect(_effect)
+for _name in ("start_prefetch", "wait_prefetch"):
+    has_side_effect(getattr(torch.ops.specmoe, _name).default)

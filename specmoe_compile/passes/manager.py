@@ -24,6 +24,7 @@ from specmoe_compile.passes.check_invariants import check_invariants, output_ali
 from specmoe_compile.passes.choose_predictions import ON_PURPOSE, choose_predictions
 from specmoe_compile.passes.find_moe_layers import find_moe_layers
 from specmoe_compile.passes.fx_utils import find_calls, module_of, specmoe_ops
+from specmoe_compile.passes.guard_lookahead import guard_lookahead
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_expert_prefetch import insert_expert_prefetch
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
@@ -49,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     insert_lookahead_router,
     insert_expert_prefetch,
     split_expert_execution,
+    guard_lookahead,
 )
 """The passes, in order."""
 
@@ -127,7 +129,7 @@ def _run(
         for layer, reason in done.skipped.items():
             log.debug("%s: MoE layer %d: %s", done.name, layer, reason)
         if check_each:
-            check_invariants(graph, aliases, complete=run is PASSES[-1])
+            check_invariants(graph, aliases, complete=run in PASSES[-2:])
     graph.eliminate_dead_code()
     check_invariants(graph, aliases)
     if not any(layer.is_split for layer in plan.layers):
@@ -172,9 +174,11 @@ class SpeculationPass(CustomGraphPass):
         self.reports: list[PipelineReport] = []
 
     @classmethod
-    def from_options(cls, options: CompileOptions, *, offloaded: bool = True) -> SpeculationPass:
+    def from_options(
+        cls, options: CompileOptions, *, offloaded: bool = True, conditional: bool = False
+    ) -> SpeculationPass:
         """Build the pass for a compile's options; see `PassConfig.from_options`."""
-        return cls(PassConfig.from_options(options, offloaded=offloaded))
+        return cls(PassConfig.from_options(options, offloaded=offloaded, conditional=conditional))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite one graph in place."""

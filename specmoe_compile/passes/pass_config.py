@@ -31,6 +31,9 @@ class PassConfig:
     control: bool = False
     """Feed the lookahead with the true router input; nothing is hidden, and recall is 100 %."""
 
+    conditional: bool = False
+    """Let the session skip a lookahead at run time; only where the host decides, not on a GPU."""
+
     def __post_init__(self) -> None:
         if self.lookahead < 1:
             raise ValueError(f"lookahead={self.lookahead}: expected an integer >= 1")
@@ -42,13 +45,16 @@ class PassConfig:
             raise ValueError(f"skip_layers={self.skip_layers}: expected MoE layer numbers >= 0")
 
     @classmethod
-    def from_options(cls, options: CompileOptions, *, offloaded: bool = True) -> PassConfig:
+    def from_options(
+        cls, options: CompileOptions, *, offloaded: bool = True, conditional: bool = False
+    ) -> PassConfig:
         """Take the fields of a compile's options.
 
         Args:
             options: options of `torch.compile`; `skip_layers="auto"`, if it was not resolved to
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
+            conditional: whether the sessions can answer `wants_prefetch`.
         """
         from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 
@@ -60,6 +66,7 @@ class PassConfig:
             skip_layers=given if isinstance(given, tuple) else (),
             most_tokens=PREFILL_TOKENS,
             control=options.control,
+            conditional=conditional,
         )
 
     def key(self) -> str:

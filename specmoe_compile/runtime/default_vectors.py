@@ -74,8 +74,11 @@ class DefaultVectors:
         """
         table = self.tables[layer]
         if ids.shape[0] <= _DENSE_TOKENS:
-            rows = table.index_select(0, ids.reshape(-1)).view(*ids.shape, -1)
-            out = torch.bmm(weights.float().unsqueeze(1), rows).squeeze(1)
+            rows, share = table.index_select(0, ids.reshape(-1)), weights.float()
+            if len(ids) == 1:
+                out = torch.mm(share, rows)
+            else:
+                out = torch.bmm(share.unsqueeze(1), rows.view(*ids.shape, -1)).squeeze(1)
         else:
             # One product with a [T, E] matrix needs no [T, K, H] copy of the tables.
             dense = torch.zeros(ids.shape[0], table.shape[0], device=ids.device)
@@ -97,22 +100,34 @@ class DefaultVectors:
         if self.frozen or learning.isdisjoint(experts):
             return
         flat, rows = ids.reshape(-1).long(), y.reshape(-1, y.shape[-1])
-        if len(flat) == len(experts) and learning.issuperset(experts):
-            # One sample each, as in decoding: nothing to sum up.
-            chosen, sums, new = flat, rows.float(), torch.ones_like(flat)
-        else:
-            chosen = torch.tensor(sorted(learning.intersection(experts)), device=y.device)
-            sums, new = _sum_by_expert(chosen, flat, rows)
+        if len(flat) == len(experts):
+            self._add_one_each(layer, flat.tolist(), rows)
+            return
+        chosen = torch.tensor(sorted(learning.intersection(experts)), device=y.device)
+        sums, new = _sum_by_expert(chosen, flat, rows)
         table, counts = self.tables[layer], self.counts[layer]
         counts[chosen] += new
         # mean += (sum of the new samples - their number * mean) / samples so far
         mean, samples = table[chosen], counts[chosen]
         table[chosen] = mean + (sums - new.unsqueeze(1) * mean) / samples.unsqueeze(1)
         for expert, count in zip(chosen.tolist(), samples.tolist(), strict=True):
-            if count >= self._decode_samples:
-                self._young[layer].discard(expert)
-            if count >= self._prefill_samples:
-                self._learning[layer].discard(expert)
+            self._retire(layer, expert, count)
+
+    def _add_one_each(self, layer: int, experts: Sequence[int], rows: Tensor) -> None:
+        """Count one sample of each expert in, [K, H]; in decoding, so free of small tensors."""
+        table, counts, young = self.tables[layer], self.counts[layer].numpy(), self._young[layer]
+        for row, expert in enumerate(experts):
+            if expert in young:
+                counts[expert] += 1
+                count = int(counts[expert])
+                table[expert].lerp_(rows[row].float(), 1.0 / count)
+                self._retire(layer, expert, count)
+
+    def _retire(self, layer: int, expert: int, count: int) -> None:
+        if count >= self._decode_samples:
+            self._young[layer].discard(expert)
+        if count >= self._prefill_samples:
+            self._learning[layer].discard(expert)
 
     def load(self, tables: Sequence[Tensor]) -> None:
         """Use given vectors, [E, H] of each layer, and stop learning.

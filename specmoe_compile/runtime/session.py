@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -264,6 +265,7 @@ class Session:
     ) -> Tensor:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
+            self._speculator.lookahead_s = time.perf_counter()
             return self.default_vectors.blend(layer, ids, weights, like)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
@@ -281,15 +283,22 @@ class Session:
             self._check_open()
             return self._speculator.start(layer, ids, weights)
 
-    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
         """Settle a ticket against the true ids, [T, K]; issues demand reads, never blocks.
 
+        Args:
+            ticket: from `start_prefetch`, or -1.
+            layer: MoE layer ordinal.
+            ids: [T, K], the router's choice.
+            asks: layers that could be predicted from here.
+
         Returns:
-            The step's number, for `run_resident_experts` and `correct_experts`.
+            The step's number, for `run_resident_experts` and `correct_experts`. Its bit i says
+            whether to predict layer `asks[i]`.
         """
         with self._lock, layer_range(layer, "wait"):
             self._check_open()
-            return self._speculator.settle(ticket, layer, ids)
+            return self._speculator.settle(ticket, layer, ids, asks)
 
     def run_resident_experts(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int

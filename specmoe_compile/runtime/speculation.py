@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
 
 TRIAL_STEPS = 16
-"""Prefetches of a rank that are measured before it may be turned off."""
+"""Steps that are measured before something may be turned off."""
 OFF_STEPS = 256
-"""Steps that a rank stays off the first time; each time in a row doubles it."""
+"""Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
 _DECAY = 1.0 / TRIAL_STEPS
 
@@ -63,15 +63,13 @@ class SpeculationConfig:
 
 
 class PrefetchGate:
-    """Turns one layer's guesses of one rank off while they cost more time than they save.
+    """Turns one thing off while it costs more time than it saves.
 
-    The rank of a guess is its place among the predicted experts, heaviest first: heavy ones are
-    nearly always right, light ones often not, and only a measurement tells which still pay on a
-    given disk and cache. Saved: reading time of useful records that had passed when they were
-    needed. Lost: reading time that useless records still took from then on while something else was
-    waited for, reads of experts that useless records had pushed out, and the host's own time for
-    issuing the prefetch.
-    Both are averaged over about TRIAL_STEPS prefetches. After a while off, it is tried again.
+    Saved: reading time of useful records that had passed when they were needed. Lost: reading time
+    that useless records still took from then on while something else was waited for, reads of
+    experts that useless records had pushed out, and the host's own time for the prediction, unless
+    it had to wait for reads anyway. Both are averaged over about TRIAL_STEPS steps. After a while
+    off, it is tried again.
     """
 
     __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
@@ -89,15 +87,20 @@ class PrefetchGate:
         """Whether the next `admits` will."""
         return self._off_for == 0
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether it was measured often enough to be judged, and is on."""
+        return self._steps >= TRIAL_STEPS
+
     def admits(self) -> bool:
-        """Return whether to prefetch in this step; counts the step if not."""
+        """Return whether it is on in this step; counts the step if not."""
         if self._off_for == 0:
             return True
         self._off_for -= 1
         return False
 
     def measure(self, saved_ms: float, lost_ms: float) -> None:
-        """Take in what one prefetch saved and lost."""
+        """Take in what one step saved and lost."""
         self._steps += 1
         rate = max(_DECAY, 1.0 / self._steps)
         self._saved_ms += rate * (saved_ms - self._saved_ms)

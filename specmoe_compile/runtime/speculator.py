@@ -21,10 +21,11 @@ from torch import Tensor
 from specmoe_compile.runtime.commit import committed_routing
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.default_vectors import DefaultVectors
+from specmoe_compile.runtime.prefetch_judge import PrefetchJudge
 from specmoe_compile.runtime.residency import Issued, Residency, Step
-from specmoe_compile.runtime.speculation import PrefetchGate, SpeculationConfig
+from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.stats import LayerStats
-from specmoe_compile.runtime.transfer.base import DONE, RUNNING
+from specmoe_compile.runtime.transfer.base import DONE
 
 PREFILL_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
@@ -37,15 +38,15 @@ _CURRENT = -1
 class _Prediction:
     """What `start` was told about a layer, in values of our own: graphs reuse their buffers."""
 
-    __slots__ = ("issue_ms", "issued", "number", "ranks", "rows", "weights")
+    __slots__ = ("host_ms", "issued", "number", "ranks", "rows", "weights")
 
     def __init__(self, number: int, rows: list[list[int]], weights: Tensor | None) -> None:
         self.number = number
         self.rows = rows
         self.weights = weights
         self.issued: Issued | None = None
-        self.ranks: dict[int, int] = {}
-        self.issue_ms = 0.0
+        self.ranks: dict[int, int] | None = None
+        self.host_ms = 0.0
 
 
 class _State:
@@ -56,10 +57,10 @@ class _State:
         prediction: what to commit to; None in an exact step.
         ids, weights: the routing that is executed where it is not the router's own.
         filled: experts whose rows hold default vectors instead of outputs.
-        ran: whether `run` was called.
+        routing: of what is executed; None until `run` was called.
     """
 
-    __slots__ = ("filled", "ids", "layer", "number", "prediction", "ran", "step", "weights")
+    __slots__ = ("filled", "ids", "layer", "number", "prediction", "routing", "step", "weights")
 
     def __init__(self, number: int, layer: int) -> None:
         self.number = number
@@ -69,7 +70,7 @@ class _State:
         self.ids: Tensor | None = None
         self.weights: Tensor | None = None
         self.filled: tuple[int, ...] = ()
-        self.ran = False
+        self.routing: Routing | None = None
 
 
 class Speculator:
@@ -78,7 +79,7 @@ class Speculator:
     Attributes:
         config: run-time options; may be replaced between steps.
         vectors: default vectors.
-        gates: of each layer, by rank of a guess, what turns its prefetch off.
+        judge: turns predictions off that do not pay.
     """
 
     def __init__(
@@ -91,13 +92,18 @@ class Speculator:
         self.config = SpeculationConfig()
         self.vectors = vectors
         self.residency = residency
-        self.gates: list[list[PrefetchGate]] = [[] for _ in runners]
+        self.judge = PrefetchJudge(len(runners))
         # Decoding learns default vectors only once a graph that uses them was configured.
         self.learns_from_decode = False
         self._runners = runners
         self._stats = stats
         self._numbers = itertools.count(1)
         self._predictions: list[_Prediction | None] = [None] * len(runners)
+        # Whether the next prediction of a layer is wanted; None where nobody asked.
+        self._asked: list[bool | None] = [None] * len(runners)
+        # When the lookahead that is under way began; 0 if there is none.
+        self.lookahead_s = 0.0
+        self._learning_turn = 0
         self._state: _State | None = None
 
     def use(self, residency: Residency) -> None:
@@ -124,10 +130,13 @@ class Speculator:
         """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
         number = next(self._numbers)
         self._predictions[layer] = None
-        config = self.config
-        if not 0 < ids.shape[0] <= PREFILL_TOKENS or layer in config.skip_layers:
+        asked, self._asked[layer] = self._asked[layer], None
+        if not 0 < ids.shape[0] <= PREFILL_TOKENS:
             return number
         started_s = time.perf_counter()
+        if not (self._wants(layer) if asked is None else asked):
+            return number
+        config = self.config
         rows: list[list[int]] = ids.tolist()
         commits = config.policy == "commit"
         prediction = _Prediction(number, rows, weights.clone() if commits else None)
@@ -135,47 +144,75 @@ class Speculator:
         # A miss below the threshold would not be fetched.
         floor = config.default_vector_threshold if config.policy == "default_vector" else None
         experts = _by_weight(rows, weights.tolist(), config.prefetch_width, floor)
-        experts = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
-        admitted = experts
-        # What is committed to is never read in vain; and off, a step would have to be exact.
-        if config.auto_off and not commits:
-            admitted = self._admitted(layer, experts, prediction.ranks, width=len(rows[0]))
+        experts = admitted = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
+        if self._is_judged():
+            admitted, prediction.ranks = self.judge.admitted(layer, experts, len(rows[0]))
         prediction.issued = self.residency.prefetch(
             layer, admitted, predicted=experts, budget_bytes=config.prefetch_budget_bytes
         )
-        prediction.issue_ms = (time.perf_counter() - started_s) * 1e3
+        if not self._is_reading():
+            prediction.host_ms = (time.perf_counter() - (self.lookahead_s or started_s)) * 1e3
+        self.lookahead_s = 0.0
         return number
 
-    def settle(self, number: int, layer: int, ids: Tensor) -> int:
+    def _is_judged(self) -> bool:
+        # What is committed to is never read in vain; and off, a step would have to be exact.
+        return self.config.auto_off and self.config.policy != "commit"
+
+    def _is_reading(self) -> bool:
+        """Whether the live step still waits for reads, so that the host had nothing else to do."""
+        step = self._state.step if self._state is not None else None
+        if step is None:
+            return False
+        return bool(step.deferred) or any(r.state != DONE for r in step.waiting.values())
+
+    def _wants(self, layer: int) -> bool:
+        if layer in self.config.skip_layers:
+            return False
+        return not self._is_judged() or self.judge.layers[layer].admits()
+
+    def settle(self, number: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
         """Meet a prediction with the true ids [T, K]; returns the number of the step.
 
-        Promotes the reads that are wanted, cancels the others, and issues the reads that are
-        missing, unless which ones these are depends on the router weights.
+        Bit i of the number says whether a prediction of layer `asks[i]` is wanted; a `start` that
+        follows keeps to it. Promotes the reads that are wanted, cancels the others, and issues the
+        reads that are missing, unless which ones these are depends on the router weights.
         """
         self._abandon()
-        state = self._state = _State(next(self._numbers), layer)
+        own_number = next(self._numbers) << len(asks)
+        for bit, target in enumerate(asks):
+            wanted = self._asked[target] = self._wants(target)
+            own_number |= wanted << bit
+        state = self._state = _State(own_number, layer)
         prediction, self._predictions[layer] = self._predictions[layer], None
         tokens = ids.shape[0]
         if not 0 < tokens <= PREFILL_TOKENS:
             return state.number
         rows: list[list[int]] = ids.tolist()
-        wanted = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         commits = self.config.policy == "commit"
         known = prediction is not None and number in (prediction.number, _CURRENT)
         if prediction is not None and known and len(prediction.rows) == tokens:
             self._count_recall(layer, rows, prediction.rows)
-            if prediction.issued is not None and prediction.issued.reads and prediction.ranks:
-                self._measure(layer, prediction, set(wanted))
+            if prediction.issued is not None and prediction.ranks is not None:
+                self.judge.measure(
+                    layer,
+                    prediction.issued,
+                    prediction.ranks,
+                    set(needed),
+                    host_ms=prediction.host_ms,
+                    residency=self.residency,
+                )
             if commits and prediction.weights is not None and prediction.weights.numel():
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
                 return state.number
         # In a layer that never speculates every miss is fetched.
         if self.config.policy == "default_vector" and layer not in self.config.skip_layers:
-            self.residency.settle(layer, set(wanted))
+            self.residency.settle(layer, set(needed))
             return state.number
-        self._runners[layer].check_ids(wanted)
-        state.step = self.residency.begin(layer, wanted, prefill=False)
+        self._runners[layer].check_ids(needed)
+        state.step = self.residency.begin(layer, needed, prefill=False)
         return state.number
 
     def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -196,7 +233,7 @@ class Speculator:
         if state.step is None:
             needed = self._needed(state, routing, ids, weights, y)
             state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > PREFILL_TOKENS)
-        state.ran = True
+        state.routing = routing
         self._compute(state.step, routing, y, block=False)
         return y
 
@@ -206,10 +243,9 @@ class Speculator:
         """Compute the rest of `partial`, [T, K, H], and sum over K: -> [T, H]."""
         state = self._state
         known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
-        if state is None or not known or not state.ran or state.step is None:
+        if state is None or not known or state.routing is None or state.step is None:
             return self.demand(layer, x, ids, weights)
-        ids = ids if state.ids is None else state.ids
-        routing = Routing(x, ids, self._runners[layer])
+        ids, routing = ids if state.ids is None else state.ids, state.routing
         try:
             y = partial
             if state.step.waiting or state.step.deferred:
@@ -225,7 +261,7 @@ class Speculator:
         """Return the step of that number if it is the live one and not run yet, else a new one."""
         state = self._state
         known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
-        if state is None or not known or state.ran:
+        if state is None or not known or state.routing is not None:
             self.settle(_NOBODY, layer, ids)
             state = self._state
             assert state is not None, "settle leaves a live step"
@@ -270,7 +306,15 @@ class Speculator:
             routing.compute(arrival[0], arrival[1], runner, flat)
 
     def _learn(self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int]) -> None:
-        if experts and (self.learns_from_decode or ids.shape[0] > PREFILL_TOKENS):
+        if ids.shape[0] <= PREFILL_TOKENS:
+            if not self.learns_from_decode:
+                return
+            # One layer per step, in turn: that of the next step is the next one.
+            self._learning_turn -= 1
+            if self._learning_turn >= 0:
+                return
+            self._learning_turn = len(self._runners)
+        if experts:
             self.vectors.update(layer, ids, y, experts)
 
     def _abandon(self) -> None:
@@ -287,58 +331,6 @@ class Speculator:
             stats.needed += len(true)
             stats.predicted += len(guess)
             stats.recalled += len(set(true).intersection(guess))
-
-    def _admitted(
-        self, layer: int, experts: Sequence[int], ranks: dict[int, int], *, width: int
-    ) -> list[int]:
-        """Return the guesses, heaviest first, whose ranks pay; `ranks` gets all their ranks."""
-        gates = self.gates[layer]
-        while len(gates) < width:
-            gates.append(PrefetchGate())
-        # A batch has more guesses than a token has: its ranks are those of one token, stretched.
-        stretch = width / max(width, len(experts))
-        open_ranks = [gate.admits() for gate in gates[:width]]
-        admitted: list[int] = []
-        for place, expert in enumerate(experts):
-            rank = ranks[expert] = int(place * stretch)
-            if open_ranks[rank]:
-                admitted.append(expert)
-        return admitted
-
-    def _measure(self, layer: int, prediction: _Prediction, wanted: set[int]) -> None:
-        """Tell the gates what each rank of a prefetch saved and lost, see `PrefetchGate`."""
-        issued, ranks = prediction.issued, prediction.ranks
-        assert issued is not None, "only a prefetch that was issued has a gain"
-        now_s = time.perf_counter()
-        saved_s: dict[int, float] = {}
-        lost_s: dict[int, float] = {}
-        useless: list[int] = []
-        all_there = not self.residency.absent(layer, list(wanted))
-        for expert, read in issued.reads.items():
-            rank = ranks[expert]
-            saved_s.setdefault(rank, 0.0)
-            if expert not in wanted:
-                useless.append(expert)
-                continue
-            all_there = all_there and read.state == DONE
-            if read.state in (RUNNING, DONE):
-                saved_s[rank] += min(now_s, read.finished_s or now_s) - read.started_s
-        for expert in useless:
-            read = issued.reads[expert]
-            if read.state == RUNNING and not all_there:
-                left_s = max(0.0, self.residency.read_s(layer) - (now_s - read.started_s))
-                lost_s[ranks[expert]] = lost_s.get(ranks[expert], 0.0) + left_s
-        # The oldest victims would have gone for the useful records anyway.
-        victims = issued.victims[len(issued.reads) - len(useless) :]
-        pushed_out = {v: ranks[e] for v, e in zip(victims, reversed(useless), strict=False)}
-        regret_s = self.residency.take_regret(layer, pushed_out)
-        share_ms = prediction.issue_ms / len(saved_s)
-        for rank, gate in enumerate(self.gates[layer]):
-            lost = lost_s.get(rank, 0.0) + regret_s.get(rank, 0.0)
-            if rank in saved_s:
-                gate.measure(saved_s[rank] * 1e3, lost * 1e3 + share_ms)
-            elif lost and gate.is_open:
-                gate.measure(0.0, lost * 1e3)
 
 
 def _by_weight(

@@ -35,6 +35,8 @@ class RecordingSession:
         self.tickets: dict[int, int] = {}
         self.recall: dict[int, list[float]] = {}
         self.hidden, self.num_experts = hidden, experts
+        self.unwanted: set[int] = set()
+        self.states: dict[int, int] = {}
 
     def _outputs(self, layer: int, x: Tensor, ids: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(layer)
@@ -65,25 +67,27 @@ class RecordingSession:
         self.tickets[layer] = 10 + layer
         return 10 + layer
 
-    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
         self.events.append(("wait", layer))
         assert ticket == self.tickets.pop(layer, -1)
         if ticket >= 0:
             found = (self.predicted[layer][:, None, :] == ids[:, :, None]).any(-1)
             self.recall.setdefault(layer, []).append(found.float().mean().item())
-        return 100 + layer
+        wanted = sum(1 << bit for bit, target in enumerate(asks) if target not in self.unwanted)
+        self.states[layer] = ((100 + layer) << len(asks)) + wanted
+        return self.states[layer]
 
     def run_resident_experts(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
     ) -> Tensor:
-        assert state == 100 + layer
+        assert state == self.states[layer]
         self.events.append(("run", layer))
         return self._outputs(layer, x, ids)
 
     def correct_experts(
         self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
     ) -> Tensor:
-        assert state == 100 + layer
+        assert state == self.states[layer]
         self.events.append(("correct", layer))
         return self._reduce(partial, weights, x)
 

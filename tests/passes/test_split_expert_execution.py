@@ -90,6 +90,9 @@ def test_layer_without_prefetch_on_either_side_is_left_whole() -> None:
         PassConfig(prefetch_width=4),
         PassConfig(skip_layers=(2,)),
         PassConfig(control=True),
+        PassConfig(conditional=True),
+        PassConfig(conditional=True, lookahead=2),
+        PassConfig(conditional=True, control=True),
     ],
 )
 def test_values_and_order_of_execution(monkeypatch: Any, config: PassConfig) -> None:
