@@ -1,0 +1,226 @@
+"""What speculation is worth on the widened reference model, all arms in one interleaved run.
+
+    python -m benchmarks.speculation                  # everything, on a quiet machine
+    python -m benchmarks.speculation --only report    # the document from the result files
+
+Phases: `timing` (time per token of every arm and cache size, A B C A B C), `exact` (64 prompts x 64
+tokens against the unmodified model, with sabotaged predictors), `compile` (what the passes add to
+compile time), `report` (docs/results/speculation.md). Results are JSON in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
+from benchmarks.speculation_exact import run_exact
+from benchmarks.speculation_report import write_report
+from specmoe_compile.cli.bench import describe_model
+from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.measure.harness import run_pack, run_worker
+from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile
+from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.runtime.machine import cache_folder
+
+REPORT = repository_root() / "docs" / "results" / "speculation.md"
+PHASES = ("timing", "exact", "compile", "report")
+DTYPE = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One column of the comparison: an arm with a cache size and options."""
+
+    name: str
+    arm: str
+    expert_cache: str = EXPERT_CACHE
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+CELLS = (
+    Cell(name="on_demand", arm="on_demand"),
+    Cell(name="prefetch", arm="prefetch"),
+    Cell(name="cache 25%", arm="cache"),
+    Cell(name="specmoe 25%", arm="specmoe"),
+    Cell(name="cache 50%", arm="cache", expert_cache="50%"),
+    Cell(name="specmoe 50%", arm="specmoe", expert_cache="50%"),
+    Cell(
+        name="default_vector 0.2, 25%",
+        arm="default_vector",
+        options=(("default_vector_threshold", 0.2),),
+    ),
+    Cell(name="commit 25%", arm="commit"),
+    Cell(name="resident", arm="resident"),
+)
+
+
+class Place:
+    """Where the model, its store and the results are."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder: Path = arguments.folder
+        self.results: Path = arguments.results
+        self.repeats: int = arguments.repeats
+        self.prompts: int = arguments.prompts
+        self.new_tokens: int = arguments.new_tokens
+
+    def model(self) -> Path:
+        """The widened reference model, made when it is not there."""
+        return widened_model(repository_root(), self.folder, RECORD_MIB, DTYPE)
+
+    def store_dir(self) -> Path:
+        """Where its expert store is or will be."""
+        return self.folder / f"{self.model().name}-store"
+
+    def job(self, cell: Cell, work_dir: str, prompts: list[list[int]], **changes: Any) -> ArmJob:
+        """What a worker process is to measure."""
+        return ArmJob(
+            arm=cell.arm,
+            model=str(self.model()),
+            prompts=prompts,
+            new_tokens=self.new_tokens,
+            device="cpu",
+            dtype=DTYPE,
+            expert_cache=cell.expert_cache,
+            store_dir=str(self.store_dir()),
+            options={**dict(cell.options), **changes},
+            work_dir=work_dir,
+        )
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Write one phase's result with what it was measured on."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        about = {
+            "schema": 1,
+            "commit": commit_or_none(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "model": describe_model(str(self.model()), DTYPE),
+            "load_average": list(os.getloadavg()),
+        }
+        path = self.results / f"speculation_{name}.json"
+        write_json(path, {**about, **value})
+        print(f"wrote {path.name}", flush=True)
+
+
+def run_timing(place: Place) -> None:
+    """Time per token of every cell, repeats interleaved."""
+    # As many tokens as prompts and repeats allow: speculation needs some steps to learn what pays.
+    prompts = held_out_prompts(3)
+    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in CELLS}
+    with tempfile.TemporaryDirectory(dir=place.folder) as work:
+        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
+        for cell in CELLS:  # compile once, untimed
+            run_worker(place.job(cell, work, prompts[:1]))
+        for repeat in range(place.repeats):
+            # Back and forth, so that a drift of the machine hits neighbours alike.
+            for cell in CELLS if repeat % 2 == 0 else reversed(CELLS):
+                run = run_worker(place.job(cell, work, prompts))
+                runs[cell.name].append(run)
+                median = quantile(run.tpot_samples_ms, 0.5)
+                print(f"{repeat + 1}/{place.repeats} {cell.name}: {median:.2f} ms", flush=True)
+    records = []
+    for cell in CELLS:
+        record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
+        record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
+        record["totals"] = [run.decode["total"] for run in runs[cell.name] if run.decode]
+        layers = [run.decode["layers"] for run in runs[cell.name] if run.decode]
+        record["layers"] = layers[0] if layers else None
+        del record["tokens"], record["runs"]
+        records.append(record)
+    settings = {
+        "new_tokens": place.new_tokens,
+        "prompts": len(prompts),
+        "prompt_tokens": PROMPT_TOKENS,
+        "repeats": place.repeats,
+        "order": "interleaved, every second time backwards",
+        "seed": 0,
+    }
+    place.write("timing", {"arms": records, "settings": settings})
+
+
+def run_compile(place: Place) -> None:
+    """Compile time with and without the passes, caches empty, and the passes' own time."""
+    pairs: list[dict[str, float]] = []
+    prompts = held_out_prompts(1)
+    cell = next(cell for cell in CELLS if cell.arm == "specmoe")
+    with tempfile.TemporaryDirectory(dir=place.folder) as work:
+        for repeat in range(place.repeats):
+            pair: dict[str, float] = {}
+            for prefetch in (False, True) if repeat % 2 else (True, False):
+                with tempfile.TemporaryDirectory(dir=work) as cache:
+                    job = place.job(cell, work, prompts, prefetch=prefetch)
+                    run = run_worker(job, environment={"TORCHINDUCTOR_CACHE_DIR": cache})
+                name = "with" if prefetch else "without"
+                pair[f"{name}_s"] = run.compile_s
+                if prefetch:
+                    pair["passes_s"] = run.passes_ms / 1e3
+            pairs.append(pair)
+            print(pair, flush=True)
+    place.write("compile", {"pairs": pairs})
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
+    parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
+    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--report", type=Path, default=REPORT, help="the document to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the phases asked for; returns 0, 1 if something that must hold does not, or 2."""
+    arguments = parse_arguments(argv)
+    place = Place(arguments)
+    quiet_transformers()
+    phases: dict[str, Callable[[], None]] = {
+        "timing": lambda: run_timing(place),
+        "exact": lambda: place.write(
+            "exact",
+            run_exact(
+                place.model(), place.store_dir(), held_out_prompts(place.prompts), place.new_tokens
+            ),
+        ),
+        "compile": lambda: run_compile(place),
+    }
+    try:
+        for name, run in phases.items():
+            if name in arguments.only:
+                print(f"== {name}", flush=True)
+                run()
+        if "report" in arguments.only:
+            found = {
+                name: json.loads(path.read_text(encoding="utf-8"))
+                for name in (*phases, "eval")
+                if (path := place.results / f"speculation_{name}.json").is_file()
+            }
+            return 0 if write_report(found, arguments.report) else 1
+    except Exception as error:
+        known = user_error_or_none(error)
+        if known is None:
+            raise
+        print(f"error: {sentence(known)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Writes docs/results/speculation.md from the result files, and judges what must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.end_to_end_report import Claim
+from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.runtime.sizes import format_bytes
+
+EXPECTED_RECALL = (0.76, 0.83, 0.78, 0.79, 0.65, 0.65, 0.68)
+"""Recall@4 with default vectors of the second to the last layer, as the design measured it."""
+RECALL_TOLERANCE = 0.02
+HIDDEN_SHARE = 0.8
+CACHE_FACTOR = 1.02
+PASSES_SHARE = 0.15
+FEWER_BYTES = 0.3
+MOST_LOSS_NATS = 0.02
+
+Result = Mapping[str, Any]
+
+
+def write_report(found: Mapping[str, Result], path: Path) -> bool:
+    """Write the document; returns whether every claim that could be judged holds.
+
+    Args:
+        found: result of each phase that there is: timing, exact, compile, eval.
+        path: the document.
+
+    Raises:
+        FileNotFoundError: there is no result at all.
+    """
+    if not found:
+        raise FileNotFoundError("There is no speculation_*.json: run the phases first.")
+    claims: list[Claim] = []
+    sections = [_head(found)]
+    for name, judge, section in (
+        ("exact", exact_claims, _exact_section),
+        ("timing", timing_claims, _timing_section),
+        ("eval", eval_claims, _no_section),
+        ("compile", compile_claims, _compile_section),
+    ):
+        if name in found:
+            claims += judge(found[name])
+            sections.append(section(found[name]))
+    rows = [(c.text, c.measured, "yes" if c.holds else "**no**") for c in claims]
+    sections.insert(
+        1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join([*filter(None, sections), _NOTES]) + "\n", encoding="utf-8")
+    for claim in claims:
+        print(f"{'ok ' if claim.holds else 'NOT'} {claim.text}: {claim.measured}")
+    return all(claim.holds for claim in claims)
+
+
+def exact_claims(exact: Result) -> list[Claim]:
+    """Tokens of policy exact, and recall of the true predictor."""
+    rows = exact["rows"]
+    worst = max(row["differing_tokens"] for row in rows)
+    kinds = ", ".join(dict.fromkeys(row["predictor"] for row in rows))
+    claims = [
+        Claim(
+            text="exact: with prefetch the tokens are the unmodified model's, batch 1 and 4, static"
+            f" and dynamic cache; predictors: {kinds}",
+            measured=f"{worst} of {rows[0]['tokens']} tokens differ in the worst of {len(rows)}"
+            " runs",
+            holds=worst == 0,
+        )
+    ]
+    measured = next(row["recall_by_layer"] for row in rows if row["predictor"] not in _BAD)
+    least = [expected - RECALL_TOLERANCE for expected in EXPECTED_RECALL]
+    got = [value for value in measured if value is not None]
+    claims.append(
+        Claim(
+            text=f"recall@4 by layer is at least {' '.join(f'{e:.2f}' for e in EXPECTED_RECALL)},"
+            f" within {RECALL_TOLERANCE}",
+            measured=" ".join(f"{value:.3f}" for value in got) + " (generated text)",
+            holds=len(got) == len(least)
+            and all(value >= bound for value, bound in zip(got, least, strict=True)),
+        )
+    )
+    return claims
+
+
+_BAD = ("wrong", "random", "empty")
+
+
+def timing_claims(timing: Result) -> list[Claim]:
+    """Prefetch against on_demand, specmoe against the cache alone."""
+    p50 = {arm["name"]: arm["tpot_ms"]["p50"] for arm in timing["arms"]}
+    gain, most = p50["on_demand"] - p50["prefetch"], p50["resident"]
+    claims = [
+        Claim(
+            text=f"without a cache, prefetch gains {100 * HIDDEN_SHARE:.0f} % or more of the"
+            " compute time",
+            measured=f"{gain:.1f} of {most:.1f} ms ({100 * gain / most:.0f} %;"
+            f" {p50['on_demand']:.1f} -> {p50['prefetch']:.1f} ms,"
+            f" {100 * gain / p50['on_demand']:.0f} % less)",
+            holds=gain >= HIDDEN_SHARE * most,
+        )
+    ]
+    for size in ("25%", "50%"):
+        cache, ours = p50[f"cache {size}"], p50[f"specmoe {size}"]
+        claims.append(
+            Claim(
+                text=f"with a cache of {size}, specmoe takes at most {CACHE_FACTOR} x cache",
+                measured=f"{ours / cache:.3f} x ({ours:.1f} and {cache:.1f} ms)",
+                holds=ours <= CACHE_FACTOR * cache,
+            )
+        )
+    return claims
+
+
+def eval_claims(found: Result) -> list[Claim]:
+    """Bytes and loss of the best threshold of policy default_vector."""
+    exact = next(row for row in found["policies"] if row["policy"] == "exact")
+    curve = [
+        (
+            row["name"],
+            1 - row["bytes_per_token"] / exact["bytes_per_token"],
+            row["loss_nats"] - exact["loss_nats"],
+        )
+        for row in found["policies"]
+        if row["policy"] == "default_vector"
+    ]
+    within = [point for point in curve if point[2] <= MOST_LOSS_NATS]
+    if not within:
+        return []
+    name, fewer, loss = max(within, key=lambda point: point[1])
+    return [
+        Claim(
+            text=f"default_vector moves {100 * FEWER_BYTES:.0f} % fewer bytes than exact at a loss"
+            f" increase of at most {MOST_LOSS_NATS} nats/byte, at some threshold",
+            measured=f"{name}: {100 * fewer:.0f} % fewer, {loss:+.4f} nats/byte",
+            holds=fewer >= FEWER_BYTES,
+        )
+    ]
+
+
+def compile_claims(found: Result) -> list[Claim]:
+    """The passes' own time against compiling without them."""
+    pairs = found["pairs"]
+    without = sorted(pair["without_s"] for pair in pairs)[len(pairs) // 2]
+    passes = sorted(pair["passes_s"] for pair in pairs)[len(pairs) // 2]
+    return [
+        Claim(
+            text=f"the passes add at most {100 * PASSES_SHARE:.0f} % to compile time",
+            measured=f"{passes:.2f} s on {without:.1f} s ({100 * passes / without:.1f} %)",
+            holds=passes <= PASSES_SHARE * without,
+        )
+    ]
+
+
+def _head(found: Mapping[str, Result]) -> str:
+    result = next(iter(found.values()))
+    model, machine = result["model"], result["machine"]
+    commits = sorted({str(r["commit"])[:12] for r in found.values()})
+    names = ", ".join(f"{n} {v}" for n, v in result["versions"].items() if v is not None)
+    return "\n".join(
+        (
+            "# Speculation, measured",
+            "",
+            "Written by `python -m benchmarks.speculation` from"
+            " `benchmarks/results/speculation_*`.",
+            "What policies cost in output is in [fidelity](fidelity.md).",
+            "",
+            f"- Model: the reference model in float32 with experts of"
+            f" {model['bytes_per_expert'] >> 20} MiB: {model['moe_layers']} MoE layers,"
+            f" {model['experts'][0]} experts, top-{model['top_k']},"
+            f" {model['expert_bytes'] / 1e6:.0f} MB of experts, on disk.",
+            f"- Machine: {machine['cpu']}, {machine['cores']} cores,"
+            f" {format_bytes(machine['ram_bytes'])} RAM, GPU:"
+            f" {machine['gpu']['name'] if machine['gpu'] else 'none'}.",
+            f"- Versions: {names}. Commit: {', '.join(commits)}.",
+        )
+    )
+
+
+def _timing_section(timing: Result) -> str:
+    arms, settings = timing["arms"], timing["settings"]
+    p50 = {arm["name"]: arm["tpot_ms"]["p50"] for arm in arms}
+    rows: list[Sequence[str]] = []
+    for arm in arms:
+        base = {"prefetch": "on_demand", "specmoe": "cache"}.get(arm["name"].split()[0])
+        base = None if base is None else arm["name"].replace(arm["name"].split()[0], base)
+        rows.append(
+            (
+                arm["name"],
+                f"{arm['tpot_ms']['p50']:.1f}",
+                ", ".join(f"{median:.1f}" for median in arm["medians_ms"]),
+                "-" if base is None else f"{p50[arm['name']] / p50[base]:.3f} x {base}",
+                *_traffic(arm["totals"], timing["model"]["moe_layers"]),
+            )
+        )
+    head = (
+        "arm",
+        "ms/token",
+        "of each run",
+        "against",
+        "hits",
+        "read on demand/token",
+        "ahead/token",
+        "of it useful",
+        "stall/token",
+        "steps predicted",
+    )
+    return (
+        "## Time per token\n\n"
+        + markdown_table(head, rows)
+        + f"\n\n{settings['prompts']} prompts of {settings['prompt_tokens']} tokens,"
+        f" {settings['new_tokens']} greedy tokens each, {settings['repeats']} repeats,"
+        f" {settings['order']}, each in its own process; ms/token is the median over all tokens."
+        " Ahead counts what was prefetched; a useful record was used by the step it was read for or"
+        " a later one. Steps predicted: the share of layer steps in which `auto_off` let the"
+        " lookahead run."
+    )
+
+
+def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:
+    """Hits, bytes and stalls per token over all runs of an arm."""
+    if not totals:
+        return ("-",) * 6
+    total = {key: sum(t[key] for t in totals) for key in totals[0]}
+    tokens = total["steps"] / layers
+    used = total["hits"] + total["misses"]
+    ahead = total["speculative_bytes"]
+    return (
+        f"{100 * total['hits'] / max(1, used):.0f} %",
+        format_bytes(round(total["demand_bytes"] / tokens)),
+        format_bytes(round(ahead / tokens)),
+        f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
+        f"{total['stall_ms'] / tokens:.1f} ms",
+        f"{100 * total['needed'] / max(1, used):.0f} %",
+    )
+
+
+def _exact_section(exact: Result) -> str:
+    rows = [
+        (
+            row["predictor"],
+            str(row["batch"]),
+            row["kv_cache"],
+            f"{row['differing_tokens']} of {row['tokens']}",
+            "-" if row["recall"] is None else f"{100 * row['recall']:.1f} %",
+            str(row["prefetches"]),
+        )
+        for row in exact["rows"]
+    ]
+    head = ("predictor", "batch", "cache", "tokens that differ", "recall", "prefetches")
+    return (
+        "## Policy exact against the unmodified model\n\n"
+        + markdown_table(head, rows)
+        + f"\n\nFloat32, expert cache {exact['expert_cache']}, `auto_off` off, so that every layer"
+        " step is predicted. `wrong` predicts experts that are not needed, `random` any, `empty`"
+        " none."
+    )
+
+
+def _compile_section(found: Result) -> str:
+    rows = [
+        (f"{p['without_s']:.1f} s", f"{p['with_s']:.1f} s", f"{1e3 * p['passes_s']:.0f} ms")
+        for p in found["pairs"]
+    ]
+    head = ("prefetch off", "prefetch on", "the passes themselves")
+    return (
+        "## Compile time, empty caches\n\n"
+        + markdown_table(head, rows)
+        + "\n\nPrefill and decode graph together. What `prefetch on` takes longer than the passes"
+        " is Inductor's time for the nodes that they insert."
+    )
+
+
+def _no_section(found: Result) -> str:
+    return ""
+
+
+_NOTES = """## How to read this
+
+- `on_demand` and `prefetch` have no cache, only buffers of two layers; `prefetch` is the setting of
+  the paper (arXiv 2603.19289).
+- A prefetch can hide reading behind computing, and no more than there is of either. On two cores
+  the readers, the lookahead and the experts share the same cores; where reads take most of a token,
+  a wrong guess delays a right one. `auto_off` measures both sides per layer and per rank of guess,
+  and stops predicting where it does not pay."""
