@@ -145,7 +145,12 @@ def _forward_through(wrapper: OptimizedModule, model: nn.Module) -> Iterator[Non
         compiled = wrapper.dynamo_ctx(model._call_impl)
         wrapper.__dict__["_specmoe_compiled_call"] = compiled
     previous = model._compiled_call_impl
-    model._compiled_call_impl = compiled
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        _mark_static(kwargs.get("past_key_values"))
+        return compiled(*args, **kwargs)
+
+    model._compiled_call_impl = forward
     try:
         # Prefill, decode, each batch size and each kind of cache are graphs of their own; past
         # Dynamo's default limit of 8 it would go on eagerly without a word.
@@ -153,3 +158,22 @@ def _forward_through(wrapper: OptimizedModule, model: nn.Module) -> Iterator[Non
             yield
     finally:
         model._compiled_call_impl = previous
+
+
+def _mark_static(cache: Any) -> None:
+    """Say that a static cache's tensors on a GPU stay where they are: CUDA graphs may write them.
+
+    Transformers says so itself, but not while it is traced, and here prefill is compiled too.
+    """
+    if not getattr(cache, "is_compileable", False):
+        return
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.is_cuda
+                    and not hasattr(tensor, "_dynamo_static_input_type")
+                ):
+                    # Without a guard: another cache is recorded anew, not compiled anew.
+                    torch._dynamo.mark_static_address(tensor, guard=False)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -219,6 +219,20 @@ def _attach(
     options: _Options,
 ) -> None:
     """Create the session that owns the store, and tie it to the model."""
+    if options.device.type == "cuda":
+        from specmoe_compile.runtime.cuda.opening import open_device_session
+
+        assert cache_bytes is not None, "only experts that stay on the CPU need no cache"
+        on_device = open_device_session(
+            model,
+            layers,
+            store,
+            expert_cache_bytes=cache_bytes,
+            cache_policy=options.cache_policy,
+            top_k=top_k,
+        )
+        attach_session(model, cast(Session, on_device))  # answers the same calls
+        return
     session = Session(
         layers,
         store,

@@ -41,7 +41,7 @@ class _Event(NamedTuple):
 
 
 class CudaStreams:
-    """Streams of one GPU; not run on a GPU yet."""
+    """Streams of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         """Make the side streams; `device` has an index."""

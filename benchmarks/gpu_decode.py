@@ -1,0 +1,205 @@
+"""Decode on a GPU through the device session: tokens, time, graph capture, host synchronisation.
+
+Part of `benchmarks.gpu_first_run`; alone: `python -m benchmarks.gpu_decode`.
+
+Shape letters: B batch.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
+
+import specmoe_compile
+from specmoe_compile.generation import _mark_static, session_of
+
+CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
+PROMPT_TOKENS, NEW_TOKENS = 20, 48
+WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 6, 20, 5
+ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "on_demand": ("least", {"prefetch": False}),
+    "prefetch": ("least", {}),
+    "cache 25%": ("25%", {"prefetch": False}),
+    "specmoe 25%": ("25%", {}),
+    "specmoe 25% graph": ("25%", {"mode": "reduce-overhead"}),
+    "cache 50% graph": ("50%", {"prefetch": False, "mode": "reduce-overhead"}),
+    "specmoe 50% graph": ("50%", {"mode": "reduce-overhead"}),
+    "all slots graph": ("100%", {"prefetch": False, "mode": "reduce-overhead"}),
+}
+
+
+def reference_model(dtype: torch.dtype) -> Any:
+    """The trained checkpoint of the repository."""
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype).cuda().eval()
+
+
+def qwen3_slice(dtype: torch.dtype) -> Any:
+    """Four layers of the shape of Qwen3-30B-A3B with random weights; routing is random too."""
+    config = Qwen3MoeConfig(
+        vocab_size=32768,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+MODELS = {"reference": reference_model, "Qwen3-30B-A3B, 4 layers": qwen3_slice}
+
+
+def prompts(batch: int, vocabulary: int) -> Tensor:
+    """Token ids, [B, PROMPT_TOKENS], on the GPU."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(
+        32, min(120, vocabulary), (batch, PROMPT_TOKENS), generator=generator
+    ).cuda()
+
+
+def generate(model: Any, ids: Tensor) -> Tensor:
+    """Greedy continuation, [B, PROMPT_TOKENS + NEW_TOKENS]."""
+    return model.generate(
+        ids,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        cache_implementation="static",
+    )
+
+
+def decode_steps(model: Any, config: Any, ids: Tensor, steps: int) -> Iterator[int]:
+    """Prefill, then decode with the host never reading a value; yields before each step.
+
+    Gradients must be off.
+    """
+    cache = StaticCache(config=config, max_cache_len=PROMPT_TOKENS + steps + 1)
+    token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    for step in range(steps):
+        _mark_static(cache)
+        yield step
+        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1).clone()
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raise where PyTorch makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def profile_steps(compiled: Any, config: Any, ids: Tensor) -> dict[str, Any]:
+    """Synchronisations, device-to-host copies and times of decode steps after a warm-up."""
+    steps = decode_steps(compiled, config, ids, WARM_UP_STEPS + PROFILED_STEPS + TIMED_STEPS + 1)
+    for _ in range(WARM_UP_STEPS):
+        next(steps)
+    times: list[float] = []
+    for _ in range(TIMED_STEPS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with no_synchronisation():
+            next(steps)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            next(steps)
+    torch.cuda.synchronize()
+    names: dict[str, int] = {}
+    for event in profiler.events():
+        names[event.name] = names.get(event.name, 0) + 1
+    return {
+        "step_ms": statistics.median(times),
+        "graph_launches": names.get("cudaGraphLaunch", 0),
+        "device_to_host_copies": sum(n for name, n in names.items() if "DtoH" in name),
+        "stream_synchronisations": names.get("cudaStreamSynchronize", 0),
+        "profiled_steps": PROFILED_STEPS,
+    }
+
+
+def measure_decode(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[dict[str, Any]]:
+    """Every arm on every model: tokens against the unmodified model, and decode steps."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_grad_enabled(False)
+    rows: list[dict[str, Any]] = []
+    for dtype in dtypes:
+        for name, build in MODELS.items():
+            rows += _measure_model(name, build, dtype)
+    return rows
+
+
+def _measure_model(name: str, build: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+    plain = build(dtype)
+    ids = prompts(1, plain.config.vocab_size)
+    want = generate(plain, ids)
+    top_k, layers = plain.config.num_experts_per_tok, plain.config.num_hidden_layers
+    rows: list[dict[str, Any]] = []
+    for arm, (cache, options) in ARMS.items():
+        torch._dynamo.reset()
+        # Offloading takes the model apart: every arm has its own, of the same seed.
+        model = build(dtype)
+        if cache == "least":
+            cache = f"{100 * top_k / plain.config.num_experts:.6f}%"
+        specmoe_compile.offload(
+            model, device="cuda", store="ram", expert_cache=cache, progress=False
+        )
+        session: Any = session_of(model)
+        for bank in session.cache.banks:
+            bank.fill_(
+                255
+            )  # NaN in every float type: a slot that is read before it is filled shows
+        compiled = torch.compile(model, backend="specmoe", options=options)
+        got = generate(compiled, ids)
+        session.reset_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        again = generate(compiled, ids)
+        torch.cuda.synchronize()
+        token_ms = (time.perf_counter() - started) / NEW_TOKENS * 1e3
+        total = specmoe_compile.stats(model).total
+        row = {
+            "model": name,
+            "dtype": str(dtype),
+            "arm": arm,
+            "slots": session.cache.slots[0],
+            "differing_tokens": int((got != want).sum() + (again != want).sum()),
+            "generate_ms_per_token": token_ms,
+            "hit_rate": total.hits / max(1, total.hits + total.misses),
+            "demand_bytes_per_step": total.demand_bytes * layers / max(1, total.steps),
+            "speculative_bytes_per_step": total.speculative_bytes * layers / max(1, total.steps),
+            **profile_steps(compiled, model.config, ids),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        specmoe_compile.close(model)
+        del model, compiled, session
+        torch.cuda.empty_cache()
+    return rows
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    measure_decode()
