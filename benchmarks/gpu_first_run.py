@@ -1,10 +1,10 @@
-"""First run on a GPU: kernel tests, host-to-device bandwidth, and expert kernels against the floor.
+"""First run on a GPU: tests, host-to-device bandwidth, kernels against the floor, and decode.
 
     python -m benchmarks.gpu_first_run --out gpu.json
+    python -m benchmarks.gpu_first_run --out gpu.json --only gather sanitizer
 
-Fits a call of ten minutes. Each phase prints a short table; everything goes to the JSON file, also
-when a later phase fails. Not covered yet: the cache-planning and gather kernels, transfers of the
-CUDA runtime, and graph capture of decode.
+All of it takes about twelve minutes. Each phase prints a short table; everything goes to the JSON
+file, also when a later phase fails. Decoding is in `benchmarks/gpu_decode.py`.
 
 Shape letters: T tokens, K top-k, H hidden, I expert intermediate, S slots.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,18 +25,31 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_decode import measure_decode
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode
+from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.layout import ExpertLayout
 
 RECORD_MB = (0.5, 1.0, 2.4, 4.7, 9.4, 13.2, 25.0)
 RECORDS = (1, 2, 4, 8, 16)
 TOKENS = (1, 2, 4, 8)
+GATHERED = (1, 4, 8)
+GRIDS = (8, 16, 32, 64, 128)
+SANITIZED = (
+    "tests/kernels/test_plan_cache.py",
+    "tests/kernels/test_gather_experts.py",
+    "tests/kernels/test_correct_experts.py",
+    "-k",
+    "not as_the_python_policy and not compiles_into and not opcheck",
+)
+SANITIZER_S = 100
 ROTATED_BYTES = 2 << 30  # several times the L2, so that no repeat finds its weights there
 REPEATS = 30
+PHASES = ("link", "gather", "experts", "decode", "sanitizer", "tests")
 
 
 def median_ms(run: Callable[[int], object], repeats: int = REPEATS) -> float:
@@ -108,6 +122,78 @@ def measure_link() -> list[dict[str, float]]:
             )
         print(f"{size_mb:5.1f} MB x 8: ", {k: round(v, 1) for k, v in rows[-2].items()})
     return rows
+
+
+def measure_gather() -> list[dict[str, float]]:
+    """GB/s of `gather_experts` by record size, count and grid, idle and beside a matrix product."""
+    rows: list[dict[str, float]] = []
+    work = torch.randn(8192, 8192, device="cuda").bfloat16()
+    out, side = torch.empty_like(work), torch.cuda.Stream()
+
+    def beside(run: Callable[[int], object], i: int) -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(8):  # several ms: longer than the transfer
+                torch.mm(work, work, out=out)
+        run(i)
+
+    for size_mb in RECORD_MB:
+        size = int(size_mb * 1e6) // 4096 * 4096
+        host = torch.randint(0, 255, (max(RECORDS), size), dtype=torch.uint8).pin_memory()
+        device = torch.empty_like(host, device="cuda")
+        fills = torch.arange(max(RECORDS), dtype=torch.int32, device="cuda")
+        for count in GATHERED:
+            number = torch.tensor([count], dtype=torch.int32, device="cuda")
+            moved, source, target = count * size / 1e6, host[:count], device[:count]
+            row = {"record_mb": size_mb, "records": count}
+            for programs in GRIDS:
+                run = partial(_gather, host, device, fills, number, programs)
+                row[f"gather_{programs}_gbps"] = moved / median_ms(run, 10)
+                busy_ms = median_ms(partial(beside, run), 10)
+                row[f"gather_{programs}_busy_gbps"] = moved / busy_ms
+                torch.cuda.synchronize()
+            each = partial(_copy_each, target, source)
+            row["copy_per_record_gbps"] = moved / median_ms(each, 10)
+            row["copy_per_record_busy_gbps"] = moved / median_ms(partial(beside, each), 10)
+            rows.append(row)
+            print({k: round(v, 1) for k, v in row.items()}, flush=True)
+    return rows
+
+
+def _gather(
+    host: torch.Tensor,
+    device: torch.Tensor,
+    fills: torch.Tensor,
+    number: torch.Tensor,
+    programs: int,
+    _: int,
+) -> None:
+    gather_experts([host], [device], fills, fills, number, programs=programs)
+
+
+def run_sanitizer() -> dict[str, Any]:
+    """Small kernel tests under compute-sanitizer: errors of memcheck and racecheck."""
+    found: dict[str, Any] = {}
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+        command += [sys.executable, "-m", "pytest", "-q", "-x", *SANITIZED]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=SANITIZER_S,
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+            found[tool] = {"error": type(error).__name__}
+        else:
+            text = (done.stdout + done.stderr).splitlines()
+            summary = [line for line in text if "SUMMARY" in line]
+            passed = [line for line in text if " passed" in line or " failed" in line]
+            found[tool] = {"exit_code": done.returncode, "summary": summary, "tests": passed}
+        print(tool, found[tool], flush=True)
+    return found
 
 
 def _banks(shape: ModelShape, form: ExpertForm) -> list[ExpertBank]:
@@ -190,7 +276,7 @@ def main() -> int:
     """Run the phases asked for and write the JSON file after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu_first_run.json"))
-    parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA device and found none; run it on one", file=sys.stderr)
@@ -209,11 +295,15 @@ def main() -> int:
     print(f"device-to-device copy: {bandwidth:.0f} GB/s read plus written")
     phases: list[tuple[str, Callable[[], Any]]] = [
         ("link", measure_link),
+        ("gather", measure_gather),
         ("experts", lambda: measure_experts(bandwidth)),
+        ("decode", measure_decode),
+        ("sanitizer", run_sanitizer),
+        ("tests", run_tests),
     ]
-    if not args.no_tests:
-        phases.append(("tests", run_tests))
     for name, phase in phases:
+        if name not in args.only:
+            continue
         started = time.perf_counter()
         result[name] = phase()
         write_json(args.out, result)

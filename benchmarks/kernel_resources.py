@@ -75,7 +75,7 @@ def compile_spec(spec: CompileSpec, target: int) -> tuple[bytes, int]:
     options = {
         "num_warps": spec.num_warps,
         "num_stages": spec.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": spec.fp_fusion,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return compiled.asm["cubin"], compiled.metadata.shared

@@ -112,6 +112,7 @@ class CompileSpec:
         label: "op kernel T=1", unique within a model.
         aligned: arguments that are multiples of 16 (pointers, in bytes), which Triton learns from
             the arguments of a real launch.
+        fp_fusion: whether a product and a sum may become one operation.
         traffic: see `Traffic`; None for launches that arithmetic bounds, not bytes.
     """
 
@@ -124,6 +125,7 @@ class CompileSpec:
     label: str
     traffic: Traffic | None
     aligned: tuple[str, ...] = field(default=())
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,11 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gate_up_config,
 )
 
+DOWN_FP_FUSION = False
+"""The sum over K crosses lanes, and several of them hold the same sum: fused with the product by
+the weight, each lane would round its own product less than its neighbour's, their sums would differ
+in the last bit, and which one is stored would be left to chance."""
+
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def gate_up_kernel(
@@ -324,7 +329,7 @@ def launch_down(
         **down_constexprs(hidden, inner, top_k, form, config, has_bias=bank.down_bias is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        enable_fp_fusion=DOWN_FP_FUSION,
     )
 
 

@@ -20,6 +20,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.expert_mlp.kernel import (
+    DOWN_FP_FUSION,
     down_constexprs,
     down_kernel,
     gate_up_constexprs,
@@ -133,6 +134,7 @@ def down_spec(
     weights = f"*{shape.dtype}"
     return CompileSpec(
         kernel=down_kernel,
+        fp_fusion=DOWN_FP_FUSION,
         signature={
             "intermediate": weights,
             "slots": "*i32",
