@@ -31,9 +31,8 @@ _SCHEMAS = {
     "start_prefetch": (
         "(Tensor ids, Tensor weights, int session, int layer, Tensor[] after) -> Tensor"
     ),
-    "wait_prefetch": (
-        "(Tensor ticket, Tensor ids, int session, int layer, int[] asks=[]) -> Tensor"
-    ),
+    "plan_step": "(Tensor like, int session, int[] layers, int[] edges) -> Tensor",
+    "wait_prefetch": "(Tensor ticket, Tensor ids, int session, int layer) -> Tensor",
     "run_resident_experts": (
         "(Tensor x, Tensor ids, Tensor weights, Tensor state, int session, int layer,"
         " Tensor[] after) -> Tensor"
@@ -119,23 +118,27 @@ def _start_fake(
     return ids.new_empty(1, dtype=torch.int64)
 
 
-def _wait(
-    ticket: Tensor, ids: Tensor, session: int, layer: int, asks: Sequence[int] = ()
-) -> Tensor:
-    """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1].
-
-    Bit i of the state says whether a prediction of layer `asks[i]` is wanted in this step; on the
-    CPU only.
-    """
-    wait = get_session(session).wait_prefetch
-    number = wait(_number(ticket), layer, ids, asks) if asks else wait(_number(ticket), layer, ids)
-    return _token(number, ids)
+def _wait(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
+    """Settle a ticket against the true ids and start demand reads; returns a state, int64 [1]."""
+    return _token(get_session(session).wait_prefetch(_number(ticket), layer, ids), ids)
 
 
-def _wait_fake(
-    ticket: Tensor, ids: Tensor, session: int, layer: int, asks: Sequence[int] = ()
-) -> Tensor:
+def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
     return ids.new_empty(1, dtype=torch.int64)
+
+
+def _plan_step(like: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]) -> Tensor:
+    """Which of `layers` speculate in this step, bool [len(layers)]; on the CPU only.
+
+    `edges` holds pairs: a layer, and one that can be predicted from it.
+    """
+    return torch.tensor(get_session(session).plan_step(layers, edges))
+
+
+def _plan_step_fake(
+    like: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]
+) -> Tensor:
+    return like.new_empty(len(layers), dtype=torch.bool)
 
 
 def _run_resident(
@@ -197,6 +200,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
     "start_prefetch": (_start, _start_fake),
+    "plan_step": (_plan_step, _plan_step_fake),
     "wait_prefetch": (_wait, _wait_fake),
     "run_resident_experts": (_run_resident, _run_resident_fake),
     "correct_experts": (_correct, _correct_fake),
@@ -205,5 +209,5 @@ for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
 
-for _name in ("start_prefetch", "wait_prefetch"):
+for _name in ("plan_step", "start_prefetch", "wait_prefetch"):
     has_side_effect(getattr(torch.ops.specmoe, _name).default)

@@ -1,14 +1,17 @@
 """What must hold for a graph after every pass.
 
 - it is well formed (`lint`) and every call carries `meta["val"]`;
-- every `start_prefetch` has exactly one `wait_prefetch`, on every path, of the same layer; where it
-  stands in a branch, the ticket leaves the branch, and the other branch returns one that is void;
+- every `start_prefetch` has exactly one `wait_prefetch`, on every path, of the same layer;
 - a wait precedes every use of the experts that it brought: run and correct read its state;
 - no slot is refilled before its last use: between a layer's wait and its correction no prefetch of
   that layer starts, and a layer is not run in one piece and split in the same graph;
 - outputs alias the same inputs as before.
+- where a layer stands in branches, one speculates, and the other runs the same layer on demand and
+  returns tickets that are void.
 
-Only prefetches stand in branches, so "on every path" is "once in the graph" for all else.
+The first four are checked of the graph with every layer speculating. The session takes a layer's
+branch in every step in which the layer was predicted; a ticket that met the other branch would be
+settled by `experts`, as in a graph without branches.
 """
 
 from __future__ import annotations
@@ -61,8 +64,9 @@ def check_invariants(
             f"outputs alias the inputs {output_aliases(graph)}, before the passes {aliases}"
         )
     if complete:
-        _check_tickets(graph)
-        _check_states(graph)
+        flat = _speculating(graph)
+        _check_tickets(flat)
+        _check_states(flat)
 
 
 def _layer_of(node: Node, position: int) -> tuple[Any, Any]:
@@ -71,48 +75,24 @@ def _layer_of(node: Node, position: int) -> tuple[Any, Any]:
 
 def _check_tickets(graph: Graph) -> None:
     ops = specmoe_ops()
-    started = _tickets(graph)
-    layers = Counter(_layer_of(start, 2) for start in started.values())
+    started = list(find_calls(graph, ops.start_prefetch.default))
+    layers = Counter(_layer_of(node, 2) for node in started)
     for (session, layer), times in layers.items():
         if times > 1:
             raise InvariantError(
                 f"layer {layer} of session {session} is prefetched {times} times in one graph"
             )
-    for ticket, start in started.items():
+    for start in started:
         # Identity of the argument: a ticket is passed on, never computed with.
         waits = [
             user
-            for user in ticket.users
-            if user.target is ops.wait_prefetch.default and user.args[0] is ticket
+            for user in start.users
+            if user.target is ops.wait_prefetch.default and user.args[0] is start
         ]
         if len(waits) != 1:
             raise InvariantError(f"{start.name} has {len(waits)} waits, expected 1")
         if _layer_of(waits[0], 2) != _layer_of(start, 2):
             raise InvariantError(f"{waits[0].name} waits for the ticket of another layer")
-
-
-def _tickets(graph: Graph) -> dict[Node, Node]:
-    """Each ticket in the graph with the `start_prefetch` that it comes from, in a branch or not."""
-    start_op = specmoe_ops().start_prefetch.default
-    found = {node: node for node in find_calls(graph, start_op)}
-    for condition in find_calls(graph, torch.ops.higher_order.cond):
-        branches = [_branch(graph, node) for node in condition.args[1:3]]
-        starts = [list(find_calls(branch, start_op)) for branch in branches]
-        if not any(starts):
-            continue
-        if [len(s) for s in starts] != [1, 0]:
-            raise InvariantError(f"{condition.name} prefetches in {starts}, expected one branch")
-        (output,) = branches[0].find_nodes(op="output")
-        if output.args[0] != (starts[0][0],) or len(condition.users) != 1:
-            raise InvariantError(f"the ticket of {starts[0][0].name} does not leave its branch")
-        found[next(iter(condition.users))] = starts[0][0]
-    return found
-
-
-def _branch(graph: Graph, node: Any) -> Graph:
-    module: Any = getattr(graph.owning_module, node.target)
-    branch: Graph = module.graph
-    return branch
 
 
 def _check_states(graph: Graph) -> None:
@@ -127,8 +107,8 @@ def _check_states(graph: Graph) -> None:
         correct = _only_user(wait, ops.correct_experts.default, lambda n: _layer_of(n, 5))
         if correct.args[0] is not run:
             raise InvariantError(f"{correct.name} does not correct {run.name}")
-        for ticket, start in _tickets(graph).items():
-            if _layer_of(start, 2) == layer and wait < ticket:
+        for start in find_calls(graph, ops.start_prefetch.default):
+            if _layer_of(start, 2) == layer and wait < start:
                 raise InvariantError(f"{start.name} refills slots that {run.name} still reads")
     for name in ("run_resident_experts", "correct_experts"):
         op, position = getattr(ops, name).default, 3 if name == "run_resident_experts" else 4
@@ -148,3 +128,47 @@ def _only_user(wait: Node, op: Any, layer_of: Callable[[Node], tuple[Any, Any]])
             f"{wait.name} has {len(users)} {op.name()} of its layer, expected exactly one"
         )
     return users[0]
+
+
+def _speculating(graph: Graph) -> Graph:
+    """Return the graph with the first branch of every condition in its place, after a check."""
+    if next(find_calls(graph, torch.ops.higher_order.cond), None) is None:
+        return graph
+    flat, copies = Graph(), dict[Node, Any]()
+    for node in graph.nodes:
+        if node.target is torch.ops.higher_order.cond:
+            first, second = (_branch(graph, branch) for branch in node.args[1:3])
+            _check_branches(node, first, second)
+            inner = dict(zip(first.find_nodes(op="placeholder"), node.args[3], strict=True))
+            inner = {placeholder: copies[operand] for placeholder, operand in inner.items()}
+            for part in first.nodes:
+                if part.op == "output":
+                    copies[node] = [inner[out] for out in part.args[0]]
+                elif part.op != "placeholder":
+                    inner[part] = flat.node_copy(part, lambda n, known=inner: known[n])  # type: ignore[misc]
+        elif isinstance(copies.get(node.args[0]) if node.args else None, list):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        elif node.op != "get_attr":
+            copies[node] = flat.node_copy(node, lambda n: copies[n])
+    return flat
+
+
+def _branch(graph: Graph, node: Any) -> Graph:
+    module: Any = getattr(graph.owning_module, node.target)
+    branch: Graph = module.graph
+    return branch
+
+
+def _check_branches(condition: Node, first: Graph, second: Graph) -> None:
+    ops = specmoe_ops()
+    runs = [_layer_of(node, 5) for node in find_calls(first, ops.correct_experts.default)]
+    demands = [_layer_of(node, 3) for node in find_calls(second, ops.experts.default)]
+    if len(runs) != 1 or runs != demands:
+        raise InvariantError(
+            f"the branches of {condition.name} run layers {runs} and {demands}, expected one, the"
+            " same"
+        )
+    (output,) = second.find_nodes(op="output")
+    for ticket in output.args[0][1:]:
+        if ticket.target is not torch.ops.aten.full.default or ticket.args[1] >= 0:
+            raise InvariantError(f"a branch of {condition.name} that predicts nothing has a ticket")

@@ -24,7 +24,7 @@ from specmoe_compile.passes.check_invariants import check_invariants, output_ali
 from specmoe_compile.passes.choose_predictions import ON_PURPOSE, choose_predictions
 from specmoe_compile.passes.find_moe_layers import find_moe_layers
 from specmoe_compile.passes.fx_utils import find_calls, module_of, specmoe_ops
-from specmoe_compile.passes.guard_lookahead import guard_lookahead
+from specmoe_compile.passes.guard_speculation import guard_speculation
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_expert_prefetch import insert_expert_prefetch
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
@@ -50,7 +50,7 @@ PASSES: tuple[Pass, ...] = (
     insert_lookahead_router,
     insert_expert_prefetch,
     split_expert_execution,
-    guard_lookahead,
+    guard_speculation,
 )
 """The passes, in order."""
 

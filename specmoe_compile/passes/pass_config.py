@@ -32,7 +32,7 @@ class PassConfig:
     """Feed the lookahead with the true router input; nothing is hidden, and recall is 100 %."""
 
     conditional: bool = False
-    """Let the session skip a lookahead at run time; only where the host decides, not on a GPU."""
+    """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
 
     def __post_init__(self) -> None:
         if self.lookahead < 1:
@@ -54,7 +54,7 @@ class PassConfig:
             options: options of `torch.compile`; `skip_layers="auto"`, if it was not resolved to
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
-            conditional: whether the sessions can answer `wants_prefetch`.
+            conditional: whether the sessions can answer `plan_step`.
         """
         from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 

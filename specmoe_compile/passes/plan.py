@@ -31,6 +31,7 @@ class MoELayer:
         tickets: prefetches that are started here (`insert_expert_prefetch`).
         ticket: the prefetch of this layer's experts.
         is_split: whether its execution was split (`split_expert_execution`).
+        parts: its wait, run and correction; empty before it is split, and in a branch.
     """
 
     experts: Node
@@ -49,6 +50,7 @@ class MoELayer:
     tickets: list[Node] = field(default_factory=list)
     ticket: Node | None = None
     is_split: bool = False
+    parts: list[Node] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -76,6 +76,7 @@ def _split(graph: Graph, layer: MoELayer) -> None:
     experts.replace_all_uses_with(result)
     graph.erase_node(experts)
     layer.is_split = True
+    layer.parts = [state, partial, result]
 
 
 def _no_ticket(graph: Graph, ids: Node) -> Node:

@@ -283,22 +283,26 @@ class Session:
             self._check_open()
             return self._speculator.start(layer, ids, weights)
 
-    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
-        """Settle a ticket against the true ids, [T, K]; issues demand reads, never blocks.
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+        """Decide which of `layers` speculate in the step that begins.
 
         Args:
-            ticket: from `start_prefetch`, or -1.
-            layer: MoE layer ordinal.
-            ids: [T, K], the router's choice.
-            asks: layers that could be predicted from here.
+            layers: MoE layer ordinals.
+            edges: pairs in one list: a layer, and one that can be predicted from it.
+        """
+        with self._lock:
+            self._check_open()
+            return self._speculator.plan(layers, edges)
+
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+        """Settle a ticket against the true ids, [T, K]; issues demand reads, never blocks.
 
         Returns:
-            The step's number, for `run_resident_experts` and `correct_experts`. Its bit i says
-            whether to predict layer `asks[i]`.
+            The step's number, for `run_resident_experts` and `correct_experts`.
         """
         with self._lock, layer_range(layer, "wait"):
             self._check_open()
-            return self._speculator.settle(ticket, layer, ids, asks)
+            return self._speculator.settle(ticket, layer, ids)
 
     def run_resident_experts(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int

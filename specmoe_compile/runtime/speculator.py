@@ -126,6 +126,23 @@ class Speculator:
         self._learn(layer, ids, y, routing.experts)
         return reduce_experts(y, weights, x)
 
+    def plan(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+        """Which layers take part in a step: those to predict, and those they are predicted from.
+
+        A `start` that follows keeps to the answer.
+
+        Args:
+            layers: MoE layer ordinals.
+            edges: pairs in one list: a layer, and one that can be predicted from it.
+        """
+        busy: set[int] = set()
+        for target in set(edges[1::2]):
+            self._asked[target] = self._wants(target)
+        for source, target in zip(edges[::2], edges[1::2], strict=True):
+            if self._asked[target]:
+                busy.update((source, target))
+        return [layer in busy for layer in layers]
+
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
         number = next(self._numbers)
@@ -171,19 +188,14 @@ class Speculator:
             return False
         return not self._is_judged() or self.judge.layers[layer].admits()
 
-    def settle(self, number: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
+    def settle(self, number: int, layer: int, ids: Tensor) -> int:
         """Meet a prediction with the true ids [T, K]; returns the number of the step.
 
-        Bit i of the number says whether a prediction of layer `asks[i]` is wanted; a `start` that
-        follows keeps to it. Promotes the reads that are wanted, cancels the others, and issues the
-        reads that are missing, unless which ones these are depends on the router weights.
+        Promotes the reads that are wanted, cancels the others, and issues the reads that are
+        missing, unless which ones these are depends on the router weights.
         """
         self._abandon()
-        own_number = next(self._numbers) << len(asks)
-        for bit, target in enumerate(asks):
-            wanted = self._asked[target] = self._wants(target)
-            own_number |= wanted << bit
-        state = self._state = _State(own_number, layer)
+        state = self._state = _State(next(self._numbers), layer)
         prediction, self._predictions[layer] = self._predictions[layer], None
         tokens = ids.shape[0]
         if not 0 < tokens <= PREFILL_TOKENS:

@@ -36,7 +36,6 @@ class RecordingSession:
         self.recall: dict[int, list[float]] = {}
         self.hidden, self.num_experts = hidden, experts
         self.unwanted: set[int] = set()
-        self.states: dict[int, int] = {}
 
     def _outputs(self, layer: int, x: Tensor, ids: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(layer)
@@ -67,27 +66,30 @@ class RecordingSession:
         self.tickets[layer] = 10 + layer
         return 10 + layer
 
-    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor, asks: Sequence[int] = ()) -> int:
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+        self.events.append(("plan", -1))
+        pairs = list(zip(edges[::2], edges[1::2], strict=True))
+        return [any(n in pair and pair[1] not in self.unwanted for pair in pairs) for n in layers]
+
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         self.events.append(("wait", layer))
         assert ticket == self.tickets.pop(layer, -1)
         if ticket >= 0:
             found = (self.predicted[layer][:, None, :] == ids[:, :, None]).any(-1)
             self.recall.setdefault(layer, []).append(found.float().mean().item())
-        wanted = sum(1 << bit for bit, target in enumerate(asks) if target not in self.unwanted)
-        self.states[layer] = ((100 + layer) << len(asks)) + wanted
-        return self.states[layer]
+        return 100 + layer
 
     def run_resident_experts(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
     ) -> Tensor:
-        assert state == self.states[layer]
+        assert state == 100 + layer
         self.events.append(("run", layer))
         return self._outputs(layer, x, ids)
 
     def correct_experts(
         self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
     ) -> Tensor:
-        assert state == self.states[layer]
+        assert state == 100 + layer
         self.events.append(("correct", layer))
         return self._reduce(partial, weights, x)
 

@@ -31,7 +31,7 @@ def test_passes_run_in_their_order_and_report() -> None:
         "insert_lookahead_router": 2,
         "insert_expert_prefetch": 2,
         "split_expert_execution": 3,
-        "guard_lookahead": 0,
+        "guard_speculation": 0,
     }
     assert report.reason is None
     assert all(done.elapsed_ms > 0 for done in report.passes)

@@ -1,0 +1,118 @@
+"""Speculation in branches: what moves into them, both answers when they run, and the invariants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.errors import InvariantError
+from specmoe_compile.passes.check_invariants import check_invariants
+from specmoe_compile.passes.manager import run_passes
+from specmoe_compile.passes.pass_config import PassConfig
+from specmoe_compile.passes.plan import SpeculationPlan
+from tests.passes.graphs import OPS, calls, inputs, plain_block, trace, use_session
+
+GUARDED = PassConfig(conditional=True)
+SPLIT_OPS = ("wait_prefetch", "start_prefetch", "run_resident_experts", "correct_experts")
+
+
+def _conditions(gm: Any) -> list[Any]:
+    return [n for n in gm.graph.nodes if n.target is torch.ops.higher_order.cond]
+
+
+def _branches(gm: Any, condition: Any) -> list[Any]:
+    return [getattr(gm, node.target).graph for node in condition.args[1:3]]
+
+
+def test_one_branch_holds_the_split_layer_and_one_its_experts() -> None:
+    gm = trace(plain_block, layers=3)
+    plan = SpeculationPlan()
+    run_passes(gm, GUARDED, check_each=True, plan=plan)
+    conditions = _conditions(gm)
+    assert len(conditions) == 3
+    assert not any(calls(gm.graph, name) for name in (*SPLIT_OPS, "blend_default_vectors"))
+    (planned,) = calls(gm.graph, "plan_step")
+    assert planned.args[1:] == (0, [0, 1, 2], [0, 1, 1, 2])
+    for layer, condition in zip(plan.layers, conditions, strict=True):
+        assert condition.args[0].args == (planned, 0, layer.index)
+        speculate, demand = _branches(gm, condition)
+        starts = 1 if layer.index < 2 else 0
+        assert [len(calls(speculate, name)) for name in SPLIT_OPS] == [1, starts, 1, 1]
+        assert len(calls(speculate, "blend_default_vectors")) == starts
+        (experts,) = calls(demand, "experts")
+        assert experts.args[3:] == (0, layer.index)
+        for name, number in (("topk", starts), ("full", 1 if layer.index == 0 else 0)):
+            found = [n for n in speculate.nodes if name in str(n.target)]
+            assert len(found) == number, "the router itself stays outside, its clone does not"
+
+
+def test_without_the_option_or_in_control_mode_nothing_is_guarded() -> None:
+    for config in (PassConfig(), PassConfig(conditional=True, control=True)):
+        gm = trace(plain_block, layers=3)
+        run_passes(gm, config)
+        assert not _conditions(gm) and not calls(gm.graph, "plan_step")
+
+
+@pytest.mark.parametrize("unwanted", [set(), {2}, {1, 3}, {1, 2, 3}])
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_what_is_not_wanted_is_not_computed(
+    monkeypatch: Any, unwanted: set[int], lookahead: int
+) -> None:
+    session = use_session(monkeypatch)
+    gm = trace(plain_block, layers=4)
+    want = gm(*inputs(4))
+    session.events.clear()
+    session.unwanted = unwanted
+    run_passes(gm, PassConfig(conditional=True, lookahead=lookahead))
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs(4)), want, rtol=0, atol=0)
+    wanted = {1, 2, 3} - unwanted
+    sources = {max(0, layer - lookahead) for layer in wanted}
+    split = {layer for name, layer in session.events if name == "correct"}
+    assert split == wanted | sources
+    assert {layer for name, layer in session.events if name == "experts"} == set(range(4)) - split
+    for layer in wanted:
+        source = max(0, layer - lookahead)
+        assert session.at("wait", source) < session.at("start", layer) < session.at("run", source)
+        assert session.at("start", layer) < session.at("wait", layer)
+
+
+def test_twice_is_once() -> None:
+    gm = trace(plain_block, layers=3)
+    run_passes(gm, GUARDED)
+    before = str(gm.graph)
+    run_passes(gm, GUARDED)
+    assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize("broken", ["two waits", "other layer", "a ticket", "both speculate"])
+def test_invariants_see_into_branches(broken: str) -> None:
+    gm = trace(plain_block, layers=3)
+    run_passes(gm, GUARDED)
+    condition = _conditions(gm)[1]
+    speculate, demand = _branches(gm, condition)
+    if broken == "two waits":
+        (wait,) = calls(speculate, "wait_prefetch")
+        with speculate.inserting_after(wait):
+            speculate.node_copy(wait).meta = wait.meta
+    elif broken == "other layer":
+        (experts,) = calls(demand, "experts")
+        experts.args = (*experts.args[:4], 2)
+    elif broken == "a ticket":
+        (ticket,) = [n for n in demand.nodes if n.target is torch.ops.aten.full.default]
+        ticket.args = ([1], 3)
+    else:
+        condition.args = (*condition.args[:2], condition.args[1], condition.args[3])
+    with pytest.raises(InvariantError):
+        check_invariants(gm.graph)
+
+
+def test_invariants_accept_what_the_pass_made() -> None:
+    gm = trace(plain_block, layers=3)
+    run_passes(gm, GUARDED)
+    check_invariants(gm.graph)
+    assert OPS.experts.default in {
+        n.target for c in _conditions(gm) for n in _branches(gm, c)[1].nodes
+    }
