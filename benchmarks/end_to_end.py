@@ -10,6 +10,7 @@ Phases, each with its own result in `benchmarks/results/end_to_end_*.json`:
 - tokens   greedy tokens and logits of many prompts, against the unmodified model
 - timing   time per token of every arm, interleaved, disk arms under a memory cap; what
            `specmoe doctor` measures, before and after
+- disk     the rate at which on_demand reads, and the disk's own, in turn, because it drifts
 - startup  time to the first token of a first and of a second process
 - report   writes docs/results/end_to_end.md and the README's table, and says what holds
 
@@ -36,7 +37,7 @@ from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
-from specmoe_compile.cli.measure.harness import run_worker
+from specmoe_compile.cli.measure.harness import run_pack, run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
@@ -50,9 +51,10 @@ MEMORY_CAP_BYTES = 700 << 20
 EXPERT_CACHE = "25%"
 NEW_TOKENS = 64
 PROMPT_TOKENS = 64
+DISK_TURNS = 6
 TIMING_ARMS = ("accelerate", "accelerate_auto", "on_demand", "cache", "eager", "resident")
 TOKEN_ARMS = ("eager", "on_demand", "cache", "resident")
-PHASES = ("tokens", "timing", "startup", "report")
+PHASES = ("tokens", "timing", "disk", "startup", "report")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -226,6 +228,43 @@ def compare_generations(
     }
 
 
+def run_disk(plan: Plan, dtype: str) -> None:
+    """The disk, on_demand, the disk, on_demand, ..., the disk."""
+    model, store_dir = plan.model(dtype), plan.store_dir(dtype)
+    disk_gbps: list[float] = []
+    read_gbps: list[float] = []
+    with tempfile.TemporaryDirectory(dir=plan.place) as folder:
+        run_pack(str(model), str(store_dir), dtype, cap=None, work_dir=folder)
+        job = ArmJob(
+            arm="on_demand",
+            model=str(model),
+            prompts=held_out_prompts(1),
+            store_dir=str(store_dir),
+            work_dir=folder,
+            **_settings(dtype),
+        )
+        for turn in range(DISK_TURNS + 1):
+            seen = examine(plan.place, RECORD_MIB << 20, 512 << 20, 2.0)
+            disk_gbps.append(seen["disk"]["gbps"][str(seen["reader_threads"])])
+            if turn < DISK_TURNS:
+                decode = run_worker(job).decode
+                assert decode is not None, "on_demand has counters"
+                read_gbps.append(decode["total"]["demand_bytes"] / 1e6 / decode["read_busy_ms"])
+                print(f"disk {disk_gbps[-1]:.2f} GB/s, on_demand {read_gbps[-1]:.2f}", flush=True)
+    plan.write(
+        f"disk_{dtype}",
+        {
+            "schema": 1,
+            "commit": commit_or_none(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "model": describe_model(str(model), dtype),
+            "disk_gbps": disk_gbps,
+            "on_demand_gbps": read_gbps,
+        },
+    )
+
+
 def run_startup(plan: Plan, dtype: str) -> None:
     """A first process with empty compile caches, then a second one; three such pairs."""
     model, store_dir = plan.model(dtype), plan.store_dir(dtype)
@@ -322,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # model does not fit under it.
         "tokens": run_tokens,
         "timing": run_timing,
+        "disk": run_disk,
         "startup": run_startup,
     }
     try:

@@ -23,7 +23,6 @@ from tests.runtime.fakes import (
     L,
     SlowStore,
     ram_store,
-    random_delays,
     reference,
     token_batch,
 )
