@@ -114,8 +114,8 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         config = replace(config, skip_layers=tuple(sorted(poor)))
     for session in sessions:
         session.configure(SpeculationConfig.from_options(config))
-    on_cpu = all(session.device.type == "cpu" for session in sessions)
-    return SpeculationPass.from_options(config, offloaded=offloaded, conditional=on_cpu)
+    conditional = all(session.plans_steps for session in sessions)
+    return SpeculationPass.from_options(config, offloaded=offloaded, conditional=conditional)
 
 
 def _lower(

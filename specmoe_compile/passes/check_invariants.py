@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from specmoe_compile.errors import InvariantError
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
@@ -148,9 +148,16 @@ def _speculating(graph: Graph) -> Graph:
                     inner[part] = flat.node_copy(part, lambda n, known=inner: known[n])  # type: ignore[misc]
         elif isinstance(copies.get(node.args[0]) if node.args else None, list):
             copies[node] = copies[node.args[0]][node.args[1]]
-        elif node.op != "get_attr":
+        elif not _is_branch(graph, node):
             copies[node] = flat.node_copy(node, lambda n: copies[n])
     return flat
+
+
+def _is_branch(graph: Graph, node: Node) -> bool:
+    """Whether a node names the graph of a branch; other attributes are constants."""
+    return node.op == "get_attr" and isinstance(
+        getattr(graph.owning_module, str(node.target), None), GraphModule
+    )
 
 
 def _branch(graph: Graph, node: Any) -> Graph:

@@ -31,6 +31,8 @@ class LiveSession:
         handle: number that dispatch nodes carry.
     """
 
+    plans_steps = False
+
     def __init__(self) -> None:
         self.handle = register_session(self)
         self._modules: list[weakref.ref[nn.Module]] = []

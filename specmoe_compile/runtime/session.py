@@ -82,7 +82,10 @@ class Session:
         device: where experts are computed.
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
+        plans_steps: whether it answers `plan_step`, which a graph may then branch on.
     """
+
+    plans_steps = True
 
     def __init__(
         self,

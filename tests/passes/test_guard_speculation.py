@@ -116,3 +116,13 @@ def test_invariants_accept_what_the_pass_made() -> None:
     assert OPS.experts.default in {
         n.target for c in _conditions(gm) for n in _branches(gm, c)[1].nodes
     }
+
+
+def test_a_graph_with_constants_passes_the_invariants() -> None:
+    def block(r: torch.Tensor, gate: torch.Tensor, layer: int) -> torch.Tensor:
+        return plain_block(r, gate, layer) * torch.tensor([0.5])
+
+    gm = trace(block, layers=2)
+    assert gm.graph.find_nodes(op="get_attr"), "the test needs a constant"
+    run_passes(gm, GUARDED, check_each=True)
+    assert len(_conditions(gm)) == 2

@@ -53,7 +53,10 @@ class DeviceSession:
         device: where experts are computed.
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
+        plans_steps: False: the host does not know what pays, and a captured graph has no branches.
     """
+
+    plans_steps = False
 
     def __init__(
         self,
