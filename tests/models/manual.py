@@ -29,12 +29,12 @@ from tests.models.rows import Row, problems, row_of, row_without_model
 from tests.models.walk import (
     FAST_OFFLOADED,
     FAST_PLAIN,
-    INDUCTOR_OFFLOADED,
+    INDUCTOR,
     NEW_TOKENS,
     OFFLOADED,
     PLAIN,
-    QUICK_OFFLOADED,
-    QUICK_PLAIN,
+    QUICK_DYNAMIC,
+    QUICK_STATIC,
     Case,
     check_family,
 )
@@ -54,8 +54,9 @@ _VERSIONS = ("python", "torch", "transformers")
 CASES = {
     "full": (OFFLOADED, PLAIN),
     "eager": (FAST_OFFLOADED, FAST_PLAIN),
-    "quick": (QUICK_OFFLOADED, QUICK_PLAIN),
-    "inductor": (INDUCTOR_OFFLOADED, ()),
+    "quick": ((QUICK_STATIC,), ()),
+    "rest": ((QUICK_DYNAMIC,), (QUICK_STATIC,)),
+    "inductor": ((INDUCTOR,), ()),
 }
 SEED = 0
 MANUAL = Path(__file__).parents[2] / "docs" / "models.md"
