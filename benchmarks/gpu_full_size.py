@@ -156,7 +156,7 @@ class Benchmark:
         texts = max(
             texts_needed(
                 config.num_hidden_layers,
-                config.num_local_experts,
+                config.num_experts,
                 reference_layers=8,
                 reference_experts=32,
             )
@@ -171,6 +171,11 @@ class Benchmark:
         _, found = build_skeleton(shape, self.device, layers=layers)
         top_k = shape.configured().num_experts_per_tok
         tables = map_trace(trace, layers=len(found), experts=found[0].num_experts, top_k=top_k)
+        if tables.shape[1] < steps.total:
+            raise ValueError(
+                f"{self.args.trace} holds {tables.shape[1]} tokens and a run takes {steps.total}:"
+                " remove it, and it is recorded anew."
+            )
         store = RandomStore(found, top_k, self.device)
         bench = Bench(
             shape=shape,

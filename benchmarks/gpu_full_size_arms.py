@@ -21,7 +21,6 @@ from benchmarks.gpu_full_size_model import (
     Shape,
     build_skeleton,
     random_tokens,
-    resident_bytes,
 )
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
 from specmoe_compile.generation import attach_session
@@ -163,9 +162,9 @@ class Bench:
             yield model, session, routing
         finally:
             session.close()
-            # The model's finaliser keeps its session; compiled code keeps the model.
-            session.cache.banks.clear()
-            session._decoder = session._prefill = None  # type: ignore[assignment]
+            # Compiled code keeps the model, whose finaliser keeps its session.
+            for part in ("cache", "_decoder", "_decoders", "_prefill"):
+                vars(session).pop(part, None)
             del model, session
             torch._dynamo.reset()
             free_memory(self.device)
@@ -176,10 +175,11 @@ class Bench:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         config = self.shape.configured(self.layers)
-        _, layers = build_skeleton(self.shape, torch.device("meta"), layers=self.layers)
         cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         cached *= (context + self.steps.total) * self.shape.dtype.itemsize
-        experts = resident_bytes(layers, arm.slots(layers[0].num_experts, self.store.top_k))
+        slots = arm.slots(self.store.num_experts[0], self.store.top_k)
+        experts = slots * sum(layout.record_bytes for layout in self.store.layouts)
+        experts += 2 * max(layer.total_bytes for layer in self.store.layers)  # prefill buffers
         # Weights outside the experts, and scores and expanded keys of one attention.
         rest = 2 * config.vocab_size * config.hidden_size * 2 + (6 << 30)
         if experts + cached + rest > free:

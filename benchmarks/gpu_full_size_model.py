@@ -141,6 +141,19 @@ class InlineStreams:
     def on(self, stream: str) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def reached(self, event: Any) -> bool:
+        """Nothing is ever pending."""
+        return True
+
+    def synchronize(self, event: Any) -> None:
+        """Nothing is ever pending."""
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device)
+
 
 @contextmanager
 def _experts_on_meta() -> Iterator[None]:
@@ -261,12 +274,6 @@ class FilledCache:
         for layer in self.cache.layers:
             if layer.is_sliding:
                 layer.cumulative_length_int = self.context
-
-
-def resident_bytes(layers: list[ExpertsLayer], slots: int) -> int:
-    """Device memory of `slots` per layer and of the prefill buffers."""
-    buffers = 2 * max(layer.store_layer.total_bytes for layer in layers)
-    return buffers + slots * sum(layer.layout.record_bytes for layer in layers)
 
 
 def random_tokens(vocabulary: int, count: int, device: torch.device) -> Tensor:
