@@ -176,7 +176,8 @@ class Benchmark:
                 f"{self.args.trace} holds {tables.shape[1]} tokens and a run takes {steps.total}:"
                 " remove it, and it is recorded anew."
             )
-        store = RandomStore(found, top_k, self.device)
+        std = shape.configured().initializer_range
+        store = RandomStore(found, top_k, self.device, std=std)
         bench = Bench(
             shape=shape,
             device=self.device,

@@ -36,7 +36,6 @@ from specmoe_compile.runtime.ram_store import RamStore
 from specmoe_compile.runtime.sizes import format_bytes
 
 SEED = 0
-EXPERT_STD = 0.02
 _CACHE_MULTIPLE = 64  # aligned rows of the attention mask
 
 
@@ -188,8 +187,10 @@ def build_skeleton(
 class RandomStore(RamStore):
     """Random records that outlive the sessions which read them; closed by `give_back`."""
 
-    def __init__(self, layers: list[ExpertsLayer], top_k: int, device: torch.device) -> None:
-        """Reserve, page-lock for a GPU, and fill.
+    def __init__(
+        self, layers: list[ExpertsLayer], top_k: int, device: torch.device, *, std: float
+    ) -> None:
+        """Reserve, page-lock for a GPU, and fill with normals of `std`.
 
         Raises:
             StoreError: there is not enough memory, or it cannot be page-locked.
@@ -206,16 +207,16 @@ class RandomStore(RamStore):
         super().__init__(self)  # type: ignore[arg-type]  # its own source of shapes
         self._unlock = _page_lock(self.region) if device.type == "cuda" else None
         for layer in range(len(self.layers)):
-            self._fill(layer, device)
+            self._fill(layer, device, std)
 
     @torch.no_grad()
-    def _fill(self, layer: int, device: torch.device) -> None:
+    def _fill(self, layer: int, device: torch.device, std: float) -> None:
         """Draw a layer's experts on the device and copy them into its records."""
         records = self.layer_records(layer)
         generator = torch.Generator(device).manual_seed(SEED + layer)
         bank = torch.zeros(records.shape, dtype=torch.uint8, device=device)
         for view in self.layouts[layer].bank_views(bank).values():
-            view.normal_(std=EXPERT_STD, generator=generator)
+            view.normal_(std=std, generator=generator)
         records.copy_(bank)
 
     def close(self) -> None:
