@@ -323,8 +323,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--passes", type=int, default=2, help="there, back, there, ...")
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=48, help="per prompt")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--dry", action="store_true", help="a small model, few cells: a test")
     parser.add_argument(
         "--folder", type=Path, default=cache_folder() / "demo", help="for model and store"
