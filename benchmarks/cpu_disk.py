@@ -247,7 +247,7 @@ def _run_cell(bench: Bench, cell: Cell, timed: Timed, peer_file: str | None) -> 
         with cap_or_nothing(timed.cap_bytes) as cap:
             run = run_worker(bench.job(cell, peer_file=peer_file), cap=cap)
             timed.peaks_bytes.append(None if cap is None else cap.peak_bytes_or_none())
-    except ArmFailedError as error:
+    except (ArmFailedError, ArmInputError) as error:
         timed.error = str(error)
         print(f"{cell.name}: {error}", flush=True)
         return None
