@@ -3,9 +3,11 @@
     python -m benchmarks.speculation                  # everything, on a quiet machine
     python -m benchmarks.speculation --only report    # the document from the result files
 
-Phases: `timing` (time per token of every arm and cache size, A B C A B C), `exact` (64 prompts x 64
-tokens against the unmodified model, with sabotaged predictors), `compile` (what the passes add to
-compile time), `report` (docs/results/speculation.md). Results are JSON in benchmarks/results.
+Phases: `prepare` (widen, pack, compile once), `timing` (time per token of every arm and cache size,
+A B C A B C), `exact` (64 prompts x 64 tokens against the unmodified model, with sabotaged
+predictors), `eval` (what each policy costs in output), `compile` (what the passes add to compile
+time), `report` (docs/results/speculation.md and fidelity.md). Results are JSON in
+benchmarks/results. Times count in `timing` and `compile` alone: only these need a quiet machine.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
+from benchmarks.speculation_eval import LOSS_TOKENS, run_eval, write_fidelity
 from benchmarks.speculation_exact import run_exact
 from benchmarks.speculation_report import write_report
 from specmoe_compile.cli.bench import describe_model
@@ -32,7 +35,8 @@ from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
-PHASES = ("timing", "exact", "compile", "report")
+FIDELITY = REPORT.with_name("fidelity.md")
+PHASES = ("prepare", "timing", "exact", "eval", "compile", "report")
 DTYPE = "float32"
 
 
@@ -108,8 +112,18 @@ class Place:
             "load_average": list(os.getloadavg()),
         }
         path = self.results / f"speculation_{name}.json"
-        write_json(path, {**about, **value})
+        write_json(path, {**value, **about})
         print(f"wrote {path.name}", flush=True)
+
+
+def run_prepare(place: Place) -> None:
+    """Pack the experts and compile every graph once, so that `timing` does neither."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.folder) as work:
+        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
+        for cell in CELLS:
+            run = run_worker(place.job(cell, work, held_out_prompts(1)))
+            print(f"{cell.name}: {run.compile_s:.1f} s", flush=True)
 
 
 def run_timing(place: Place) -> None:
@@ -118,9 +132,6 @@ def run_timing(place: Place) -> None:
     prompts = held_out_prompts(3)
     runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in CELLS}
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
-        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
-        for cell in CELLS:  # compile once, untimed
-            run_worker(place.job(cell, work, prompts[:1]))
         for repeat in range(place.repeats):
             # Back and forth, so that a drift of the machine hits neighbours alike.
             for cell in CELLS if repeat % 2 == 0 else reversed(CELLS):
@@ -180,9 +191,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
     parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--loss-tokens", type=int, default=LOSS_TOKENS, help="of the held-out text")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--report", type=Path, default=REPORT, help="the document to write")
+    parser.add_argument("--fidelity", type=Path, default=FIDELITY, help="the other one")
     return parser.parse_args(argv)
 
 
@@ -192,11 +205,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place(arguments)
     quiet_transformers()
     phases: dict[str, Callable[[], None]] = {
+        "prepare": lambda: run_prepare(place),
         "timing": lambda: run_timing(place),
-        "exact": lambda: place.write(
-            "exact",
-            run_exact(
-                place.model(), place.store_dir(), held_out_prompts(place.prompts), place.new_tokens
+        "exact": lambda: run_exact(
+            place.model(),
+            place.store_dir(),
+            held_out_prompts(place.prompts),
+            place.new_tokens,
+            lambda rows: place.write("exact", rows),
+        ),
+        "eval": lambda: place.write(
+            "eval",
+            run_eval(
+                place.model(),
+                place.store_dir(),
+                prompts=place.prompts,
+                new_tokens=place.new_tokens,
+                loss_tokens=arguments.loss_tokens,
+                on_policy=lambda result: place.write("eval", result),
             ),
         ),
         "compile": lambda: run_compile(place),
@@ -209,9 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "report" in arguments.only:
             found = {
                 name: json.loads(path.read_text(encoding="utf-8"))
-                for name in (*phases, "eval")
+                for name in phases
                 if (path := place.results / f"speculation_{name}.json").is_file()
             }
+            if "eval" in found:
+                write_fidelity(found["eval"], arguments.fidelity)
             return 0 if write_report(found, arguments.report) else 1
     except Exception as error:
         known = user_error_or_none(error)
