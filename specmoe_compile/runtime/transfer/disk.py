@@ -77,6 +77,7 @@ class DiskTransfer(Transfer):
         self._closed = False
         self._active = 0
         self._guesses = 0
+        self._most_beside = 99
         largest = max(layout.record_bytes for layout in store.layouts)
         self._most_guesses = max(1, min(reader_threads, GUESSED_BYTES_IN_FLIGHT // largest))
         self._busy_s = 0.0
@@ -197,7 +198,7 @@ class DiskTransfer(Transfer):
                 if self._active == 0:
                     self._busy_s += read.finished_s - self._busy_since_s
                 self._arrived.notify_all()
-                if guess and self._speculative:
+                if self._speculative:
                     self._work.notify()
 
     def _next_or_none(self) -> Read | None:
@@ -206,6 +207,8 @@ class DiskTransfer(Transfer):
             read = self._demand.popleft()
             if read.state == QUEUED:
                 return read
+        if self._active - self._guesses > self._most_beside:
+            return None
         while self._speculative and self._guesses < self._most_guesses:
             read = self._speculative.popleft()
             if read.state == QUEUED and read.speculative:
