@@ -143,9 +143,9 @@ def run_timing(place: Place) -> None:
     for cell in CELLS:
         record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
         record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
-        record["totals"] = [run.decode["total"] for run in runs[cell.name] if run.decode]
-        layers = [run.decode["layers"] for run in runs[cell.name] if run.decode]
-        record["layers"] = layers[0] if layers else None
+        decodes = [run.decode for run in runs[cell.name] if run.decode]
+        record["totals"] = [{**d["total"], "read_busy_ms": d["read_busy_ms"]} for d in decodes]
+        record["layers"] = decodes[0]["layers"] if decodes else None
         del record["tokens"], record["runs"]
         records.append(record)
     settings = {
