@@ -35,6 +35,7 @@ from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
+REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
 FIDELITY = REPORT.with_name("fidelity.md")
 PHASES = ("prepare", "timing", "exact", "eval", "compile", "report")
 DTYPE = "float32"
@@ -100,15 +101,15 @@ class Place:
             work_dir=work_dir,
         )
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write one phase's result with what it was measured on."""
+    def write(self, name: str, value: dict[str, Any], model: Path | None = None) -> None:
+        """Write one phase's result with what it was measured on, the widened model by default."""
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": 1,
             "commit": commit_or_none(),
             "machine": describe_machine(),
             "versions": versions(),
-            "model": describe_model(str(self.model()), DTYPE),
+            "model": describe_model(str(model or self.model()), DTYPE),
             "load_average": list(os.getloadavg()),
         }
         path = self.results / f"speculation_{name}.json"
@@ -214,16 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             place.new_tokens,
             lambda rows: place.write("exact", rows),
         ),
-        "eval": lambda: place.write(
-            "eval",
-            run_eval(
-                place.model(),
-                place.store_dir(),
-                prompts=place.prompts,
-                new_tokens=place.new_tokens,
-                loss_tokens=arguments.loss_tokens,
-                on_policy=lambda result: place.write("eval", result),
-            ),
+        "eval": lambda: run_eval(
+            REFERENCE_MODEL,
+            place.folder / "reference-store",
+            prompts=place.prompts,
+            new_tokens=place.new_tokens,
+            loss_tokens=arguments.loss_tokens,
+            on_policy=lambda result: place.write("eval", result, REFERENCE_MODEL),
         ),
         "compile": lambda: run_compile(place),
     }
