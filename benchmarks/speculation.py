@@ -3,11 +3,16 @@
     python -m benchmarks.speculation                  # everything, on a quiet machine
     python -m benchmarks.speculation --only report    # the document from the result files
 
-Phases: `prepare` (widen, pack, compile once), `timing` (time per token of every arm and cache size,
-A B C A B C), `exact` (64 prompts x 64 tokens against the unmodified model, with sabotaged
-predictors), `eval` (what each policy costs in output), `compile` (what the passes add to compile
-time), `report` (docs/results/speculation.md and fidelity.md). Results are JSON in
-benchmarks/results. Times count in `timing` and `compile` alone: only these need a quiet machine.
+Phases, each with its own result in `benchmarks/results/speculation_*.json`:
+
+- prepare      widen, pack, compile once
+- timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
+- exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors
+- exact_small  the same with the reference model as trained, in a tenth of the time; its experts are
+               too small for the one-token kernel, so they take the other path
+- eval         what each policy costs in output
+- compile      what the passes add to compile time; needs a quiet machine
+- report       docs/results/speculation.md and fidelity.md
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from specmoe_compile.runtime.machine import cache_folder
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
 FIDELITY = REPORT.with_name("fidelity.md")
-PHASES = ("prepare", "timing", "exact", "eval", "compile", "report")
+PHASES = ("prepare", "timing", "exact", "exact_small", "eval", "compile", "report")
 DTYPE = "float32"
 
 
@@ -77,6 +82,8 @@ class Place:
         self.repeats: int = arguments.repeats
         self.prompts: int = arguments.prompts
         self.new_tokens: int = arguments.new_tokens
+        self.timed_prompts: int = arguments.timed_prompts
+        self.commit = commit_or_none()  # of the code that runs, not of a later one
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
@@ -106,7 +113,7 @@ class Place:
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": 1,
-            "commit": commit_or_none(),
+            "commit": self.commit,
             "machine": describe_machine(),
             "versions": versions(),
             "model": describe_model(str(model or self.model()), DTYPE),
@@ -130,7 +137,7 @@ def run_prepare(place: Place) -> None:
 def run_timing(place: Place) -> None:
     """Time per token of every cell, repeats interleaved."""
     # As many tokens as prompts and repeats allow: speculation needs some steps to learn what pays.
-    prompts = held_out_prompts(3)
+    prompts = held_out_prompts(place.timed_prompts)
     runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in CELLS}
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
         for repeat in range(place.repeats):
@@ -190,6 +197,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
+    parser.add_argument("--timed-prompts", type=int, default=4, help="per run of timing")
     parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--loss-tokens", type=int, default=LOSS_TOKENS, help="of the held-out text")
@@ -214,6 +222,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             held_out_prompts(place.prompts),
             place.new_tokens,
             lambda rows: place.write("exact", rows),
+        ),
+        "exact_small": lambda: run_exact(
+            REFERENCE_MODEL,
+            place.folder / "reference-store",
+            held_out_prompts(place.prompts),
+            place.new_tokens,
+            lambda rows: place.write("exact_small", rows, REFERENCE_MODEL),
         ),
         "eval": lambda: run_eval(
             REFERENCE_MODEL,

@@ -40,6 +40,7 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
     sections = [_head(found)]
     for name, judge, section in (
         ("exact", exact_claims, _exact_section),
+        ("exact_small", exact_claims, _exact_section),
         ("timing", timing_claims, _timing_section),
         ("eval", eval_claims, _no_section),
         ("compile", compile_claims, _compile_section),
@@ -70,12 +71,17 @@ def exact_claims(exact: Result) -> list[Claim]:
         measured += f"; not run: {runs}"
     return [
         Claim(
-            text="exact: with prefetch the tokens are the unmodified model's, batch 1 and 4, static"
-            " and dynamic cache, and with a predictor that is wrong, random or empty",
+            text=f"exact, {_experts_of(exact)}: with prefetch the tokens are the unmodified"
+            " model's, batch 1 and 4, static and dynamic cache, and with a predictor that is wrong,"
+            " random or empty",
             measured=measured,
             holds=worst == 0 and not missing,
         )
     ]
+
+
+def _experts_of(result: Result) -> str:
+    return f"experts of {format_bytes(result['model']['bytes_per_expert'])}"
 
 
 def timing_claims(timing: Result) -> list[Claim]:
@@ -160,7 +166,8 @@ def compile_claims(found: Result) -> list[Claim]:
 
 
 def _head(found: Mapping[str, Result]) -> str:
-    result = next(iter(found.values()))
+    result = next((found[n] for n in ("timing", "compile", "exact") if n in found), None)
+    result = result or next(iter(found.values()))
     model, machine = result["model"], result["machine"]
     commits = sorted({str(r["commit"])[:12] for r in found.values()})
     names = ", ".join(f"{n} {v}" for n, v in result["versions"].items() if v is not None)
@@ -173,7 +180,7 @@ def _head(found: Mapping[str, Result]) -> str:
             "What policies cost in output is in [fidelity](fidelity.md).",
             "",
             f"- Model: the reference model in float32 with experts of"
-            f" {model['bytes_per_expert'] >> 20} MiB: {model['moe_layers']} MoE layers,"
+            f" {format_bytes(model['bytes_per_expert'])}: {model['moe_layers']} MoE layers,"
             f" {model['experts'][0]} experts, top-{model['top_k']},"
             f" {model['expert_bytes'] / 1e6:.0f} MB of experts, on disk.",
             f"- Machine: {machine['cpu']}, {machine['cores']} cores,"
@@ -291,7 +298,7 @@ def _exact_section(exact: Result) -> str:
     ]
     head = ("predictor", "batch", "cache", "tokens that differ", "recall", "prefetches")
     return (
-        "## Policy exact against the unmodified model\n\n"
+        f"## Policy exact against the unmodified model, {_experts_of(exact)}\n\n"
         + markdown_table(head, rows)
         + f"\n\nFloat32, expert cache {exact['expert_cache']}, `auto_off` off, so that every layer"
         " step is predicted. `wrong` predicts experts that are not needed, `random` any, `empty`"

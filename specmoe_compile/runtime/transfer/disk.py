@@ -29,6 +29,9 @@ from specmoe_compile.runtime.transfer.base import (
 GUESSED_BYTES_IN_FLIGHT = 4 << 20
 """Speculative reads in progress at once, at least one: a demand read has to share the link with
 them, and a few MiB in flight keep any disk busy."""
+DEMAND_BESIDE_GUESS = 1
+"""Demand reads in progress beside which a speculative one may start. With more the disk is busy,
+and the step waits for them; but the last one alone seldom keeps it so."""
 
 
 class DiskTicket(Ticket):
@@ -77,7 +80,6 @@ class DiskTransfer(Transfer):
         self._closed = False
         self._active = 0
         self._guesses = 0
-        self._most_beside = 99
         largest = max(layout.record_bytes for layout in store.layouts)
         self._most_guesses = max(1, min(reader_threads, GUESSED_BYTES_IN_FLIGHT // largest))
         self._busy_s = 0.0
@@ -207,7 +209,7 @@ class DiskTransfer(Transfer):
             read = self._demand.popleft()
             if read.state == QUEUED:
                 return read
-        if self._active - self._guesses > self._most_beside:
+        if self._active - self._guesses > DEMAND_BESIDE_GUESS:
             return None
         while self._speculative and self._guesses < self._most_guesses:
             read = self._speculative.popleft()
