@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from specmoe_compile.runtime.residency import Issued, Residency
-from specmoe_compile.runtime.speculation import PrefetchGate
+from specmoe_compile.runtime.speculation import LAYER_MARGIN, PrefetchGate
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
 
@@ -26,7 +26,7 @@ class PrefetchJudge:
 
     def __init__(self, layers: int) -> None:
         """Start with every gate open."""
-        self.layers = [PrefetchGate() for _ in range(layers)]
+        self.layers = [PrefetchGate(margin=LAYER_MARGIN) for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
 
     def admitted(

@@ -16,6 +16,9 @@ TRIAL_STEPS = 16
 OFF_STEPS = 256
 """Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
+LAYER_MARGIN = 1.5
+"""A layer has to save this many times what it is seen to cost: reads beside the products slow these
+down, and being split costs a little, which nobody measures."""
 _DECAY = 1.0 / TRIAL_STEPS
 
 
@@ -72,9 +75,11 @@ class PrefetchGate:
     off, it is tried again.
     """
 
-    __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
+    __slots__ = ("_lost_ms", "_margin", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
 
-    def __init__(self) -> None:
+    def __init__(self, *, margin: float = 1.0) -> None:
+        """Start open; `margin` is how many times its losses it has to save."""
+        self._margin = margin
         self._steps = 0
         self._saved_ms = 0.0
         self._lost_ms = 0.0
@@ -107,7 +112,7 @@ class PrefetchGate:
         self._lost_ms += rate * (lost_ms - self._lost_ms)
         if self._steps < TRIAL_STEPS:
             return
-        if self._saved_ms >= self._lost_ms:
+        if self._saved_ms >= self._margin * self._lost_ms:
             self._off_next = OFF_STEPS
             return
         self.closures += 1
