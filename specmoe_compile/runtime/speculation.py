@@ -17,8 +17,8 @@ OFF_STEPS = 256
 """Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
 LAYER_MARGIN = 1.5
-"""A layer has to save this many times what it is seen to cost: reads beside the products slow these
-down, and being split costs a little, which nobody measures."""
+"""A layer has to save this many times what it costs: the time that its reads took before they were
+needed is an upper bound of what they saved, since the experts that are there hide reads too."""
 _DECAY = 1.0 / TRIAL_STEPS
 
 
@@ -70,8 +70,8 @@ class PrefetchGate:
 
     Saved: reading time of useful records that had passed when they were needed. Lost: reading time
     that useless records still took from then on while something else was waited for, reads of
-    experts that useless records had pushed out, and the host's own time for the prediction, unless
-    it had to wait for reads anyway. Both are averaged over about TRIAL_STEPS steps. After a while
+    experts that useless records had pushed out, and for a layer the time that predicting it takes
+    the host. Both are averaged over about TRIAL_STEPS steps. After a while
     off, it is tried again.
     """
 
