@@ -83,6 +83,7 @@ class Place:
         self.prompts: int = arguments.prompts
         self.new_tokens: int = arguments.new_tokens
         self.timed_prompts: int = arguments.timed_prompts
+        self.cells = tuple(cell for cell in CELLS if cell.name in arguments.cells)
         self.commit = commit_or_none()  # of the code that runs, not of a later one
 
     def model(self) -> Path:
@@ -138,17 +139,17 @@ def run_timing(place: Place) -> None:
     """Time per token of every cell, repeats interleaved."""
     # As many tokens as prompts and repeats allow: speculation needs some steps to learn what pays.
     prompts = held_out_prompts(place.timed_prompts)
-    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in CELLS}
+    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in place.cells}
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
         for repeat in range(place.repeats):
             # Back and forth, so that a drift of the machine hits neighbours alike.
-            for cell in CELLS if repeat % 2 == 0 else reversed(CELLS):
+            for cell in place.cells if repeat % 2 == 0 else reversed(place.cells):
                 run = run_worker(place.job(cell, work, prompts))
                 runs[cell.name].append(run)
                 median = quantile(run.tpot_samples_ms, 0.5)
                 print(f"{repeat + 1}/{place.repeats} {cell.name}: {median:.2f} ms", flush=True)
     records = []
-    for cell in CELLS:
+    for cell in place.cells:
         record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
         record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
         decodes = [run.decode for run in runs[cell.name] if run.decode]
@@ -197,6 +198,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--cells", nargs="+", choices=names, default=names, help="of timing")
     parser.add_argument("--timed-prompts", type=int, default=4, help="per run of timing")
     parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
