@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,15 @@ CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 20, 48
 WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 6, 20, 5
 ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "on_demand": ("least", {"prefetch": False}),
-    "prefetch": ("least", {}),
-    "cache 25%": ("25%", {"prefetch": False}),
-    "specmoe 25%": ("25%", {}),
+    "on_demand": ("least", {"prefetch": False, "transfer": "gather"}),
+    "on_demand copy": ("least", {"prefetch": False, "transfer": "copy"}),
+    "prefetch": ("least", {"transfer": "gather"}),
+    "prefetch copy": ("least", {"transfer": "copy"}),
+    "cache 25%": ("25%", {"prefetch": False, "transfer": "gather"}),
+    "cache 25% copy": ("25%", {"prefetch": False, "transfer": "copy"}),
+    "specmoe 25%": ("25%", {"transfer": "gather"}),
+    "specmoe 25% copy": ("25%", {"transfer": "copy"}),
+    "specmoe 25% auto": ("25%", {}),
     "specmoe 25% graph": ("25%", {"mode": "reduce-overhead"}),
     "cache 50% graph": ("50%", {"prefetch": False, "mode": "reduce-overhead"}),
     "specmoe 50% graph": ("50%", {"mode": "reduce-overhead"}),
@@ -111,8 +116,13 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def profile_steps(compiled: Any, config: Any, ids: Tensor) -> dict[str, Any]:
-    """Synchronisations, device-to-host copies and times of decode steps after a warm-up."""
+def profile_steps(
+    compiled: Any, config: Any, ids: Tensor, *, host_waits: bool = False
+) -> dict[str, Any]:
+    """Synchronisations, device-to-host copies and times of decode steps after a warm-up.
+
+    With `host_waits` the steps may synchronise, as those of transfer `copy` do.
+    """
     steps = decode_steps(compiled, config, ids, WARM_UP_STEPS + PROFILED_STEPS + TIMED_STEPS + 1)
     for _ in range(WARM_UP_STEPS):
         next(steps)
@@ -120,7 +130,7 @@ def profile_steps(compiled: Any, config: Any, ids: Tensor) -> dict[str, Any]:
     for _ in range(TIMED_STEPS):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        with no_synchronisation():
+        with nullcontext() if host_waits else no_synchronisation():
             next(steps)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
@@ -184,13 +194,15 @@ def _measure_model(name: str, build: Any, dtype: torch.dtype) -> list[dict[str, 
             "model": name,
             "dtype": str(dtype),
             "arm": arm,
+            "transfer": session.transfer,
+            "transfer_rates": str(session.transfer_rates) if session.transfer_rates else None,
             "slots": session.cache.slots[0],
             "differing_tokens": int((got != want).sum() + (again != want).sum()),
             "generate_ms_per_token": token_ms,
             "hit_rate": total.hits / max(1, total.hits + total.misses),
             "demand_bytes_per_step": total.demand_bytes * layers / max(1, total.steps),
             "speculative_bytes_per_step": total.speculative_bytes * layers / max(1, total.steps),
-            **profile_steps(compiled, model.config, ids),
+            **profile_steps(compiled, model.config, ids, host_waits=session.transfer == "copy"),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

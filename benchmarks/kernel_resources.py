@@ -222,7 +222,9 @@ L2 is smaller than an expert's share of the tokens (6 MB on sm_86), long prompts
 from device memory. Where the column is a multiple of *moved*, tokens share experts and L2 is the
 bound: there the grouped kernels are the better choice. Tokens are spread over the experts as evenly
 as can be. A test counts the same bytes lane by lane in Triton's interpreter, at small sizes.
-Prompts of 4096 tokens are bound by arithmetic and have no line here.
+Prompts of 4096 tokens are bound by arithmetic and have no line here. `gather_experts` reads records
+from host memory and writes them to the device's. Plans are counted for one token by LRU whose
+experts are all there; other plans depend on what is missing.
 
 """
 

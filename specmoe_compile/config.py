@@ -4,6 +4,8 @@ Every option is one field of `CompileOptions`; an unknown name is an error listi
 Environment variables are read here and nowhere else:
 
 - `SPECMOE_STRICT=1`: the default of `strict` (the test-suite runs with it).
+- `NSYS_PROFILING_SESSION_ID`, `NVTX_INJECTION64_PATH`: set by Nsight in what it profiles; NVTX
+  ranges are on then.
 """
 
 from __future__ import annotations
@@ -19,17 +21,25 @@ Policy = Literal["exact", "default_vector", "commit"]
 CommitWeights = Literal["predicted", "true"]
 Lowering = Literal["inductor", "eager"]
 Mode = Literal["default", "reduce-overhead"]
+TransferKind = Literal["auto", "copy", "gather"]
 
 _POLICIES = ("exact", "default_vector", "commit")
 _COMMIT_WEIGHTS = ("predicted", "true")
 _LOWERINGS = ("inductor", "eager")
 _MODES = ("default", "reduce-overhead")
+_TRANSFERS = ("auto", "copy", "gather")
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
 
 
 def _strict_default() -> bool:
     return os.environ.get("SPECMOE_STRICT", "0") == "1"
+
+
+def nsight_attached() -> bool:
+    """Whether this process was started under a profiler that reads NVTX ranges."""
+    names = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
+    return any(os.environ.get(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +73,23 @@ class CompileOptions:
     """graph: feed the lookahead with the true router input; recall must then read 100 %."""
     mode: Mode = "default"
     """graph: `reduce-overhead` captures the decode step as a CUDA graph."""
+    transfer: TransferKind = "auto"
+    """how a GPU gets the experts of a decode step: `copy` by the copy engine, with ids that the
+    host reads; `gather` by the GPU itself, the only one that CUDA graphs can hold; `auto` measures
+    both once and takes the faster, or `gather` with CUDA graphs. `auto` alone on the CPU."""
     lowering: Lowering = "inductor"
     """graph: `eager` runs the rewritten graph node by node, for debugging."""
     strict: bool = field(default_factory=_strict_default)
     """raise where specmoe would fall back to the untouched graph."""
     nvtx: bool = False
-    """annotate layers and phases with NVTX ranges."""
+    """annotate layers and phases with NVTX ranges; on by itself under Nsight."""
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, _POLICIES)
         _check_choice("commit_weights", self.commit_weights, _COMMIT_WEIGHTS)
         _check_choice("lowering", self.lowering, _LOWERINGS)
         _check_choice("mode", self.mode, _MODES)
+        _check_choice("transfer", self.transfer, _TRANSFERS)
         for name in ("prefetch", "auto_off", "control", "strict", "nvtx"):
             _check_type(name, getattr(self, name), bool)
         _check_number(
@@ -94,6 +109,11 @@ class CompileOptions:
                 )
         if self.default_vectors is not None:
             _check_type("default_vectors", self.default_vectors, str)
+        if self.transfer == "copy" and self.mode == "reduce-overhead":
+            raise ValueError(
+                "option transfer='copy' reads expert ids on the host, which the CUDA graphs of"
+                " mode='reduce-overhead' cannot hold: use transfer='gather' or another mode"
+            )
         if self.policy != "exact" and not self.prefetch:
             raise ValueError(
                 f"option policy={self.policy!r} needs prefetch=True: without a prediction there is"

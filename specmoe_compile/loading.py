@@ -40,6 +40,7 @@ from specmoe_compile.runtime.module_source import (
     move_to_ram,
     restore_experts,
 )
+from specmoe_compile.runtime.numa import gpu_node_or_none
 from specmoe_compile.runtime.packing import default_store_dir
 from specmoe_compile.runtime.ram_store import RamStore
 from specmoe_compile.runtime.session import Session
@@ -230,6 +231,7 @@ def _attach(
             expert_cache_bytes=cache_bytes,
             cache_policy=options.cache_policy,
             top_k=top_k,
+            reader_threads=options.reader_threads,
         )
         attach_session(model, cast(Session, on_device))  # answers the same calls
         return
@@ -260,13 +262,14 @@ def _fill_store(
             folder, expected_fingerprint=source.fingerprint, verify=options.verify
         )
     _check_ram(_total_bytes(source.layers))
+    node = gpu_node_or_none(options.device)
     if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
         packed = DiskStore.open(
             options.store_dir, expected_fingerprint=source.fingerprint, verify=options.verify
         )
         with contextlib.closing(packed):
-            return RamStore.from_store(packed, progress=options.progress)
-    return RamStore.from_source(source, progress=options.progress)
+            return RamStore.from_store(packed, progress=options.progress, numa_node=node)
+    return RamStore.from_source(source, progress=options.progress, numa_node=node)
 
 
 def _check_ram(total_bytes: int) -> None:

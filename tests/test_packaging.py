@@ -82,7 +82,7 @@ def test_package_is_typed() -> None:
         ("demo", "specmoe demo"),
         ("test", 'pytest -m "not slow and not gpu"'),
         ("check", "mypy"),
-        ("bench", "benchmarks.cpu_disk"),
+        ("bench", "benchmarks.end_to_end --quick"),
         ("publish", "benchmarks.end_to_end"),
     ],
 )

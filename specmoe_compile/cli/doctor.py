@@ -113,9 +113,10 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
             "gemv_float32_gbps": probes.gemv_gbps(size, "float32"),
         }
         machine = describe_machine()
-        gpu_copy = probes.host_to_device_gbps(record_bytes) if machine["gpu"] else None
+        found = versions()
+        can_gather = machine["gpu"] is not None and found["triton"] is not None
+        gpu_gbps = probes.transfer_gbps(record_bytes) if can_gather else None
     group = own_memory_group_or_none()
-    found = versions()
     result: dict[str, Any] = {
         "schema": 1,
         "commit": commit_or_none(),
@@ -124,7 +125,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         "disk": {**asdict(disk), "gbps": {str(n): rate for n, rate in disk.gbps.items()}},
         "reader_threads": READER_THREADS,
         "memory": memory,
-        "host_to_device_gbps": gpu_copy,
+        "transfer_gbps": gpu_gbps,
         "free_ram_bytes": available_ram_bytes(),
         "free_disk_bytes": free_disk,
         "cgroup_version": None if group is None else group[0],
@@ -210,8 +211,11 @@ def _print(result: dict[str, Any]) -> None:
         ("Memory, bf16 GEMV", f"{memory['gemv_bfloat16_gbps']:.1f} GB/s of weights"),
         ("Memory, fp32 GEMV", f"{memory['gemv_float32_gbps']:.1f} GB/s of weights"),
     ]
-    if result["host_to_device_gbps"] is not None:
-        rows.append(("Host to GPU", f"{result['host_to_device_gbps']:.1f} GB/s, pinned"))
+    rates = result["transfer_gbps"]
+    why_not = "no CUDA device" if gpu is None else "Triton is missing"
+    for transfer, way in (("copy", "by the copy engine"), ("gather", "read by the GPU itself")):
+        rate = f"not measured: {why_not}" if rates is None else f"{rates[transfer]:.1f} GB/s, {way}"
+        rows.append((f"Host to GPU, {transfer}", rate))
     for name, text in rows:
         table.add_row(f"[bold]{name}[/bold]", text)
     console = Console()

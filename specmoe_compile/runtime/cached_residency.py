@@ -14,6 +14,7 @@ from specmoe_compile.runtime.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.expert_cache import CachePlan
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.memory import SlotMemory, StagingRing
+from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.residency import NOTHING_ISSUED, Issued, Residency, Step
 from specmoe_compile.runtime.stats import LayerStats
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
@@ -109,9 +110,10 @@ class CachedResidency(Residency):
             stats.demand_bytes += misses * self._record_bytes[layer]
             if self._pushed_out[layer]:
                 self._count_regret(layer, plan)
-            self._fill(step, plan.fills)
-            step.deferred.extend(plan.bypassed)
-            self._stage(step)
+            with layer_range(layer, "fetch"):
+                self._fill(step, plan.fills)
+                step.deferred.extend(plan.bypassed)
+                self._stage(step)
         return step
 
     def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:

@@ -11,6 +11,7 @@ import torch
 from specmoe_compile.runtime.expert_store import ExpertStore, StoreLayer
 from specmoe_compile.runtime.experts_module import ExpertsLayer, release_experts
 from specmoe_compile.runtime.machine import one_compute_thread
+from specmoe_compile.runtime.numa import gpu_node_or_none
 from specmoe_compile.runtime.progress import progress_bar
 from specmoe_compile.runtime.ram_store import RamStore
 from specmoe_compile.runtime.store_header import layers_to_json
@@ -71,7 +72,7 @@ def move_to_ram(
     The most memory used is the experts and one layer. If it is interrupted, the layers that were
     moved get parameters again, so that the model is whole.
     """
-    store = RamStore(source)
+    store = RamStore(source, numa_node=gpu_node_or_none(device))
     devices = expert_devices(layers)
     moved: list[ExpertsLayer] = []
     try:

@@ -12,6 +12,7 @@ from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.expert_store import ExpertStore, RecordSource, record_array
 from specmoe_compile.runtime.machine import one_compute_thread
+from specmoe_compile.runtime.numa import prefer_node
 from specmoe_compile.runtime.progress import progress_bar
 
 
@@ -20,15 +21,19 @@ class RamStore(ExpertStore):
 
     kind = "ram"
 
-    def __init__(self, source: RecordSource) -> None:
-        """Reserve memory for the records of `source`, without filling it."""
+    def __init__(self, source: RecordSource, *, numa_node: int | None = None) -> None:
+        """Reserve memory for the records of `source`, on a NUMA node if given; fills nothing."""
         super().__init__(source.layers, fingerprint=source.fingerprint, top_k=source.top_k)
         self._region: torch.Tensor | None = aligned_empty(self.total_bytes)
+        if numa_node is not None:
+            prefer_node(self._region, numa_node)
 
     @classmethod
-    def from_source(cls, source: RecordSource, *, progress: bool = True) -> RamStore:
+    def from_source(
+        cls, source: RecordSource, *, progress: bool = True, numa_node: int | None = None
+    ) -> RamStore:
         """Fill a store from a checkpoint or from a model in memory, expert by expert."""
-        store = cls(source)
+        store = cls(source, numa_node=numa_node)
         with (
             one_compute_thread(),
             progress_bar(store.total_bytes, "Loading experts", enabled=progress) as bar,
@@ -40,9 +45,11 @@ class RamStore(ExpertStore):
         return store
 
     @classmethod
-    def from_store(cls, other: ExpertStore, *, progress: bool = True) -> RamStore:
+    def from_store(
+        cls, other: ExpertStore, *, progress: bool = True, numa_node: int | None = None
+    ) -> RamStore:
         """Copy another store's records, checksums verified if it verifies them on reading."""
-        return cls.from_source(_StoreSource(other), progress=progress)
+        return cls.from_source(_StoreSource(other), progress=progress, numa_node=numa_node)
 
     @property
     def region(self) -> torch.Tensor:

@@ -127,6 +127,7 @@ class Session:
         )
         self._layer_stats = tuple(LayerStats() for _ in self.layers)
         self._lock = threading.RLock()
+        self._lookahead = nvtx.OpenRange()
         self._busy_before_ms = 0.0
         self._transfer: DiskTransfer | None = None
         self._residency = self._make_residency(expert_cache_bytes, cache_policy, reader_threads)
@@ -222,7 +223,17 @@ class Session:
         )
 
     def configure(self, speculation: SpeculationConfig) -> None:
-        """Set what happens to predictions, from now on."""
+        """Set what happens to predictions, from now on.
+
+        Raises:
+            ValueError: a transfer that only a GPU has.
+        """
+        if speculation.transfer != "auto":
+            raise ValueError(
+                f"transfer={speculation.transfer!r} is for experts that are computed on a GPU, and"
+                " these are computed on the CPU: leave it out, or load the model with"
+                " device='cuda'."
+            )
         with self._lock:
             previous = self._speculator.config
             if isinstance(self.cache, DoubleBuffers) and _buffers_differ(previous, speculation):
@@ -268,6 +279,7 @@ class Session:
     ) -> Tensor:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
+            self._lookahead.open(layer, "lookahead")
             self._speculator.lookahead_s = time.perf_counter()
             return self.default_vectors.blend(layer, ids, weights, like)
 
@@ -282,6 +294,7 @@ class Session:
         Returns:
             The ticket's number, for `wait_prefetch`.
         """
+        self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
             self._check_open()
             return self._speculator.start(layer, ids, weights)

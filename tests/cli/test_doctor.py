@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specmoe_compile.cli.doctor import advice
+from specmoe_compile.cli.doctor import _print, advice
 from specmoe_compile.cli.main import run
 from specmoe_compile.cli.measure import probes
 
@@ -33,6 +33,21 @@ def test_rates_are_measured_for_each_number_of_readers(result: dict[str, Any]) -
     assert all(rate > 0 for rate in result["memory"].values())
     assert result["versions"]["torch"] is not None
     assert result["free_disk_bytes"] > 0
+
+
+def test_both_transfers_to_a_gpu_are_shown(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = {**result, "machine": {**result["machine"], "gpu": None}, "transfer_gbps": None}
+    _print(without)
+    shown = capsys.readouterr().out
+    assert shown.count("not measured: no CUDA device") == 2
+    gpu = {"name": "a GPU", "memory_bytes": 1 << 30}
+    machine = {**result["machine"], "gpu": gpu}
+    _print({**without, "machine": machine, "transfer_gbps": {"copy": 51.25, "gather": 44.0}})
+    shown = capsys.readouterr().out
+    assert "51.2 GB/s, by the copy engine" in shown
+    assert "44.0 GB/s, read by the GPU itself" in shown
 
 
 def test_reads_count_only_what_was_read_in_the_time(

@@ -21,10 +21,15 @@ from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape, Traff
 from specmoe_compile.kernels.correct_experts import variants as correct_variants
 from specmoe_compile.kernels.expert_mlp import variants as decode_variants
 from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+from specmoe_compile.kernels.gather_experts import variants as gather_variants
+from specmoe_compile.kernels.gather_experts.kernel import launch_gather
 from specmoe_compile.kernels.grouped_experts import variants as grouped_variants
 from specmoe_compile.kernels.grouped_experts.config import block_m
 from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
+from specmoe_compile.kernels.plan_cache import variants as plan_variants
+from specmoe_compile.kernels.plan_cache.kernel import launch_plan
+from specmoe_compile.kernels.plan_cache.op import COUNTERS
 from tests.kernels.expert_cases import Case, make_case, nan_like
 
 pytestmark = pytest.mark.skipif(
@@ -208,9 +213,60 @@ def test_weighted_sum_moves_what_it_claims(
     counter.assert_equals(traffic)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_plan_without_misses_moves_what_it_claims(
+    shape: ModelShape, count: Callable[[], Counter]
+) -> None:
+    traffic = plan_variants.plan_spec(shape, 1, policy="lru").traffic
+    assert traffic is not None
+    slots, choices = plan_variants.slots_of_shape(shape), shape.top_k
+    holds = torch.arange(slots, dtype=torch.int32)
+    slot_of = torch.full((shape.num_experts,), -1, dtype=torch.int32)
+    slot_of[:slots] = holds
+    counter = count()
+    launch_plan(
+        torch.arange(choices).view(1, -1),
+        slot_of,
+        holds.clone(),
+        torch.zeros(slots, dtype=torch.int64),
+        *(torch.zeros(slots, dtype=torch.int32) for _ in range(3)),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(len(COUNTERS), dtype=torch.int64),
+        *(torch.zeros(1, choices, dtype=torch.int32) for _ in range(2)),
+        *(torch.zeros(min(choices, shape.num_experts), dtype=torch.int32) for _ in range(2)),
+        torch.zeros(1, dtype=torch.int32),
+        policy="lru",
+        ageing_period=64,
+        bypass=False,
+        speculative=False,
+    )
+    counter.assert_equals(traffic)
+
+
+@pytest.mark.parametrize("fills", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_gather_moves_what_it_claims(
+    shape: ModelShape, fills: int, count: Callable[[], Counter]
+) -> None:
+    traffic = gather_variants.gather_spec(shape, fills, programs=3).traffic
+    assert traffic is not None
+    size = gather_variants.record_bytes_of_shape(shape)
+    source = torch.randint(0, 256, (shape.num_experts, size), dtype=torch.uint8)
+    target = torch.zeros(2, size, dtype=torch.uint8)
+    experts, slots = (torch.arange(2, dtype=torch.int32) for _ in range(2))
+    number = torch.tensor([fills], dtype=torch.int32)
+    counter = count()
+    launch_gather([source], [target], experts, slots, number, programs=3)
+    counter.assert_equals(traffic)
+    assert torch.equal(target[:fills], source[:fills])
+
+
 @pytest.mark.parametrize("shape", MODEL_SHAPES, ids=lambda shape: shape.name)
 def test_no_launch_moves_five_percent_in_vain(shape: ModelShape) -> None:
-    modules = (blend_variants, correct_variants, decode_variants, grouped_variants)
+    modules = (
+        *(blend_variants, correct_variants, decode_variants),
+        *(gather_variants, grouped_variants, plan_variants),
+    )
     specs = [spec for module in modules for spec in module.compile_specs(shape)]
     assert len({spec.label for spec in specs}) == len(specs)
     for spec in specs:

@@ -76,23 +76,6 @@ def disk_rates(
     )
 
 
-def file_gbps(path: Path, *, record_bytes: int, threads: int, seconds: float) -> float:
-    """1e9 bytes per second of reads of records at random places of a file that is there already.
-
-    Args:
-        path: such as the records of an expert store.
-        record_bytes: multiple of 4096, at most the file's size.
-        threads: readers, one read in flight each.
-        seconds: to measure for, after a short warm-up.
-    """
-    fd, _ = _open(path)
-    try:
-        records = path.stat().st_size // record_bytes
-        return _read_rate(fd, threads, records, record_bytes, seconds)
-    finally:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def _probe_file(folder: Path, size_bytes: int, on_step: Callable[[str], None]) -> Iterator[Path]:
     """A file of incompressible bytes on disk, its pages dropped from the cache."""
@@ -198,19 +181,19 @@ def gemv_gbps(size_bytes: int, dtype_name: str, *, hidden: int = 2048, runs: int
     return matrix.nbytes / 1e9 / _best_s(lambda: torch.nn.functional.linear(vector, matrix), runs)
 
 
-def host_to_device_gbps(record_bytes: int, *, copies: int = 64, runs: int = 5) -> float:
-    """1e9 bytes per second from pinned memory to the GPU in copies of one record."""
+def transfer_gbps(record_bytes: int, *, records: int = 4) -> dict[str, float]:
+    """1e9 bytes per second from pinned memory to the GPU, by transfer: "copy" and "gather".
+
+    Needs a CUDA device and Triton; the runtime measures the same way for `transfer="auto"`.
+    """
     import torch
 
-    source = torch.empty(record_bytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(record_bytes, dtype=torch.uint8, device="cuda")
+    from specmoe_compile.runtime.cuda.rates import measure_rates
 
-    def copy() -> None:
-        for _ in range(copies):
-            target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-
-    return record_bytes * copies / 1e9 / _best_s(copy, runs)
+    source = torch.empty(records, record_bytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(records, record_bytes, dtype=torch.uint8, device="cuda")
+    rates = measure_rates(source, target)
+    return {"copy": rates.copy_gbps, "gather": rates.gather_gbps}
 
 
 def _best_s(work: Callable[[], object], runs: int) -> float:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from specmoe_compile.errors import StoreError, UnsupportedModelError
+from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.runtime.aligned import aligned_empty
+from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.cuda.streams import CudaStreams
+from specmoe_compile.runtime.cuda.supply import StagedSupply, staging_bytes
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
 from specmoe_compile.runtime.ram_store import RamStore
-from specmoe_compile.runtime.sizes import format_bytes
 
 
 def open_device_session(
@@ -25,35 +28,42 @@ def open_device_session(
     expert_cache_bytes: int,
     cache_policy: Literal["lru", "lfu"],
     top_k: int,
+    reader_threads: int,
 ) -> DeviceSession:
-    """Page-lock a store and open the session that reads it from the model's device.
+    """Page-lock a store in RAM, or a ring of buffers before one on disk, and open its session.
 
     Raises:
-        StoreError: the experts are on disk, or cannot be page-locked.
+        StoreError: the memory cannot be page-locked.
         UnsupportedModelError: the model spans several devices, or the kernels lack its experts.
         ValueError: the cache does not hold one token's experts.
     """
     device = _device_of(model)
-    if not isinstance(store, RamStore):
-        raise StoreError(
-            "Experts that are computed on a GPU must be in RAM, and this store is on disk: use"
-            " store='ram', or device='cpu'."
-        )
     slot_bytes = sum(layout.record_bytes for layout in store.layouts)
     smallest = min(top_k, max(store.num_experts)) * slot_bytes
-    release = _page_lock(store.region)
+    streams = CudaStreams(device)
+    held = contextlib.ExitStack()
     try:
+        supply: StagedSupply | None = None
+        if isinstance(store, RamStore):
+            held.callback(PageLock(store.region).release)
+        else:
+            ring = aligned_empty(staging_bytes(store, reader_threads))
+            held.callback(PageLock(ring).release)
+            supply = StagedSupply(store, ring, streams, reader_threads=reader_threads)
+            held.callback(supply.close)  # comes before the ring is unlocked
         return DeviceSession(
             layers,
             store,
+            supply=supply,
             device=device,
             expert_cache_bytes=max(expert_cache_bytes, smallest),
             cache_policy=cache_policy,
             top_k=top_k,
-            release=release,
+            streams=streams,
+            release=held.close,
         )
     except BaseException:
-        release()
+        held.close()
         raise
 
 
@@ -65,20 +75,3 @@ def _device_of(model: nn.Module) -> torch.device:
             " else on one device: load it without a device_map."
         )
     return devices.pop()
-
-
-def _page_lock(region: Tensor) -> functools.partial[None]:
-    """Page-lock host memory and return what undoes it."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    error = int(runtime.cudaHostRegister(region.data_ptr(), region.numel(), 0))
-    if error:
-        raise StoreError(
-            f"CUDA could not page-lock {format_bytes(region.numel())} of host memory (error"
-            f" {error}): free RAM, raise the limit on locked memory, or use device='cpu'."
-        )
-    return functools.partial(_page_unlock, region)
-
-
-def _page_unlock(region: Tensor) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(region.data_ptr())  # type: ignore[no-untyped-call]

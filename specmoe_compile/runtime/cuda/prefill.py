@@ -17,6 +17,7 @@ from torch import Tensor
 from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.grouped_experts.op import run_grouped_experts_
 from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.cuda.supply import Supply
 from specmoe_compile.runtime.layout import ExpertLayout
 
 
@@ -31,26 +32,32 @@ class PrefillBuffers:
         self,
         records: Sequence[Tensor],
         layouts: Sequence[ExpertLayout],
+        num_experts: Sequence[int],
         forms: Sequence[ExpertForm],
         streams: Streams,
         device: torch.device,
+        *,
+        supply: Supply | None = None,
     ) -> None:
         """Reserve device memory.
 
         Args:
             records: of each layer in host memory, [E, record_bytes] uint8; page-locked on CUDA.
-            layouts, forms: of each layer.
+            layouts, num_experts, forms: of each layer.
             streams: the session's.
             device: where experts are computed.
+            supply: where records come from instead of `records`.
         """
         self._records = records
+        self._supply = supply
         self._forms = forms
         self._streams = streams
-        largest = max(bank.numel() for bank in records)
+        shapes = [(e, one.record_bytes) for e, one in zip(num_experts, layouts, strict=True)]
+        largest = max(experts * size for experts, size in shapes)
         self._buffers = torch.empty(2, largest, dtype=torch.uint8, device=device)
         self._targets = [
-            self._buffers[layer % 2, : bank.numel()].view(bank.shape)
-            for layer, bank in enumerate(records)
+            self._buffers[layer % 2, : experts * size].view(experts, size)
+            for layer, (experts, size) in enumerate(shapes)
         ]
         self._banks = [
             ExpertBank.from_views(layout.bank_views(target))
@@ -68,17 +75,49 @@ class PrefillBuffers:
             ready = ahead[1]
         else:
             ready = self._copy(layer)
-        if layer + 1 < len(self._records):
+        if self._supply is None:
             # Issued before this layer computes: the other buffer's last reader came before.
-            self._ahead = (layer + 1, self._copy(layer + 1), capturing)
+            self._copy_ahead(layer + 1, capturing)
         self._streams.wait("compute", ready)
         with self._streams.on("compute"):
             y = x.new_empty((*ids.shape, x.shape[-1]))
-            return run_grouped_experts_(y, x, ids, self._banks[layer], self._forms[layer])
+            y = run_grouped_experts_(y, x, ids, self._banks[layer], self._forms[layer])
+        if self._supply is not None:
+            # The host waits for these records: not before it has given the device work.
+            self._copy_ahead(layer + 1, capturing)
+        return y
+
+    def _copy_ahead(self, layer: int, capturing: bool) -> None:
+        if layer < len(self._targets):
+            self._ahead = (layer, self._copy(layer), capturing)
+
+    def scratch(self, layer: int) -> Tensor:
+        """Give a layer's buffer to another use, [E, record_bytes]; what it holds is forgotten."""
+        self._ahead = None
+        return self._targets[layer]
 
     def _copy(self, layer: int) -> Any:
         """Copy a layer into its buffer after all work issued on compute; returns the event."""
         self._streams.wait("demand", self._streams.record("compute"))
-        with self._streams.on("demand"):
-            self._targets[layer].copy_(self._records[layer], non_blocking=True)
+        if self._supply is None:
+            with self._streams.on("demand"):
+                self._targets[layer].copy_(self._records[layer], non_blocking=True)
+        else:
+            self._read(layer, self._supply)
         return self._streams.record("demand")
+
+    def _read(self, layer: int, supply: Supply) -> None:
+        """Copy a layer record by record, as the host gets them; waits on the host."""
+        target = self._targets[layer]
+        requests = [supply.request(layer, expert) for expert in range(len(target))]
+        try:
+            for place, request in zip(target, requests, strict=True):
+                while (record := request.record_or_none()) is None:
+                    supply.block()
+                with self._streams.on("demand"):
+                    place.copy_(record, non_blocking=True)
+                request.copied(self._streams.record("demand"))
+        except BaseException:
+            for request in requests:
+                request.abandon()
+            raise

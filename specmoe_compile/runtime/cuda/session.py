@@ -11,27 +11,30 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from specmoe_compile.errors import SpecMoEError, UnsupportedModelError
+from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.runtime import nvtx
-from specmoe_compile.runtime.cuda.decode_gather import (
+from specmoe_compile.runtime.cuda.decoder import (
+    Decoder,
+    DecoderParts,
     DecodeStep,
-    GatherDecoder,
+    Norm,
     heaviest_by_expert,
-    skip_weak_misses,
 )
+from specmoe_compile.runtime.cuda.decoders import open_decoders
 from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
-from specmoe_compile.runtime.cuda.stats import layer_stats
+from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
+from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.tables import DeviceCache
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
+from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
 from specmoe_compile.runtime.memory import slots_per_layer
 from specmoe_compile.runtime.nvtx import layer_range
@@ -61,25 +64,29 @@ class DeviceSession:
     def __init__(
         self,
         layers: Sequence[ExpertsLayer],
-        store: RamStore,
+        store: ExpertStore,
         *,
+        supply: StagedSupply | None = None,
         device: torch.device,
         expert_cache_bytes: int,
         cache_policy: Literal["lru", "lfu"] = "lru",
         top_k: int,
         streams: Streams | None = None,
+        measure: Callable[[], TransferRates] | None = None,
         release: Callable[[], None] | None = None,
     ) -> None:
         """Reserve device memory.
 
         Args:
             layers: by MoE layer ordinal; their modules say how an expert is computed.
-            store: records of all of them, in RAM; page-locked for a CUDA device.
+            store: records of all of them; page-locked for a CUDA device, if in RAM.
+            supply: reads a store that is not in RAM; closed by `release`.
             device: where experts are computed.
             expert_cache_bytes: bytes of slots over all layers.
             cache_policy: which expert leaves a full cache.
             top_k: K.
             streams: those of `device` by default.
+            measure: compares the transfers for `transfer="auto"`; by default on a CUDA device only.
             release: called once on closing, before the store is closed.
 
         Raises:
@@ -92,35 +99,39 @@ class DeviceSession:
         self.device = device
         self.top_k = top_k
         _check_store(self.layers, store)
-        forms = [_form_of(layer) for layer in self.layers]
+        forms = [recognise_form(layer.module) for layer in self.layers]
         slots = slots_per_layer(expert_cache_bytes, store.layouts, store.num_experts, top_k)
-        records = [store.layer_records(layer) for layer in range(len(self.layers))]
+        norms = [_norm_or_none(layer) for layer in self.layers]
+        self._supply = supply
         self._streams = streams if streams is not None else CudaStreams(device)
         self.cache = DeviceCache(store.layouts, store.num_experts, slots, device)
-        self._decoder = GatherDecoder(
-            self.cache, records, store.layouts, forms, self._streams, policy=cache_policy
-        )
-        self._prefill = PrefillBuffers(records, store.layouts, forms, self._streams, device)
+        records: list[Tensor] = []
+        if supply is None:
+            assert isinstance(store, RamStore), "a store on disk needs a supply"
+            records = [store.layer_records(layer) for layer in range(len(self.layers))]
+        sizes = (store.layouts, store.num_experts)
+        self._prefill = PrefillBuffers(records, *sizes, forms, self._streams, device, supply=supply)
+        if measure is None and device.type == "cuda":
+            measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
+        parts = DecoderParts(self.cache, *sizes, forms, norms, self._streams)
+        self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
         hidden = [_hidden_size(layer, form) for layer, form in zip(self.layers, forms, strict=True)]
         self.default_vectors = DeviceVectors(store.num_experts, hidden, device=device)
         self._config = SpeculationConfig()
         self._learns_from_decode = False
+        self._last_stats: Stats | None = None
         # The live step of each layer; False: the whole layer was computed by the prefill path.
         self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(self.layers)
         self._waited: list[DecodeStep | None] = [None] * len(self.layers)
         self._lock = threading.RLock()
+        self._lookahead = nvtx.OpenRange()
         self.handle = register_session(self)  # type: ignore[arg-type]
         self._finalizer = weakref.finalize(self, _close_parts, self.handle, release, store)
 
     def __enter__(self) -> DeviceSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -129,13 +140,34 @@ class DeviceSession:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """Wait for the device, then give back page locks and the store."""
-        if not self.closed:
+        """Wait for the device, then give back slots, page locks and the store's memory."""
+        with self._lock:
+            if self.closed:
+                return
             for layer in self.layers:
                 layer.module._specmoe_session = None  # type: ignore[assignment]
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        self._finalizer()
+            try:
+                self._last_stats = self.stats
+            finally:
+                self._finalizer()
+                # They hold views of the store, which would keep its memory mapped.
+                del self._decoders, self._prefill, self.cache
+                self._supply = None
+
+    @property
+    def transfer(self) -> str:
+        """How decoding fetches, "copy" or "gather"."""
+        self._check_open()
+        return self._decoders.name
+
+    @property
+    def transfer_rates(self) -> TransferRates | None:
+        """What `transfer="auto"` measured; None before."""
+        return self._decoders.rates
+
+    @property
+    def _decoder(self) -> Decoder:
+        return self._decoders.active
 
     @property
     def stats(self) -> Stats:
@@ -143,13 +175,16 @@ class DeviceSession:
 
         Times and recall are not measured on the device and stay zero.
         """
-        record_bytes = [layout.record_bytes for layout in self.store.layouts]
+        if self._last_stats is not None:
+            return self._last_stats
+        self._check_open()
+        staging_bytes = 0 if self._supply is None else self._supply.total_bytes
         return Stats(
-            layers=layer_stats(self.cache, record_bytes),
-            fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes,
+            layers=self._decoders.stats(),
+            fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
-            read_busy_ms=0.0,
+            read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
         )
 
     def configure(self, speculation: SpeculationConfig) -> None:
@@ -159,6 +194,7 @@ class DeviceSession:
 
         Raises:
             ValueError: policy `commit`.
+            SpecMoEError: the transfer cannot be changed any more, see `Decoders.use`.
         """
         if speculation.policy == "commit":
             raise ValueError(
@@ -166,6 +202,8 @@ class DeviceSession:
                 " 'default_vector'."
             )
         with self._lock:
+            self._check_open()
+            self._decoders.use(speculation.transfer, captures=speculation.captures)
             self._config = speculation
             self._learns_from_decode = speculation.prefetch
             if speculation.nvtx:
@@ -174,7 +212,7 @@ class DeviceSession:
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
         with self._lock:
-            self.cache.reset_counters()
+            self._decoders.reset_stats()
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the experts of one layer, fetching what is missing.
@@ -201,10 +239,12 @@ class DeviceSession:
     ) -> Tensor:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
+            self._lookahead.open(layer, "lookahead")
             return self.default_vectors.blend(layer, ids, weights, like)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""
+        self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
             self._check_open()
             if self._is_prefill(layer, ids) or layer in self._config.skip_layers:
@@ -264,7 +304,7 @@ class DeviceSession:
         if self._is_prefill(layer, ids):
             self._steps[layer] = False
             self._decoder.join(layer)
-            y = self._prefill.run(layer, x, ids)
+            y = self._decoder.normed(layer, self._prefill.run(layer, x, ids))
             self.default_vectors.learn(layer, ids, y)
             return y
         if step is None:
@@ -272,19 +312,16 @@ class DeviceSession:
         self._steps[layer] = step
         y = self._decoder.run(layer, step, x, weights)
         if self._learns_from_decode and not self._streams.capturing:
-            self.default_vectors.learn_from_decode(layer, ids, y, step.plan.present)
+            normed = self._decoder.normed(layer, y)
+            self.default_vectors.learn_from_decode(layer, ids, normed, step.present)
         return y
 
     def _demand_strong(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
         """Plan a step; by policy `default_vector` without its weak misses."""
         if not self._fills_defaults(layer):
             return self._decoder.demand(layer, ids)
-        with self._streams.on("compute"):
-            slot_of = self.cache.tables[layer].slot_of
-            threshold = self._config.default_vector_threshold
-            kept, skipped, number = skip_weak_misses(ids, weights, slot_of, threshold)
-            self.cache.skipped[layer] += number
-        return self._decoder.demand(layer, kept, skipped)
+        threshold = self._config.default_vector_threshold
+        return self._decoder.demand(layer, ids, weights, threshold)
 
     def _correct(
         self,
@@ -337,14 +374,9 @@ class DeviceSession:
             raise SpecMoEError("The session is closed: load the model again.")
 
 
-def _form_of(layer: ExpertsLayer) -> ExpertForm:
+def _norm_or_none(layer: ExpertsLayer) -> Norm | None:
     owner: Any = layer.module
-    if getattr(owner, "has_post_expert_norm", False):
-        raise UnsupportedModelError(
-            f"The experts of {layer.name} have a norm of their own, which is supported on the CPU"
-            " only: use device='cpu'."
-        )
-    return recognise_form(layer.module)
+    return owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
 
 
 def _hidden_size(layer: ExpertsLayer, form: ExpertForm) -> int:
@@ -352,7 +384,7 @@ def _hidden_size(layer: ExpertsLayer, form: ExpertForm) -> int:
     return shape[-1] if form.transposed else shape[0]
 
 
-def _close_parts(handle: int, release: Callable[[], None] | None, store: RamStore) -> None:
+def _close_parts(handle: int, release: Callable[[], None] | None, store: ExpertStore) -> None:
     _sessions.pop(handle, None)
     if release is not None:
         release()

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 StreamName = Literal["compute", "demand", "prefetch"]
 
@@ -19,7 +20,7 @@ _HIGH_PRIORITY = -1
 
 
 class Streams(Protocol):
-    """Order of work on named streams. Nothing here waits on the host."""
+    """Order of work on named streams; only `synchronize` waits on the host."""
 
     @property
     def capturing(self) -> bool:
@@ -33,6 +34,18 @@ class Streams(Protocol):
 
     def on(self, stream: StreamName) -> AbstractContextManager[Any]:
         """Issue work on `stream` within the context."""
+
+    def reached(self, event: Any) -> bool:
+        """Whether an event is reached; does not wait."""
+
+    def synchronize(self, event: Any) -> None:
+        """Hold the host back until an event is reached."""
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Copy to the host on `compute`; the values are there when a later event is reached."""
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Copy a tensor of the host to the device on `compute`."""
 
 
 class _Event(NamedTuple):
@@ -70,6 +83,19 @@ class CudaStreams:
         if stream == "compute":
             return nullcontext()
         return torch.cuda.stream(self._side[stream])
+
+    def reached(self, event: _Event) -> bool:
+        return event.event.query()  # type: ignore[no-any-return, no-untyped-call]
+
+    def synchronize(self, event: _Event) -> None:
+        event.event.synchronize()
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return out.copy_(tensor, non_blocking=True)
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
 
     def _stream(self, stream: StreamName) -> torch.cuda.Stream:
         if stream == "compute":

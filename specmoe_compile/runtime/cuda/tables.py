@@ -69,6 +69,14 @@ class DeviceCache:
             for layer, (experts, own) in enumerate(zip(num_experts, slots, strict=True))
         ]
 
+    def forget(self) -> None:
+        """Drop what the slots hold; statistics stay."""
+        for tables in self.tables:
+            tables.slot_of.fill_(-1)
+            tables.expert_of.fill_(-1)
+            for table in (tables.last_use, tables.count, tables.pending, tables.unused):
+                table.zero_()
+
     def reset_counters(self) -> None:
         """Set the statistics to zero; slots keep what they hold."""
         self.counters.zero_()

@@ -12,26 +12,18 @@ from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
 from specmoe_compile.runtime.module_source import ModuleSource
 from specmoe_compile.runtime.ram_store import RamStore
-from tests.runtime.cuda.stream_model import StreamModel
 
 
-def on_device(
-    plain: Any,
-    streams: StreamModel,
-    *,
-    slots: int,
-    session_class: Any = DeviceSession,
-    **kwargs: Any,
-) -> tuple[Any, DeviceSession]:
-    """Return a copy of a plain model and the session that runs its experts, `slots` per layer."""
-    model = copy.deepcopy(plain)
-    layers = find_experts_layers(model)
-    top_k = find_top_k(model, layers)
-    store = RamStore.from_source(
-        ModuleSource(layers, name=type(model).__name__, top_k=top_k), progress=False
-    )
-    session = session_class(
-        layers,
+def open_session(
+    plain: Any, model: Any, streams: Any, *, slots: int, **kwargs: Any
+) -> DeviceSession:
+    """Return a session for `model` with the experts of `plain`, `slots` per layer."""
+    layers = find_experts_layers(plain)
+    top_k = find_top_k(plain, layers)
+    source = ModuleSource(layers, name=type(plain).__name__, top_k=top_k)
+    store = RamStore.from_source(source, progress=False)
+    return DeviceSession(
+        find_experts_layers(model),
         store,
         device=torch.device("cpu"),
         expert_cache_bytes=slots * sum(layout.record_bytes for layout in store.layouts),
@@ -39,5 +31,11 @@ def on_device(
         streams=streams,
         **kwargs,
     )
-    attach_session(model, session)
+
+
+def on_device(plain: Any, streams: Any, *, slots: int, **kwargs: Any) -> tuple[Any, DeviceSession]:
+    """Return a copy of a plain model and the session that runs its experts, `slots` per layer."""
+    model = copy.deepcopy(plain)
+    session = open_session(plain, model, streams, slots=slots, **kwargs)
+    attach_session(model, session)  # type: ignore[arg-type]
     return model, session

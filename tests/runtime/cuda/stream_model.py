@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 _GATHER = torch.ops.specmoe_kernels.gather_experts.default
@@ -23,6 +23,9 @@ _BY_SLOT = {
     torch.ops.specmoe_kernels.correct_experts.default: 2,
 }
 """Ops that read some slots of a bank only -> place of the slots among their arguments."""
+
+_GARBAGE = 0
+"""What the host reads where it does not wait: an expert, but not the right one."""
 
 Span = tuple[int, int]
 
@@ -49,22 +52,40 @@ class StreamModel:
     """`Streams` on the CPU.
 
     Args:
-        drops: tells whether to leave out a wait, by the waiting stream and the event's stream.
+        drops: tells whether to leave out a wait, by the waiting stream (or "host") and the event's
+            stream.
         late: run side streams as late as possible; else at once.
+        patience: how often the host has to ask for an event until it is reached.
     """
 
     capturing = False
 
     def __init__(
-        self, *, drops: Callable[[str, str], bool] = lambda waiter, source: False, late: bool = True
+        self,
+        *,
+        drops: Callable[[str, str], bool] = lambda waiter, source: False,
+        late: bool = True,
+        patience: int = 3,
     ) -> None:
         self.ops: list[Op] = []
         self.waits: list[tuple[str, str]] = []
         self._drops = drops
         self._late = late
+        self._patience = patience
+        self._asked: dict[int, tuple[Event, int]] = {}
+        # Values on their way to the host: when they were issued, where they go, what they are.
+        self._to_host: list[tuple[int, Tensor, Tensor]] = []
+        self._known_to_host: dict[str, int] = {}
         self._clocks: dict[str, dict[str, int]] = {s: {} for s in ("compute", "demand", "prefetch")}
         self._queues: dict[str, list[Callable[[], None]]] = {"demand": [], "prefetch": []}
         self._done = {"demand": 0, "prefetch": 0}
+
+    def restart(self, drops: Callable[[str, str], bool] = lambda waiter, source: False) -> None:
+        """Forget what was recorded, and leave out these waits from now on."""
+        self.finish()
+        self.ops.clear()
+        self.waits.clear()
+        self._drops = drops
 
     def record(self, stream: str) -> Event:
         queued = self._done.get(stream, 0) + len(self._queues.get(stream, ()))
@@ -74,9 +95,7 @@ class StreamModel:
         self.waits.append((stream, event.stream))
         if self._drops(stream, event.stream):
             return
-        clock = self._clocks[stream]
-        for name, tick in event.clock.items():
-            clock[name] = max(tick, clock.get(name, 0))
+        _merge(self._clocks[stream], event.clock)
         if stream == "compute" and event.stream != "compute":
             self._run_until(event)
 
@@ -85,8 +104,49 @@ class StreamModel:
         with _Issue(self, stream):
             yield
 
+    @contextlib.contextmanager
+    def at_once(self, stream: str) -> Iterator[None]:
+        """Issue work on a side stream that runs without delay, whatever it is."""
+        with _Issue(self, stream, at_once=True):
+            yield
+
+    def reached(self, event: Event) -> bool:
+        _, asked = self._asked.get(id(event), (event, 0))
+        self._asked[id(event)] = (event, asked + 1)  # kept, so that no other gets its id
+        if self._late and asked + 1 < self._patience:
+            return False
+        self.synchronize(event)
+        return True
+
+    def synchronize(self, event: Event) -> None:
+        self.waits.append(("host", event.stream))
+        if self._drops("host", event.stream):
+            return
+        if event.stream != "compute":
+            self._run_until(event)
+        _merge(self._known_to_host, event.clock)
+        tick = self._known_to_host.get("compute", 0)
+        with _disable_current_modes():
+            for issued, out, value in self._to_host:
+                if issued <= tick:
+                    out.copy_(value)
+        self._to_host = [entry for entry in self._to_host if entry[0] > tick]
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        with _disable_current_modes():
+            value, out = tensor.clone(), torch.full_like(tensor, _GARBAGE)
+        tick = self.tick("compute")
+        self.ops.append(Op("to_host", "compute", tick, reads=[_span(tensor)]))
+        self._to_host.append((tick["compute"], out, value))
+        return out
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        with self.on("compute"):
+            return tensor.to(device, copy=True)
+
     def tick(self, stream: str) -> dict[str, int]:
         clock = self._clocks[stream]
+        _merge(clock, self._known_to_host)
         clock[stream] = clock.get(stream, 0) + 1
         return dict(clock)
 
@@ -97,6 +157,13 @@ class StreamModel:
             work()
             self._done[stream] += 1
 
+    def finish(self) -> None:
+        """Run what no one waited for, as a device would in the end."""
+        for stream, queue in self._queues.items():
+            while queue:
+                queue.pop(0)()
+                self._done[stream] += 1
+
     def _run_until(self, event: Event) -> None:
         queue = self._queues[event.stream]
         while self._done[event.stream] < event.queued:
@@ -104,20 +171,29 @@ class StreamModel:
             self._done[event.stream] += 1
 
 
+def _merge(clock: dict[str, int], other: dict[str, int]) -> None:
+    for name, tick in other.items():
+        clock[name] = max(tick, clock.get(name, 0))
+
+
 class _Issue(TorchDispatchMode):
     """Records ops; on a side stream, puts transfers off and poisons what they will write."""
 
-    def __init__(self, model: StreamModel, stream: str) -> None:
+    def __init__(self, model: StreamModel, stream: str, *, at_once: bool = False) -> None:
         super().__init__()
+        self._at_once = at_once
         self._model = model
         self._stream = stream
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name.startswith("aten::") and getattr(func, "is_view", False):
+        if func.namespace == "specmoe" or (
+            func.namespace == "aten" and getattr(func, "is_view", False)
+        ):
+            # What a session does inside its ops is recorded op by op.
             return func(*args, **kwargs)
         op = Op(str(func), self._stream, self._model.tick(self._stream))
-        if self._stream == "compute":
+        if self._stream == "compute" or self._at_once:
             return _execute(self._model, op, func, args, kwargs)
         assert func in (_GATHER, _COPY), f"{func} is no transfer"
         if self._model._late:
@@ -127,8 +203,9 @@ class _Issue(TorchDispatchMode):
 
 
 def _execute(model: StreamModel, op: Op, func: Any, args: Any, kwargs: Any) -> Any:
-    op.reads, op.writes = _footprint(func, args)
-    out = func(*args, **kwargs)
+    with _disable_current_modes():  # ops of a graph around this one are no part of it
+        op.reads, op.writes = _footprint(func, args)
+        out = func(*args, **kwargs)
     op.writes += [_span(t) for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel()]
     model.ops.append(op)
     return out
@@ -168,6 +245,11 @@ def _span(tensor: Tensor) -> Span:
 
 def _poison(func: Any, args: Any) -> None:
     """Fill what a transfer will write with bytes that are NaN in every float type."""
+    with _disable_current_modes():
+        _fill_with_nan(func, args)
+
+
+def _fill_with_nan(func: Any, args: Any) -> None:
     if func is _COPY:
         args[0].fill_(0xFF)
         return

@@ -1,0 +1,361 @@
+"""Decode with transfer `copy`: the host reads the ids, plans, and hands records to the copy engine.
+
+This is how the paper fetches ("Speculating Experts", arXiv 2603.19289). The host waits for the true
+ids of each layer, so a CUDA graph cannot hold the step. A record is one copy with an event of its
+own: the correction waits for its own misses only, and what has arrived meanwhile runs at once.
+
+Predicted ids are not waited for. Their copies are issued a few at a time, whenever the host comes
+by and while it waits for true ids, and only while no demanded copy is under way: what has not
+started can be cancelled, and leaves no trace in the cache.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, S slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import SpecMoEError, TransferError
+from specmoe_compile.runtime.cuda.decoder import Decoder, DecoderParts, DecodeStep, skip_weak_misses
+from specmoe_compile.runtime.cuda.supply import Request, Supply
+from specmoe_compile.runtime.expert_cache import ExpertCache
+from specmoe_compile.runtime.nvtx import layer_range
+from specmoe_compile.runtime.stats import LayerStats
+
+GUESSES_IN_FLIGHT = 2
+"""Predicted records on the link at once: one moves, the next is ready; no more, since a demanded
+record has to wait for them."""
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A prediction of which some experts may not be on their way yet.
+
+    Attributes:
+        layer: MoE layer ordinal.
+        values: [T, P] on the host, valid once `event` is reached.
+        experts: left to be copied, most probable first; None until they are known.
+    """
+
+    layer: int
+    values: Tensor
+    event: Any
+    experts: deque[int] | None = None
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """An expert on its way into a slot.
+
+    Attributes:
+        layer, expert, slot: what goes where.
+        stream: that carries it.
+        request: of its record.
+        event: of its copy; None while the record is being read.
+        error: why it could not be read.
+    """
+
+    layer: int
+    expert: int
+    slot: int
+    stream: Literal["demand", "prefetch"]
+    request: Request
+    event: Any = None
+    error: TransferError | None = None
+
+
+class CopyDecoder(Decoder):
+    """Decodes with the host in the loop."""
+
+    def __init__(
+        self, parts: DecoderParts, supply: Supply, *, policy: Literal["lru", "lfu"]
+    ) -> None:
+        """Tie the parts together, with empty slots.
+
+        Args:
+            parts: see `Decoder`.
+            supply: where records come from.
+            policy: which expert leaves a full cache.
+        """
+        super().__init__(parts)
+        self._supply = supply
+        self._new_table: Callable[[], ExpertCache] = lambda: ExpertCache(
+            num_experts=parts.num_experts, slots=parts.cache.slots, policy=policy
+        )
+        self._table = self._new_table()
+        layers = range(len(parts.layouts))
+        self._counters = [LayerStats() for _ in layers]
+        # Experts on their way into a layer's slots.
+        self._arriving: list[dict[int, _Arrival]] = [{} for _ in layers]
+        # Those among them whose records the host does not have yet, in the order of asking.
+        self._reading: list[_Arrival] = []
+        # Experts that were copied on a guess and not used since.
+        self._untouched: list[set[int]] = [set() for _ in layers]
+        # Slots of a layer may be written after this event.
+        self._last_read = [parts.streams.record("compute")] * len(layers)
+        self._guesses: deque[_Guess] = deque()
+        self._flying: list[_Arrival] = []
+        self._urgent: _Arrival | None = None
+
+    def prefetch(self, layer: int, ids: Tensor) -> None:
+        self._refuse_capture()
+        self._cancel(layer)
+        values = self._streams.to_host(ids)
+        self._guesses.append(_Guess(layer, values, self._streams.record("compute")))
+        self.issue_guesses()
+
+    def demand(
+        self, layer: int, ids: Tensor, weights: Tensor | None = None, threshold: float = 0.0
+    ) -> DecodeStep:
+        """Wait for the ids on the host; otherwise as `Decoder.demand`.
+
+        Raises:
+            SpecMoEError: a CUDA graph is being captured.
+        """
+        self._refuse_capture()
+        on_host = self._streams.to_host(ids)
+        shares = None if weights is None else self._streams.to_host(weights)
+        with layer_range(layer, "ids"):
+            self._await(self._streams.record("compute"))
+        self._cancel(layer)
+        skipped = None
+        if shares is not None:
+            slot_of = torch.tensor(self._table.slot_of[layer], dtype=torch.int32)
+            on_host, left_out, number = skip_weak_misses(on_host, shares, slot_of, threshold)
+            self._counters[layer].skipped_experts += int(number)
+            skipped = self._streams.to_device(left_out, ids.device)
+        choices: list[int] = on_host.reshape(-1).tolist()
+        awaited = self._plan_demand(layer, choices)
+        arriving, slot_of_expert = self._arriving[layer], self._table.slot_of[layer]
+        slots = [slot_of_expert[expert] if expert >= 0 else -1 for expert in choices]
+        is_late = [expert in arriving for expert in choices]
+        places = torch.tensor(
+            [
+                [-1 if late else slot for slot, late in zip(slots, is_late, strict=True)],
+                [slot if late else -1 for slot, late in zip(slots, is_late, strict=True)],
+            ],
+            dtype=torch.int32,
+        )
+        present, late = self._streams.to_device(places, ids.device).view(2, *ids.shape).unbind(0)
+        return DecodeStep(present, late, skipped, arrivals=awaited)
+
+    def wait(self, layer: int, step: DecodeStep) -> None:
+        for arrival in step.arrivals:
+            self._streams.wait("compute", self._settle(arrival))
+
+    def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
+        partial = super().run(layer, step, x, weights)
+        self._last_read[layer] = self._streams.record("compute")
+        self.issue_guesses()
+        return partial
+
+    def correct(
+        self,
+        layer: int,
+        step: DecodeStep,
+        partial: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        vectors: Tensor,
+    ) -> Tensor:
+        out = super().correct(layer, step, partial, x, weights, vectors)
+        self._last_read[layer] = self._streams.record("compute")
+        self.issue_guesses()
+        return out
+
+    def join(self, layer: int) -> None:
+        arriving = self._arriving[layer]
+        self._copy_what_was_read()
+        while self._reading:
+            self._supply.block()
+            self._copy_what_was_read()
+        for arrival in arriving.values():
+            self._streams.wait("compute", arrival.event)
+        arriving.clear()
+        self._last_read[layer] = self._streams.record("compute")
+
+    def stats(self) -> tuple[LayerStats, ...]:
+        return tuple(counters.copy() for counters in self._counters)
+
+    def reset_stats(self) -> None:
+        for counters in self._counters:
+            counters.reset()
+
+    def forget(self) -> None:
+        for layer in range(len(self._arriving)):
+            self._cancel(layer)
+            self.join(layer)
+            self._untouched[layer].clear()
+        self._table = self._new_table()
+
+    def issue_guesses(self) -> None:
+        """Start copies of predicted records, as far as they are known and the link is free."""
+        self._copy_what_was_read()
+        while self._guesses and self._link_is_free():
+            guess = self._guesses[0]
+            experts = self._known_or_none(guess)
+            if experts is None:
+                return
+            if experts:
+                self._issue_guess(guess.layer, experts.popleft())
+            else:
+                self._guesses.popleft()
+
+    def _known_or_none(self, guess: _Guess) -> deque[int] | None:
+        """Experts of a guess that are left to be copied; None until the host has them."""
+        if guess.experts is None and self._streams.reached(guess.event):
+            # The first choices of all tokens come first.
+            ranked = guess.values.t().reshape(-1).tolist()
+            guess.experts = deque(expert for expert in dict.fromkeys(ranked) if expert >= 0)
+        return guess.experts
+
+    def _link_is_free(self) -> bool:
+        if self._urgent is not None:
+            if not self._has_arrived(self._urgent):
+                return False
+            self._urgent = None
+        self._flying = [arrival for arrival in self._flying if not self._has_arrived(arrival)]
+        return len(self._flying) < GUESSES_IN_FLIGHT
+
+    def _issue_guess(self, layer: int, expert: int) -> None:
+        plan = self._table.plan(
+            layer, [expert], pinned_slots=self._pinned_slots(layer), speculative=True
+        )
+        self._count_wasted(layer, plan.evicted)
+        for copied, slot in plan.fills:
+            self._untouched[layer].add(copied)
+            self._flying.append(self._fetch("prefetch", layer, copied, slot))
+            self._counters[layer].prefetches += 1
+            self._counters[layer].speculative_bytes += self._record_bytes[layer]
+
+    def _plan_demand(self, layer: int, choices: Sequence[int]) -> tuple[_Arrival, ...]:
+        """Give slots to the experts of a step, and start copying those that are missing.
+
+        Returns:
+            Those that are on their way.
+        """
+        self._take_arrived(layer)
+        arriving, counters = self._arriving[layer], self._counters[layer]
+        wanted = [expert for expert in dict.fromkeys(choices) if expert >= 0]
+        if self._cache.slots[layer] < len(set(wanted).union(arriving)):
+            # Slots under transfer are no victims, and the others would not do.
+            self.join(layer)
+        awaited = [arriving[expert] for expert in wanted if expert in arriving]
+        counters.late_prefetches += len(awaited)
+        plan = self._table.plan(layer, wanted, pinned_slots=self._pinned_slots(layer))
+        assert not plan.bypassed, "fits() promises a slot for every choice"
+        self._count_wasted(layer, plan.evicted)
+        used = self._untouched[layer].intersection(wanted)
+        self._untouched[layer] -= used
+        with layer_range(layer, "fetch"):
+            for expert, slot in plan.fills:
+                self._urgent = self._fetch("demand", layer, expert, slot)
+                awaited.append(self._urgent)
+        record_bytes = self._record_bytes[layer]
+        counters.steps += 1
+        counters.hits += len(plan.hits)
+        counters.misses += len(plan.fills)
+        counters.demand_bytes += len(plan.fills) * record_bytes
+        counters.useful_speculative_bytes += len(used) * record_bytes
+        return tuple(awaited)
+
+    def _fetch(
+        self, stream: Literal["demand", "prefetch"], layer: int, expert: int, slot: int
+    ) -> _Arrival:
+        """Ask for a record that goes to a slot, and start copying it if the host has it."""
+        request = self._supply.request(layer, expert, speculative=stream == "prefetch")
+        arrival = _Arrival(layer, expert, slot, stream, request)
+        self._arriving[layer][expert] = arrival
+        self._reading.append(arrival)
+        self._copy_what_was_read()
+        return arrival
+
+    def _copy_what_was_read(self) -> None:
+        """Start the copies of records that the host has, once their slots have no reader."""
+        for arrival in list(self._reading):
+            record = self._record_or_none(arrival)
+            if record is None:
+                continue
+            self._reading.remove(arrival)
+            self._streams.wait(arrival.stream, self._last_read[arrival.layer])
+            slot = self._cache.banks[arrival.layer][arrival.slot]
+            with self._streams.on(arrival.stream):
+                slot.copy_(record, non_blocking=True)
+            arrival.event = self._streams.record(arrival.stream)
+            arrival.request.copied(arrival.event)
+
+    def _record_or_none(self, arrival: _Arrival) -> Tensor | None:
+        """Return a record that was read; one that could not be is kept for who needs it."""
+        try:
+            return arrival.request.record_or_none()
+        except TransferError as error:
+            self._reading.remove(arrival)
+            del self._arriving[arrival.layer][arrival.expert]
+            self._untouched[arrival.layer].discard(arrival.expert)
+            self._table.forget(arrival.layer, arrival.expert)
+            arrival.error = error
+            return None
+
+    def _settle(self, arrival: _Arrival) -> Any:
+        """Hold the host back until an expert's copy was started; returns its event."""
+        while arrival.event is None:
+            if arrival.error is not None:
+                raise TransferError(str(arrival.error)) from arrival.error
+            self._copy_what_was_read()
+            if arrival.event is None and arrival.error is None:
+                self._supply.block()
+        return arrival.event
+
+    def _has_arrived(self, arrival: _Arrival) -> bool:
+        if arrival.error is not None:
+            return True  # nothing is on its way any more
+        return arrival.event is not None and self._streams.reached(arrival.event)
+
+    def _take_arrived(self, layer: int) -> None:
+        """Count experts whose copies have ended among those that are there."""
+        arriving = self._arriving[layer]
+        for arrival in list(arriving.values()):
+            if self._has_arrived(arrival):
+                self._streams.wait("compute", arriving.pop(arrival.expert).event)
+
+    def _await(self, event: Any) -> None:
+        """Wait on the host, starting guesses meanwhile."""
+        while not self._streams.reached(event):
+            if not self._guesses:
+                self._streams.synchronize(event)
+                return
+            self.issue_guesses()
+            time.sleep(0)  # lets reader threads run
+
+    def _cancel(self, layer: int) -> None:
+        """Drop a layer's guesses that have not started."""
+        slot_of = self._table.slot_of[layer]
+        for guess in self._guesses:
+            if guess.layer == layer:
+                left = self._known_or_none(guess) or ()
+                self._counters[layer].cancelled_prefetches += sum(slot_of[e] < 0 for e in left)
+        self._guesses = deque(guess for guess in self._guesses if guess.layer != layer)
+
+    def _pinned_slots(self, layer: int) -> list[int]:
+        slot_of = self._table.slot_of[layer]
+        return [slot_of[expert] for expert in self._arriving[layer]]
+
+    def _count_wasted(self, layer: int, evicted: Iterable[int]) -> None:
+        wasted = self._untouched[layer].intersection(evicted)
+        self._untouched[layer] -= wasted
+        size_bytes = len(wasted) * self._record_bytes[layer]
+        self._counters[layer].wasted_speculative_bytes += size_bytes
+
+    def _refuse_capture(self) -> None:
+        if self._streams.capturing:
+            raise SpecMoEError(
+                "transfer='copy' reads expert ids on the host, and a CUDA graph cannot hold that:"
+                " compile with transfer='gather', or without CUDA graphs."
+            )

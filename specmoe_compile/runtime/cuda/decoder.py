@@ -1,0 +1,219 @@
+"""What both ways of decoding share: computing from slots, and what a step carries.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, S slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.kernels.correct_experts.op import correct_experts
+from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.kernels.expert_mlp.op import run_resident_experts
+from specmoe_compile.kernels.grouped_experts.op import reduce_choices
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.cuda.tables import DeviceCache
+from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.stats import LayerStats
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class DecoderParts(NamedTuple):
+    """What a decoder works with; sequences hold one entry per layer.
+
+    Attributes:
+        cache: slots and tables.
+        layouts: of records.
+        num_experts: E.
+        forms: how experts are computed.
+        norms: applied to each expert's output, or None.
+        streams: the session's.
+    """
+
+    cache: DeviceCache
+    layouts: Sequence[ExpertLayout]
+    num_experts: Sequence[int]
+    forms: Sequence[ExpertForm]
+    norms: Sequence[Norm | None]
+    streams: Streams
+
+
+class DecodeStep(NamedTuple):
+    """One layer step between its demand plan and its correction.
+
+    Attributes:
+        present: [T, K] int32, slot of each choice whose record is there, else -1.
+        late: [T, K] int32, slot of each choice that is on its way, else -1.
+        skipped: [T, K] int32, experts that a default vector stands in for, else -1; or None.
+        arrivals: the transfers that `late` needs, where the decoder tells them apart.
+    """
+
+    present: Tensor
+    late: Tensor
+    skipped: Tensor | None
+    arrivals: tuple[Any, ...] = ()
+
+
+class Decoder(ABC):
+    """Plans, fetches, runs and corrects the layers of decode steps."""
+
+    def __init__(self, parts: DecoderParts) -> None:
+        """Tie the parts together; none is owned."""
+        self._cache = parts.cache
+        self._num_experts = parts.num_experts
+        self._forms = parts.forms
+        self._norms = parts.norms
+        self._streams = parts.streams
+        self._record_bytes = [layout.record_bytes for layout in parts.layouts]
+        self._banks = [
+            ExpertBank.from_views(layout.bank_views(bank))
+            for layout, bank in zip(parts.layouts, parts.cache.banks, strict=True)
+        ]
+
+    def fits(self, layer: int, choices: int) -> bool:
+        """Whether the experts of so many choices always have slots; from shapes alone."""
+        needed = min(choices, self._num_experts[layer])
+        return 0 < choices <= MAX_CHOICES and needed <= self._cache.slots[layer]
+
+    @abstractmethod
+    def prefetch(self, layer: int, ids: Tensor) -> None:
+        """Start fetching predicted experts, [T, P]; -1 is nobody. Never waits on the host."""
+
+    @abstractmethod
+    def demand(
+        self, layer: int, ids: Tensor, weights: Tensor | None = None, threshold: float = 0.0
+    ) -> DecodeStep:
+        """Start fetching the experts of a routing, [T, K]; -1 is nobody.
+
+        Args:
+            layer: MoE layer ordinal.
+            ids: [T, K] int64 or int32, contiguous.
+            weights: [T, K]; if given, absent experts whose weight is below the threshold for each
+                of their tokens are left out.
+            threshold: router weight.
+        """
+
+    @abstractmethod
+    def wait(self, layer: int, step: DecodeStep) -> None:
+        """Make compute wait for what `step.late` needs."""
+
+    @abstractmethod
+    def join(self, layer: int) -> None:
+        """Make compute wait for what is in flight into a layer's slots."""
+
+    @abstractmethod
+    def stats(self) -> tuple[LayerStats, ...]:
+        """Counters of each layer so far, as copies; may wait for the device."""
+
+    @abstractmethod
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let compute wait for all that is in flight, and drop what the slots hold."""
+
+    def normed(self, layer: int, y: Tensor) -> Tensor:
+        """Experts' outputs, [..., H], as the model weighs them: past a norm of their own."""
+        norm = self._norms[layer]
+        if norm is None:
+            return y
+        with self._streams.on("compute"):
+            return norm(y)
+
+    def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
+        """Unweighted outputs of the experts that are there, before a norm, [T, K, H]."""
+        with self._streams.on("compute"):
+            return run_resident_experts(
+                x, step.present, weights, self._banks[layer], self._forms[layer]
+            )
+
+    def correct(
+        self,
+        layer: int,
+        step: DecodeStep,
+        partial: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        vectors: Tensor,
+    ) -> Tensor:
+        """Run the late experts and sum over K: [T, K, H] -> [T, H].
+
+        Args:
+            layer: MoE layer ordinal.
+            step: from `demand`.
+            partial: from `run`.
+            x: [T, H].
+            weights: [T, K].
+            vectors: default vectors, [E, H] float32.
+        """
+        self.wait(layer, step)
+        if self._norms[layer] is not None:
+            return self._correct_normed(layer, step, partial, x, weights, vectors)
+        with self._streams.on("compute"):
+            return correct_experts(
+                partial,
+                x,
+                step.late,
+                weights,
+                self._banks[layer],
+                self._forms[layer],
+                skipped=step.skipped,
+                default_vectors=None if step.skipped is None else vectors,
+            )
+
+    def _correct_normed(
+        self,
+        layer: int,
+        step: DecodeStep,
+        partial: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        vectors: Tensor,
+    ) -> Tensor:
+        """`correct` with a norm between the experts and the sum; transfers are waited for."""
+        bank, form = self._banks[layer], self._forms[layer]
+        with self._streams.on("compute"):
+            y = run_resident_experts(x, step.late, weights, bank, form, partial)
+        y = self.normed(layer, y)
+        with self._streams.on("compute"):
+            if step.skipped is not None:
+                means = vectors[step.skipped.clamp(min=0).long()].to(y.dtype)
+                y = torch.where((step.skipped >= 0).unsqueeze(-1), means, y)
+            return reduce_choices(y.contiguous(), weights)
+
+
+def skip_weak_misses(
+    ids: Tensor, weights: Tensor, slot_of: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out absent experts whose weight is below the threshold for each of their tokens.
+
+    Args:
+        ids: [T, K] int64 or int32.
+        weights: [T, K] float.
+        slot_of: [E] int32, slot of each expert or -1.
+        threshold: router weight.
+
+    Returns:
+        ids to fetch, [T, K], -1 where left out; experts left out, [T, K] int32, else -1; and their
+        number, [] int64.
+    """
+    heaviest = heaviest_by_expert(ids, weights, slot_of.shape[0])
+    weak = (slot_of < 0) & (heaviest >= 0) & (heaviest < threshold)
+    left_out = weak[ids.long()]
+    kept = torch.where(left_out, -1, ids)
+    skipped = torch.where(left_out, ids, -1).int()
+    return kept, skipped, weak.sum()
+
+
+def heaviest_by_expert(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Largest weight of each expert, [T, K], [T, K] -> [E] float32; -1 for those not chosen."""
+    heaviest = torch.full((experts,), -1.0, device=ids.device)
+    return heaviest.scatter_reduce_(0, ids.reshape(-1).long(), weights.reshape(-1).float(), "amax")
