@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format bench publish clean
+.PHONY: help setup demo test check lint format bench peers publish clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -38,10 +38,13 @@ format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## One benchmark of the reference model, printed as a table (minutes).
-	$(BIN)/python -m benchmarks.end_to_end --quick
+bench: $(STAMP)  ## The published comparison with the peers: docs/results/cpu-disk.md (20 minutes, quiet machine).
+	$(BIN)/python -m benchmarks.cpu_disk
 
-publish: $(STAMP)  ## The published benchmark: writes benchmarks/results and docs/results (quiet machine).
+peers: $(STAMP)  ## llama.cpp for the arm llama_cpp of make bench; compiles it (10 minutes on 2 cores).
+	$(BIN)/python -m pip install --quiet 'specmoe-compile[peers] @ file://$(CURDIR)'
+
+publish: $(STAMP)  ## The published end-to-end benchmark: docs/results/end_to_end.md (an hour, quiet machine).
 	$(BIN)/python -m benchmarks.end_to_end
 
 clean:  ## Remove what tools left behind; not .venv, not the expert stores.

@@ -3,9 +3,16 @@
     python -m benchmarks.speculation                  # everything, on a quiet machine
     python -m benchmarks.speculation --only report    # the document from the result files
 
-Phases: `timing` (time per token of every arm and cache size, A B C A B C), `exact` (64 prompts x 64
-tokens against the unmodified model, with sabotaged predictors), `compile` (what the passes add to
-compile time), `report` (docs/results/speculation.md). Results are JSON in benchmarks/results.
+Phases, each with its own result in `benchmarks/results/speculation_*.json`:
+
+- prepare      widen, pack, compile once
+- timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
+- exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors
+- exact_small  the same with the reference model as trained, in a tenth of the time; its experts are
+               too small for the one-token kernel, so they take the other path
+- eval         what each policy costs in output
+- compile      what the passes add to compile time; needs a quiet machine
+- report       docs/results/speculation.md and fidelity.md
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
+from benchmarks.speculation_eval import LOSS_TOKENS, run_eval, write_fidelity
 from benchmarks.speculation_exact import run_exact
 from benchmarks.speculation_report import write_report
 from specmoe_compile.cli.bench import describe_model
@@ -32,7 +40,9 @@ from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
-PHASES = ("timing", "exact", "compile", "report")
+REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
+FIDELITY = REPORT.with_name("fidelity.md")
+PHASES = ("prepare", "timing", "exact", "exact_small", "eval", "compile", "report")
 DTYPE = "float32"
 
 
@@ -72,6 +82,9 @@ class Place:
         self.repeats: int = arguments.repeats
         self.prompts: int = arguments.prompts
         self.new_tokens: int = arguments.new_tokens
+        self.timed_prompts: int = arguments.timed_prompts
+        self.cells = tuple(cell for cell in CELLS if cell.name in arguments.cells)
+        self.commit = commit_or_none()  # of the code that runs, not of a later one
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
@@ -96,45 +109,52 @@ class Place:
             work_dir=work_dir,
         )
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write one phase's result with what it was measured on."""
+    def write(self, name: str, value: dict[str, Any], model: Path | None = None) -> None:
+        """Write one phase's result with what it was measured on, the widened model by default."""
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": 1,
-            "commit": commit_or_none(),
+            "commit": self.commit,
             "machine": describe_machine(),
             "versions": versions(),
-            "model": describe_model(str(self.model()), DTYPE),
+            "model": describe_model(str(model or self.model()), DTYPE),
             "load_average": list(os.getloadavg()),
         }
         path = self.results / f"speculation_{name}.json"
-        write_json(path, {**about, **value})
+        write_json(path, {**value, **about})
         print(f"wrote {path.name}", flush=True)
+
+
+def run_prepare(place: Place) -> None:
+    """Pack the experts and compile every graph once, so that `timing` does neither."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.folder) as work:
+        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
+        for cell in CELLS:
+            run = run_worker(place.job(cell, work, held_out_prompts(1)))
+            print(f"{cell.name}: {run.compile_s:.1f} s", flush=True)
 
 
 def run_timing(place: Place) -> None:
     """Time per token of every cell, repeats interleaved."""
     # As many tokens as prompts and repeats allow: speculation needs some steps to learn what pays.
-    prompts = held_out_prompts(3)
-    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in CELLS}
+    prompts = held_out_prompts(place.timed_prompts)
+    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in place.cells}
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
-        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
-        for cell in CELLS:  # compile once, untimed
-            run_worker(place.job(cell, work, prompts[:1]))
         for repeat in range(place.repeats):
             # Back and forth, so that a drift of the machine hits neighbours alike.
-            for cell in CELLS if repeat % 2 == 0 else reversed(CELLS):
+            for cell in place.cells if repeat % 2 == 0 else reversed(place.cells):
                 run = run_worker(place.job(cell, work, prompts))
                 runs[cell.name].append(run)
                 median = quantile(run.tpot_samples_ms, 0.5)
                 print(f"{repeat + 1}/{place.repeats} {cell.name}: {median:.2f} ms", flush=True)
     records = []
-    for cell in CELLS:
+    for cell in place.cells:
         record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
         record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
-        record["totals"] = [run.decode["total"] for run in runs[cell.name] if run.decode]
-        layers = [run.decode["layers"] for run in runs[cell.name] if run.decode]
-        record["layers"] = layers[0] if layers else None
+        decodes = [run.decode for run in runs[cell.name] if run.decode]
+        record["totals"] = [{**d["total"], "read_busy_ms": d["read_busy_ms"]} for d in decodes]
+        record["layers"] = decodes[0]["layers"] if decodes else None
         del record["tokens"], record["runs"]
         records.append(record)
     settings = {
@@ -178,11 +198,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--cells", nargs="+", choices=names, default=names, help="of timing")
+    parser.add_argument("--timed-prompts", type=int, default=4, help="per run of timing")
     parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--loss-tokens", type=int, default=LOSS_TOKENS, help="of the held-out text")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--report", type=Path, default=REPORT, help="the document to write")
+    parser.add_argument("--fidelity", type=Path, default=FIDELITY, help="the other one")
     return parser.parse_args(argv)
 
 
@@ -192,12 +217,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place(arguments)
     quiet_transformers()
     phases: dict[str, Callable[[], None]] = {
+        "prepare": lambda: run_prepare(place),
         "timing": lambda: run_timing(place),
-        "exact": lambda: place.write(
-            "exact",
-            run_exact(
-                place.model(), place.store_dir(), held_out_prompts(place.prompts), place.new_tokens
-            ),
+        "exact": lambda: run_exact(
+            place.model(),
+            place.store_dir(),
+            held_out_prompts(place.prompts),
+            place.new_tokens,
+            lambda rows: place.write("exact", rows),
+        ),
+        "exact_small": lambda: run_exact(
+            REFERENCE_MODEL,
+            place.folder / "reference-store",
+            held_out_prompts(place.prompts),
+            place.new_tokens,
+            lambda rows: place.write("exact_small", rows, REFERENCE_MODEL),
+        ),
+        "eval": lambda: run_eval(
+            REFERENCE_MODEL,
+            place.folder / "reference-store",
+            prompts=place.prompts,
+            new_tokens=place.new_tokens,
+            loss_tokens=arguments.loss_tokens,
+            on_policy=lambda result: place.write("eval", result, REFERENCE_MODEL),
         ),
         "compile": lambda: run_compile(place),
     }
@@ -209,9 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "report" in arguments.only:
             found = {
                 name: json.loads(path.read_text(encoding="utf-8"))
-                for name in (*phases, "eval")
+                for name in phases
                 if (path := place.results / f"speculation_{name}.json").is_file()
             }
+            if "eval" in found:
+                write_fidelity(found["eval"], arguments.fidelity)
             return 0 if write_report(found, arguments.report) else 1
     except Exception as error:
         known = user_error_or_none(error)

@@ -6,7 +6,7 @@ Shapes: T tokens of a step, K top-k, P predicted experts per token, E experts, L
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from specmoe_compile.runtime.session import Session
 BATCHES = (1, 4)
 CACHES = ("static", "dynamic")
 SABOTAGES = ("wrong", "random", "empty")
+LOOKAHEAD = "lookahead router"
+
+
+def predictors(cache: str) -> tuple[str | None, ...]:
+    """What predicts with a kind of KV cache; None is the lookahead router itself."""
+    return (None, *SABOTAGES) if cache == "static" else (None,)
 
 
 class Predictor:
@@ -74,13 +80,18 @@ class Predictor:
 
 
 def run_exact(
-    model: Path, store_dir: Path, prompts: list[list[int]], new_tokens: int
-) -> dict[str, Any]:
+    model: Path,
+    store_dir: Path,
+    prompts: list[list[int]],
+    new_tokens: int,
+    on_row: Callable[[dict[str, Any]], None],
+) -> None:
     """Compare greedy tokens of every combination with the unmodified model's.
 
     Args:
         model: checkpoint folder. store_dir: its expert store, made when it is not there.
         prompts: token ids, all of one length. new_tokens: per prompt.
+        on_row: gets all rows so far, after each combination.
     """
     references = _references(model, prompts, new_tokens)
     inner: Any = specmoe_compile.from_pretrained(
@@ -99,7 +110,7 @@ def run_exact(
         for cache in CACHES:
             torch._dynamo.reset()
             compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
-            for kind in (None, *(SABOTAGES if cache == "static" else ())):
+            for kind in predictors(cache):
                 predictor.begin(kind)
                 session.reset_stats()
                 started_s = time.perf_counter()
@@ -110,7 +121,7 @@ def run_exact(
                 row = {
                     "batch": batch,
                     "kv_cache": cache,
-                    "predictor": kind or "lookahead router",
+                    "predictor": kind or LOOKAHEAD,
                     "tokens": tokens.numel(),
                     "differing_tokens": sum(int(a != b) for a, b in pairs),
                     "recall": total.recalled / total.needed if total.needed else None,
@@ -123,8 +134,8 @@ def run_exact(
                 }
                 rows.append(row)
                 print(row, flush=True)
+                on_row({"rows": rows, "expert_cache": EXPERT_CACHE, "new_tokens": new_tokens})
     session.close()
-    return {"rows": rows, "expert_cache": EXPERT_CACHE, "new_tokens": new_tokens}
 
 
 def _references(model: Path, prompts: list[list[int]], new_tokens: int) -> dict[int, Tensor]:

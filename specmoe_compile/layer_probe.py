@@ -144,8 +144,8 @@ class LayerProbe:
         dense.scatter_add_(1, ids.long(), weights.float())
         return (dense @ table).to(like.dtype)
 
-    def predict(self, ids: Tensor, layer: int) -> None:
-        """Take a prediction, [T, P]."""
+    def predict(self, ids: Tensor, weights: Tensor, layer: int) -> None:
+        """Take a prediction, ids and weights [T, P]."""
         self._predicted[layer] = ids
 
     def meet(self, ids: Tensor, layer: int) -> None:
@@ -199,7 +199,7 @@ class _ProbeInterpreter(Interpreter):
             ids, weights, like, _, layer = args
             return probe.blend(ids, weights, like, layer)
         if target is ops.start_prefetch.default:
-            probe.predict(args[0], args[3])
+            probe.predict(args[0], args[1], args[3])
             return torch.zeros(1, dtype=torch.int64)
         if target is ops.wait_prefetch.default:
             probe.meet(args[1], args[3])

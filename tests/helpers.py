@@ -18,7 +18,7 @@ def tiny_qwen3_moe(*, layers: int = 3, experts: int = 8, top_k: int = 2, **kwarg
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        moe_intermediate_size=32,
+        moe_intermediate_size=kwargs.pop("moe_intermediate_size", 32),
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

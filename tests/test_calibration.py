@@ -288,3 +288,12 @@ def test_option_default_vectors_refuses_a_stale_file(
     run = torch.compile(model, backend="specmoe", options=options)
     with torch.no_grad(), pytest.raises(Exception, match="is stale"):
         run(prompts(1, 4), use_cache=False)
+
+
+def test_experts_with_a_kernel_of_their_own_are_calibrated() -> None:
+    # Long enough for `cpu_kernels`, whose kernel is compiled at the first single-token expert.
+    model = specmoe_compile.offload(
+        tiny_qwen3_moe(layers=2, moe_intermediate_size=512, top_k=1), store="ram"
+    )
+    found = calibrate(model, prompts(1, 5), name="tiny", held_out=prompts(1, 5, seed=1))
+    assert sum(int(count.sum()) for count in found.samples) == 2 * 5

@@ -82,7 +82,7 @@ def test_package_is_typed() -> None:
         ("demo", "specmoe demo"),
         ("test", 'pytest -m "not slow and not gpu"'),
         ("check", "mypy"),
-        ("bench", "benchmarks.end_to_end --quick"),
+        ("bench", "benchmarks.cpu_disk"),
         ("publish", "benchmarks.end_to_end"),
     ],
 )

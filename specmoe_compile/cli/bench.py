@@ -88,6 +88,12 @@ def bench(
 
       accelerate_auto  the same with device_map="auto" and as much memory as the expert cache
 
+      accelerate_cpu   device_map with all decoder layers in RAM
+
+      mmap             Hugging Face with its parameters mapped from a file: the page cache caches
+
+      llama_cpp        llama.cpp, mapped from a GGUF of the same weights (needs the extra peers)
+
       on_demand        specmoe without a cache: every expert is fetched when it is needed
 
       cache            specmoe with an expert cache (--expert-cache)
@@ -181,6 +187,7 @@ def measure(
         repeats: times that each arm runs.
         save_logits: file for the logits, by arm.
     """
+    from specmoe_compile.cli.measure import harness
     from specmoe_compile.cli.measure.records import ArmJob
 
     memory_cap_bytes = permitted_cap(memory_cap_bytes)
@@ -201,6 +208,7 @@ def measure(
         packed = None
         if any(reads_store(name) for name in names):
             packed = _pack(jobs[0], memory_cap_bytes)
+        jobs = [harness.with_peer_file(job) for job in jobs]
         result = run_jobs(jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes)
     result["settings"] = {**settings, "repeats": repeats, "order": "interleaved", "seed": 0}
     result["pack"] = packed
@@ -239,9 +247,10 @@ def run_jobs(
     """
     from specmoe_compile.cli.measure import harness
     from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+    from specmoe_compile.cli.measure.progress import BenchProgress
     from specmoe_compile.cli.measure.records import SCHEMA
 
-    with _Progress(jobs, repeats) as progress:
+    with BenchProgress(jobs, repeats) as progress:
         results = harness.run_arms(
             jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes, on_event=progress.on_event
         )
@@ -254,8 +263,8 @@ def run_jobs(
         "failed": {name: r.error for name, r in results.items() if r.error is not None},
         "page_cache": (
             "specmoe reads its store with O_DIRECT, past the page cache; accelerate reads through"
-            " it, warm from loading, as far as the memory cap leaves room; the checkpoint's own"
-            " pages are dropped before every run"
+            " it, warm from loading, as far as the memory cap leaves room; the pages of the"
+            " checkpoint and of the files of mmap and llama_cpp are dropped before every run"
         ),
     }
 
@@ -316,7 +325,7 @@ def describe_model(model: str, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from specmoe_compile.cli.measure.arms import meta_model
+    from specmoe_compile.cli.measure.hf_arms import meta_model
     from specmoe_compile.runtime.checkpoint import check_checkpoint_folder
     from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
 
@@ -353,47 +362,6 @@ def print_table(result: Mapping[str, Any]) -> None:
         console.print(bench_table(result["arms"], result["model"]))
     for name, reason in result["failed"].items():
         console.print(f"[red]{name} failed:[/red] {reason}")
-
-
-class _Progress:
-    """A progress bar over all arms and repeats, on standard error."""
-
-    def __init__(self, jobs: Sequence[Any], repeats: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._repeats = repeats
-        self._places = {job.arm: place for place, job in enumerate(jobs)}
-        self._tokens = {job.arm: len(job.prompts) * job.new_tokens for job in jobs}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("starting", total=float(len(jobs) * repeats))
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def on_event(self, job: Any, repeat: int, event: Mapping[str, Any]) -> None:
-        runs_done = repeat * len(self._places) + self._places[job.arm]
-        share, what = 0.0, event["event"]
-        if what == "tokens":
-            share = event["done"] / self._tokens[job.arm]
-            what = f"{event['done']} of {self._tokens[job.arm]} tokens"
-        elif what == "finished":
-            share = 1.0
-        self._bar.update(
-            self._task,
-            completed=runs_done + share,
-            description=f"{job.arm} ({repeat + 1}/{self._repeats}): {what}",
-        )
 
 
 def _ram_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,8 +153,20 @@ def measure(
     loading: Mapping[str, Any],
     options: Mapping[str, Any],
     reference: str,
+    *,
+    on_policy: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Load the model and measure every policy with every list of skipped layers."""
+    """Load the model and measure every policy with every list of skipped layers.
+
+    Args:
+        model: checkpoint folder or id.
+        policies: as `parse_policy` reads them. skips: none, auto, or layer numbers.
+        parts: `windows` and `prompts`, [N, W] int64.
+        sizes: `context` and `new_tokens`.
+        loading: keyword arguments of `from_pretrained`. options: of `torch.compile`.
+        reference: plain, offloaded or auto.
+        on_policy: gets the result so far after each policy, to keep it if a later one fails.
+    """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     import specmoe_compile
@@ -181,15 +193,12 @@ def measure(
         name=model,
         held_out=parts["windows"][:half],
     )
-    runs = [run for name in policies for run in _runs(parse_policy(name), skips, layers)]
-    found = []
-    with tqdm(total=len(runs) * evaluator.steps_per_run, unit="text", leave=False) as bar:
-        for run in dict.fromkeys(runs):
-            bar.set_description(run.name)
-            found.append(evaluator.measure(run, bar.update).as_dict())
     from dataclasses import asdict
 
-    return {
+    # All policies with the first list, then with the next: an early stop leaves a whole curve.
+    runs = dict.fromkeys(_run(parse_policy(n), skip, layers) for skip in skips for n in policies)
+    found: list[dict[str, Any]] = []
+    result = {
         "schema": 1,
         "model": model,
         "reference": "unmodified model" if plain is not None else "offloaded model, run eagerly",
@@ -202,6 +211,13 @@ def measure(
         "policies": found,
         "layers": [asdict(layer) for layer in layers.layers],
     }
+    with tqdm(total=len(runs) * evaluator.steps_per_run, unit="text", leave=False) as bar:
+        for run in runs:
+            bar.set_description(run.name)
+            found.append(evaluator.measure(run, bar.update).as_dict())
+            if on_policy is not None:
+                on_policy(result)
+    return result
 
 
 def parse_policy(text: str) -> PolicyRun:
@@ -232,13 +248,11 @@ def parse_policy(text: str) -> PolicyRun:
     )
 
 
-def _runs(run: PolicyRun, skips: Sequence[str], layers: Calibration) -> list[PolicyRun]:
-    """The policy with every list of skipped layers; exact output knows no difference."""
+def _run(run: PolicyRun, skip: str, layers: Calibration) -> PolicyRun:
+    """The policy with a list of skipped layers; exact output knows no difference."""
     from dataclasses import replace
 
-    if run.policy == "exact":
-        return [run]
-    return [replace(run, skip_layers=_skipped(skip, run, layers)) for skip in skips]
+    return run if run.policy == "exact" else replace(run, skip_layers=_skipped(skip, run, layers))
 
 
 def _skipped(text: str, run: PolicyRun, layers: Calibration) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Results go to standard output, everything about them (progress, notices) to stan
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -67,8 +68,10 @@ def check_writable(path: Path | None) -> None:
 
 def quiet_transformers() -> None:
     """Keep transformers' own notices and progress bars out of the way of ours."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    quiet: Any = logging
+    quiet: Any = transformers_logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    # It has a handler of its own; without this each of its retries is told twice.
+    logging.getLogger("huggingface_hub").propagate = False

@@ -18,6 +18,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from specmoe_compile.passes.fx_utils import (
@@ -27,6 +28,7 @@ from specmoe_compile.passes.fx_utils import (
     is_add,
     is_pure,
     is_same_value,
+    is_scaling,
     nodes_between,
     same_shape,
     specmoe_ops,
@@ -112,19 +114,23 @@ def _downstream_adds(experts: Node) -> Iterator[tuple[Node, list[Node]]]:
 
 
 def _residual_among(operands: list[Node], layer: MoELayer) -> Node | None:
-    """The operand, or the term of a sum that is an operand, that the router reads."""
+    """The operand, or the term of a sum that is an operand, that the router reads.
+
+    Some models scale and shift the residual in front of the addition: h = (r + b) * s + y.
+    """
     terms = [(node, 0) for node in operands]
     while terms:
         node, depth = terms.pop(0)
         if node < layer.experts and _feeds_router(node, layer):
             return node
-        if depth < _MAX_ADD_DEPTH and (is_add(node) or is_same_value(node)):
+        if depth < _MAX_ADD_DEPTH and (is_add(node) or is_scaling(node) or is_same_value(node)):
             terms += [(n, depth + 1) for n in node.all_input_nodes]
     return None
 
 
 def _feeds_router(node: Node, layer: MoELayer) -> bool:
-    if node is layer.ids or node is layer.weights:
+    # The size of a batch that is not fixed feeds everything, but is no residual.
+    if node is layer.ids or node is layer.weights or not isinstance(value_of(node), Tensor):
         return False
     depends = Dependence([node])
     return depends(layer.ids) and depends(layer.weights) and depends(layer.x)

@@ -34,6 +34,7 @@ _SAME_VALUE = frozenset(
     }
 )
 _ADDS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
+_SCALINGS = frozenset({torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar})
 
 
 def is_call(node: Any, targets: Iterable[Any]) -> bool:
@@ -51,6 +52,11 @@ def is_add(node: Node) -> bool:
 def is_same_value(node: Node) -> bool:
     """Whether `node` is a view, a cast or a copy of its first argument."""
     return is_call(node, _SAME_VALUE)
+
+
+def is_scaling(node: Node) -> bool:
+    """Whether `node` is an elementwise product: a scale per channel, per token, or of all."""
+    return is_call(node, _SCALINGS)
 
 
 def is_pure(node: Node) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ def _trace(
     return None if constants else traced  # a gate with tensors of its own is not ours to copy
 
 
+def _without_grad(compile_fx: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    with torch.no_grad():
+        return compile_fx(*arguments)  # type: ignore[no-any-return]
+
+
 def _compile_or_none(
     traced: torch.fx.GraphModule, up: Tensor, present: list[Tensor]
 ) -> Callable[..., Any] | None:
@@ -117,10 +123,11 @@ def _compile_or_none(
         if node.op == "placeholder"
     ]
     try:
-        with torch.no_grad():
-            # Without Dynamo: the shapes are the model's, and its guards would cost as much as a
-            # small expert.
-            return compile_fx(traced, examples)  # type: ignore[return-value]
+        # Without Dynamo: the shapes are the model's, and its guards would cost as much as a small
+        # expert. In a thread of its own: the caller may be inside of a compiled graph, whose
+        # dispatch state (which is per thread) a compiler must not see.
+        with ThreadPoolExecutor(1, thread_name_prefix="specmoe-compile") as pool:
+            return pool.submit(_without_grad, compile_fx, traced, examples).result()
     except (CppCompileError, InvalidCxxCompiler) as error:
         log.warning("no C++ compiler for the experts' kernel, torch.mm computes them: %s", error)
         return None

@@ -12,7 +12,8 @@ import time
 from collections.abc import Collection, Sequence
 
 from specmoe_compile.runtime.residency import Issued, Residency
-from specmoe_compile.runtime.speculation import PrefetchGate
+from specmoe_compile.runtime.speculation import LAYER_MARGIN, PrefetchGate
+from specmoe_compile.runtime.step_clock import StepClock
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
 
@@ -22,12 +23,14 @@ class PrefetchJudge:
     Attributes:
         layers: of each layer, whether it is predicted.
         ranks: of each layer, by rank, whether such a guess is read.
+        clock: what a predicted layer costs the host.
     """
 
     def __init__(self, layers: int) -> None:
         """Start with every gate open."""
-        self.layers = [PrefetchGate() for _ in range(layers)]
+        self.layers = [PrefetchGate(margin=LAYER_MARGIN) for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
+        self.clock = StepClock()
 
     def admitted(
         self, layer: int, experts: Sequence[int], width: int
@@ -68,7 +71,8 @@ class PrefetchJudge:
             issued: the reads of the prediction.
             ranks: rank of each guess.
             wanted: the experts that the layer needs.
-            host_ms: how long the host was kept from other work.
+            host_ms: how long the lookahead kept the host from other work; what the clock says
+                counts if it is more.
             residency: where the experts are read to.
         """
         saved_s, lost_s, useless = _gains(layer, issued, wanted, residency)
@@ -89,6 +93,7 @@ class PrefetchJudge:
                 certain_s += lost
             if rank in by_rank or (lost and gate.is_open):
                 gate.measure(saved * 1e3, lost * 1e3)
+        host_ms = max(host_ms, self.clock.cost_ms)
         # A layer does not answer for ranks on trial: those that lose will be turned off alone.
         self.layers[layer].measure(sum(saved_s.values()) * 1e3, certain_s * 1e3 + host_ms)
 

@@ -16,6 +16,9 @@ TRIAL_STEPS = 16
 OFF_STEPS = 256
 """Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
+LAYER_MARGIN = 1.5
+"""A layer has to save this many times what it costs: the time that its reads took before they were
+needed is an upper bound of what they saved, since the experts that are there hide reads too."""
 _DECAY = 1.0 / TRIAL_STEPS
 
 
@@ -73,14 +76,16 @@ class PrefetchGate:
 
     Saved: reading time of useful records that had passed when they were needed. Lost: reading time
     that useless records still took from then on while something else was waited for, reads of
-    experts that useless records had pushed out, and the host's own time for the prediction, unless
-    it had to wait for reads anyway. Both are averaged over about TRIAL_STEPS steps. After a while
+    experts that useless records had pushed out, and for a layer the time that predicting it takes
+    the host. Both are averaged over about TRIAL_STEPS steps. After a while
     off, it is tried again.
     """
 
-    __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
+    __slots__ = ("_lost_ms", "_margin", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
 
-    def __init__(self) -> None:
+    def __init__(self, *, margin: float = 1.0) -> None:
+        """Start open; `margin` is how many times its losses it has to save."""
+        self._margin = margin
         self._steps = 0
         self._saved_ms = 0.0
         self._lost_ms = 0.0
@@ -113,7 +118,7 @@ class PrefetchGate:
         self._lost_ms += rate * (lost_ms - self._lost_ms)
         if self._steps < TRIAL_STEPS:
             return
-        if self._saved_ms >= self._lost_ms:
+        if self._saved_ms >= self._margin * self._lost_ms:
             self._off_next = OFF_STEPS
             return
         self.closures += 1

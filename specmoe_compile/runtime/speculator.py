@@ -124,6 +124,7 @@ class Speculator:
         finally:
             self.residency.finish(step)
         self._learn(layer, ids, y, routing.experts)
+        self._end_step(layer)
         return reduce_experts(y, weights, x)
 
     def plan(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
@@ -136,12 +137,23 @@ class Speculator:
             edges: pairs in one list: a layer, and one that can be predicted from it.
         """
         busy: set[int] = set()
-        for target in set(edges[1::2]):
-            self._asked[target] = self._wants(target)
+        clock = self.judge.clock
+        baseline = self._is_judged() and clock.wants_baseline()
+        targets = set(edges[1::2])
+        for target in targets:
+            self._asked[target] = not baseline and self._wants(target)
         for source, target in zip(edges[::2], edges[1::2], strict=True):
             if self._asked[target]:
                 busy.update((source, target))
+        clock.begin(sum(bool(self._asked[target]) for target in targets), self._stalled_ms())
         return [layer in busy for layer in layers]
+
+    def _stalled_ms(self) -> float:
+        return sum(stats.stall_ms for stats in self._stats)
+
+    def _end_step(self, layer: int) -> None:
+        if layer == len(self._runners) - 1:
+            self.judge.clock.end(self._stalled_ms())
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
@@ -267,6 +279,7 @@ class Speculator:
             self._abandon()
         filled = state.filled
         self._learn(layer, ids, y, [e for e in routing.experts if e not in filled])
+        self._end_step(layer)
         return reduce_experts(y, weights if state.weights is None else state.weights, x)
 
     def _current(self, number: int, layer: int, ids: Tensor) -> _State:

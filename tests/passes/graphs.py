@@ -133,9 +133,16 @@ def plain_block(r: Tensor, gate: Tensor, layer: int) -> Tensor:
 
 
 def trace(
-    block: Block | Sequence[Block], *, layers: int = 3, r: Tensor | None = None
+    block: Block | Sequence[Block],
+    *,
+    layers: int = 3,
+    r: Tensor | None = None,
+    tracing_mode: str = "fake",
 ) -> GraphModule:
-    """Trace `layers` blocks, attention before each, to a functional aten graph with fake values."""
+    """Trace `layers` blocks, attention before each, to a functional aten graph with fake values.
+
+    The tracing mode "symbolic" leaves the sizes of `r` open.
+    """
     blocks = [block] * layers if callable(block) else list(block)
 
     def model(r: Tensor, gates: list[Tensor]) -> Tensor:
@@ -145,7 +152,7 @@ def trace(
 
     gates = [torch.randn(EXPERTS, HIDDEN) for _ in blocks]
     state = torch.randn(TOKENS, HIDDEN) if r is None else r
-    gm = make_fx(model, tracing_mode="fake")(state, [g.to(state.dtype) for g in gates])
+    gm = make_fx(model, tracing_mode=tracing_mode)(state, [g.to(state.dtype) for g in gates])
     gm.graph.eliminate_dead_code()
     # Flat arguments, and outputs that a test may add to.
     gm.graph.set_codegen(CodeGen())

@@ -55,6 +55,14 @@ def _scaled(r: Tensor, gate: Tensor, layer: int) -> Tensor:
     return r + OPS.experts(x, ids, weights, 0, layer) * 0.22
 
 
+def _scaled_residual(r: Tensor, gate: Tensor, layer: int) -> Tensor:
+    x = norm(r)
+    ids, weights = route(x, gate)
+    y = OPS.experts(x, ids, weights, 0, layer)
+    shift = torch.linspace(-1, 1, HIDDEN, dtype=r.dtype)
+    return (y + shift) * 0.5 + (r + shift) * (1 + shift)
+
+
 def _normed_after(r: Tensor, gate: Tensor, layer: int) -> Tensor:
     x = norm(r)
     ids, weights = route(x, gate)
@@ -66,6 +74,14 @@ def _batched(r: Tensor, gate: Tensor, layer: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     ids, weights = route(flat, gate)
     return r + OPS.experts(flat, ids, weights, 0, layer).view(x.shape)
+
+
+def _batched_shared_after(r: Tensor, gate: Tensor, layer: int) -> Tensor:
+    x = norm(r)
+    flat = x.reshape(-1, HIDDEN)
+    ids, weights = route(flat, gate)
+    y = OPS.experts(flat, ids, weights, 0, layer).view(x.shape)
+    return r + (y + _shared(flat).view(x.shape))
 
 
 def _parallel(r: Tensor, gate: Tensor, layer: int) -> Tensor:
@@ -105,6 +121,7 @@ def _own_router_norm(r: Tensor, gate: Tensor, layer: int) -> Tensor:
         _shared_first,
         _gated_shared,
         _scaled,
+        _scaled_residual,
         _normed_after,
         _parallel,
         _parallel_experts_first,
@@ -142,6 +159,15 @@ def test_batched_states_and_views() -> None:
         assert layer.residual.meta["val"].shape == (2, TOKENS, HIDDEN)
         assert layer.output.meta["val"].shape == (2, TOKENS, HIDDEN)
         assert layer.x.meta["val"].shape == (2 * TOKENS, HIDDEN)
+
+
+def test_the_open_size_of_a_batch_is_not_taken_for_the_residual() -> None:
+    gm = trace(_batched_shared_after, r=torch.randn(2, 7, HIDDEN), tracing_mode="symbolic")
+    for layer in layers_of(gm):
+        assert layer.reason is None
+        assert layer.residual is not None
+        assert isinstance(layer.residual.meta["val"], Tensor)
+        assert layer.residual.meta["val"].dim() == 3
 
 
 def test_low_precision_states_with_casts() -> None:

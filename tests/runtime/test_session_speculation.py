@@ -394,6 +394,14 @@ def test_gate_stays_open_while_it_pays() -> None:
     assert gate.closures == 0
 
 
+@pytest.mark.parametrize(("saved_ms", "closures"), [(1.4, 1), (1.6, 0)])
+def test_gate_with_a_margin_wants_more_than_it_costs(saved_ms: float, closures: int) -> None:
+    gate = PrefetchGate(margin=1.5)
+    for _ in range(TRIAL_STEPS):
+        gate.measure(saved_ms=saved_ms, lost_ms=1.0)
+    assert gate.closures == closures
+
+
 def test_wrong_predictions_turn_a_layer_off() -> None:
     store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.001)
     with make_session("one_token", store=store) as session:

@@ -17,6 +17,9 @@ from typing import Any
 
 from specmoe_compile.cli.measure.arms import ARMS
 from specmoe_compile.cli.measure.memory_cap import MemoryCap, memory_cap
+from specmoe_compile.cli.measure.page_cache import drop_cached_pages, drop_pages
+from specmoe_compile.cli.measure.peer_files import MODULE as PEER_FILES
+from specmoe_compile.cli.measure.peer_files import WRITERS
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime.sizes import format_bytes
@@ -110,6 +113,8 @@ def run_worker(
         job = replace(job, work_dir=folder, started_s=time.time())
         job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
         drop_cached_pages(Path(job.model))
+        if job.peer_file is not None:
+            drop_pages([Path(job.peer_file)])
         run_python(
             ["-m", WORKER, str(job_path), str(result_path)],
             cap=cap,
@@ -117,22 +122,6 @@ def run_worker(
             environment=environment,
         )
         return ArmRun(**json.loads(result_path.read_text(encoding="utf-8")))
-
-
-def drop_cached_pages(folder: Path) -> None:
-    """Drop a checkpoint's files from the page cache.
-
-    Pages that another process left there count against no cap but that process's, so that a capped
-    arm could read a whole model from memory. A model from the hub is read as it is.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.glob("*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
 
 
 def run_pack(
@@ -151,6 +140,23 @@ def run_pack(
         run_python(["-m", "specmoe_compile.cli.main", *arguments], cap=cap)
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
         return result
+
+
+def with_peer_file(job: ArmJob) -> ArmJob:
+    """Return the job with the file that its arm reads, made in a process of its own.
+
+    A job whose arm reads the checkpoint or the store is returned as it is.
+
+    Raises:
+        ArmFailedError, ArmInputError: as `run_worker`.
+    """
+    if job.arm not in WRITERS:
+        return job
+    with tempfile.TemporaryDirectory(prefix="specmoe-peer-", dir=job.work_dir) as folder:
+        job_path, result_path = Path(folder) / "job.json", Path(folder) / "path.json"
+        job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        run_python(["-m", PEER_FILES, str(job_path), str(result_path)])
+        return replace(job, peer_file=json.loads(result_path.read_text(encoding="utf-8")))
 
 
 def run_python(

@@ -29,7 +29,8 @@ class ArmJob:
         device, dtype, store, expert_cache, store_dir: as for `specmoe_compile.from_pretrained`.
         kv_cache: "static" or "dynamic", for compiled arms; other arms run as they come.
         options: of `torch.compile(backend="specmoe")`, over those of the arm.
-        threads: of PyTorch; None leaves its default.
+        threads: that compute; None leaves the engine's default.
+        peer_file: file that `peer_files` made for this arm; None where there is none yet.
         work_dir: folder for what an arm writes meanwhile (accelerate's offload folder).
         save_logits: file for the logits of every step, [prompts, new_tokens, V] float32, or None.
         started_s: wall clock at which the parent started the process, set by the harness.
@@ -49,6 +50,7 @@ class ArmJob:
     kv_cache: str = "static"
     options: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    peer_file: str | None = None
     work_dir: str
     save_logits: str | None = None
     started_s: float = 0.0
@@ -65,7 +67,10 @@ class ArmRun:
         tokens: generated ids, per prompt.
         decode, prefill: the session's counters (`counters.Counters`) from each first token on, and
             up to it; None for an arm without a session.
-        fast_tier_bytes: expert bytes that the arm keeps in the fast tier.
+        decode_read_bytes: what the kernel read from block devices for this process while decoding,
+            from each first token on; None where it does not say.
+        fast_tier_bytes: expert bytes that the arm keeps in the fast tier; None where the operating
+            system decides, by its page cache.
         load_s: loading the model. compile_s: time that Dynamo and Inductor took.
         passes_ms: time of specmoe's passes in it; 0 where compiled code came from a cache.
         first_token_s: from the start of the process to the first token, imports and all.
@@ -85,7 +90,8 @@ class ArmRun:
     tokens: list[list[int]]
     decode: dict[str, Any] | None
     prefill: dict[str, Any] | None
-    fast_tier_bytes: int
+    decode_read_bytes: int | None = None
+    fast_tier_bytes: int | None
     load_s: float
     compile_s: float
     passes_ms: float = 0.0
@@ -164,6 +170,7 @@ def arm_record(
         "repeats": len(runs),
         "samples": sum(len(run.tpot_samples_ms) for run in runs),
         "timed_tokens": sum(len(row) for run in runs for row in run.tokens),
+        "decode_read_bytes": _sum_or_none([run.decode_read_bytes for run in runs]),
         "decode_steps": _total_or_none(decode, "steps"),
         "misses": _total_or_none(decode, "misses"),
         "read_busy_ms": sum(c["read_busy_ms"] for c in decode) if decode else None,
@@ -195,6 +202,11 @@ def _run_summary(run: ArmRun) -> dict[str, Any]:
 def _total_or_none(counters: Sequence[dict[str, Any]], name: str) -> Any:
     """Sum of a counter over the repeats, None for an arm without a session."""
     return sum(c["total"][name] for c in counters) if counters else None
+
+
+def _sum_or_none(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _hit_rate_or_none(counters: Sequence[dict[str, Any]]) -> float | None:

@@ -8,6 +8,7 @@ process with status 2 and that sentence as the last line on standard error.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from specmoe_compile.cli.measure.arm import Generator
 from specmoe_compile.cli.measure.counters import CounterLaps, Counters, add_counters
+from specmoe_compile.cli.measure.hf_generation import HuggingFaceGenerator
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun
 from specmoe_compile.cli.measure.timing import TokenClock
 from specmoe_compile.cli.output import (
@@ -53,35 +56,41 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
         job: what to measure.
         emit: called as `emit(event, **details)` when something is worth telling.
     """
-    import torch
-
     from specmoe_compile.cli.measure.arms import ARMS
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
     arm = ARMS[job.arm]
-    quiet_transformers()
+    if arm.uses_torch:
+        import torch
+
+        quiet_transformers()
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
     emit("loading")
     started_s = time.perf_counter()
     loaded = arm.load(job, arm)
     load_s = time.perf_counter() - started_s
     load_peak = peak_rss_bytes()
     emit("compiling" if arm.options is not None else "warming up")
-    kwargs: dict[str, Any] = {}
-    if arm.options is not None and job.kv_cache == "static":
-        kwargs["cache_implementation"] = "static"
-    timer = _Timer(job, loaded, kwargs)
+    generator = loaded.generator
+    if generator is None:
+        static = arm.options is not None and job.kv_cache == "static"
+        generator = HuggingFaceGenerator(
+            loaded.model, loaded.inner, {"cache_implementation": "static"} if static else {}
+        )
+    timer = _Timer(job, generator, loaded.read_stats)
     first_token_s = timer.warm_up(job.started_s)
     graphs_before = _graph_count()
     decode, prefill = timer.run(emit)
     notes = list(loaded.notes)
-    if arm.options is not None and _graph_count() != graphs_before:
+    if _graph_count() != graphs_before:
         notes.append(
             f"{_graph_count() - graphs_before} graphs were compiled after the warm-up: some times"
             " include compilation"
         )
     if job.save_logits is not None:
-        torch.save(torch.stack(timer.logits), job.save_logits)
+        import torch
+
+        torch.save(torch.stack([torch.as_tensor(rows) for rows in timer.logits]), job.save_logits)
     return ArmRun(
         arm=job.arm,
         policy=arm.policy if arm.options is None else job.options.get("policy", arm.policy),
@@ -90,6 +99,7 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
         tokens=timer.tokens,
         decode=decode,
         prefill=prefill,
+        decode_read_bytes=timer.decode_read_bytes,
         fast_tier_bytes=loaded.fast_tier_bytes,
         load_s=load_s,
         compile_s=compile_seconds(),
@@ -99,9 +109,9 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
         load_peak_rss_bytes=load_peak,
         children_peak_rss_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         * _MAXRSS_UNIT,
-        peak_cuda_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_cuda_bytes=_peak_cuda_bytes_or_none(),
         compiled_graphs=_graph_count() if arm.options is not None else None,
-        threads=torch.get_num_threads(),
+        threads=_threads(job),
         notes=notes,
     )
 
@@ -109,17 +119,19 @@ def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
 class _Timer:
     """Generates the job's prompts and keeps their times, tokens and logits."""
 
-    def __init__(self, job: ArmJob, loaded: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, job: ArmJob, generator: Generator, read_stats: Callable[[], Any] | None
+    ) -> None:
         self._job = job
-        self._loaded = loaded
-        self._kwargs = kwargs
-        self._device = next(loaded.inner.parameters()).device
+        self._generator = generator
+        self._read_stats = read_stats
         longest = max(len(prompt) for prompt in job.prompts)
         self._most_tokens = longest + max(job.new_tokens, job.warmup_tokens)
         self.tpot_ms: list[float] = []
         self.ttft_ms: list[float] = []
         self.tokens: list[list[int]] = []
         self.logits: list[Any] = []
+        self.decode_read_bytes: int | None = None
 
     def warm_up(self, process_started_s: float) -> float:
         """Generate a few tokens; returns the seconds from the process's start to the first."""
@@ -132,7 +144,7 @@ class _Timer:
         prompt = self._job.prompts[0]
         # Asks for the longest generation of all and stops early: transformers sizes a static cache
         # by the most it was ever asked for, so that the warm-up and all prompts share one graph.
-        self._generate(
+        self._generator.generate(
             prompt,
             self._most_tokens - len(prompt),
             TokenClock(on_token=note),
@@ -142,71 +154,46 @@ class _Timer:
 
     def run(self, emit: Callable[..., None]) -> tuple[Counters | None, Counters | None]:
         """Generate every prompt; returns the session's counters while decoding and prefilling."""
-        job, loaded = self._job, self._loaded
-        laps = CounterLaps(loaded.read_stats) if loaded.read_stats is not None else None
+        job = self._job
+        laps = CounterLaps(self._read_stats) if self._read_stats is not None else None
         decode: Counters | None = None
         prefill: Counters | None = None
+        read_before: int | None = None
         told_s = 0.0
         for index, prompt in enumerate(job.prompts):
 
             def on_token(count: int, index: int = index) -> None:
-                nonlocal prefill, told_s
-                if count == 1 and laps is not None:
-                    prefill = add_counters(prefill, laps.lap())
+                nonlocal prefill, told_s, read_before
+                if count == 1:
+                    read_before = disk_read_bytes_or_none()
+                    if laps is not None:
+                        prefill = add_counters(prefill, laps.lap())
                 if time.perf_counter() - told_s > _EVENT_INTERVAL_S:
                     told_s = time.perf_counter()
                     emit("tokens", done=index * job.new_tokens + count)
 
             clock = TokenClock(on_token=on_token)
-            out = self._generate(prompt, job.new_tokens, clock)
+            tokens, logits = self._generator.generate(
+                prompt, job.new_tokens, clock, keep_logits=job.save_logits is not None
+            )
+            read_after = disk_read_bytes_or_none()
+            if read_before is not None and read_after is not None:
+                self.decode_read_bytes = (self.decode_read_bytes or 0) + read_after - read_before
             if laps is not None:
                 decode = add_counters(decode, laps.lap())
             assert clock.ttft_ms is not None, "generate streamed no token"
             self.ttft_ms.append(clock.ttft_ms)
             self.tpot_ms.extend(clock.intervals_ms[job.skip_tokens :])
-            self.tokens.append(out.sequences[0, len(prompt) :].tolist())
-            if job.save_logits is not None:
-                import torch
-
-                self.logits.append(torch.cat(out.logits).float().cpu())
+            self.tokens.append(tokens)
+            if logits is not None:
+                self.logits.append(logits)
         return decode, prefill
-
-    def _generate(
-        self, prompt: list[int], new_tokens: int, clock: TokenClock, *, stop_at: int | None = None
-    ) -> Any:
-        import torch
-        from transformers import StoppingCriteriaList
-
-        ids = torch.tensor([prompt], dtype=torch.int64, device=self._device)
-        criteria = StoppingCriteriaList()
-        if stop_at is not None:
-            criteria.append(lambda ids, scores, **_: _all_or_none(ids, ids.shape[1] >= stop_at))
-        clock.start()
-        return self._loaded.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            # An end-of-sequence token would end the timing early.
-            min_new_tokens=new_tokens,
-            pad_token_id=0,
-            do_sample=False,
-            streamer=clock,
-            stopping_criteria=criteria,
-            return_dict_in_generate=True,
-            output_logits=self._job.save_logits is not None,
-            **self._kwargs,
-        )
-
-
-def _all_or_none(ids: Any, stop: bool) -> Any:
-    """What a stopping criterion returns: one flag per sequence."""
-    import torch
-
-    return torch.full((ids.shape[0],), stop, dtype=torch.bool, device=ids.device)
 
 
 def compile_seconds() -> float:
-    """Seconds that Dynamo and what it calls took so far."""
+    """Seconds that Dynamo and what it calls took so far; 0 in a process that never loaded it."""
+    if "torch._dynamo" not in sys.modules:
+        return 0.0
     from torch._dynamo.utils import calculate_time_spent
 
     spent: dict[str, float] = calculate_time_spent()
@@ -214,7 +201,9 @@ def compile_seconds() -> float:
 
 
 def passes_ms() -> float:
-    """Milliseconds that specmoe's passes took so far."""
+    """Milliseconds that specmoe's passes took so far; 0 in a process that never loaded them."""
+    if "specmoe_compile.passes.manager" not in sys.modules:
+        return 0.0
     from torch._dynamo.utils import compilation_time_metrics
 
     from specmoe_compile.passes.manager import TIME_METRIC
@@ -223,9 +212,40 @@ def passes_ms() -> float:
 
 
 def _graph_count() -> int:
+    """Graphs that Dynamo compiled; none in a process that never loaded it."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def _threads(job: ArmJob) -> int:
+    """Threads that compute."""
+    if "torch" not in sys.modules:
+        return job.threads or len(os.sched_getaffinity(0))
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _peak_cuda_bytes_or_none() -> int | None:
+    if "torch" not in sys.modules:
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def disk_read_bytes_or_none() -> int | None:
+    """What block devices read for this process so far; None where the kernel does not say."""
+    try:
+        for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    except OSError:
+        pass  # no such accounting here
+    return None
 
 
 # Linux counts kibibytes, macOS bytes.

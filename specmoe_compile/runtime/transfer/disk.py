@@ -29,6 +29,9 @@ from specmoe_compile.runtime.transfer.base import (
 GUESSED_BYTES_IN_FLIGHT = 4 << 20
 """Speculative reads in progress at once, at least one: a demand read has to share the link with
 them, and a few MiB in flight keep any disk busy."""
+DEMAND_BESIDE_GUESS = 1
+"""Demand reads in progress beside which a speculative one may start. With more the disk is busy,
+and the step waits for them; but the last one alone seldom keeps it so."""
 
 
 class DiskTicket(Ticket):
@@ -197,7 +200,7 @@ class DiskTransfer(Transfer):
                 if self._active == 0:
                     self._busy_s += read.finished_s - self._busy_since_s
                 self._arrived.notify_all()
-                if guess and self._speculative:
+                if self._speculative:
                     self._work.notify()
 
     def _next_or_none(self) -> Read | None:
@@ -206,6 +209,8 @@ class DiskTransfer(Transfer):
             read = self._demand.popleft()
             if read.state == QUEUED:
                 return read
+        if self._active - self._guesses > DEMAND_BESIDE_GUESS:
+            return None
         while self._speculative and self._guesses < self._most_guesses:
             read = self._speculative.popleft()
             if read.state == QUEUED and read.speculative:

@@ -126,6 +126,27 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     transfer.close()
 
 
+def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
+    transfer = DiskTransfer(store, reader_threads=4)
+    events = [threading.Event() for _ in range(E)]
+    store.before_read = lambda layer, expert: events[expert].wait(10) and None
+    demand = transfer.start(0, buffers([0, 1]))
+    guess = transfer.start(1, buffers([5]), speculative=True).reads[5]
+    while len(store.reads) < 2:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert guess.state == QUEUED
+    events[0].set()
+    demand.wait(0)
+    while guess.state == QUEUED:
+        time.sleep(0.001)
+    assert not demand.reads[1].final, "one demand read was left"
+    for event in events:
+        event.set()
+    demand.wait()
+    transfer.close()
+
+
 def test_error_reaches_every_waiter_and_spares_the_others(
     store: SlowStore, transfer: DiskTransfer
 ) -> None:

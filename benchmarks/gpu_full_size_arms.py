@@ -1,0 +1,233 @@
+"""The arms of the full-size benchmark, and the sessions they run in.
+
+Shape letters: E experts, K top-k, N trace tokens, L MoE layers, S slots.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_full_size_model import (
+    InlineStreams,
+    RandomStore,
+    Shape,
+    build_skeleton,
+    random_tokens,
+)
+from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
+from specmoe_compile.generation import attach_session
+from specmoe_compile.runtime.cuda.session import DeviceSession
+
+Routing = Literal["trace", "router"]
+Mode = Literal["graph", "compiled", "eager"]
+ROUTINGS: tuple[Routing, ...] = ("trace", "router")
+MODES: tuple[Mode, ...] = ("graph", "compiled", "eager")
+"""CUDA graphs; compiled without them; not compiled at all, which no speculation is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way of running the experts.
+
+    Attributes:
+        summary: one line for the report.
+        slots: S per layer, from E and K.
+        options: of the backend.
+        keeps: whether slots keep what they hold from one token to the next.
+        full: all experts are put there before the first step.
+    """
+
+    summary: str
+    slots: Callable[[int, int], int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keeps: bool = True
+    full: bool = False
+
+    @property
+    def speculates(self) -> bool:
+        return bool(self.options.get("prefetch", True))
+
+
+def _share(share: float) -> Callable[[int, int], int]:
+    return lambda experts, top_k: max(top_k, math.floor(share * experts))
+
+
+_ALONE: Mapping[str, Any] = {"prefetch": False}
+ARMS: Mapping[str, Arm] = {
+    "resident": Arm(
+        summary="all experts in GPU memory", slots=lambda e, k: e, options=_ALONE, full=True
+    ),
+    "on_demand": Arm(
+        summary="no cache: every expert of every token is fetched when its router has spoken",
+        slots=lambda e, k: k,
+        options=_ALONE,
+        keeps=False,
+    ),
+    "prefetch_no_cache": Arm(
+        summary="no cache; the next layer's predicted experts are fetched ahead, misses as well",
+        slots=lambda e, k: 2 * k,
+        keeps=False,
+    ),
+    "commit_no_cache": Arm(
+        summary="no cache; predicted experts are fetched ahead and executed (the paper's mode)",
+        slots=lambda e, k: 2 * k,
+        options={"policy": "commit"},
+        keeps=False,
+    ),
+    "cache_50": Arm(summary="cache of 50 %", slots=_share(0.5), options=_ALONE),
+    "specmoe_50": Arm(summary="cache of 50 % and prefetch, exact", slots=_share(0.5)),
+    "cache_25": Arm(summary="cache of 25 %", slots=_share(0.25), options=_ALONE),
+    "specmoe_25": Arm(summary="cache of 25 % and prefetch, exact", slots=_share(0.25)),
+    "default_vector_25": Arm(
+        summary="the same; light misses get default vectors (approximate)",
+        slots=_share(0.25),
+        options={"policy": "default_vector"},
+    ),
+    "commit_25": Arm(
+        summary="the same; predicted experts are executed (approximate)",
+        slots=_share(0.25),
+        options={"policy": "commit"},
+    ),
+    "cache_10": Arm(summary="cache of 10 %, at least K", slots=_share(0.1), options=_ALONE),
+    "specmoe_10": Arm(summary="cache of 10 %, at least K, and prefetch", slots=_share(0.1)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """How many steps a run has; together at most the trace's N."""
+
+    warm_up: int
+    timed: int
+    profiled: int
+
+    @property
+    def total(self) -> int:
+        return self.warm_up + self.timed + self.profiled
+
+
+@dataclass(slots=True)
+class Bench:
+    """What the arms of one model share.
+
+    Attributes:
+        shape, device: what runs where.
+        store: all experts.
+        tables: mapped trace, [L, N, 2, E] on the device.
+        steps: of every run.
+        lowering: of the backend.
+        layers: number of layers, None for the model's own.
+        vectors: default vectors of every layer; None while they are learned.
+    """
+
+    shape: Shape
+    device: torch.device
+    store: RandomStore
+    tables: Tensor
+    steps: Steps
+    lowering: str = "inductor"
+    layers: int | None = None
+    vectors: list[Tensor] | None = None
+
+    @contextmanager
+    def opened(self, arm: Arm) -> Iterator[tuple[Any, DeviceSession, TracedRouting]]:
+        """A model of its own for an arm; everything on the device is given back afterwards."""
+        # On the CPU all fetches are over when they are issued, which needs no side streams.
+        streams = InlineStreams() if self.device.type == "cpu" else None
+        model, layers = build_skeleton(self.shape, self.device, layers=self.layers)
+        slots = arm.slots(layers[0].num_experts, self.store.top_k)
+        session = DeviceSession(
+            layers,
+            self.store,
+            device=self.device,
+            expert_cache_bytes=slots * sum(layer.layout.record_bytes for layer in layers),
+            top_k=self.store.top_k,
+            streams=streams,
+        )
+        try:
+            attach_session(model, session)  # type: ignore[arg-type]  # answers the same calls
+            if self.vectors is not None:
+                session.default_vectors.load(self.vectors)
+            if arm.full:
+                fill_slots(session)
+            routing = install_routing(model, layers, self.tables)
+            yield model, session, routing
+        finally:
+            session.close()
+            # Compiled code keeps the model, whose finaliser keeps its session.
+            for part in ("cache", "_decoder", "_decoders", "_prefill"):
+                vars(session).pop(part, None)
+            del model, session
+            torch._dynamo.reset()
+            free_memory(self.device)
+
+    def fits(self, arm: Arm, context: int) -> str | None:
+        """Why an arm does not fit in device memory; None if it does, or nobody can say."""
+        if self.device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        config = self.shape.configured(self.layers)
+        cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        cached *= (context + self.steps.total) * self.shape.dtype.itemsize
+        slots = arm.slots(self.store.num_experts[0], self.store.top_k)
+        experts = slots * sum(layout.record_bytes for layout in self.store.layouts)
+        experts += 2 * max(layer.total_bytes for layer in self.store.layers)  # prefill buffers
+        # Weights outside the experts, and scores and expanded keys of one attention.
+        rest = 2 * config.vocab_size * config.hidden_size * 2 + (6 << 30)
+        if experts + cached + rest > free:
+            return (
+                f"needs about {(experts + cached + rest) / 1e9:.0f} GB of GPU memory, "
+                f"{free / 1e9:.0f} GB are free"
+            )
+        return None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fill_slots(session: DeviceSession) -> None:
+    """Put every expert into the slot of its number."""
+    for layer, (bank, tables) in enumerate(
+        zip(session.cache.banks, session.cache.tables, strict=True)
+    ):
+        bank.copy_(session.store.layer_records(layer), non_blocking=True)
+        everyone = torch.arange(len(bank), dtype=torch.int32, device=bank.device)
+        tables.slot_of.copy_(everyone)
+        tables.expert_of.copy_(everyone)
+
+
+def forget_slots(session: DeviceSession) -> None:
+    """Empty all slots on the device, between two steps: what a machine without a cache has."""
+    # The tables of a layer are rows of tensors of all layers: one launch each.
+    first = session.cache.tables[0]
+    for rows, value in (
+        (first.slot_of, -1),
+        (first.expert_of, -1),
+        (first.last_use, 0),
+        (first.count, 0),
+        (first.pending, 0),
+        (first.unused, 0),
+    ):
+        assert rows._base is not None, "rows of a common tensor"
+        rows._base.fill_(value)
+
+
+@torch.no_grad()
+def learn_vectors(bench: Bench, tokens: int) -> None:
+    """Learn default vectors as a session does, from a prefill of random tokens."""
+    with bench.opened(ARMS["on_demand"]) as (model, session, routing):
+        routing.start(False)
+        model(random_tokens(model.config.vocab_size, tokens, bench.device), use_cache=False)
+        bench.vectors = [table.clone() for table in session.default_vectors.tables]

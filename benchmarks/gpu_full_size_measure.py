@@ -1,0 +1,195 @@
+"""How one arm of the full-size benchmark is measured.
+
+Every arm runs the same steps on the same model: forced random tokens, so that a random model does
+not fall into a loop, from the same place of the same trace, after the same context. So arms with
+policy `exact` must give the same tokens, and the report compares them.
+
+Shape letters: N steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_full_size_arms import ARMS, Arm, Bench, Mode, Routing, forget_slots, free_memory
+from benchmarks.gpu_full_size_model import FilledCache, random_tokens
+from benchmarks.gpu_full_size_profile import profile_steps
+from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
+from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.cli.output import sentence, user_error_or_none
+from specmoe_compile.runtime.cuda.session import DeviceSession
+
+
+class Run:
+    """Steps of a compiled model; `step` never waits for the device."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        arm: Arm,
+        compiled: Any,
+        session: DeviceSession | None,
+        routing: TracedRouting,
+        filled: FilledCache,
+    ) -> None:
+        """Tie the parts together; a model that holds its experts has no session."""
+        config = bench.shape.configured(bench.layers)
+        tokens = random_tokens(config.vocab_size, bench.steps.total, bench.device)
+        self._inputs = [tokens[:, i : i + 1].contiguous() for i in range(bench.steps.total)]
+        self._parts = (arm, compiled, session, routing, filled)
+        self.chosen: list[Tensor] = []
+
+    def start(self, driven: bool) -> None:
+        """Begin again, with empty slots unless the arm has all experts."""
+        arm, _, session, routing, filled = self._parts
+        if session is not None and not arm.full:
+            forget_slots(session)
+        filled.rewind()
+        routing.start(driven)
+        self.chosen = []
+
+    def step(self) -> None:
+        """One token."""
+        arm, compiled, session, routing, filled = self._parts
+        filled.hold()
+        logits = compiled(self._inputs[len(self.chosen)], past_key_values=filled.cache).logits
+        self.chosen.append(logits[:, -1].argmax(-1).clone())
+        routing.advance()
+        if session is not None and not arm.keeps:
+            forget_slots(session)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What was chosen so far; waits for the device."""
+        return [int(token) for token in torch.cat(self.chosen).tolist()]
+
+
+class Steppable(Protocol):
+    """What can be timed."""
+
+    def step(self) -> object:
+        """One token."""
+
+
+def step_times_ms(run: Steppable, count: int, device: torch.device) -> list[float]:
+    """Time of each of `count` steps on the device, the host running ahead as it does."""
+    if device.type == "cpu":
+        times: list[float] = []
+        for _ in range(count):
+            started = time.perf_counter()
+            run.step()
+            times.append((time.perf_counter() - started) * 1e3)
+        return times
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run.step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+@torch.no_grad()
+def measure_arm(
+    bench: Bench,
+    name: str,
+    mode: Mode,
+    context: int,
+    routings: tuple[Routing, ...],
+    *,
+    trace_file: Callable[[str], Any] = lambda routing: None,
+) -> dict[Routing, dict[str, Any]]:
+    """Measure one arm in one mode at one context; a row per routing.
+
+    An arm that the session refuses, or that does not fit, gets rows that say so.
+    """
+    arm = ARMS[name]
+    head = {"arm": name, "mode": mode, "context": context, "summary": arm.summary}
+    free_memory(bench.device)
+    reason = bench.fits(arm, context)
+    if mode == "eager" and arm.speculates:
+        reason = "speculation is a rewrite of the compiled graph"
+    if reason is not None:
+        return {r: {**head, "routing": r, "not_run": reason} for r in routings}
+    try:
+        return _measured(bench, arm, mode, context, routings, head, trace_file)
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)  # torch.compile wraps what it meets
+        out_of_memory = isinstance(inner, torch.OutOfMemoryError)
+        known = inner if out_of_memory else user_error_or_none(error)
+        if known is None:
+            raise
+        return {r: {**head, "routing": r, "not_run": sentence(known)} for r in routings}
+
+
+def _measured(
+    bench: Bench,
+    arm: Arm,
+    mode: Mode,
+    context: int,
+    routings: tuple[Routing, ...],
+    head: dict[str, Any],
+    trace_file: Callable[[str], Any],
+) -> dict[Routing, dict[str, Any]]:
+    rows: dict[Routing, dict[str, Any]] = {}
+    steps, options = bench.steps, {"lowering": bench.lowering, "strict": True, **arm.options}
+    if mode == "graph":
+        options["mode"] = "reduce-overhead"
+    with bench.opened(arm) as (model, session, routing), trace_predictions():
+        filled = FilledCache(model.config, context, steps.total, bench.device, bench.shape.dtype)
+        compiled = model
+        if mode != "eager":
+            compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
+        run = Run(bench, arm, compiled, session, routing, filled)
+        torch._dynamo.utils.counters.clear()
+        for kind in routings:
+            run.start(kind == "trace")
+            started = time.perf_counter()
+            for _ in range(steps.warm_up):
+                run.step()
+            _synchronise(bench.device)
+            warm_up_s = time.perf_counter() - started
+            session.reset_stats()
+            times = step_times_ms(run, steps.timed, bench.device)
+            counted = _counters(session, steps.timed)
+            profiled = profile_steps(
+                run.step, steps.profiled, device=bench.device, trace_file=trace_file(kind)
+            )
+            rows[kind] = {
+                **head,
+                "routing": kind,
+                "slots": list(session.cache.slots),
+                "policy": arm.options.get("policy", "exact"),
+                "tpot_ms": {f"p{p}": quantile(times, p / 100) for p in (20, 50, 80)},
+                "tokens_per_s": 1e3 / quantile(times, 0.5),
+                **counted,
+                **profiled,
+                "tokens": run.tokens,
+                "warm_up_s": warm_up_s,
+                "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+                "steps": [steps.warm_up, steps.timed, steps.profiled],
+            }
+    return rows
+
+
+def _counters(session: DeviceSession, steps: int) -> dict[str, Any]:
+    total = session.stats.total
+    needed = total.demand_bytes + total.useful_speculative_bytes
+    return {
+        "hit_rate": total.hits / max(1, total.hits + total.misses),
+        "demand_bytes": total.demand_bytes / steps,
+        "speculative_bytes": total.speculative_bytes / steps,
+        "missed_bytes": needed / steps,
+        "skipped_experts": total.skipped_experts / steps,
+    }
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

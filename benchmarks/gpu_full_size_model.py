@@ -1,0 +1,283 @@
+"""Models of full shape whose experts exist only as records of a store in host memory.
+
+Attention, routers, norms and embeddings are random on the device. The experts' parameters are meta
+tensors that give the records their layout and are then released; the records themselves are drawn
+on the device layer by layer and copied to where the store keeps them, page-locked.
+
+Shape letters: E experts, K top-k, C context, N steps, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig, StaticCache
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from specmoe_compile.errors import StoreError
+from specmoe_compile.generation import _mark_static
+from specmoe_compile.runtime.cuda.opening import _page_lock
+from specmoe_compile.runtime.expert_store import StoreLayer
+from specmoe_compile.runtime.experts_module import (
+    ExpertsLayer,
+    find_experts_layers,
+    release_experts,
+)
+from specmoe_compile.runtime.machine import available_ram_bytes
+from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.sizes import format_bytes
+
+SEED = 0
+_CACHE_MULTIPLE = 64  # aligned rows of the attention mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A model to be built: its name, configuration and dtype."""
+
+    name: str
+    config: Callable[[], Any]
+    dtype: torch.dtype = torch.bfloat16
+
+    def configured(self, layers: int | None = None) -> Any:
+        """The configuration, with fewer layers if `layers` says so."""
+        config = self.config()
+        if layers is not None and layers != config.num_hidden_layers:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        return config
+
+
+def _qwen3_30b() -> Any:
+    return Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=131072,
+    )
+
+
+def _gpt_oss_20b() -> Any:
+    return GptOssConfig(num_hidden_layers=24, num_local_experts=32)
+
+
+def _tiny_qwen3() -> Any:
+    return Qwen3MoeConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=64,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+
+
+def _tiny_gpt_oss() -> Any:
+    return GptOssConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(name="Qwen3-30B-A3B", config=_qwen3_30b),
+        Shape(name="GPT-OSS-20B", config=_gpt_oss_20b),
+        Shape(name="tiny-qwen3", config=_tiny_qwen3, dtype=torch.float32),
+        Shape(name="tiny-gpt-oss", config=_tiny_gpt_oss, dtype=torch.float32),
+    )
+}
+DRY_SHAPES = ("tiny-qwen3", "tiny-gpt-oss")
+
+
+class InlineStreams:
+    """`Streams` of a machine without any: all work runs in the order of issue."""
+
+    capturing = False
+
+    def record(self, stream: str) -> None:
+        """Nothing is ever pending."""
+
+    def wait(self, stream: str, event: Any) -> None:
+        """Nothing is ever pending."""
+
+    def on(self, stream: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def reached(self, event: Any) -> bool:
+        """Nothing is ever pending."""
+        return True
+
+    def synchronize(self, event: Any) -> None:
+        """Nothing is ever pending."""
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device)
+
+
+@contextmanager
+def _experts_on_meta() -> Iterator[None]:
+    def wrapped(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def on_meta(self: Any, *args: Any, **kwargs: Any) -> None:
+            with torch.device("meta"):
+                init(self, *args, **kwargs)
+
+        return on_meta
+
+    with (
+        mock.patch.object(Qwen3MoeExperts, "__init__", wrapped(Qwen3MoeExperts.__init__)),
+        mock.patch.object(GptOssExperts, "__init__", wrapped(GptOssExperts.__init__)),
+    ):
+        yield
+
+
+def build_skeleton(
+    shape: Shape, device: torch.device, *, layers: int | None = None
+) -> tuple[Any, list[ExpertsLayer]]:
+    """A random model on `device` whose experts are released, and what its MoE layers are."""
+    torch.manual_seed(SEED)
+    with torch.device(device), _experts_on_meta():
+        model = AutoModelForCausalLM.from_config(shape.configured(layers), dtype=shape.dtype)
+    found = find_experts_layers(model)
+    for layer in found:
+        release_experts(layer, device)
+    return model.eval().requires_grad_(False), found
+
+
+class RandomStore(RamStore):
+    """Random records that outlive the sessions which read them; closed by `give_back`."""
+
+    def __init__(
+        self, layers: list[ExpertsLayer], top_k: int, device: torch.device, *, std: float
+    ) -> None:
+        """Reserve, page-lock for a GPU, and fill with normals of `std`.
+
+        Raises:
+            StoreError: there is not enough memory, or it cannot be page-locked.
+        """
+        self.layers: tuple[StoreLayer, ...] = tuple(layer.store_layer for layer in layers)
+        self.top_k = top_k
+        self.fingerprint = "random".ljust(64, "0")
+        needed = sum(layer.total_bytes for layer in self.layers)
+        if needed > available_ram_bytes():
+            raise StoreError(
+                f"The experts need {format_bytes(needed)} of RAM and"
+                f" {format_bytes(available_ram_bytes())} are free: take fewer --layers."
+            )
+        super().__init__(self)  # type: ignore[arg-type]  # its own source of shapes
+        self._unlock = _page_lock(self.region) if device.type == "cuda" else None
+        for layer in range(len(self.layers)):
+            self._fill(layer, device, std)
+
+    @torch.no_grad()
+    def _fill(self, layer: int, device: torch.device, std: float) -> None:
+        """Draw a layer's experts on the device and copy them into its records."""
+        records = self.layer_records(layer)
+        generator = torch.Generator(device).manual_seed(SEED + layer)
+        bank = torch.zeros(records.shape, dtype=torch.uint8, device=device)
+        for view in self.layouts[layer].bank_views(bank).values():
+            view.normal_(std=std, generator=generator)
+        records.copy_(bank)
+
+    def close(self) -> None:
+        """A session that ends leaves the store open for the next one."""
+
+    def give_back(self) -> None:
+        """Unlock and free the memory."""
+        if self._unlock is not None:
+            self._unlock()
+        super().close()
+
+
+class FilledCache:
+    """A static cache that holds random keys and values of C tokens, before the first step.
+
+    Attributes:
+        cache: the cache.
+    """
+
+    def __init__(
+        self, config: Any, context: int, steps: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Reserve and fill.
+
+        Args:
+            config: of the model.
+            context: C.
+            steps: N, room for as many new tokens.
+            device, dtype: of keys and values.
+        """
+        rows = -(-(context + steps) // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+        self.context = context
+        self.cache = StaticCache(config=config, max_cache_len=rows)
+        heads, size = config.num_key_value_heads, config.head_dim
+        self.cache.early_initialization(1, heads, size, dtype, device)
+        generator = torch.Generator(device).manual_seed(SEED)
+        for layer in self.cache.layers:
+            if layer.is_sliding and layer.max_cache_len > context:
+                raise ValueError(
+                    f"A context of {context} does not fill a sliding window of"
+                    f" {layer.max_cache_len}: take a longer one."
+                )
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        self.rewind()
+        _mark_static(self.cache)
+
+    def rewind(self) -> None:
+        """Go back to C tokens."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)
+        self.hold()
+
+    def hold(self) -> None:
+        """Keep the host's count of full sliding windows, which compiled code is guarded by."""
+        for layer in self.cache.layers:
+            if layer.is_sliding:
+                layer.cumulative_length_int = self.context
+
+
+def random_tokens(vocabulary: int, count: int, device: torch.device) -> Tensor:
+    """Token ids, [1, count]."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(2, vocabulary, (1, count), generator=generator).to(device)

@@ -1,0 +1,173 @@
+"""The full-size GPU benchmark, dry: tiny models on the CPU through the parts that run on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_full_size
+from benchmarks.gpu_full_size_arms import Bench, Steps
+from benchmarks.gpu_full_size_extra import _eager_tokens
+from benchmarks.gpu_full_size_measure import measure_arm
+from benchmarks.gpu_full_size_model import SHAPES, RandomStore, build_skeleton
+from benchmarks.gpu_full_size_profile import (
+    read_trace,
+)
+from benchmarks.gpu_full_size_trace import (
+    PREDICTED,
+    TRUE,
+    RoutingTrace,
+    describe_tables,
+    map_trace,
+    record_reference,
+)
+from specmoe_compile.runtime.cuda.session import DeviceSession
+
+CPU = torch.device("cpu")
+STD = 0.2  # so large that experts decide tokens
+CONTEXT, TEXTS, TOKENS, EXPERTS, TOP_K = 32, 4, 12, 32, 4
+STEPS = Steps(warm_up=3, timed=5, profiled=2)
+
+
+def made_trace() -> RoutingTrace:
+    """A trace whose predictions are right for some tokens and wrong for others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def choices() -> torch.Tensor:
+        scores = torch.rand(8, TEXTS, TOKENS, EXPERTS, generator=generator)
+        return scores.topk(TOP_K, dim=-1).indices
+
+    weights = torch.rand(8, TEXTS, TOKENS, TOP_K, generator=generator) + 0.1
+    weights /= weights.sum(-1, keepdim=True)
+    ids, wrong = choices(), choices()
+    misled = torch.rand(8, TEXTS, TOKENS, 1, generator=generator) < 0.3
+    return RoutingTrace(
+        ids=ids,
+        weights=weights,
+        predicted_ids=torch.where(misled, wrong, ids),
+        predicted_weights=weights,
+        experts=EXPERTS,
+    )
+
+
+def bench_of(name: str) -> Bench:
+    shape = SHAPES[name]
+    _, layers = build_skeleton(shape, CPU)
+    tables = map_trace(made_trace(), layers=len(layers), experts=layers[0].num_experts, top_k=TOP_K)
+    store = RandomStore(layers, TOP_K, CPU, std=STD)
+    return Bench(shape=shape, device=CPU, store=store, tables=tables, steps=STEPS, lowering="eager")
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Bench:
+    return bench_of("tiny-qwen3")
+
+
+def test_records_hold_random_weights_and_no_module_holds_any(qwen: Bench) -> None:
+    _, layers = build_skeleton(qwen.shape, CPU)
+    assert all(p.shape[0] == 0 for layer in layers for p in layer.module.parameters())
+    layout = qwen.store.layouts[1]
+    first, second = (layout.views(qwen.store.record(1, expert)) for expert in (0, 63))
+    for name, view in first.items():
+        assert view.std().item() == pytest.approx(STD, rel=0.1)
+        assert not torch.equal(view, second[name])
+    again = RandomStore(layers, TOP_K, CPU, std=STD)
+    assert torch.equal(again.region, qwen.store.region)
+
+
+def test_mapped_tables_choose_the_heaviest_of_the_traced_experts() -> None:
+    trace = made_trace()
+    tables = map_trace(trace, layers=9, experts=64, top_k=4)
+    for layer, source, text in ((0, 0, 0), (1, 1, 0), (7, 7, 0), (8, 1, 2)):
+        for token in range(TOKENS):
+            both = torch.cat([trace.ids[source, text + b, token] + 32 * b for b in (0, 1)])
+            heavy = torch.cat([trace.weights[source, text + b, token] for b in (0, 1)])
+            want = both[heavy.topk(4).indices]
+            got = tables[layer, token, TRUE].topk(4).indices
+            assert got.tolist() == want.tolist()
+    about = describe_tables(tables, 4)
+    assert 0.5 < about["recall_mean"] < 0.95
+    with pytest.raises(ValueError, match="does not map"):
+        map_trace(trace, layers=48, experts=128, top_k=8)
+
+
+def test_exact_arms_give_the_tokens_of_the_eager_model(
+    qwen: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guessed: list[tuple[int, list[int]]] = []
+    routed: list[tuple[int, list[int]]] = []
+    start, wait = DeviceSession.start_prefetch, DeviceSession.wait_prefetch
+
+    def spy_start(self: Any, layer: int, ids: Any, weights: Any) -> int:
+        guessed.append((layer, sorted(ids[0].tolist())))
+        return start(self, layer, ids, weights)
+
+    def spy_wait(self: Any, ticket: int, layer: int, ids: Any) -> int:
+        routed.append((layer, sorted(ids[0].tolist())))
+        return wait(self, ticket, layer, ids)
+
+    monkeypatch.setattr(DeviceSession, "start_prefetch", spy_start)
+    monkeypatch.setattr(DeviceSession, "wait_prefetch", spy_wait)
+    want = _eager_tokens(qwen, CONTEXT)
+    rows = measure_arm(qwen, "prefetch_no_cache", "compiled", CONTEXT, ("trace", "router"))
+    for routing, row in rows.items():
+        assert row["tokens"] == want[routing]
+        assert row["compiled_graphs"] == 1
+    assert want["trace"] != want["router"]
+
+    def chosen(which: int) -> list[tuple[int, list[int]]]:
+        return [
+            (layer, sorted(qwen.tables[layer, token, which].topk(TOP_K).indices.tolist()))
+            for token in range(STEPS.total)
+            for layer in range(0 if which == TRUE else 1, len(qwen.tables))
+        ]
+
+    layers, steps = len(qwen.tables), STEPS.total
+    assert routed[: layers * steps] == chosen(TRUE)
+    assert guessed[: (layers - 1) * steps] == chosen(PREDICTED)
+    assert guessed[(layers - 1) * steps :] != chosen(PREDICTED)  # the random routers' own
+    # Without a cache the hits are the predictions that came true.
+    timed = qwen.tables[:, STEPS.warm_up : STEPS.warm_up + STEPS.timed]
+    recall = describe_tables(timed, TOP_K)["recall"]
+    assert rows["trace"]["hit_rate"] == pytest.approx(sum(recall) / layers, abs=1e-4)
+
+
+def test_a_dry_run_writes_rows_resumes_and_reports(tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace.safetensors", tmp_path / "dry.json"
+    made_trace().save(trace)
+    command = ["--dry", "--lowering", "eager", "--models", "tiny-gpt-oss", "--modes", "graph"]
+    command += ["--out", str(out), "--trace", str(trace), "--routings", "trace"]
+    command += ["--arms", "resident", "specmoe_25", "commit_25"]
+    assert gpu_full_size.main([*command, "--only", "arms", "--budget-s", "0"]) == 0
+    assert json.loads(out.read_text())["rows"] == {}
+    assert gpu_full_size.main([*command, "--only", "arms", "report"]) == 2  # it exists
+    assert gpu_full_size.main([*command, "--resume"]) == 0
+    data = json.loads(out.read_text())
+    rows = {row["arm"]: row for row in data["rows"].values()}
+    assert "policy='commit' is not supported" in rows["commit_25"]["not_run"]
+    assert rows["resident"]["hit_rate"] == 1.0
+    assert rows["specmoe_25"]["tokens"] == rows["resident"]["tokens"]
+    assert rows["specmoe_25"]["missed_bytes"] > 0
+    assert rows["accelerate"]["scaled"] == "from 1 and 3 layers to 2"
+    assert all(check["differing_tokens"] == 0 for check in data["checks"])
+    report = out.with_suffix(".md").read_text()
+    assert "no figure here means anything" in report
+    assert "trace-driven routing" in report
+    kept = tmp_path / "dry.tiny-gpt-oss.specmoe_25.graph.json.gz"
+    names = {event["name"] for event in read_trace(kept)}
+    assert "specmoe/L1/prefetch" in names
+    assert kept.with_suffix("").with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_reference_models_trace_is_predicted_and_local() -> None:
+    trace = record_reference(2, 64)
+    assert trace.ids.shape == (8, 2, 64, 4)
+    tables = map_trace(trace, layers=8, experts=32, top_k=4)
+    about = describe_tables(tables, 4)
+    assert 0.6 < about["recall_mean"] < 0.95
+    assert 0.3 < about["previous_token_mean"] < 0.8
