@@ -21,6 +21,14 @@ PASSES_SHARE = 0.15
 FEWER_BYTES = 0.3
 MOST_LOSS_NATS = 0.02
 
+_PHASES = {
+    "timing": "time per token",
+    "exact": "tokens of policy exact on the widened model",
+    "exact_small": "tokens of policy exact on the model as trained",
+    "eval": "recall by layer and fidelity of the policies",
+    "compile": "compile time",
+}
+
 Result = Mapping[str, Any]
 
 
@@ -52,6 +60,9 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
     sections.insert(
         1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)
     )
+    missing = [text for name, text in _PHASES.items() if name not in found]
+    if missing:
+        sections.insert(2, "Not measured in this run: " + "; ".join(missing) + ".")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join([*filter(None, sections), _NOTES]) + "\n", encoding="utf-8")
     for claim in claims:
@@ -177,7 +188,7 @@ def _head(found: Mapping[str, Result]) -> str:
             "",
             "Written by `python -m benchmarks.speculation` from"
             " `benchmarks/results/speculation_*`.",
-            "What policies cost in output is in [fidelity](fidelity.md).",
+            *(("What policies cost in output is in [fidelity](fidelity.md).",) * ("eval" in found)),
             "",
             f"- Model: the reference model in float32 with experts of"
             f" {format_bytes(model['bytes_per_expert'])}: {model['moe_layers']} MoE layers,"
@@ -242,15 +253,15 @@ def _link_section(timing: Result) -> str:
         busy_ms = sum(total["read_busy_ms"] for total in totals) / tokens
         if not read:
             continue
-        mean_ms = arm["tpot_ms"]["p50"]
+        median_ms = arm["tpot_ms"]["p50"]
         rows.append(
             (
                 arm["name"],
                 format_bytes(round(read / tokens)),
                 f"{read / tokens / busy_ms / 1e6:.2f} GB/s",
                 f"{busy_ms:.1f} ms",
-                f"{100 * busy_ms / mean_ms:.0f} %",
-                f"{max(0.0, mean_ms - busy_ms):.1f} ms",
+                f"{100 * busy_ms / median_ms:.0f} %",
+                f"{max(0.0, median_ms - busy_ms):.1f} ms",
             )
         )
     head = ("arm", "read/token", "rate while reading", "reading", "of the token", "link idle")
