@@ -5,13 +5,12 @@ Shape letters: E experts, L MoE layers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
 from specmoe_compile.runtime.double_buffers import DoubleBuffers
-from specmoe_compile.runtime.expert_cache import CachePlan
+from specmoe_compile.runtime.expert_cache import CachePlan, ExpertCache
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.memory import SlotMemory, StagingRing
 from specmoe_compile.runtime.nvtx import layer_range
@@ -19,24 +18,6 @@ from specmoe_compile.runtime.residency import NOTHING_ISSUED, Issued, Residency,
 from specmoe_compile.runtime.stats import LayerStats
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.disk import raise_unless_done
-
-
-class SlotTable(Protocol):
-    """What `ExpertCache` and `DoubleBuffers` have in common."""
-
-    def plan(
-        self,
-        layer: int,
-        experts: Sequence[int],
-        *,
-        pinned_slots: Collection[int] = (),
-        bypass: bool = False,
-        speculative: bool = False,
-    ) -> CachePlan: ...
-
-    def slot(self, layer: int, expert: int) -> int: ...
-
-    def forget(self, layer: int, expert: int) -> None: ...
 
 
 class _Pending(NamedTuple):
@@ -53,7 +34,7 @@ class CachedResidency(Residency):
     def __init__(
         self,
         store: ExpertStore,
-        table: SlotTable,
+        table: ExpertCache | DoubleBuffers,
         memory: SlotMemory,
         staging: StagingRing,
         transfer: Transfer,
@@ -78,6 +59,9 @@ class CachedResidency(Residency):
         self._pushed_out: list[dict[int, int]] = [{} for _ in memory.bank_of]
         self._regret_s: list[dict[int, float]] = [{} for _ in memory.bank_of]
         self._s_per_byte = 0.0
+
+    def now_s(self) -> float:
+        return self.transfer.now_s()
 
     def set_poison(self, on: bool) -> None:
         """Fill every slot and buffer with NaNs before it is given to another expert; for tests."""
@@ -124,9 +108,9 @@ class CachedResidency(Residency):
         if read is None:
             if not block:
                 return None
-            started_s = time.perf_counter()
+            started_s = self.now_s()
             read = self.transfer.wait_any(step.waiting.values())
-            self._stats[step.layer].stall_ms += (time.perf_counter() - started_s) * 1e3
+            self._stats[step.layer].stall_ms += (self.now_s() - started_s) * 1e3
         expert = read.expert
         del step.waiting[expert]
         self._note_speed(read)

@@ -8,7 +8,7 @@ Shape letters: E experts, K top-k, L MoE layers, S slots per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,6 +16,8 @@ from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
 from specmoe_compile.runtime.layout import ExpertLayout
 from specmoe_compile.runtime.transfer.base import Read
+
+Allocate = Callable[[int], torch.Tensor]
 
 MAX_STAGING_BYTES = 256 << 20
 _POISON_BYTE = 0xFF  # every float made of such bytes is a NaN
@@ -58,6 +60,7 @@ class SlotMemory:
         slots: Sequence[int],
         *,
         shared_banks: int | None = None,
+        allocate: Allocate = aligned_empty,
     ) -> None:
         """Reserve memory.
 
@@ -66,6 +69,7 @@ class SlotMemory:
             layouts: of each layer.
             slots: S of each layer.
             shared_banks: if given, layer l uses bank l % shared_banks and its slots there.
+            allocate: makes memory of a size in bytes, [bytes] uint8.
         """
         layers = range(len(layouts))
         banks = len(layouts) if shared_banks is None else min(shared_banks, len(layouts))
@@ -77,7 +81,7 @@ class SlotMemory:
         for layer in layers:
             bank = self.bank_of[layer]
             sizes[bank] = max(sizes[bank], slots[layer] * layouts[layer].record_bytes)
-        memory = [aligned_empty(size) for size in sizes]
+        memory = [allocate(size) for size in sizes]
         self.total_bytes = sum(sizes)
         self._banks = [
             memory[self.bank_of[layer]][: slots[layer] * layouts[layer].record_bytes].view(
@@ -108,13 +112,19 @@ class SlotMemory:
 class StagingRing:
     """A few record buffers for experts that get no slot: read, computed from once, reused."""
 
-    def __init__(self, layouts: Sequence[ExpertLayout], *, buffers: int) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        *,
+        buffers: int,
+        allocate: Allocate = aligned_empty,
+    ) -> None:
         """Reserve `buffers` records of the largest layer, fewer if they pass MAX_STAGING_BYTES."""
         record_bytes = max(layout.record_bytes for layout in layouts)
         count = max(2, min(buffers, MAX_STAGING_BYTES // record_bytes))
         self.total_bytes = count * record_bytes
         self.poison = False
-        self._memory = aligned_empty(self.total_bytes).view(count, record_bytes)
+        self._memory = allocate(self.total_bytes).view(count, record_bytes)
         self._layouts = layouts
         self._users: list[Read | None] = [None] * count
         self._free = list(range(count))

@@ -8,8 +8,7 @@ a given disk and cache.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from specmoe_compile.runtime.residency import Issued, Residency
 from specmoe_compile.runtime.speculation import LAYER_MARGIN, PrefetchGate
@@ -26,11 +25,11 @@ class PrefetchJudge:
         clock: what a predicted layer costs the host.
     """
 
-    def __init__(self, layers: int) -> None:
-        """Start with every gate open."""
+    def __init__(self, layers: int, now_s: Callable[[], float]) -> None:
+        """Start with every gate open; `now_s` is the clock that reads are timed with."""
         self.layers = [PrefetchGate(margin=LAYER_MARGIN) for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
-        self.clock = StepClock()
+        self.clock = StepClock(now_s)
 
     def admitted(
         self, layer: int, experts: Sequence[int], width: int
@@ -104,7 +103,7 @@ def _gains(
     """Seconds that each useful read saved, that each useless one costs, and the useless experts."""
     if not issued.reads:
         return {}, {}, []
-    now_s = time.perf_counter()
+    now_s = residency.now_s()
     reads = {expert: read for expert, read in issued.reads.items() if read.state in (RUNNING, DONE)}
     spans = {e: (r.started_s, min(now_s, r.finished_s or now_s)) for e, r in reads.items()}
     saved_s: dict[int, float] = {}

@@ -8,6 +8,7 @@ Shape letters: E experts, K top-k, L MoE layers.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -55,6 +56,10 @@ class Residency(ABC):
     """Where the experts of a session are computed from."""
 
     fast_tier_bytes: int
+
+    def now_s(self) -> float:
+        """Return the time by the clock that reads are timed with, in seconds."""
+        return time.perf_counter()
 
     @abstractmethod
     def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from specmoe_compile.runtime.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.expert_cache import ExpertCache
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
-from specmoe_compile.runtime.memory import SlotMemory, StagingRing, slots_per_layer
+from specmoe_compile.runtime.fast_tier import FastTier
 from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.speculation import SpeculationConfig
@@ -68,6 +68,16 @@ def get_session(handle: int) -> Session:
     return session
 
 
+class RoutingObserver(Protocol):
+    """What a session tells of each layer step; tensors are the caller's and may be reused."""
+
+    def routed(self, layer: int, ids: Tensor, weights: Tensor, *, split: bool) -> None:
+        """Take a layer's routing, [T, K] each, before it runs; `split` if a wait came before."""
+
+    def predicted(self, layer: int, ids: Tensor, weights: Tensor) -> None:
+        """Take a prediction of a layer's routing, [T, P] each."""
+
+
 class Session:
     """Store, cache, transfer and counters of one model; a context manager that closes them.
 
@@ -82,6 +92,7 @@ class Session:
         device: where experts are computed.
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
+        observer: is told every routing and prediction; None for nobody.
         plans_steps: whether it answers `plan_step`, which a graph may then branch on.
     """
 
@@ -121,6 +132,7 @@ class Session:
         self.store = store
         self.top_k = top_k
         self.cache: ExpertCache | DoubleBuffers | None = None
+        self.observer: RoutingObserver | None = None
         _check_store(self.layers, store)
         self._runners = tuple(
             ExpertRunner(layer.module, layer.layout, layer.num_experts) for layer in self.layers
@@ -153,36 +165,24 @@ class Session:
                 )
             return InPlaceResidency(self.store, self._runners, self._layer_stats)
         self._transfer = DiskTransfer(self.store, reader_threads=reader_threads)
-        # Enough that a reader never waits for the expert that is being computed.
-        self._staging = StagingRing(self.store.layouts, buffers=reader_threads + 2)
-        if cache_bytes == 0:
-            return self._buffered(SpeculationConfig())
-        experts = self.store.num_experts
-        slots = slots_per_layer(cache_bytes, self.store.layouts, experts, self.top_k)
-        self.cache = ExpertCache(num_experts=experts, slots=slots, policy=policy)
-        return self._cached(self.cache, SlotMemory(self._runners, self.store.layouts, slots))
-
-    def _buffered(self, speculation: SpeculationConfig) -> CachedResidency:
-        """Return a residency without a cache, with the buffers that the predictions need."""
-        width = max(self.top_k, speculation.prefetch_width or 0)
-        slots = tuple(min(width, count) for count in self.store.num_experts)
-        memory = SlotMemory(
-            self._runners, self.store.layouts, slots, shared_banks=speculation.lookahead + 1
-        )
-        self.cache = DoubleBuffers(bank_of=memory.bank_of, slots=slots)
-        return self._cached(self.cache, memory)
-
-    def _cached(self, table: ExpertCache | DoubleBuffers, memory: SlotMemory) -> CachedResidency:
-        assert self._transfer is not None, "a residency that reads has a transfer"
-        return CachedResidency(
+        self._tier = FastTier(
             self.store,
-            table,
-            memory,
-            self._staging,
             self._transfer,
             self._runners,
             self._layer_stats,
+            top_k=self.top_k,
+            reader_threads=reader_threads,
         )
+        if cache_bytes == 0:
+            return self._buffered(SpeculationConfig())
+        residency = self._tier.cached(cache_bytes, policy)
+        self.cache = residency.table
+        return residency
+
+    def _buffered(self, speculation: SpeculationConfig) -> CachedResidency:
+        residency = self._tier.buffered(speculation)
+        self.cache = residency.table
+        return residency
 
     def __enter__(self) -> Session:
         return self
@@ -244,6 +244,11 @@ class Session:
             if speculation.nvtx:
                 nvtx.enable()
 
+    @property
+    def speculation(self) -> SpeculationConfig:
+        """What happens to predictions, as `configure` set it."""
+        return self._speculator.config
+
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
         with self._lock:
@@ -272,6 +277,8 @@ class Session:
         """
         with self._lock, layer_range(layer, "experts"):
             self._check_open()
+            if self.observer is not None:
+                self.observer.routed(layer, ids, weights, split=False)
             return self._speculator.demand(layer, x, ids, weights)
 
     def blend_default_vectors(
@@ -297,6 +304,8 @@ class Session:
         self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
             self._check_open()
+            if self.observer is not None:
+                self.observer.predicted(layer, ids, weights)
             return self._speculator.start(layer, ids, weights)
 
     def plan_step(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
@@ -329,6 +338,8 @@ class Session:
         """
         with self._lock, layer_range(layer, "resident"):
             self._check_open()
+            if self.observer is not None:
+                self.observer.routed(layer, ids, weights, split=True)
             return self._speculator.run(state, layer, x, ids, weights)
 
     def correct_experts(

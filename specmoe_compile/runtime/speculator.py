@@ -13,7 +13,6 @@ Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -92,7 +91,8 @@ class Speculator:
         self.config = SpeculationConfig()
         self.vectors = vectors
         self.residency = residency
-        self.judge = PrefetchJudge(len(runners))
+        # Asked for anew each time: the residency may be replaced.
+        self.judge = PrefetchJudge(len(runners), lambda: self.residency.now_s())
         # Decoding learns default vectors only once a graph that uses them was configured.
         self.learns_from_decode = False
         self._runners = runners
@@ -162,7 +162,7 @@ class Speculator:
         asked, self._asked[layer] = self._asked[layer], None
         if not 0 < ids.shape[0] <= PREFILL_TOKENS:
             return number
-        started_s = time.perf_counter()
+        started_s = self.residency.now_s()
         if not (self._wants(layer) if asked is None else asked):
             return number
         config = self.config
@@ -180,7 +180,8 @@ class Speculator:
             layer, admitted, predicted=experts, budget_bytes=config.prefetch_budget_bytes
         )
         if not self._is_reading():
-            prediction.host_ms = (time.perf_counter() - (self.lookahead_s or started_s)) * 1e3
+            begun_s = self.lookahead_s or started_s
+            prediction.host_ms = (self.residency.now_s() - begun_s) * 1e3
         self.lookahead_s = 0.0
         return number
 

@@ -7,6 +7,7 @@ adds: the lookahead, the split, the bookkeeping, and products slowed down by rea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 BASELINE_STEPS = 8
 """Steps without predictions that are measured first, in turn with steps that have some."""
@@ -33,8 +34,9 @@ class _Mean:
 class StepClock:
     """Times decode steps from their plan to their last layer."""
 
-    def __init__(self) -> None:
-        """Nothing measured yet."""
+    def __init__(self, now_s: Callable[[], float] | None = None) -> None:
+        """Nothing measured yet; `now_s` is the clock, by default `time.perf_counter`."""
+        self._now_s = now_s or (lambda: time.perf_counter())
         self._without = _Mean()
         self._with = _Mean()
         self._predicted = _Mean()
@@ -59,7 +61,7 @@ class StepClock:
         """Start a step with that many predicted layers; `stalled_ms` is the time waited so far."""
         self._in_step = predicted
         self._stalled_ms = stalled_ms
-        self._started_s = time.perf_counter()
+        self._started_s = self._now_s()
 
     def end(self, stalled_ms: float) -> None:
         """End the step that began, if one did and the counters went on."""
@@ -67,7 +69,7 @@ class StepClock:
         waited_ms = stalled_ms - self._stalled_ms
         if not started_s or waited_ms < 0:
             return
-        worked_ms = (time.perf_counter() - started_s) * 1e3 - waited_ms
+        worked_ms = (self._now_s() - started_s) * 1e3 - waited_ms
         if self._in_step:
             self._with.add(worked_ms)
             self._predicted.add(self._in_step)

@@ -7,6 +7,7 @@ started stay in use until those reads are `final`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
@@ -27,7 +28,7 @@ class Read:
         destination: [record_bytes] uint8, where the record goes.
         speculative: a guess, which yields to demand reads; False once it is promoted.
         error: what the reader raised, when `state` is FAILED.
-        started_s, finished_s: `time.perf_counter` when it began and ended; 0 before.
+        started_s, finished_s: `Transfer.now_s` when it began and ended; 0 before.
     """
 
     __slots__ = (
@@ -80,6 +81,10 @@ class Ticket(ABC):
 
 class Transfer(ABC):
     """A way of moving records; `close` ends it and makes every waiter raise."""
+
+    def now_s(self) -> float:
+        """Return the time by the clock that reads are timed with, in seconds."""
+        return time.perf_counter()
 
     @abstractmethod
     def start(

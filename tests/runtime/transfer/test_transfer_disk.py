@@ -15,7 +15,7 @@ from specmoe_compile.errors import StoreError, TransferError
 from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.disk_store import DiskStore
 from specmoe_compile.runtime.store_writer import pack_records
-from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 from tests.runtime.fakes import (
     E,
@@ -114,7 +114,7 @@ def test_cancel_takes_back_what_has_not_started(
 def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     """Small records: as many as fit the limit; a demand read finds a free reader."""
     transfer = DiskTransfer(store, reader_threads=2)
-    transfer._most_guesses = 1
+    transfer._queue.most_guesses = 1
     event = threading.Event()
     store.before_read = lambda layer, expert: (event.wait(10) if expert < 4 else True) and None
     guess = transfer.start(0, buffers([0, 1, 2]), speculative=True)
@@ -126,6 +126,7 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     transfer.close()
 
 
+<<<<<<< HEAD
 def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=4)
     events = [threading.Event() for _ in range(E)]
@@ -144,6 +145,22 @@ def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     for event in events:
         event.set()
     demand.wait()
+=======
+def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
+    """The first guess holds one reader and the place of guesses; the other reader is idle."""
+    transfer = DiskTransfer(store, reader_threads=2)
+    transfer._queue.most_guesses = 1
+    event = threading.Event()
+    store.before_read = lambda layer, expert: (event.wait(10) if expert == 0 else True) and None
+    guess = transfer.start(0, buffers([0, 1]), speculative=True)
+    while guess.reads[0].state == QUEUED:
+        time.sleep(0.001)
+    assert transfer.promote(guess.reads[1])
+    guess.wait(1)
+    assert guess.reads[0].state == RUNNING, "it had to wait for the guess before it"
+    event.set()
+    guess.wait()
+>>>>>>> 2bb4bc7 (runtime: one queue of reads, one clock, one builder of residencies; sessions tell an observer of routings)
     transfer.close()
 
 
