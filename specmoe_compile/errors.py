@@ -38,3 +38,7 @@ class InvariantError(CompileError):
 
 class CalibrationError(SpecMoEError):
     """A calibration artefact is missing, malformed, or belongs to another model."""
+
+
+class TraceError(SpecMoEError):
+    """A routing trace is missing, malformed, of another version, or of another model."""

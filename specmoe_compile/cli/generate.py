@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from specmoe_compile.cli.options import (
     check_dtype,
     compile_options,
 )
+
+if TYPE_CHECKING:
+    from specmoe_compile.replay.recorder import TraceRecorder
 
 
 def generate(
@@ -50,6 +53,14 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     threads: THREADS = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Record which experts were used, for specmoe replay, into this file.",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ] = None,
     json: JSON = None,
     debug: DEBUG = False,
 ) -> None:
@@ -72,6 +83,7 @@ def generate(
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     check_writable(json)
+    check_writable(trace, "trace")
     text = _prompt_text(prompt)
 
     import torch
@@ -98,7 +110,10 @@ def generate(
     if kv_cache == "static":
         settings["cache_implementation"] = "static"
     torch.manual_seed(seed)
+    recorder = _recorder(inner) if trace is not None else None
     result = stream(runner, tokenizer, ids, max_new_tokens, settings, compiled=compile)
+    if recorder is not None and trace is not None:
+        recorder.trace(model).save(trace.expanduser())
     stats = specmoe_compile.stats(inner)
     print(_summary(result), file=sys.stderr)
     print(stats, file=sys.stderr)
@@ -185,6 +200,13 @@ def load_tokenizer(model: str) -> Any:
             f"{model} has no tokenizer that transformers can load: add tokenizer.json and"
             " tokenizer_config.json to the folder."
         ) from error
+
+
+def _recorder(model: Any) -> TraceRecorder:
+    from specmoe_compile.generation import session_of
+    from specmoe_compile.replay.recorder import TraceRecorder
+
+    return TraceRecorder(session_of(model))
 
 
 def _prompt_text(prompt: str | None) -> str:

@@ -53,17 +53,17 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, option: str = "json") -> None:
     """Raise before any work is done if a result file could not be written at the end."""
     if path is None:
         return
     folder = path.expanduser().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"The folder of --json {path} does not exist: create it first.")
+        raise FileNotFoundError(f"The folder of --{option} {path} does not exist: create it first.")
     if path.is_dir():
-        raise ValueError(f"--json {path} is a folder: name a file.")
+        raise ValueError(f"--{option} {path} is a folder: name a file.")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"The folder of --json {path} is not writable.")
+        raise PermissionError(f"The folder of --{option} {path} is not writable.")
 
 
 def quiet_transformers() -> None:

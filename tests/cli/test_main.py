@@ -11,7 +11,7 @@ from specmoe_compile import __version__
 from specmoe_compile.cli.main import run
 from tests.helpers import save_tiny
 
-COMMANDS = ("demo", "generate", "bench", "pack", "doctor")
+COMMANDS = ("demo", "generate", "bench", "pack", "replay", "doctor")
 
 
 @pytest.fixture(scope="module")

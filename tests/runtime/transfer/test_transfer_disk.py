@@ -126,7 +126,6 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     transfer.close()
 
 
-<<<<<<< HEAD
 def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=4)
     events = [threading.Event() for _ in range(E)]
@@ -145,7 +144,9 @@ def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     for event in events:
         event.set()
     demand.wait()
-=======
+    transfer.close()
+
+
 def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
     """The first guess holds one reader and the place of guesses; the other reader is idle."""
     transfer = DiskTransfer(store, reader_threads=2)
@@ -160,7 +161,6 @@ def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
     assert guess.reads[0].state == RUNNING, "it had to wait for the guess before it"
     event.set()
     guess.wait()
->>>>>>> 2bb4bc7 (runtime: one queue of reads, one clock, one builder of residencies; sessions tell an observer of routings)
     transfer.close()
 
 

@@ -1,0 +1,362 @@
+"""`specmoe replay`: a recorded routing under other caches, links and predictors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choice, compile_options
+
+if TYPE_CHECKING:
+    from specmoe_compile.replay.engine import ReplaySetting
+    from specmoe_compile.replay.summary import Summary, Sweep
+    from specmoe_compile.replay.trace import RoutingTrace
+    from specmoe_compile.runtime.speculation import SpeculationConfig
+
+LABEL = "replayed on simulated time, not measured"
+
+
+def replay(
+    trace: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of specmoe generate --trace.", show_default=False, metavar="TRACE"
+        ),
+    ],
+    expert_cache: Annotated[
+        str, typer.Option(help="Cache sizes; 0 is no cache.", metavar="SIZE,SIZE,..")
+    ] = "10%,25%,50%",
+    policy: Annotated[
+        str, typer.Option(help="Who leaves a full cache: lru, lfu.", metavar="NAME,..")
+    ] = "lru",
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            help="none, recorded (the run's own), perfect, previous (the token before). By default"
+            " none, and recorded if there is any.",
+            metavar="NAME,..",
+            show_default=False,
+        ),
+    ] = None,
+    link_gbps: Annotated[
+        float | None,
+        typer.Option(
+            help="Bandwidth to the experts, 1e9 bytes/s. By default as measured in the trace.",
+            show_default=False,
+        ),
+    ] = None,
+    one_read_gbps: Annotated[
+        float | None,
+        typer.Option(help="Most that one read gets. By default all.", show_default=False),
+    ] = None,
+    latency_us: Annotated[float, typer.Option(min=0, help="Before a read's first byte.")] = 0.0,
+    readers: Annotated[int, typer.Option(min=1, help="Reads in progress at most.")] = 4,
+    compute_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of a decode step, without waiting. By default as measured in the trace.",
+            show_default=False,
+        ),
+    ] = None,
+    expert_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of it that the experts take.")
+    ] = 0.5,
+    fetched_ms: Annotated[
+        float, typer.Option(min=0, help="What an expert that was just read takes longer.")
+    ] = 0.0,
+    prediction_ms: Annotated[
+        float, typer.Option(min=0, help="The host's time to predict one layer.")
+    ] = 0.0,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Decode steps that are replayed and not counted.")
+    ] = 4,
+    option: COMPILE_OPTION = None,
+    store_dir: Annotated[
+        Path | None,
+        typer.Option(help="Refuse a trace of another model than this store's.", show_default=False),
+    ] = None,
+    json: JSON = None,
+    debug: DEBUG = False,
+) -> None:
+    """Predict hit rates and times from a recorded routing, without the model.
+
+    The trace runs through the runtime's own cache and prefetch code; only the link and computing
+    are simulated. Hit rates of a run without prefetch are exactly those of a real run.
+
+    [bold]Examples[/bold]
+
+      specmoe generate ./checkpoint --store disk --prompt "def main():" --trace run.safetensors
+
+      specmoe replay run.safetensors --expert-cache 10%,25%,50%,75% --policy lru,lfu
+
+      specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
+    """
+    from specmoe_compile.cli.output import check_writable, write_json
+    from specmoe_compile.config import CompileOptions
+    from specmoe_compile.replay.predictors import PREDICTORS
+    from specmoe_compile.replay.trace import RoutingTrace
+    from specmoe_compile.runtime.speculation import SpeculationConfig
+
+    policies = _names("policy", policy, ("lru", "lfu"))
+    predictors = None if predictor is None else _names("predictor", predictor, tuple(PREDICTORS))
+    sizes = [size.strip() for size in expert_cache.split(",")]
+    speculation = SpeculationConfig.from_options(CompileOptions(**compile_options(option)))
+    check_writable(json)
+    loaded = RoutingTrace.load(trace.expanduser())
+    if store_dir is not None:
+        _check_store(loaded, store_dir.expanduser())
+    sweep, machine = _sweep(
+        loaded,
+        warmup,
+        compute_ms=compute_ms,
+        parts={
+            "expert_share": expert_share,
+            "fetched_ms": fetched_ms,
+            "prediction_ms": prediction_ms,
+        },
+        link={
+            "gbps": link_gbps,
+            "one_read_gbps": one_read_gbps,
+            "latency_us": latency_us,
+            "readers": readers,
+        },
+    )
+    chosen = _chosen_predictors(sweep, predictors)
+    settings = [
+        (size, _setting(loaded, size, one_policy, name, speculation))
+        for size in sizes
+        for one_policy in policies
+        for name in chosen
+        # Without a cache nobody has to leave it.
+        if not (_is_zero(loaded, size) and one_policy != policies[0])
+    ]
+    result = _run_all(sweep, settings)
+    _print(loaded, machine, result)
+    if json is not None:
+        write_json(json, _as_dict(loaded, machine, speculation, result))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """Replays, sizes that were refused and why, and what suffices by policy and predictor."""
+
+    summaries: list[Summary]
+    refused: list[dict[str, str]]
+    sufficient: list[dict[str, Any]]
+
+
+def _names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
+    return [check_choice(option, name.strip(), choices) for name in text.split(",")]
+
+
+def _check_store(trace: RoutingTrace, folder: Path) -> None:
+    from specmoe_compile.runtime.store_header import read_header
+
+    trace.check_model(read_header(folder).fingerprint, str(folder))
+
+
+def _is_zero(trace: RoutingTrace, size: str) -> bool:
+    from specmoe_compile.runtime.sizes import parse_size
+
+    return parse_size(size, total_bytes=trace.total_bytes, option="--expert-cache") == 0
+
+
+def _sweep(
+    trace: RoutingTrace,
+    warmup: int,
+    *,
+    compute_ms: float | None,
+    parts: dict[str, float],
+    link: dict[str, Any],
+) -> tuple[Sweep, dict[str, Any]]:
+    """The machine as asked for, or as the trace measured it, and its parameters for the reader."""
+    from specmoe_compile.replay.engine import ComputeTimes
+    from specmoe_compile.replay.link import Link
+    from specmoe_compile.replay.measured import measured
+    from specmoe_compile.replay.steps import ReplaySteps
+    from specmoe_compile.replay.summary import Sweep
+
+    found = measured(trace, trace.decode_steps()[warmup:])
+    from_trace = [
+        name
+        for name, given in (("link_gbps", link["gbps"]), ("compute_ms", compute_ms))
+        if given is None
+    ]
+    link = {**link, "gbps": found.link_gbps if link["gbps"] is None else link["gbps"]}
+    compute_ms = found.compute_ms if compute_ms is None else compute_ms
+    for name, value in (("link-gbps", link["gbps"]), ("compute-ms", compute_ms)):
+        if value is None:
+            raise ValueError(f"The trace measured nothing that gives --{name}: give it.")
+    assert compute_ms is not None
+    times = ComputeTimes.split(compute_ms, layers=trace.layers, top_k=trace.top_k, **parts)
+    sweep = Sweep(ReplaySteps(trace), Link(**link), times, warmup_steps=warmup)
+    return sweep, {
+        "link": link,
+        "compute_ms": compute_ms,
+        **parts,
+        "warmup_steps": warmup,
+        "from_trace": from_trace,
+        "measured": asdict(found),
+    }
+
+
+def _chosen_predictors(sweep: Sweep, asked: list[str] | None) -> list[str]:
+    """Predictors to replay; says so where the trace has no or few predictions."""
+    share = sweep.steps.predicted_share(sweep.counted)
+    names = asked if asked is not None else ["none", *(["recorded"] if share else [])]
+    if "recorded" in names and share == 0:
+        raise ValueError(
+            "The trace holds no predictions to replay with --predictor recorded: record it with"
+            " prefetch on, or choose none, perfect or previous."
+        )
+    if "recorded" in names and share < 0.99:
+        print(
+            f"The run predicted {100 * share:.0f} % of its layer steps; elsewhere `recorded` has"
+            " none. Record with -O auto_off=false to have all.",
+            file=sys.stderr,
+        )
+    return names
+
+
+def _setting(
+    trace: RoutingTrace, size: str, policy: Any, predictor: str, speculation: SpeculationConfig
+) -> ReplaySetting:
+    from specmoe_compile.replay.engine import ReplaySetting
+    from specmoe_compile.runtime.sizes import parse_size
+
+    if predictor == "recorded":
+        # What was predicted so many layers ahead is known so many layers ahead.
+        lookahead = int(trace.setting.get("speculation", {}).get("lookahead", 1))
+        speculation = replace(speculation, lookahead=lookahead)
+    return ReplaySetting(
+        cache_bytes=parse_size(size, total_bytes=trace.total_bytes, option="--expert-cache"),
+        cache_policy=policy,
+        predictor=predictor,
+        speculation=speculation,
+    )
+
+
+def _run_all(sweep: Sweep, settings: Sequence[tuple[str, ReplaySetting]]) -> _Result:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    summaries: list[Summary] = []
+    refused: list[dict[str, str]] = []
+    sufficient: list[dict[str, Any]] = []
+    by_kind = {(s.cache_policy, s.predictor): s for _, s in settings}
+    experts = max(sweep.steps.trace.num_experts)
+    # The search is a bisection over slots, with one replay more for the whole.
+    replays = len(settings) + len(by_kind) * (1 + experts.bit_length())
+    with tqdm(total=replays * len(sweep.steps), unit="step", delay=2.0, leave=False) as bar:
+        for size, setting in settings:
+            try:
+                summaries.append(sweep.run(setting, name=size, on_step=bar.update))
+            except ValueError as error:
+                # A size that a session would refuse, too.
+                refused.append({"expert_cache": size, "reason": str(error)})
+        if not summaries:
+            raise ValueError(refused[0]["reason"])
+        for (policy, predictor), setting in by_kind.items():
+            slots, size_bytes = sweep.sufficient_bytes(setting, on_step=bar.update)
+            sufficient.append(
+                {
+                    "cache_policy": policy,
+                    "predictor": predictor,
+                    "slots": slots,
+                    "cache_bytes": size_bytes,
+                    "share": size_bytes / sweep.steps.trace.total_bytes,
+                }
+            )
+    return _Result(summaries=summaries, refused=refused, sufficient=sufficient)
+
+
+def _as_dict(
+    trace: RoutingTrace, machine: dict[str, Any], speculation: SpeculationConfig, result: _Result
+) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "label": LABEL,
+        "trace": {
+            "model": trace.model,
+            "fingerprint": trace.fingerprint,
+            "steps": len(trace.tokens),
+            "tokens": sum(trace.tokens),
+            "setting": dict(trace.setting),
+        },
+        "machine": machine,
+        "speculation": asdict(speculation),
+        "replays": [summary.as_dict() for summary in result.summaries],
+        "refused": result.refused,
+        "sufficient": result.sufficient,
+    }
+
+
+_HEAD = ("cache", "slots", "policy", "predictor", "hits", "Belady", "recall", "on demand/token")
+_HEAD_TIMES = ("ahead/token", "stall/token", "ms/token")
+
+
+def _print(trace: RoutingTrace, machine: dict[str, Any], result: _Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from specmoe_compile.replay.summary import PAYS
+
+    link, steps = machine["link"], result.summaries[0].decode_steps
+    print(
+        f"{trace.model}: {LABEL}. Link {link['gbps']:.2f} GB/s, computing"
+        f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps."
+    )
+    table = Table()
+    for head in (*_HEAD, *_HEAD_TIMES):
+        table.add_column(head, justify="right", no_wrap=True)
+    for summary in result.summaries:
+        table.add_row(*_row(summary))
+    Console().print(table)
+    for row in {item["expert_cache"]: item for item in result.refused}.values():
+        print(f"Not replayed: {row['expert_cache']}: {row['reason']}", file=sys.stderr)
+    for row in result.sufficient:
+        print(
+            f"{row['cache_policy']}, predictor {row['predictor']}: a cache larger than"
+            f" {100 * row['share']:.0f} % ({row['slots']} experts per layer) saves at most"
+            f" {100 * PAYS:.0f} % more."
+        )
+    print(
+        "Belady: the best hit rate that any cache of this size without prefetch can have.",
+        *_machine_notes(machine),
+        file=sys.stderr,
+    )
+
+
+def _machine_notes(machine: dict[str, Any]) -> list[str]:
+    notes = []
+    if machine["from_trace"]:
+        notes.append(f"Measured while recording: {', '.join(machine['from_trace'])}.")
+    if machine["measured"]["tpot_ms"] is not None:
+        notes.append(f"The recorded run took {machine['measured']['tpot_ms']:.2f} ms per step.")
+    return notes
+
+
+def _row(summary: Summary) -> tuple[str, ...]:
+    from specmoe_compile.runtime.sizes import format_bytes
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    return (
+        summary.expert_cache,
+        str(summary.slots) if summary.slots else "-",
+        summary.cache_policy,
+        summary.predictor,
+        percent(summary.hit_rate),
+        percent(summary.belady_hit_rate),
+        percent(summary.recall),
+        format_bytes(round(summary.demand_bytes_per_token)),
+        format_bytes(round(summary.speculative_bytes_per_token)),
+        f"{summary.stall_ms_per_token:.2f} ms",
+        f"{summary.tpot_mean_ms:.2f}",
+    )
