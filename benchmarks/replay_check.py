@@ -322,9 +322,9 @@ The reference model with experts of 3 MiB, in float32, on disk. The simulated ma
   {machine["compute"]["fetched_ms"]:.3f} ms more for each fetched expert: what the times outside of
   waits are in the runs without a cache and with 75 %.
 
-So the first two runs gave the parameters; the others are predicted. The form of the model (reads one
-after the other, a fixed time per fetched expert) was chosen on this run, after a first one without
-these had been up to 65 % off where little is read: the ratios are not those of runs never seen.
+So the first two runs gave the parameters; the others are predicted. The form of the model (reads
+one after the other, a fixed time per fetched expert) was chosen on this very run: without it the
+same run was up to 65 % off where little is read. So these ratios are not those of a run never seen.
 
 {table}
 
