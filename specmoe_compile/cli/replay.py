@@ -180,9 +180,9 @@ def _sweep(
     from specmoe_compile.replay.link import Link
     from specmoe_compile.replay.measured import measured
     from specmoe_compile.replay.steps import ReplaySteps
-    from specmoe_compile.replay.summary import Sweep
+    from specmoe_compile.replay.summary import Sweep, counted_steps
 
-    found = measured(trace, trace.decode_steps()[warmup:])
+    found = measured(trace, counted_steps(trace, warmup))
     from_trace = [
         name
         for name, given in (("link_gbps", link["gbps"]), ("compute_ms", compute_ms))

@@ -14,6 +14,7 @@ from typing import Any
 from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
+from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.expert_cache import belady_hits
 
 PAYS = 0.05
@@ -51,6 +52,17 @@ class Summary:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+def counted_steps(trace: RoutingTrace, warmup_steps: int) -> list[int]:
+    """Return the decode steps behind the warm-up; raises `ValueError` if there are none."""
+    decode = trace.decode_steps()
+    if len(decode) <= warmup_steps:
+        raise ValueError(
+            f"The trace has {len(decode)} decode steps, and {warmup_steps} of them are warm-up:"
+            " record more tokens, or give a smaller --warmup."
+        )
+    return decode[warmup_steps:]
+
+
 class Sweep:
     """Replays of one trace on one machine, summed up.
 
@@ -75,13 +87,7 @@ class Sweep:
         self.steps = steps
         self._link = link
         self._compute = compute
-        decode = steps.trace.decode_steps()
-        self.counted = decode[warmup_steps:]
-        if not self.counted:
-            raise ValueError(
-                f"the trace has {len(decode)} decode steps, and {warmup_steps} of them are warm-up:"
-                " record more tokens, or give a smaller --warmup"
-            )
+        self.counted = counted_steps(steps.trace, warmup_steps)
         self._bound = cache(self._belady_hit_rate)
 
     def run(
