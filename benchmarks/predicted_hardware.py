@@ -43,7 +43,7 @@ RESULT = RESULTS / "predicted_hardware.json"
 REPORT = repository_root() / "docs" / "results" / "predicted.md"
 
 PROMPT_TOKENS, TEXT_TOKENS, TEXTS = 64, 256, 4
-STEPS, WARMUP_STEPS = 144, 48
+STEPS, WARMUP_STEPS = 72, 24
 CACHE_SHARES = (0.10, 0.25, 0.50)
 
 PCIE_EFFICIENCY = 0.8
