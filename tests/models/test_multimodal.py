@@ -103,7 +103,9 @@ def test_text_about_images_is_the_unmodified_models(plain: Any, offloaded: Any) 
     blank = generate(plain, {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])})
     assert not torch.equal(want.sequences, blank.sequences), "the image must count"
     reports: list[PipelineReport] = []
-    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": "eager"})
+    # Images break the graph (their sizes are data), and the vision part's graph calls no experts.
+    options = {"lowering": "eager", "strict": False}
+    compiled = torch.compile(offloaded, backend="specmoe", options=options)
     with recorded_reports(reports):
         got = generate(compiled, inputs)
     torch._dynamo.reset()
@@ -111,5 +113,5 @@ def test_text_about_images_is_the_unmodified_models(plain: Any, offloaded: Any) 
     difference = torch.stack(got.logits) - torch.stack(want.logits)
     assert float(difference.abs().max()) <= LOGITS_TOLERANCE
     layers = len(session_of(offloaded).layers)
-    assert reports
-    assert all(r.matches["insert_expert_prefetch"] == layers - 1 for r in reports)
+    predicted = [r.matches["insert_expert_prefetch"] for r in reports if r.reason is None]
+    assert predicted and set(predicted) == {layers - 1}
