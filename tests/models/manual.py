@@ -98,8 +98,10 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [
         _INTRODUCTION,
         _provenance(results),
-        f"{len(rows)} modeling files, {len(ran)} of them run: {sum(r.exact for r in ran)} exact,"
-        f" {sum(r.speculates for r in ran)} with speculation.\n",
+        f"{len(rows)} modeling files, {len(ran)} of them checked:"
+        f" {sum(row.exact for row in ran)} exact, {sum(row.speculates for row in ran)} with"
+        " speculation. A family has a result only where its check agrees with the rule, or with an"
+        " exception that its notes state; for the others nothing is claimed.\n",
         "\n".join(_table([row.cells() for row in rows])),
         _COLUMNS,
         _cases(ran),
@@ -109,10 +111,11 @@ def render(results: Mapping[str, Any]) -> str:
 
 def _provenance(results: Mapping[str, Any]) -> str:
     used = results["versions"]
+    commits = dict.fromkeys(name[:7] for name in results["commits"])
     return (
         f"Versions: torch {used['torch']}, transformers {used['transformers']}, Python"
-        f" {used['python']}; on a CPU ({results['machine']['cores']} cores), not on a GPU. Commit:"
-        f" {', '.join(results['commits'])}. Seed {SEED}. {results['new_tokens']} tokens per case.\n"
+        f" {used['python']}; on a CPU ({results['machine']['cores']} cores), not on a GPU."
+        f" Commits: {', '.join(commits)}. Seed {SEED}. {results['new_tokens']} tokens per case.\n"
     )
 
 

@@ -106,8 +106,8 @@ def row_without_model(family: Family) -> Row:
 
 
 def row_not_run(family: Family) -> Row:
-    """The row of a family that was not checked: it claims nothing."""
-    return Row(family=family.name, model_class=family.class_name, notes="**not run yet**")
+    """The row of a family without a result: it claims nothing."""
+    return Row(family=family.name, model_class=family.class_name, notes="**not checked yet**")
 
 
 def problems(check: Check) -> list[str]:
