@@ -49,7 +49,7 @@ def made_trace() -> RoutingTrace:
         ids=ids,
         weights=weights,
         predicted_ids=torch.where(misled, wrong, ids),
-        predicted_weights=weights,
+        predicted_weights=weights.clone(),
         experts=EXPERTS,
     )
 
