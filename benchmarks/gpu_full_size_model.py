@@ -53,7 +53,7 @@ class Shape:
         if layers is not None and layers != config.num_hidden_layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
+                config.layer_types = (config.layer_types * layers)[:layers]
         return config
 
 
