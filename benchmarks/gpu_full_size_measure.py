@@ -141,6 +141,8 @@ def _measured(
     steps, options = bench.steps, {"lowering": bench.lowering, "strict": True, **arm.options}
     if mode == "graph":
         options["mode"] = "reduce-overhead"
+    # The paper's copies by the host; not where slots were filled behind the host's back.
+    options["transfer"] = "copy" if mode == "compiled" and not arm.full else "gather"
     with bench.opened(arm) as (model, session, routing), trace_predictions():
         filled = FilledCache(model.config, context, steps.total, bench.device, bench.shape.dtype)
         compiled = model
@@ -165,6 +167,7 @@ def _measured(
                 **head,
                 "routing": kind,
                 "slots": list(session.cache.slots),
+                "transfer": session.transfer,
                 "policy": arm.options.get("policy", "exact"),
                 "tpot_ms": {f"p{p}": quantile(times, p / 100) for p in (20, 50, 80)},
                 "tokens_per_s": 1e3 / quantile(times, 0.5),

@@ -24,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from specmoe_compile.errors import StoreError
 from specmoe_compile.generation import _mark_static
-from specmoe_compile.runtime.cuda.opening import _page_lock
+from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.expert_store import StoreLayer
 from specmoe_compile.runtime.experts_module import (
     ExpertsLayer,
@@ -205,7 +205,7 @@ class RandomStore(RamStore):
                 f" {format_bytes(available_ram_bytes())} are free: take fewer --layers."
             )
         super().__init__(self)  # type: ignore[arg-type]  # its own source of shapes
-        self._unlock = _page_lock(self.region) if device.type == "cuda" else None
+        self._lock = PageLock(self.region) if device.type == "cuda" else None
         for layer in range(len(self.layers)):
             self._fill(layer, device, std)
 
@@ -224,8 +224,8 @@ class RandomStore(RamStore):
 
     def give_back(self) -> None:
         """Unlock and free the memory."""
-        if self._unlock is not None:
-            self._unlock()
+        if self._lock is not None:
+            self._lock.release()
         super().close()
 
 

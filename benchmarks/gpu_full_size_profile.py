@@ -10,16 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from specmoe_compile.runtime import nvtx
 
 SYNCHRONISATIONS = (
     "cudaStreamSynchronize",
@@ -34,20 +30,6 @@ _STEP = "decode_step"
 _PLAN = "plan_cache"
 
 Event = dict[str, Any]
-
-
-class _Annotations:
-    """Stands in for the package nvtx: ranges that torch.profiler records."""
-
-    @staticmethod
-    def annotate(name: str) -> Any:
-        return record_function(name)
-
-
-@contextmanager
-def _profiled_ranges() -> Iterator[None]:
-    with mock.patch.object(nvtx, "_nvtx", _Annotations()):
-        yield
 
 
 def profile_steps(
@@ -68,7 +50,7 @@ def profile_steps(
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler, _profiled_ranges():
+    with profile(activities=activities) as profiler:
         for index in range(count):
             with record_function(f"{_STEP}_{index}"):
                 step()
