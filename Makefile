@@ -41,7 +41,7 @@ format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 bench: $(STAMP)  ## The published comparison with the peers: docs/results/cpu-disk.md (20 minutes, quiet machine).
 	$(BIN)/python -m benchmarks.cpu_disk
 
-peers: $(STAMP)  ## llama.cpp for the arm llama_cpp of make bench; compiles it (10 minutes on 2 cores).
+peers: $(STAMP)  ## llama.cpp for the arm llama_cpp of make bench; compiles it from source, which takes long.
 	$(BIN)/python -m pip install --quiet 'specmoe-compile[peers] @ file://$(CURDIR)'
 
 publish: $(STAMP)  ## The published end-to-end benchmark: docs/results/end_to_end.md (an hour, quiet machine).

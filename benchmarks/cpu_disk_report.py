@@ -220,7 +220,7 @@ def _winners_section(found: Found) -> str:
     if not rows:
         return "## Where a peer wins\n\nNowhere in this run, at the same limit of memory."
     return "## Where a peer wins\n\n" + markdown_table(
-        ("peer", "it takes", "the best of specmoe there", "why"), rows
+        ("peer", "it takes", "the best of specmoe there", "a likely reason, not measured"), rows
     )
 
 
