@@ -268,7 +268,12 @@ def test_option_default_vectors_and_automatic_skip(
     good = replace(calibration.layers[2], recall=1.0)
     replace(calibration, layers=(calibration.layers[0], poor, good)).save(path)
     model = _with_cache(tmp_path)
-    options = {"default_vectors": str(path), "skip_layers": "auto", "lowering": "eager"}
+    options = {
+        "default_vectors": str(path),
+        "skip_layers": "auto",
+        "lowering": "eager",
+        "auto_off": False,
+    }
     run = torch.compile(model, backend="specmoe", options=options)
     with torch.no_grad():
         run(prompts(1, 4), use_cache=False)
