@@ -261,6 +261,12 @@ def _head(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
             f" GPU: {machine['gpu']['name'] if machine['gpu'] else 'none'}.",
             f"- Versions: {names}.",
             f"- Commit: {', '.join(commits)}. Load average at the end of each phase: {loads}.",
+            # What whoever ran a phase has to say about it.
+            *(
+                f"- {phase}, {dtype}: {r['remark']}"
+                for (phase, dtype), r in found.items()
+                if "remark" in r
+            ),
         )
     )
 
