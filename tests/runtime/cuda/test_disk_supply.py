@@ -157,6 +157,7 @@ def test_closing_ends_the_readers_and_unlocks_the_ring(monkeypatch: pytest.Monke
     modules = torch.nn.ModuleList(qwen_experts(seed=index) for index in range(L))
     layers = [experts_layer(index, module) for index, module in enumerate(modules)]
     store = SlowStore(ram_store(layers))
+    before = _readers()  # sessions of other tests may still have theirs
     session = opening.open_device_session(
         modules,
         layers,
@@ -166,6 +167,7 @@ def test_closing_ends_the_readers_and_unlocks_the_ring(monkeypatch: pytest.Monke
         top_k=K,
         reader_threads=2,
     )
+    assert len(_readers() - before) == 2
     (locked,) = runtime.locked.values()
     assert locked == 8 * store.layouts[0].record_bytes
     batch = token_batch(0, 1)
@@ -173,5 +175,8 @@ def test_closing_ends_the_readers_and_unlocks_the_ring(monkeypatch: pytest.Monke
     session.close()
     assert runtime.locked == {}
     assert store.closed
-    names = [thread.name for thread in threading.enumerate()]
-    assert not any(name.startswith("specmoe-reader") for name in names)
+    assert not _readers() - before
+
+
+def _readers() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("specmoe-reader")}
