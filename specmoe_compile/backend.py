@@ -96,8 +96,9 @@ def _warn_once(message: str) -> None:
 
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
-    from specmoe_compile.calibration import use_calibration
+    from specmoe_compile.calibration import use_calibration, use_networks
     from specmoe_compile.passes.manager import SpeculationPass
+    from specmoe_compile.predictors.registry import AUTO, DEFAULT_PREDICTOR
     from specmoe_compile.runtime.session import get_session
     from specmoe_compile.runtime.speculation import SpeculationConfig
 
@@ -106,16 +107,25 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
     offloaded = all(getattr(s, "cache", None) is not None for s in sessions)
     poor: set[int] = set()
+    network_layers: tuple[int, ...] = ()
     if config.default_vectors is not None and offloaded:
         for session in sessions:
             calibration = use_calibration(session, config.default_vectors)
-            poor.update(calibration.poor_layers(config.policy))
+            predictor = calibration.resolved(config.predictor, lookahead=config.lookahead)
+            config = replace(config, predictor=predictor)
+            use_networks(session, calibration, config.predictor)
+            poor.update(calibration.poor_layers(config.policy, config.predictor))
+            network_layers = calibration.network_layers(config.predictor)
+    if config.predictor == AUTO:
+        config = replace(config, predictor=DEFAULT_PREDICTOR)
     if config.skip_layers == "auto":
         config = replace(config, skip_layers=tuple(sorted(poor)))
     for session in sessions:
         session.configure(SpeculationConfig.from_options(config))
     conditional = all(session.plans_steps for session in sessions)
-    return SpeculationPass.from_options(config, offloaded=offloaded, conditional=conditional)
+    return SpeculationPass.from_options(
+        config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
+    )
 
 
 def _lower(

@@ -1,8 +1,9 @@
 """Calibration: default vectors, and what predictions are worth, computed from text, in a file.
 
 The artefact is a safetensors file: `default_vectors.{l}` [E, H] float32 and `samples.{l}` [E] int64
-per MoE layer, and as metadata its version, the fingerprint of the experts it was computed from, the
-number of tokens, and recall and cosine per layer.
+per MoE layer, the weights of trained predictors (`predictors.artefact`), and as metadata its
+version, the fingerprint of the experts it was computed from, the number of tokens, and recall and
+cosine per layer.
 
 Shape letters: N windows, W tokens per window, E experts, K top-k, H hidden, L MoE layers.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,15 @@ from torch import Tensor, nn
 
 from specmoe_compile.errors import CalibrationError
 from specmoe_compile.layer_probe import LayerMeasure, LayerProbe
+from specmoe_compile.predictors.artefact import (
+    TrainedPredictor,
+    pack_trained,
+    recordings_for,
+    train_all,
+    unpack_trained,
+)
+from specmoe_compile.predictors.registry import AUTO, DEFAULT_PREDICTOR, PREDICTORS
+from specmoe_compile.predictors.training import Recording, TrainingConfig
 from specmoe_compile.runtime.session import Session
 
 VERSION = 1
@@ -38,13 +48,19 @@ class LayerWorth:
     """What predictions of one MoE layer were worth on text that default vectors never saw.
 
     `recall` and `cosine` are those of the quasi-hidden state with default vectors, the `residual_`
-    ones those without (the experts' output left out). None: the layer is not predicted.
+    ones those without (the experts' output left out), the `previous_` ones those of the experts
+    that the token before chose. `whole` is the share of tokens of which all experts were predicted.
+    None: the layer is not predicted, or an older version did not measure.
     """
 
     recall: float | None
     cosine: float | None
     residual_recall: float | None
     residual_cosine: float | None
+    whole: float | None = None
+    residual_whole: float | None = None
+    previous_recall: float | None = None
+    previous_whole: float | None = None
     reason: str | None = None
 
 
@@ -60,6 +76,7 @@ class Calibration:
         tokens: tokens that the vectors were computed from.
         measured_tokens: other tokens, that `layers` was measured on.
         model: the model's name, for people.
+        trained: predictors that were trained, by name.
     """
 
     fingerprint: str
@@ -69,6 +86,7 @@ class Calibration:
     tokens: int
     measured_tokens: int
     model: str
+    trained: Mapping[str, TrainedPredictor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the artefact; the file appears complete or not at all."""
@@ -76,6 +94,8 @@ class Calibration:
 
         tensors = {f"default_vectors.{i}": v for i, v in enumerate(self.default_vectors)}
         tensors |= {f"samples.{i}": v for i, v in enumerate(self.samples)}
+        networks, about = pack_trained(self.trained)
+        tensors |= networks
         metadata = {
             "format": _FORMAT,
             "version": str(VERSION),
@@ -84,6 +104,7 @@ class Calibration:
             "tokens": str(self.tokens),
             "measured_tokens": str(self.measured_tokens),
             "layers": json.dumps([asdict(layer) for layer in self.layers]),
+            "trained": about,
         }
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -127,6 +148,7 @@ class Calibration:
                     tokens=int(metadata["tokens"]),
                     measured_tokens=int(metadata["measured_tokens"]),
                     model=metadata["model"],
+                    trained=unpack_trained(file, metadata.get("trained", "{}")),
                 )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is not a readable calibration: {error}") from error
@@ -151,12 +173,73 @@ class Calibration:
                 " calibrate again"
             )
 
-    def poor_layers(self, policy: Literal["exact", "default_vector", "commit"]) -> tuple[int, ...]:
+    def resolved(self, predictor: str, *, lookahead: int) -> str:
+        """The predictor that `auto` stands for; any other name as it is.
+
+        Networks are trained for the next layer: with a longer lookahead they are left alone.
+        """
+        if predictor != AUTO:
+            return predictor
+        return "hybrid" if "estimator" in self.trained and lookahead == 1 else DEFAULT_PREDICTOR
+
+    def recall_of(self, predictor: str) -> tuple[float | None, ...]:
+        """Recall of each layer by a predictor; None where it was not measured.
+
+        Raises:
+            CalibrationError: the predictor was not trained.
+        """
+        kind = PREDICTORS[predictor]
+        if kind.source == "history":
+            return tuple(layer.previous_recall for layer in self.layers)
+        if kind.source == "network":
+            return self.trained_or_raise(predictor).recall
+        if kind.state == "residual":
+            return tuple(layer.residual_recall for layer in self.layers)
+        chosen = self.network_layers(predictor)
+        better = self.trained_or_raise("estimator").recall if chosen else ()
+        return tuple(
+            better[index] if index in chosen else layer.recall
+            for index, layer in enumerate(self.layers)
+        )
+
+    def network_layers(self, predictor: str) -> tuple[int, ...]:
+        """Layers that a hybrid predictor predicts with the estimator: where its recall is higher.
+
+        Raises:
+            CalibrationError: the predictor needs networks, and they were not trained.
+        """
+        if not PREDICTORS[predictor].hybrid:
+            return ()
+        networks = self.trained_or_raise("estimator").recall
+        return tuple(
+            index
+            for index, (layer, recall) in enumerate(zip(self.layers, networks, strict=True))
+            if recall is not None and layer.recall is not None and recall > layer.recall
+        )
+
+    def trained_or_raise(self, predictor: str) -> TrainedPredictor:
+        """The networks of a predictor.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if predictor not in self.trained:
+            raise CalibrationError(
+                f"this calibration of {self.model} holds no trained predictor {predictor!r}: run"
+                " `specmoe calibrate MODEL --text FILE --out FILE --train-estimator`"
+            )
+        return self.trained[predictor]
+
+    def poor_layers(
+        self,
+        policy: Literal["exact", "default_vector", "commit"],
+        predictor: str = DEFAULT_PREDICTOR,
+    ) -> tuple[int, ...]:
         """MoE layers whose recall is below `MIN_RECALL` of a policy: `skip_layers="auto"`."""
         return tuple(
             index
-            for index, layer in enumerate(self.layers)
-            if layer.recall is not None and layer.recall < MIN_RECALL[policy]
+            for index, recall in enumerate(self.recall_of(predictor))
+            if recall is not None and recall < MIN_RECALL[policy]
         )
 
 
@@ -202,6 +285,7 @@ def calibrate(
     name: str,
     held_out: Tensor,
     batch: int = 1,
+    training: TrainingConfig | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> Calibration:
     """Compute default vectors from text, and measure what predictions with them are worth.
@@ -212,7 +296,9 @@ def calibrate(
         name: the model's name, for people.
         held_out: [M, W] int64 other token ids, that recall and cosine are measured on.
         batch: windows per forward pass.
-        on_progress: called with the number of windows done, after each batch; N + 2 M in total.
+        training: train predictors too, which reads `windows` once more.
+        on_progress: called with the number of windows done, after each batch; N + 2 M in total, and
+            N more with `training`.
 
     Returns:
         The artefact.
@@ -227,8 +313,9 @@ def calibrate(
     session = session_of(model)
     probe = LayerProbe(model, session)
 
-    def run(part: Tensor) -> list[LayerMeasure]:
+    def run(part: Tensor, recording: Recording | None = None) -> list[LayerMeasure]:
         probe.reset()
+        probe.recording = recording
         for start in range(0, len(part), batch):
             chunk = part[start : start + batch]
             probe.run(chunk)
@@ -241,7 +328,10 @@ def calibrate(
     probe.learns = False
     without = run(held_out)
     probe.vectors = means
-    layers = run(held_out)
+    recordings = None if training is None else recordings_for(windows, means, training)
+    if recordings is not None:
+        run(windows, recordings[0])
+    layers = run(held_out, None if recordings is None else recordings[1])
     return Calibration(
         fingerprint=fingerprint(session),
         default_vectors=tuple(means),
@@ -250,6 +340,11 @@ def calibrate(
         tokens=windows.numel(),
         measured_tokens=held_out.numel(),
         model=name,
+        trained=(
+            train_all(*recordings, experts=[len(mean) for mean in means], config=training)
+            if training is not None and recordings is not None
+            else {}
+        ),
     )
 
 
@@ -259,6 +354,10 @@ def _worth(layer: LayerMeasure, without: LayerMeasure) -> LayerWorth:
         cosine=layer.cosine,
         residual_recall=without.recall,
         residual_cosine=without.cosine,
+        whole=layer.whole,
+        residual_whole=without.whole,
+        previous_recall=layer.previous.recall if layer.previous is not None else None,
+        previous_whole=layer.previous.whole if layer.previous is not None else None,
         reason=layer.reason,
     )
 
@@ -273,3 +372,15 @@ def use_calibration(session: Session, path: str | Path) -> Calibration:
     calibration.check(session, path=path)
     session.default_vectors.load(calibration.default_vectors)
     return calibration
+
+
+def use_networks(session: Session, calibration: Calibration, predictor: str) -> None:
+    """Give a session the networks that a predictor needs, if it needs any.
+
+    Raises:
+        CalibrationError: the calibration has none.
+    """
+    kind = PREDICTORS[predictor]
+    if kind.needs_networks:
+        trained = calibration.trained_or_raise("estimator" if kind.hybrid else predictor)
+        session.predictions.load(trained.networks, session.device)

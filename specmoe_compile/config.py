@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
+from specmoe_compile.predictors.registry import AUTO, PREDICTORS
+
 Policy = Literal["exact", "default_vector", "commit"]
 CommitWeights = Literal["predicted", "true"]
 Lowering = Literal["inductor", "eager"]
@@ -59,6 +61,9 @@ class CompileOptions:
     """router weights of policy `commit`: the predicted ones, or the true ones renormalised."""
     skip_layers: Literal["auto"] | tuple[int, ...] = ()
     """graph: MoE layers (ordinals) that never speculate; `auto` chooses by measured recall."""
+    predictor: str = AUTO
+    """graph: what predicts experts, a name of `predictors.registry.PREDICTORS`; `auto` is `hybrid`
+    where `default_vectors` names a file with trained networks, else `default_vectors`."""
     lookahead: int = 1
     """graph: how many MoE layers ahead the lookahead router predicts (>= 1)."""
     prefetch_width: int | None = None
@@ -90,6 +95,7 @@ class CompileOptions:
         _check_choice("lowering", self.lowering, _LOWERINGS)
         _check_choice("mode", self.mode, _MODES)
         _check_choice("transfer", self.transfer, _TRANSFERS)
+        _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
         for name in ("prefetch", "auto_off", "control", "strict", "nvtx"):
             _check_type(name, getattr(self, name), bool)
         _check_number(
@@ -114,10 +120,31 @@ class CompileOptions:
                 "option transfer='copy' reads expert ids on the host, which the CUDA graphs of"
                 " mode='reduce-overhead' cannot hold: use transfer='gather' or another mode"
             )
+        self._check_predictor()
         if self.policy != "exact" and not self.prefetch:
             raise ValueError(
                 f"option policy={self.policy!r} needs prefetch=True: without a prediction there is"
                 " nothing to commit to or to leave out; drop prefetch=False or use policy='exact'"
+            )
+
+    def _check_predictor(self) -> None:
+        if self.predictor == AUTO:
+            return
+        predictor = PREDICTORS[self.predictor]
+        if predictor.needs_networks and self.default_vectors is None:
+            raise ValueError(
+                f"option predictor={self.predictor!r} needs default_vectors=FILE, a file of"
+                " `specmoe calibrate --train-estimator`: trained networks come from there"
+            )
+        if predictor.needs_networks and self.lookahead != 1:
+            raise ValueError(
+                f"option predictor={self.predictor!r} is trained for the next layer and needs"
+                f" lookahead=1, got {self.lookahead}"
+            )
+        if predictor.source == "history" and self.policy == "commit":
+            raise ValueError(
+                f"option predictor={self.predictor!r} predicts no router weights, which"
+                " policy='commit' executes: use another predictor or policy"
             )
 
     @classmethod
@@ -151,6 +178,7 @@ class CompileOptions:
             self.prefetch,
             self.policy,
             self.skip_layers,
+            self.predictor,
             self.lookahead,
             self.control,
             self.mode,

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from specmoe_compile.errors import CalibrationError
+from specmoe_compile.passes.find_moe_layers import find_moe_layers
 from specmoe_compile.passes.fx_utils import specmoe_ops
+from specmoe_compile.passes.insert_predictor import attention_input_or_none
 from specmoe_compile.passes.manager import run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
+from specmoe_compile.predictors.training import Recording
 from specmoe_compile.runtime.cpu_experts import reduce_experts
 from specmoe_compile.runtime.session import Session
 
@@ -36,6 +39,9 @@ class LayerMeasure:
         tokens: tokens that were predicted; 0 for the first layer, and for one with a reason.
         needed: experts that the true router chose for them.
         recalled: those of them that were predicted.
+        complete: tokens of which all experts were predicted.
+        previous: the same of the prediction that the experts of the token before repeat, in every
+            layer; a window's first token has none before it.
         cosine_sum: sum over tokens of the cosine of quasi-hidden and true state.
         reason: why the layer is not predicted.
     """
@@ -43,13 +49,28 @@ class LayerMeasure:
     tokens: int = 0
     needed: int = 0
     recalled: int = 0
+    complete: int = 0
+    previous: LayerMeasure | None = None
     cosine_sum: float = 0.0
     reason: str | None = None
+
+    def add(self, predicted: Tensor, true: Tensor) -> None:
+        """Count a prediction, ids [T, P], of the true experts, ids [T, K]."""
+        found = (true.unsqueeze(2) == predicted.unsqueeze(1)).any(dim=2)
+        self.tokens += true.shape[0]
+        self.needed += found.numel()
+        self.recalled += int(found.sum())
+        self.complete += int(found.all(dim=1).sum())
 
     @property
     def recall(self) -> float | None:
         """Share of the true experts that were predicted; None without a prediction."""
         return self.recalled / self.needed if self.needed else None
+
+    @property
+    def whole(self) -> float | None:
+        """Share of the tokens of which all experts were predicted; None without a prediction."""
+        return self.complete / self.tokens if self.tokens else None
 
     @property
     def cosine(self) -> float | None:
@@ -65,6 +86,7 @@ class LayerProbe:
         sums: sum of each expert's outputs, [E, H] float32 of each layer.
         counts: samples in `sums`, [E] int64 of each layer.
         layers: per MoE layer, what its predictions were worth.
+        recording: takes in what trained predictors read, and what the routers chose; None: nobody.
     """
 
     def __init__(self, model: nn.Module, session: Session) -> None:
@@ -81,6 +103,8 @@ class LayerProbe:
         self.counts = [torch.zeros(shape[0], dtype=torch.int64) for shape in shapes]
         self.layers = [LayerMeasure() for _ in shapes]
         self.learns = True
+        self.recording: Recording | None = None
+        self._window = torch.Size((1, 1))
         self._predicted: dict[int, Tensor] = {}
         self._quasi: dict[int, Tensor] = {}
         # The head, which may be most of a small model's arithmetic, says nothing about layers.
@@ -101,6 +125,9 @@ class LayerProbe:
     @torch.no_grad()
     def run(self, window: Tensor) -> None:
         """Run one batch of windows, [B, W] int64 token ids."""
+        self._window = window.shape
+        if self.recording is not None:
+            self.recording.begin(window.numel())
         self._run(input_ids=window, use_cache=False)
 
     def _backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -112,6 +139,7 @@ class LayerProbe:
         from torch._functorch._aot_autograd.utils import make_boxed_func
 
         plan = SpeculationPlan()
+        attends = _attention_inputs(gm)
         report = run_passes(gm, PassConfig(), plan=plan)
         if not plan.layers:
             raise CalibrationError(
@@ -120,12 +148,18 @@ class LayerProbe:
         for index, reason in report.skipped.items():
             self.layers[index].reason = reason
         gm.recompile()
-        interpreter = _ProbeInterpreter(gm, self, plan)
+        interpreter = _ProbeInterpreter(gm, self, plan, attends)
         return make_boxed_func(partial(interpreter.run, enable_io_processing=False))
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, layer: int) -> Tensor:
         """Run a layer, [T, H], [T, K], [T, K] -> [T, H], and add up its experts' outputs."""
         tokens, top_k = ids.shape
+        if self.recording is not None:
+            self.recording.add_choice(layer, ids, weights)
+        measure = self.layers[layer]
+        measure.previous = measure.previous or LayerMeasure()
+        by_window = ids.view(*self._window, -1)
+        measure.previous.add(by_window[:, :-1].flatten(0, 1), by_window[:, 1:].flatten(0, 1))
         # One expert per row: the outputs come back one by one, not summed over K.
         rows = x.repeat_interleave(top_k, dim=0)
         y = self.session.experts(
@@ -153,14 +187,12 @@ class LayerProbe:
         predicted = self._predicted.pop(layer, None)
         if predicted is None:
             return
-        found = (ids.unsqueeze(2) == predicted.unsqueeze(1)).any(dim=2)
-        measure = self.layers[layer]
-        measure.tokens += ids.shape[0]
-        measure.needed += found.numel()
-        measure.recalled += int(found.sum())
+        self.layers[layer].add(predicted, ids)
 
     def compare(self, quasi: Tensor, true: Tensor, layer: int) -> None:
         """Compare a quasi-hidden state with the state it stands for, both [.., H]."""
+        if self.recording is not None:
+            self.recording.add_state("estimator", layer, quasi)
         cosine = nn.functional.cosine_similarity(quasi.float(), true.float(), dim=-1)
         self.layers[layer].cosine_sum += float(cosine.sum())
 
@@ -168,9 +200,12 @@ class LayerProbe:
 class _ProbeInterpreter(Interpreter):
     """Runs a rewritten graph node by node and hands what matters to the probe."""
 
-    def __init__(self, gm: GraphModule, probe: LayerProbe, plan: SpeculationPlan) -> None:
+    def __init__(
+        self, gm: GraphModule, probe: LayerProbe, plan: SpeculationPlan, attends: dict[Node, int]
+    ) -> None:
         super().__init__(gm)
         self._probe = probe
+        self._attends = attends
         self._quasi_of: dict[Node, int] = {}
         self._true_of: dict[Node, int] = {}
         self._quasi: dict[int, Tensor] = {}
@@ -187,6 +222,8 @@ class _ProbeInterpreter(Interpreter):
         if n in self._true_of:
             layer = self._true_of[n]
             self._probe.compare(self._quasi.pop(layer), result, layer)
+        if n in self._attends and self._probe.recording is not None:
+            self._probe.recording.add_state("pre_attention", self._attends[n], result)
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,3 +247,11 @@ class _ProbeInterpreter(Interpreter):
             _, x, ids, weights, _, _, layer = args
             return probe.experts(x, ids, weights, layer)
         return super().call_function(target, args, kwargs)
+
+
+def _attention_inputs(gm: GraphModule) -> dict[Node, int]:
+    """The states that attentions read, and the MoE layers that these belong to."""
+    config, plan = PassConfig(predictor="pre_attention"), SpeculationPlan()
+    find_moe_layers(gm.graph, config, plan)
+    found = {attention_input_or_none(layer): layer.index for layer in plan.layers}
+    return {node: index for node, index in found.items() if node is not None}

@@ -28,6 +28,7 @@ _SCHEMAS = {
     "blend_default_vectors": (
         "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
     ),
+    "predict_experts": ("(Tensor state, int session, int layer, int width) -> (Tensor, Tensor)"),
     "start_prefetch": (
         "(Tensor ids, Tensor weights, int session, int layer, Tensor[] after) -> Tensor"
     ),
@@ -99,6 +100,19 @@ def _blend(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int)
 def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
     _check_routing("blend_default_vectors", ids, weights)
     return like.new_empty(like.shape)
+
+
+def _predict(state: Tensor, session: int, layer: int, width: int) -> tuple[Tensor, Tensor]:
+    """Experts that the session predicts for a layer: [..,H] -> ids int64, weights float32 [T,P]."""
+    return get_session(session).predict_experts(layer, state.reshape(-1, state.shape[-1]), width)
+
+
+def _predict_fake(state: Tensor, session: int, layer: int, width: int) -> tuple[Tensor, Tensor]:
+    shape = (state.reshape(-1, state.shape[-1]).shape[0], width)
+    return (
+        state.new_empty(shape, dtype=torch.int64),
+        state.new_empty(shape, dtype=torch.float32),
+    )
 
 
 def _start(
@@ -199,6 +213,7 @@ def _correct_fake(
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
+    "predict_experts": (_predict, _predict_fake),
     "start_prefetch": (_start, _start_fake),
     "plan_step": (_plan_step, _plan_step_fake),
     "wait_prefetch": (_wait, _wait_fake),

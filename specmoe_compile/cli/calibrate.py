@@ -38,6 +38,14 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=4, help="Tokens of the text to use.")] = 65536,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
+    train_estimator: Annotated[
+        bool,
+        typer.Option(
+            "--train-estimator", help="Train the predictors estimator and pre_attention too."
+        ),
+    ] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that training sees each token.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
     store: STORE = "auto",
@@ -51,7 +59,9 @@ def calibrate(
 
     Three quarters of the text give the vectors, the rest measures them. The file is for
     [bold]-O default_vectors=FILE[/bold]; without one, vectors are learned while generating. It
-    also says which layers [bold]-O skip_layers=auto[/bold] leaves out.
+    also says which layers [bold]-O skip_layers=auto[/bold] leaves out. With
+    [bold]--train-estimator[/bold] it holds the trained predictors, which
+    [bold]-O predictor=NAME[/bold] chooses.
 
     [bold]Examples[/bold]
 
@@ -74,6 +84,7 @@ def calibrate(
     import specmoe_compile
     from specmoe_compile.calibration import calibrate as run
     from specmoe_compile.cli.generate import load_tokenizer
+    from specmoe_compile.predictors.training import TrainingConfig
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -95,9 +106,17 @@ def calibrate(
         store_dir=store_dir,
         expert_cache=expert_cache,
     )
-    with tqdm(total=len(learned) + 2 * len(held_out), unit="window", delay=2.0, leave=False) as bar:
+    training = TrainingConfig(epochs=epochs, seed=seed) if train_estimator else None
+    total = (2 if train_estimator else 1) * len(learned) + 2 * len(held_out)
+    with tqdm(total=total, unit="window", delay=2.0, leave=False) as bar:
         result = run(
-            inner, learned, name=model, held_out=held_out, batch=batch, on_progress=bar.update
+            inner,
+            learned,
+            name=model,
+            held_out=held_out,
+            batch=batch,
+            training=training,
+            on_progress=bar.update,
         )
     result.save(out)
     print_calibration(result)
@@ -116,6 +135,7 @@ def as_dict(result: Calibration) -> dict[str, Any]:
         "tokens": result.tokens,
         "measured_tokens": result.measured_tokens,
         "layers": [asdict(layer) for layer in result.layers],
+        "trained": {name: trained.about() for name, trained in result.trained.items()},
         "fewest_samples": [int(count.min()) for count in result.samples],
         "experts_without_samples": [int((count == 0).sum()) for count in result.samples],
     }
@@ -130,7 +150,8 @@ def print_calibration(result: Calibration) -> None:
         title=f"{result.model}: predictions of each MoE layer from the one before,"
         f" {result.measured_tokens} tokens"
     )
-    for head in ("layer", "recall", "without vectors", "cosine", "without vectors", "unseen"):
+    heads = ("layer", "recall", "without vectors", "cosine", "without vectors", "unseen")
+    for head in (*heads, *result.trained):
         table.add_column(head, justify="right")
     for index, layer in enumerate(result.layers):
         table.add_row(
@@ -140,6 +161,7 @@ def print_calibration(result: Calibration) -> None:
             _cosine(layer.cosine),
             _cosine(layer.residual_cosine),
             str(int((result.samples[index] == 0).sum())),
+            *(_percent(trained.recall[index]) for trained in result.trained.values()),
         )
     Console().print(table)
     for index, layer in enumerate(result.layers):

@@ -22,11 +22,13 @@ ON_PURPOSE = (FIRST_LAYER, SKIPPED, PREFILL)
 def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> PassReport:
     """Fill in `plan.paths`: one path per layer to predict, in order of their targets.
 
-    A layer nearer to the first one than `lookahead` is predicted from the first.
+    A layer nearer to the first one than `lookahead` is predicted from the first. Where predictions
+    read what the layer's own attention reads, a path is its target alone, and the first layer has
+    one as well.
 
     Args:
         graph: aten graph, not changed.
-        config: `lookahead`, `skip_layers`, `most_tokens`, `control`.
+        config: `lookahead`, `skip_layers`, `most_tokens`, `control`, `predictor`.
         plan: with its layers.
 
     Returns:
@@ -41,14 +43,18 @@ def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) 
         if reason is not None:
             report.skipped[target.index] = reason
             continue
-        plan.paths.append(path[-1:] if config.control else path)
+        plan.paths.append(path[-1:] if _predicts_itself(config) else path)
     report.matches = len(plan.paths)
     return report
 
 
+def _predicts_itself(config: PassConfig) -> bool:
+    return config.control or config.state == "pre_attention"
+
+
 def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
     target = path[-1]
-    if len(path) == 1:
+    if len(path) == 1 and (config.control or not _predicts_itself(config)):
         return FIRST_LAYER
     if target.index in config.skip_layers:
         return SKIPPED
@@ -57,7 +63,7 @@ def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
         return PREFILL
     if target.reason is not None:
         return target.reason
-    if config.control:
+    if _predicts_itself(config):
         return None
     for layer in path[:-1]:
         if layer.reason is not None:

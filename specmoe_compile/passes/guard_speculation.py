@@ -48,11 +48,14 @@ def guard_speculation(graph: Graph, config: PassConfig, plan: SpeculationPlan) -
 
     Args:
         graph: aten graph, changed in place.
-        config: `conditional`; in control mode nothing is hidden, and nothing guarded.
+        config: `conditional`; where a layer predicts itself its prefetch starts in front of its
+            attention, and nothing is guarded.
         plan: its layers are split.
     """
     report = PassReport("guard_speculation")
-    if not config.conditional or config.control or graph.owning_module is None:
+    if not config.conditional or graph.owning_module is None:
+        return report
+    if any(target is layer for layer in plan.layers for target, _, _ in layer.predictions):
         return report
     split = [layer for layer in plan.layers if layer.parts]
     for _, group in groupby(split, key=lambda layer: layer.session):

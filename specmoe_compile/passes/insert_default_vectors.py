@@ -8,7 +8,8 @@
                                          h = r + y (+ shared)
 
 q is a clone of h's own nodes, so that shared experts, scaling and norms after the experts are kept.
-Shared experts move in front of the experts, which both sums read.
+Shared experts move in front of the experts, which both sums read. For a predictor that reads no
+default vectors q is r itself, and nothing is inserted.
 Shape letters: T tokens, K top-k, H hidden.
 """
 
@@ -34,13 +35,16 @@ def insert_default_vectors(graph: Graph, config: PassConfig, plan: SpeculationPl
 
     Args:
         graph: aten graph, changed in place.
-        config: not read.
+        config: `predictor`.
         plan: with its paths.
     """
     report = PassReport("insert_default_vectors")
     for path in plan.paths:
         source, target = path[0], path[-1]
         if source is target or source.quasi is not None:
+            continue
+        if config.state != "quasi":
+            source.quasi = source.residual
             continue
         reason = _insert(graph, source)
         if reason is None:

@@ -5,6 +5,7 @@
     y = specmoe::experts(x, ids, w, l)   t = specmoe::start_prefetch(pids, pw, l+1)
                                          y = specmoe::experts(x, ids, w, l)
 
+A layer that predicts itself starts its prefetch as soon as it is predicted.
 Shape letters: P predicted experts per token, T tokens.
 """
 
@@ -31,7 +32,13 @@ def insert_expert_prefetch(graph: Graph, config: PassConfig, plan: SpeculationPl
         for target, ids, weights in source.predictions:
             if target.ticket is not None:
                 continue
-            with graph.inserting_before(source.experts):
+            own = target is source
+            place = (
+                graph.inserting_after(max(ids, weights))
+                if own
+                else graph.inserting_before(source.experts)
+            )
+            with place:
                 target.ticket = call_op(
                     graph,
                     specmoe_ops().start_prefetch.default,

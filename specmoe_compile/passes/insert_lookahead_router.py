@@ -49,13 +49,15 @@ def insert_lookahead_router(graph: Graph, config: PassConfig, plan: SpeculationP
 
     Args:
         graph: aten graph, changed in place.
-        config: `prefetch_width`, `control`.
+        config: `prefetch_width`, `control`, `predictor`.
         plan: its sources have a quasi-hidden state, or are passed over. In control mode the router
             reads its true input, at the target itself.
     """
     report = PassReport("insert_lookahead_router")
     for path in plan.paths:
         source, target = path[0], path[-1]
+        if config.source_of(target.index) != "router":
+            continue
         if any(layer is target for layer, _, _ in source.predictions):
             continue
         state = target.residual if config.control else source.quasi
@@ -72,6 +74,8 @@ def insert_lookahead_router(graph: Graph, config: PassConfig, plan: SpeculationP
 def _predict(graph: Graph, config: PassConfig, path: Sequence[MoELayer], state: Node) -> str | None:
     source, target = path[0], path[-1]
     anchor = source.experts
+    if config.state == "residual":
+        path = [source, target]  # r stands for the states of all layers in between
     for layer in path[1:] or path:
         reason = _why_not(layer, target, state, anchor)
         if reason is not None:

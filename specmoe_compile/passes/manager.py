@@ -28,6 +28,7 @@ from specmoe_compile.passes.guard_speculation import guard_speculation
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_expert_prefetch import insert_expert_prefetch
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
+from specmoe_compile.passes.insert_predictor import insert_predictor
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
 from specmoe_compile.passes.report import PassReport, PipelineReport
@@ -48,6 +49,7 @@ PASSES: tuple[Pass, ...] = (
     choose_predictions,
     insert_default_vectors,
     insert_lookahead_router,
+    insert_predictor,
     insert_expert_prefetch,
     split_expert_execution,
     guard_speculation,
@@ -174,18 +176,16 @@ class SpeculationPass(CustomGraphPass):
         self.reports: list[PipelineReport] = []
 
     @classmethod
-    def from_options(
-        cls, options: CompileOptions, *, offloaded: bool = True, conditional: bool = False
-    ) -> SpeculationPass:
+    def from_options(cls, options: CompileOptions, **given: Any) -> SpeculationPass:
         """Build the pass for a compile's options; see `PassConfig.from_options`."""
-        return cls(PassConfig.from_options(options, offloaded=offloaded, conditional=conditional))
+        return cls(PassConfig.from_options(options, **given))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite one graph in place."""
         self.reports.append(run_passes(graph, self.config))
 
     def uuid(self) -> str:
-        """Identity for the FX graph cache: sources of the passes and ops, and the options."""
+        """Identity for the FX graph cache: sources of passes and predictors, and the options."""
         return f"specmoe-{_source_hash()}-{self.config.key()}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,6 +197,7 @@ class SpeculationPass(CustomGraphPass):
 def _source_hash() -> str:
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "ops.py"):
+    beside = (folder.parent / "ops.py", folder.parent / "predictors" / "registry.py")
+    for path in (*sorted(folder.glob("*.py")), *beside):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

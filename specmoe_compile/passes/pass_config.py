@@ -6,8 +6,11 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS, State
+
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
+    from specmoe_compile.predictors.registry import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,10 @@ class PassConfig:
     """Steps known to have more tokens are prefill and are not predicted; None predicts all."""
     control: bool = False
     """Feed the lookahead with the true router input; nothing is hidden, and recall is 100 %."""
+    predictor: str = DEFAULT_PREDICTOR
+    """What predicts, a name of `PREDICTORS`; in control mode it is the router whatever is named."""
+    network_layers: tuple[int, ...] = ()
+    """Layers that a hybrid predictor predicts with their networks."""
 
     conditional: bool = False
     """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
@@ -41,12 +48,31 @@ class PassConfig:
             raise ValueError(f"prefetch_width={self.prefetch_width}: expected an integer >= 1")
         if self.most_tokens is not None and self.most_tokens < 1:
             raise ValueError(f"most_tokens={self.most_tokens}: expected an integer >= 1")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"predictor={self.predictor!r}: choose {' or '.join(PREDICTORS)}")
         if any(layer < 0 for layer in self.skip_layers):
             raise ValueError(f"skip_layers={self.skip_layers}: expected MoE layer numbers >= 0")
 
+    @property
+    def state(self) -> State:
+        """The activation that predictions read."""
+        return PREDICTORS[self.predictor].state
+
+    def source_of(self, layer: int) -> Source:
+        """What computes the predictions of a layer."""
+        predictor = PREDICTORS[self.predictor]
+        if self.control:
+            return "router"
+        return "network" if predictor.hybrid and layer in self.network_layers else predictor.source
+
     @classmethod
     def from_options(
-        cls, options: CompileOptions, *, offloaded: bool = True, conditional: bool = False
+        cls,
+        options: CompileOptions,
+        *,
+        offloaded: bool = True,
+        conditional: bool = False,
+        network_layers: tuple[int, ...] = (),
     ) -> PassConfig:
         """Take the fields of a compile's options.
 
@@ -55,6 +81,7 @@ class PassConfig:
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
             conditional: whether the sessions can answer `plan_step`.
+            network_layers: layers that a hybrid predictor predicts with their networks.
         """
         from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 
@@ -66,6 +93,8 @@ class PassConfig:
             skip_layers=given if isinstance(given, tuple) else (),
             most_tokens=PREFILL_TOKENS,
             control=options.control,
+            predictor=options.predictor,
+            network_layers=network_layers,
             conditional=conditional,
         )
 

@@ -26,8 +26,9 @@ class MoELayer:
         router: nodes from r to ids and weights, in order.
         update: nodes from the experts to h, in order.
         reason: why speculation passes this layer over.
-        quasi: h with the experts replaced by default vectors (`insert_default_vectors`).
-        predictions: (layer, ids, weights) predicted from here (`insert_lookahead_router`).
+        quasi: h with the experts replaced by default vectors, or r (`insert_default_vectors`).
+        predictions: (layer, ids, weights) predicted from here (`insert_lookahead_router`,
+            `insert_predictor`).
         tickets: prefetches that are started here (`insert_expert_prefetch`).
         ticket: the prefetch of this layer's experts.
         is_split: whether its execution was split (`split_expert_execution`).

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.predictors.predictions import Predictions
 from specmoe_compile.runtime import nvtx
 from specmoe_compile.runtime.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu_experts import ExpertRunner
@@ -93,6 +94,7 @@ class Session:
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
         observer: is told every routing and prediction; None for nobody.
+        predictions: trained networks and past choices, for predictors that are no router.
         plans_steps: whether it answers `plan_step`, which a graph may then branch on.
     """
 
@@ -147,6 +149,7 @@ class Session:
             [runner.num_experts for runner in self._runners],
             [runner.hidden_size for runner in self._runners],
         )
+        self.predictions = Predictions(len(self.layers))
         self._speculator = Speculator(
             self._residency, self._runners, self._layer_stats, self.default_vectors
         )
@@ -241,6 +244,7 @@ class Session:
                 self._speculator.use(self._residency)
             self._speculator.config = speculation
             self._speculator.learns_from_decode = speculation.prefetch
+            self.predictions.use(speculation.predictor)
             if speculation.nvtx:
                 nvtx.enable()
 
@@ -279,6 +283,7 @@ class Session:
             self._check_open()
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=False)
+            self.predictions.note(layer, ids)
             return self._speculator.demand(layer, x, ids, weights)
 
     def blend_default_vectors(
@@ -289,6 +294,17 @@ class Session:
             self._lookahead.open(layer, "lookahead")
             self._speculator.lookahead_s = time.perf_counter()
             return self.default_vectors.blend(layer, ids, weights, like)
+
+    def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Predict a layer without its router: [T, H] -> ids and weights [T, P], for a prefetch.
+
+        Raises:
+            SpecMoEError: the layer has no trained network.
+        """
+        with self._lock, layer_range(layer, "predict"):
+            if not self.predictions.reads_default_vectors:
+                self._speculator.lookahead_s = time.perf_counter()
+            return self.predictions.predict(layer, state, width)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction of a layer's routing and start reading what it lacks; never blocks.
@@ -327,6 +343,7 @@ class Session:
         """
         with self._lock, layer_range(layer, "wait"):
             self._check_open()
+            self.predictions.note(layer, ids)
             return self._speculator.settle(ticket, layer, ids)
 
     def run_resident_experts(

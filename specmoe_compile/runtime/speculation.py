@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR
+
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
 
@@ -42,6 +44,8 @@ class SpeculationConfig:
     """turn the prefetch of a layer, or of its unsure guesses, off while it does not pay."""
     skip_layers: tuple[int, ...] = ()
     """MoE layers that never speculate."""
+    predictor: str = DEFAULT_PREDICTOR
+    """what predicts experts; a name of `PREDICTORS`."""
     lookahead: int = 1
     """MoE layers between a prediction and its use."""
     transfer: Literal["auto", "copy", "gather"] = "auto"
@@ -64,6 +68,7 @@ class SpeculationConfig:
             prefetch_budget_bytes=options.prefetch_budget_bytes,
             auto_off=options.auto_off,
             skip_layers=skip,
+            predictor=options.predictor,
             lookahead=options.lookahead,
             transfer=options.transfer,
             captures=options.mode == "reduce-overhead",

@@ -32,6 +32,7 @@ class RecordingSession:
     def __init__(self, hidden: int = HIDDEN, experts: int = EXPERTS) -> None:
         self.events: list[tuple[str, int]] = []
         self.predicted: dict[int, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
         self.tickets: dict[int, int] = {}
         self.recall: dict[int, list[float]] = {}
         self.hidden, self.num_experts = hidden, experts
@@ -58,6 +59,12 @@ class RecordingSession:
         generator = torch.Generator().manual_seed(1000 + layer)
         vectors = torch.randn(self.num_experts, self.hidden, generator=generator)
         return (vectors[ids] * weights[..., None].float()).sum(dim=1).to(like.dtype)
+
+    def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        self.events.append(("predict", layer))
+        self.states[layer] = state.clone()
+        ids = torch.arange(layer, layer + width).remainder(self.num_experts)
+        return ids.repeat(len(state), 1), torch.full((len(state), width), 1.0 / width)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         assert ids.shape == weights.shape

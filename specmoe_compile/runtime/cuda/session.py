@@ -19,6 +19,7 @@ from torch import Tensor
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
+from specmoe_compile.predictors.predictions import Predictions
 from specmoe_compile.runtime import nvtx
 from specmoe_compile.runtime.cuda.decoder import (
     Decoder,
@@ -56,6 +57,7 @@ class DeviceSession:
         device: where experts are computed.
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
+        predictions: trained networks, for predictors that are no router.
         plans_steps: False: the host does not know what pays, and a captured graph has no branches.
     """
 
@@ -117,6 +119,7 @@ class DeviceSession:
         self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
         hidden = [_hidden_size(layer, form) for layer, form in zip(self.layers, forms, strict=True)]
         self.default_vectors = DeviceVectors(store.num_experts, hidden, device=device)
+        self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
         self._learns_from_decode = False
         self._last_stats: Stats | None = None
@@ -193,9 +196,15 @@ class DeviceSession:
         `auto_off` has no effect: what a prefetch gains is not measured on the device.
 
         Raises:
-            ValueError: policy `commit`.
+            ValueError: policy `commit`, or predictor `previous_token`, whose memory of the step
+                before a captured graph does not replay.
             SpecMoEError: the transfer cannot be changed any more, see `Decoders.use`.
         """
+        if speculation.predictor == "previous_token":
+            raise ValueError(
+                "predictor='previous_token' is not supported for experts on a GPU: use another"
+                " predictor."
+            )
         if speculation.policy == "commit":
             raise ValueError(
                 "policy='commit' is not supported for experts on a GPU: use 'exact' or"
@@ -205,6 +214,7 @@ class DeviceSession:
             self._check_open()
             self._decoders.use(speculation.transfer, captures=speculation.captures)
             self._config = speculation
+            self.predictions.use(speculation.predictor)
             self._learns_from_decode = speculation.prefetch
             if speculation.nvtx:
                 nvtx.enable()
@@ -241,6 +251,11 @@ class DeviceSession:
         with self._lock, layer_range(layer, "blend"):
             self._lookahead.open(layer, "lookahead")
             return self.default_vectors.blend(layer, ids, weights, like)
+
+    def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Predict a layer with its network: [T, H] -> ids and weights [T, P], for a prefetch."""
+        with self._lock, layer_range(layer, "predict"), self._streams.on("compute"):
+            return self.predictions.predict(layer, state, width)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""

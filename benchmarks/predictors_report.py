@@ -1,0 +1,195 @@
+"""Writes docs/results/predictors.md from benchmarks/results/predictors.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS
+from specmoe_compile.runtime.sizes import format_bytes
+
+Result = Mapping[str, Any]
+NOT_MEASURED = "not measured"
+
+
+def write_report(result: Path, path: Path) -> None:
+    """Write the document.
+
+    Args:
+        result: the JSON of the phases that were run; `recall` must be one.
+        path: the document.
+
+    Raises:
+        FileNotFoundError: there is no result.
+    """
+    if not result.is_file():
+        raise FileNotFoundError(f"There is no {result}: run the phase recall first.")
+    found = json.loads(result.read_text(encoding="utf-8"))
+    sections = [
+        _head(found),
+        "## All predictors\n\n" + _table(found),
+        _layers(found["recall"]),
+        *(_traffic(found[name]) for name in ("timing", "timing_always") if name in found),
+        _NOTES,
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _head(found: Result) -> str:
+    recall = found["recall"]
+    lines = [
+        "# Predictors of experts on equal terms",
+        "",
+        "Written by `python -m benchmarks.predictors` from `benchmarks/results/predictors.json`.",
+        "",
+        f"Trained on {recall['tokens']} tokens of training files of the reference model, measured"
+        f" on {recall['held_out_tokens']} tokens of files that neither it nor any predictor saw"
+        f" ({', '.join(recall['held_out_files'])}); windows of {recall['window']}, seed"
+        f" {recall['seed']}, float32. Recall is that of the top {recall['top_k']}; whole set is the"
+        " share of tokens of which all experts were predicted; both are means over the layers after"
+        " the first.",
+        "",
+    ]
+    for phase, part in found.items():
+        if not isinstance(part, dict):
+            continue
+        names = ", ".join(f"{n} {v}" for n, v in part["versions"].items() if v is not None)
+        machine = part["machine"]
+        lines.append(
+            f"- {phase}: commit {str(part['commit'])[:18]}, {machine['cpu']}, {machine['cores']}"
+            f" cores, {format_bytes(machine['ram_bytes'])} RAM, GPU:"
+            f" {machine['gpu']['name'] if machine['gpu'] else 'none'}; {names}."
+        )
+    return "\n".join(lines)
+
+
+def mean(values: Sequence[float | None]) -> float:
+    """Mean over the layers after the first."""
+    known = [value for value in values[1:] if value is not None]
+    return sum(known) / len(known)
+
+
+def _table(found: Result) -> str:
+    recall, cost = found["recall"], found.get("cost")
+    timing, always = found.get("timing"), found.get("timing_always")
+    rows = []
+    for name in PREDICTORS:
+        seen = recall["predictors"][name]
+        parameters = seen["default_vector_parameters"] + seen["network_parameters"]
+        rows.append(
+            (
+                f"`{name}`" + (" (default)" if name == DEFAULT_PREDICTOR else ""),
+                f"{mean(seen['recall']):.3f}",
+                f"{mean(seen['whole']):.3f}",
+                str(parameters),
+                _training(seen, recall),
+                NOT_MEASURED if cost is None else _cost(cost, seen, name),
+                NOT_MEASURED if timing is None else _tpot(timing, name),
+                NOT_MEASURED if always is None else _tpot(always, name),
+            )
+        )
+    unused = ("no prefetch", "-", "-", "0", "-", "0 us")
+    both = (NOT_MEASURED if t is None else _tpot(t, "none") for t in (timing, always))
+    rows.append((*unused, *both))
+    heads = ("predictor", "recall@k", "whole set", "parameters", "training", "cost per token")
+    return markdown_table((*heads, "ms/token", "ms/token, never off"), rows)
+
+
+def _training(seen: Result, recall: Result) -> str:
+    if seen["training_tokens"]:
+        return (
+            f"{seen['training_tokens']} tokens x {seen['epochs']} epochs,"
+            f" {seen['training_s']:.0f} s"
+        )
+    if seen["default_vector_parameters"]:
+        return f"means of {recall['tokens']} tokens"
+    return "none"
+
+
+def _cost(cost: Result, seen: Result, name: str) -> str:
+    """Measured cost of all layers; a hybrid's is put together of its layers'."""
+    us = {n: spread["p50"] for n, spread in cost["us_per_token"].items()}
+    if name in us:
+        return f"{us[name]:.0f} us"
+    share = len(seen["network_layers"]) / cost["layers"]
+    return f"{share * us['estimator'] + (1 - share) * us['default_vectors']:.0f} us (computed)"
+
+
+def _tpot(timing: Result, name: str) -> str:
+    spread = timing["arms"][name]["tpot_ms"]
+    return f"{spread['p50']:.1f} ({spread['p20']:.1f} to {spread['p80']:.1f})"
+
+
+def _layers(recall: Result) -> str:
+    count = len(recall["predictors"][DEFAULT_PREDICTOR]["recall"])
+    rows = [
+        (f"`{name}`", *("-" if v is None else f"{v:.3f}" for v in seen["recall"]))
+        for name, seen in recall["predictors"].items()
+    ]
+    table = markdown_table(("predictor", *(str(n) for n in range(count))), rows)
+    chosen = recall["predictors"]["hybrid"]["network_layers"]
+    return (
+        "## Recall by layer\n\n" + table + "\n\n`hybrid` takes the estimator in layers"
+        f" {', '.join(str(n) for n in chosen) or 'none'}, chosen on the same held-out text that its"
+        " recall is measured on."
+    )
+
+
+def _traffic(timing: Result) -> str:
+    rows = []
+    for name, arm in timing["arms"].items():
+        total = arm["total"]
+        tokens = total["steps"] / timing["model"]["moe_layers"]
+        ahead = total["speculative_bytes"]
+        rows.append(
+            (
+                f"`{name}`",
+                ", ".join(f"{median:.1f}" for median in arm["medians_ms"]),
+                "-" if arm["recall"] is None else f"{100 * arm['recall']:.1f} %",
+                f"{100 * arm['predicted_share']:.0f} %",
+                format_bytes(round(total["demand_bytes"] / tokens)),
+                format_bytes(round(ahead / tokens)),
+                f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
+                f"{total['stall_ms'] / tokens:.1f} ms",
+            )
+        )
+    heads = ("arm", "ms/token of each run", "recall", "steps predicted", "on demand/token")
+    table = markdown_table((*heads, "ahead/token", "of it useful", "stall/token"), rows)
+    different = timing["different_token_lists"]
+    same = "the same in all runs" if different == 0 else f"**in {different + 1} versions**"
+    off = "as by default" if timing["auto_off"] else "off, so that every step is predicted"
+    return (
+        f"## When used, `auto_off` {off}\n\n"
+        + table
+        + f"\n\nThe widened reference model ({timing['model']['expert_bytes'] / 1e6:.0f} MB of"
+        f" experts on disk), expert cache {timing['expert_cache']}, policy `exact`;"
+        f" {timing['prompts']} prompts, {timing['new_tokens']} greedy tokens each,"
+        f" {timing['repeats']} repeats, interleaved back and forth, each in a process of its own."
+        f" Tokens: {same}. ms/token is the median over all tokens (in the table above with the"
+        " 20th and 80th percentile)."
+    )
+
+
+_NOTES = """## How to read this
+
+- Every predictor is measured through the graph that the passes rewrite, node by node, by
+  `specmoe calibrate --train-estimator`.
+- `pre_attention` reads a later state than the others: the output of the layer before, experts
+  included. So it also predicts the first layer, and its prefetch has only the attention to hide
+  behind, where the others have the experts and the attention. It has no branch in the graph: in
+  steps that are not predicted its network still runs.
+- `previous_token` repeats experts that a cache which holds one token's experts still holds; with a
+  cache it has nothing to fetch.
+- Trained alike: `estimator` and `pre_attention` have the same loss, tokens, epochs and seed. The
+  loss is the KL divergence from the router's weights of its top k; arXiv 2603.19289 distils the
+  full distribution, arXiv 2511.10676 uses a loss that ranks. The layers of both networks are this
+  project's. Neither paper's figures are reproduced here.
+- Cost is the time that a compiled function of all layers but the first takes beyond one that does
+  nothing, one token; `default_vectors` and `estimator` include the blend. The prefetch itself,
+  the same for all, is not in it.
+- Training time leaves out running the model over the text, which default vectors need as well.
+- Not run on a GPU; one small model, and one body of text."""
