@@ -63,13 +63,14 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
 
     def router(state: Tensor, layer: int) -> Any:
         block = model.model.layers[layer]
-        return block.mlp.gate(block.post_attention_layernorm(state))[1:]
+        _, weights, ids = block.mlp.gate(block.post_attention_layernorm(state))
+        return ids, weights
 
     def network(state: Tensor, layer: int) -> Any:
         return ops.predict_experts(state, session.handle, layer, top_k)
 
     kinds: dict[str, Callable[[Tensor, int], Any]] = {
-        NOTHING: lambda state, layer: state + 1.0,
+        NOTHING: lambda state, layer: (state + 1.0,),
         "residual": router,
         "default_vectors": lambda state, layer: router(quasi(state, layer), layer),
         "previous_token": network,
@@ -92,9 +93,10 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
 
 def _all_layers(
     predict: Callable[[Tensor, int], Any], layers: Sequence[int]
-) -> Callable[..., list[Any]]:
-    def run(*states: Tensor) -> list[Any]:
-        return [predict(state, layer) for state, layer in zip(states, layers, strict=True)]
+) -> Callable[..., list[Tensor]]:
+    def run(*states: Tensor) -> list[Tensor]:
+        pairs = zip(states, layers, strict=True)
+        return [tensor for state, layer in pairs for tensor in predict(state, layer)]
 
     return run
 
