@@ -13,6 +13,10 @@ from specmoe_compile.runtime.sizes import format_bytes
 
 Result = Mapping[str, Any]
 NOT_MEASURED = "not measured"
+_DEFAULT_NOTES = {
+    DEFAULT_PREDICTOR: " (default without trained networks)",
+    "hybrid": " (default with them)",
+}
 
 
 def write_report(result: Path, path: Path) -> None:
@@ -30,7 +34,7 @@ def write_report(result: Path, path: Path) -> None:
     found = json.loads(result.read_text(encoding="utf-8"))
     sections = [
         _head(found),
-        "## All predictors\n\n" + _table(found),
+        "## All predictors\n\n" + _table(found) + "\n\n" + _verdict(found),
         _layers(found["recall"]),
         *(_traffic(found[name]) for name in ("timing", "timing_always") if name in found),
         _NOTES,
@@ -82,7 +86,7 @@ def _table(found: Result) -> str:
         parameters = seen["default_vector_parameters"] + seen["network_parameters"]
         rows.append(
             (
-                f"`{name}`" + (" (default)" if name == DEFAULT_PREDICTOR else ""),
+                f"`{name}`" + _DEFAULT_NOTES.get(name, ""),
                 f"{mean(seen['recall']):.3f}",
                 f"{mean(seen['whole']):.3f}",
                 str(parameters),
@@ -97,6 +101,31 @@ def _table(found: Result) -> str:
     rows.append((*unused, *both))
     heads = ("predictor", "recall@k", "whole set", "parameters", "training", "cost per token")
     return markdown_table((*heads, "ms/token", "ms/token, never off"), rows)
+
+
+def _verdict(found: Result) -> str:
+    seen = found["recall"]["predictors"]
+    best = max(seen, key=lambda name: mean(seen[name]["recall"]))
+    base = mean(seen[DEFAULT_PREDICTOR]["recall"])
+    text = (
+        f"The highest recall is `{best}`'s, {mean(seen[best]['recall']):.3f} against {base:.3f} of"
+        f" `{DEFAULT_PREDICTOR}`."
+    )
+    timing = found.get("timing")
+    if timing is None:
+        return text
+    p50 = {name: arm["tpot_ms"]["p50"] for name, arm in timing["arms"].items()}
+    drift = max(max(a["medians_ms"]) - min(a["medians_ms"]) for a in timing["arms"].values())
+    fastest = min(p50, key=lambda name: p50[name])
+    name = "no prefetch" if fastest == "none" else f"`{fastest}`"
+    span = max(p50.values()) - min(p50.values())
+    text += (
+        f" In time per token {name} comes first with {p50[fastest]:.1f} ms; all arms lie within"
+        f" {span:.1f} ms, and repeats of one arm are up to {drift:.1f} ms apart"
+    )
+    if drift >= span:
+        text += ": on this machine and at this cache size **time does not tell them apart**"
+    return text + ". The default goes by recall and by the bytes that are left to read on demand."
 
 
 def _training(seen: Result, recall: Result) -> str:

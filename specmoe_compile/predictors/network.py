@@ -88,13 +88,20 @@ class ExpertNetwork:
 
         Args:
             state: [T, H] float.
-            width: P, at most E.
+            width: P.
 
         Returns:
             ids [T, P] int64, heaviest first, and weights [T, P] float32 that sum to `weight_sum`.
+            Beyond E ids are -1, which nobody prefetches, and weights 0.
         """
-        best = self.scores(state).topk(width, dim=-1)
-        return best.indices, torch.softmax(best.values, dim=-1) * self.weight_sum
+        scores = self.scores(state)
+        missing = max(0, width - scores.shape[-1])
+        best = scores.topk(width - missing, dim=-1)
+        ids, weights = best.indices, torch.softmax(best.values, dim=-1) * self.weight_sum
+        if missing:
+            ids = functional.pad(ids, (0, missing), value=-1)
+            weights = functional.pad(weights, (0, missing))
+        return ids, weights
 
     def to(self, device: torch.device | str) -> ExpertNetwork:
         """The same network on a device."""

@@ -106,6 +106,9 @@ def test_network_predicts_its_best_scores_with_weights_that_sum_as_the_routers_d
     assert torch.equal(ids, scores.topk(4).indices)
     torch.testing.assert_close(weights.sum(1), torch.full((3,), 2.5))
     assert torch.equal(weights, weights.sort(dim=1, descending=True).values)
+    wide, none = network.predict(state, EXPERTS + 2)
+    assert torch.equal(wide[:, :4], ids) and wide.shape == none.shape == (3, EXPERTS + 2)
+    assert (wide[:, EXPERTS:] == -1).all() and (none[:, EXPERTS:] == 0).all()
 
 
 def test_recording_keeps_the_same_tokens_of_states_and_choices() -> None:
