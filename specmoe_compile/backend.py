@@ -98,7 +98,6 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
     from specmoe_compile.calibration import use_calibration, use_networks
     from specmoe_compile.passes.manager import SpeculationPass
-    from specmoe_compile.predictors.registry import AUTO, DEFAULT_PREDICTOR
     from specmoe_compile.runtime.session import get_session
     from specmoe_compile.runtime.speculation import SpeculationConfig
 
@@ -116,8 +115,6 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
             use_networks(session, calibration, config.predictor)
             poor.update(calibration.poor_layers(config.policy, config.predictor))
             network_layers = calibration.network_layers(config.predictor)
-    if config.predictor == AUTO:
-        config = replace(config, predictor=DEFAULT_PREDICTOR)
     if config.skip_layers == "auto":
         config = replace(config, skip_layers=tuple(sorted(poor)))
     for session in sessions:

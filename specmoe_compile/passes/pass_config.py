@@ -6,7 +6,12 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS, State
+from specmoe_compile.predictors.registry import (
+    DEFAULT_PREDICTOR,
+    PREDICTORS,
+    State,
+    without_auto,
+)
 
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
@@ -93,7 +98,7 @@ class PassConfig:
             skip_layers=given if isinstance(given, tuple) else (),
             most_tokens=PREFILL_TOKENS,
             control=options.control,
-            predictor=options.predictor,
+            predictor=without_auto(options.predictor),
             network_layers=network_layers,
             conditional=conditional,
         )

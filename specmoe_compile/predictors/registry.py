@@ -83,3 +83,8 @@ DEFAULT_PREDICTOR = "default_vectors"
 """What needs no file."""
 TRAINED = tuple(name for name, p in PREDICTORS.items() if p.source == "network")
 """Predictors with networks of their own."""
+
+
+def without_auto(name: str) -> str:
+    """The predictor that an option names where no calibration decides `auto`."""
+    return DEFAULT_PREDICTOR if name == AUTO else name

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR
+from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, without_auto
 
 if TYPE_CHECKING:
     from specmoe_compile.config import CompileOptions
@@ -68,7 +68,7 @@ class SpeculationConfig:
             prefetch_budget_bytes=options.prefetch_budget_bytes,
             auto_off=options.auto_off,
             skip_layers=skip,
-            predictor=options.predictor,
+            predictor=without_auto(options.predictor),
             lookahead=options.lookahead,
             transfer=options.transfer,
             captures=options.mode == "reduce-overhead",

@@ -30,6 +30,7 @@ def test_passes_run_in_their_order_and_report() -> None:
         "insert_default_vectors": 2,
         "insert_lookahead_router": 2,
         "insert_expert_prefetch": 2,
+        "insert_predictor": 0,
         "split_expert_execution": 3,
         "guard_speculation": 0,
     }

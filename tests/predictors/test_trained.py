@@ -326,11 +326,12 @@ def test_approximate_policies_run_with_a_trained_predictor(
 
 
 def test_command_trains_and_names_what_it_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks.reference_model.tokenizer import build_tokenizer
     from tests.helpers import save_tiny
 
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow table breaks names
     folder = save_tiny(tmp_path / "model")
     build_tokenizer(256).save_pretrained(folder)
     text, out = tmp_path / "text.txt", tmp_path / "c.safetensors"
