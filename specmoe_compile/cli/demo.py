@@ -241,7 +241,8 @@ def _compare(
 
     lengths = {
         "accelerate": _COMPARED_TOKENS,
-        "cache": len(streamed["tokens"]),
+        # Its graphs were compiled above: a compiler beside the model does not fit under the cap.
+        "specmoe": len(streamed["tokens"]),
         "eager": len(streamed["tokens"]),
     }
     jobs = [

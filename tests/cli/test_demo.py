@@ -59,7 +59,7 @@ def test_the_whole_demo_gives_the_unmodified_models_tokens(
     assert "32 of 32 tokens equal the unmodified model's" in captured.out
     result = json.loads(out.read_text())
     assert result["differing_tokens"] == 0
-    assert [arm["name"] for arm in result["arms"]] == ["accelerate", "cache", "eager"]
+    assert [arm["name"] for arm in result["arms"]] == ["accelerate", "specmoe", "eager"]
     assert result["failed"] == {}
     streamed = result["streamed"]
     assert len(streamed["tokens"]) == 32
