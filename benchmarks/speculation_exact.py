@@ -25,9 +25,8 @@ SABOTAGES = ("wrong", "random", "empty")
 LOOKAHEAD = "lookahead router"
 
 
-def predictors(cache: str) -> tuple[str | None, ...]:
-    """What predicts with a kind of KV cache; None is the lookahead router itself."""
-    return (None, *SABOTAGES) if cache == "static" else (None,)
+PREDICTORS: tuple[str | None, ...] = (None, *SABOTAGES)
+"""What predicts; None is the lookahead router itself, and goes first: it records the routing."""
 
 
 class Predictor:
@@ -110,7 +109,7 @@ def run_exact(
         for cache in CACHES:
             torch._dynamo.reset()
             compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
-            for kind in predictors(cache):
+            for kind in PREDICTORS:
                 predictor.begin(kind)
                 session.reset_stats()
                 started_s = time.perf_counter()

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end_report import Claim
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, predictors
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
 
@@ -74,7 +74,7 @@ def exact_claims(exact: Result) -> list[Claim]:
     """Tokens of policy exact, with every predictor."""
     rows = exact["rows"]
     worst = max(row["differing_tokens"] for row in rows)
-    wanted = {(b, c, p or LOOKAHEAD) for b in BATCHES for c in CACHES for p in predictors(c)}
+    wanted = {(b, c, p or LOOKAHEAD) for b in BATCHES for c in CACHES for p in PREDICTORS}
     missing = wanted - {(row["batch"], row["kv_cache"], row["predictor"]) for row in rows}
     measured = f"{worst} of {rows[0]['tokens']} tokens differ in the worst of {len(rows)} runs"
     if missing:

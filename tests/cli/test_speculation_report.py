@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, predictors
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
 from benchmarks.speculation_report import (
     EXPECTED_RECALL,
     compile_claims,
@@ -27,7 +27,7 @@ def _exact() -> dict[str, Any]:
         }
         for batch in BATCHES
         for cache in CACHES
-        for kind in predictors(cache)
+        for kind in PREDICTORS
     ]
     return {"model": {"bytes_per_expert": 3 << 20}, "rows": rows}
 
