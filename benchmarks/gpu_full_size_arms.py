@@ -205,25 +205,6 @@ def fill_slots(session: DeviceSession) -> None:
         tables.expert_of.copy_(everyone)
 
 
-def forget_slots(session: DeviceSession) -> None:
-    """Empty all slots on the device, between two steps: what a machine without a cache has."""
-    if session.transfer == "copy":
-        session._decoder.forget()
-        return
-    # The tables of a layer are rows of tensors of all layers: one launch each.
-    first = session.cache.tables[0]
-    for rows, value in (
-        (first.slot_of, -1),
-        (first.expert_of, -1),
-        (first.last_use, 0),
-        (first.count, 0),
-        (first.pending, 0),
-        (first.unused, 0),
-    ):
-        assert rows._base is not None, "rows of a common tensor"
-        rows._base.fill_(value)
-
-
 @torch.no_grad()
 def learn_vectors(bench: Bench, tokens: int) -> None:
     """Learn default vectors as a session does, from a prefill of random tokens."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_full_size_arms import ARMS, Arm, Bench, Mode, Routing, forget_slots, free_memory
+from benchmarks.gpu_full_size_arms import ARMS, Arm, Bench, Mode, Routing, free_memory
 from benchmarks.gpu_full_size_model import FilledCache, random_tokens
 from benchmarks.gpu_full_size_profile import profile_steps
 from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
@@ -49,7 +49,7 @@ class Run:
         """Begin again, with empty slots unless the arm has all experts."""
         arm, _, session, routing, filled = self._parts
         if session is not None and not arm.full:
-            forget_slots(session)
+            session.forget_slots()
         filled.rewind()
         routing.start(driven)
         self.chosen = []
@@ -62,7 +62,7 @@ class Run:
         self.chosen.append(logits[:, -1].argmax(-1).clone())
         routing.advance()
         if session is not None and not arm.keeps:
-            forget_slots(session)
+            session.forget_slots()
 
     @property
     def tokens(self) -> list[int]:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError, TransferError
-from specmoe_compile.runtime.cuda.decoder import Decoder, DecoderParts, DecodeStep, skip_weak_misses
+from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
+from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Request, Supply
+from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
 from specmoe_compile.runtime.expert_cache import ExpertCache
 from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.stats import LayerStats
@@ -150,26 +152,6 @@ class CopyDecoder(Decoder):
         for arrival in step.arrivals:
             self._streams.wait("compute", self._settle(arrival))
 
-    def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
-        partial = super().run(layer, step, x, weights)
-        self._last_read[layer] = self._streams.record("compute")
-        self.issue_guesses()
-        return partial
-
-    def correct(
-        self,
-        layer: int,
-        step: DecodeStep,
-        partial: Tensor,
-        x: Tensor,
-        weights: Tensor,
-        vectors: Tensor,
-    ) -> Tensor:
-        out = super().correct(layer, step, partial, x, weights, vectors)
-        self._last_read[layer] = self._streams.record("compute")
-        self.issue_guesses()
-        return out
-
     def join(self, layer: int) -> None:
         arriving = self._arriving[layer]
         self._copy_what_was_read()
@@ -207,6 +189,10 @@ class CopyDecoder(Decoder):
                 self._issue_guess(guess.layer, experts.popleft())
             else:
                 self._guesses.popleft()
+
+    def _slots_were_read(self, layer: int) -> None:
+        self._last_read[layer] = self._streams.record("compute")
+        self.issue_guesses()
 
     def _known_or_none(self, guess: _Guess) -> deque[int] | None:
         """Experts of a guess that are left to be copied; None until the host has them."""

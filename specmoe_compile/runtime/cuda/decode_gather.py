@@ -17,8 +17,10 @@ from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.kernels.plan_cache.op import CachePlanTensors, plan_cache
-from specmoe_compile.runtime.cuda.decoder import Decoder, DecoderParts, DecodeStep, skip_weak_misses
+from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
+from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
+from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
 from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.stats import LayerStats
 
@@ -104,6 +106,9 @@ class GatherDecoder(Decoder):
         for layer in range(len(self._records)):
             self.join(layer)
         self._cache.forget()
+
+    def _slots_were_read(self, layer: int) -> None:
+        pass  # a later gather waits for all that compute has got until then
 
     def _wait(self, fetches: list[_Fetch | None], layer: int) -> None:
         fetch, fetches[layer] = fetches[layer], None

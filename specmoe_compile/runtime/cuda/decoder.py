@@ -6,43 +6,18 @@ Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, S 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.correct_experts.op import correct_experts
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.expert_mlp.op import run_resident_experts
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
-from specmoe_compile.runtime.cuda.streams import Streams
-from specmoe_compile.runtime.cuda.tables import DeviceCache
-from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.stats import LayerStats
-
-Norm = Callable[[Tensor], Tensor]
-
-
-class DecoderParts(NamedTuple):
-    """What a decoder works with; sequences hold one entry per layer.
-
-    Attributes:
-        cache: slots and tables.
-        layouts: of records.
-        num_experts: E.
-        forms: how experts are computed.
-        norms: applied to each expert's output, or None.
-        streams: the session's.
-    """
-
-    cache: DeviceCache
-    layouts: Sequence[ExpertLayout]
-    num_experts: Sequence[int]
-    forms: Sequence[ExpertForm]
-    norms: Sequence[Norm | None]
-    streams: Streams
 
 
 class DecodeStep(NamedTuple):
@@ -120,6 +95,10 @@ class Decoder(ABC):
     def forget(self) -> None:
         """Let compute wait for all that is in flight, and drop what the slots hold."""
 
+    @abstractmethod
+    def _slots_were_read(self, layer: int) -> None:
+        """Take note that work which reads a layer's slots was issued on compute."""
+
     def normed(self, layer: int, y: Tensor) -> Tensor:
         """Experts' outputs, [..., H], as the model weighs them: past a norm of their own."""
         norm = self._norms[layer]
@@ -131,9 +110,11 @@ class Decoder(ABC):
     def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
         """Unweighted outputs of the experts that are there, before a norm, [T, K, H]."""
         with self._streams.on("compute"):
-            return run_resident_experts(
+            y = run_resident_experts(
                 x, step.present, weights, self._banks[layer], self._forms[layer]
             )
+        self._slots_were_read(layer)
+        return y
 
     def correct(
         self,
@@ -156,18 +137,21 @@ class Decoder(ABC):
         """
         self.wait(layer, step)
         if self._norms[layer] is not None:
-            return self._correct_normed(layer, step, partial, x, weights, vectors)
-        with self._streams.on("compute"):
-            return correct_experts(
-                partial,
-                x,
-                step.late,
-                weights,
-                self._banks[layer],
-                self._forms[layer],
-                skipped=step.skipped,
-                default_vectors=None if step.skipped is None else vectors,
-            )
+            out = self._correct_normed(layer, step, partial, x, weights, vectors)
+        else:
+            with self._streams.on("compute"):
+                out = correct_experts(
+                    partial,
+                    x,
+                    step.late,
+                    weights,
+                    self._banks[layer],
+                    self._forms[layer],
+                    skipped=step.skipped,
+                    default_vectors=None if step.skipped is None else vectors,
+                )
+        self._slots_were_read(layer)
+        return out
 
     def _correct_normed(
         self,
@@ -188,32 +172,3 @@ class Decoder(ABC):
                 means = vectors[step.skipped.clamp(min=0).long()].to(y.dtype)
                 y = torch.where((step.skipped >= 0).unsqueeze(-1), means, y)
             return reduce_choices(y.contiguous(), weights)
-
-
-def skip_weak_misses(
-    ids: Tensor, weights: Tensor, slot_of: Tensor, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave out absent experts whose weight is below the threshold for each of their tokens.
-
-    Args:
-        ids: [T, K] int64 or int32.
-        weights: [T, K] float.
-        slot_of: [E] int32, slot of each expert or -1.
-        threshold: router weight.
-
-    Returns:
-        ids to fetch, [T, K], -1 where left out; experts left out, [T, K] int32, else -1; and their
-        number, [] int64.
-    """
-    heaviest = heaviest_by_expert(ids, weights, slot_of.shape[0])
-    weak = (slot_of < 0) & (heaviest >= 0) & (heaviest < threshold)
-    left_out = weak[ids.long()]
-    kept = torch.where(left_out, -1, ids)
-    skipped = torch.where(left_out, ids, -1).int()
-    return kept, skipped, weak.sum()
-
-
-def heaviest_by_expert(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """Largest weight of each expert, [T, K], [T, K] -> [E] float32; -1 for those not chosen."""
-    heaviest = torch.full((experts,), -1.0, device=ids.device)
-    return heaviest.scatter_reduce_(0, ids.reshape(-1).long(), weights.reshape(-1).float(), "amax")

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.grouped_experts.op import run_grouped_experts_
-from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Supply
-from specmoe_compile.runtime.layout import ExpertLayout
 
 
 class PrefillBuffers:
@@ -30,11 +29,8 @@ class PrefillBuffers:
 
     def __init__(
         self,
+        parts: DecoderParts,
         records: Sequence[Tensor],
-        layouts: Sequence[ExpertLayout],
-        num_experts: Sequence[int],
-        forms: Sequence[ExpertForm],
-        streams: Streams,
         device: torch.device,
         *,
         supply: Supply | None = None,
@@ -42,16 +38,16 @@ class PrefillBuffers:
         """Reserve device memory.
 
         Args:
+            parts: layouts, forms and streams of the session; its slots are left alone.
             records: of each layer in host memory, [E, record_bytes] uint8; page-locked on CUDA.
-            layouts, num_experts, forms: of each layer.
-            streams: the session's.
             device: where experts are computed.
             supply: where records come from instead of `records`.
         """
         self._records = records
         self._supply = supply
-        self._forms = forms
-        self._streams = streams
+        self._forms = parts.forms
+        self._streams = parts.streams
+        layouts, num_experts = parts.layouts, parts.num_experts
         shapes = [(e, one.record_bytes) for e, one in zip(num_experts, layouts, strict=True)]
         largest = max(experts * size for experts, size in shapes)
         self._buffers = torch.empty(2, largest, dtype=torch.uint8, device=device)

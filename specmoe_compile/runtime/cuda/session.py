@@ -11,30 +11,24 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.predictors.predictions import Predictions
 from specmoe_compile.runtime import nvtx
-from specmoe_compile.runtime.cuda.decoder import (
-    Decoder,
-    DecoderParts,
-    DecodeStep,
-    Norm,
-    heaviest_by_expert,
-)
+from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
+from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
 from specmoe_compile.runtime.cuda.supply import StagedSupply
-from specmoe_compile.runtime.cuda.tables import DeviceCache
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
+from specmoe_compile.runtime.cuda.wanted import most_wanted
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
 from specmoe_compile.runtime.memory import slots_per_layer
@@ -101,24 +95,17 @@ class DeviceSession:
         self.device = device
         self.top_k = top_k
         _check_store(self.layers, store)
-        forms = [recognise_form(layer.module) for layer in self.layers]
         slots = slots_per_layer(expert_cache_bytes, store.layouts, store.num_experts, top_k)
-        norms = [_norm_or_none(layer) for layer in self.layers]
         self._supply = supply
         self._streams = streams if streams is not None else CudaStreams(device)
-        self.cache = DeviceCache(store.layouts, store.num_experts, slots, device)
-        records: list[Tensor] = []
-        if supply is None:
-            assert isinstance(store, RamStore), "a store on disk needs a supply"
-            records = [store.layer_records(layer) for layer in range(len(self.layers))]
-        sizes = (store.layouts, store.num_experts)
-        self._prefill = PrefillBuffers(records, *sizes, forms, self._streams, device, supply=supply)
+        parts = DecoderParts.for_layers(self.layers, slots, self._streams, device)
+        self.cache = parts.cache
+        records = _pinned_records(store) if supply is None else []
+        self._prefill = PrefillBuffers(parts, records, device, supply=supply)
         if measure is None and device.type == "cuda":
             measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
-        parts = DecoderParts(self.cache, *sizes, forms, norms, self._streams)
         self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
-        hidden = [_hidden_size(layer, form) for layer, form in zip(self.layers, forms, strict=True)]
-        self.default_vectors = DeviceVectors(store.num_experts, hidden, device=device)
+        self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
         self._learns_from_decode = False
@@ -219,6 +206,12 @@ class DeviceSession:
             if speculation.nvtx:
                 nvtx.enable()
 
+    def forget_slots(self) -> None:
+        """Empty the slots, between two steps; counters stay. Does not wait for the device."""
+        with self._lock:
+            self._check_open()
+            self._decoder.forget()
+
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
         with self._lock:
@@ -264,7 +257,14 @@ class DeviceSession:
             self._check_open()
             if self._is_prefill(layer, ids) or layer in self._config.skip_layers:
                 return 0
-            ids = self._most_wanted(layer, ids, weights)
+            with self._streams.on("compute"):
+                ids = most_wanted(
+                    ids,
+                    weights,
+                    self._config,
+                    num_experts=self.store.num_experts[layer],
+                    record_bytes=self.store.layouts[layer].record_bytes,
+                )
             if ids.numel() and self._decoder.fits(layer, ids.numel()):
                 self._decoder.prefetch(layer, ids.contiguous())
             return 0
@@ -352,27 +352,6 @@ class DeviceSession:
         vectors = self.default_vectors.tables[layer]
         return self._decoder.correct(layer, step, partial, x, weights, vectors)
 
-    def _most_wanted(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
-        """Return the predictions to fetch, -1 for those too weak; decided without the host."""
-        config = self._config
-        width = ids.shape[1]
-        if config.prefetch_width is not None and config.prefetch_width < width:
-            width = config.prefetch_width
-        if config.prefetch_budget_bytes is not None:
-            # As if all choices were of different experts: values are the device's alone.
-            most = config.prefetch_budget_bytes // self.store.layouts[layer].record_bytes
-            width = min(width, most // max(1, ids.shape[0]))
-        with self._streams.on("compute"):
-            if width < ids.shape[1]:
-                weights, places = weights.topk(width, dim=1)
-                ids = ids.gather(1, places)
-            if config.policy == "default_vector" and ids.numel():
-                # A miss below the threshold would not be fetched.
-                heaviest = heaviest_by_expert(ids, weights, self.store.num_experts[layer])
-                weak = heaviest[ids.long()] < config.default_vector_threshold
-                ids = torch.where(weak, -1, ids)
-        return ids
-
     def _fills_defaults(self, layer: int) -> bool:
         # In a layer that never speculates every miss is fetched.
         return self._config.policy == "default_vector" and layer not in self._config.skip_layers
@@ -389,14 +368,9 @@ class DeviceSession:
             raise SpecMoEError("The session is closed: load the model again.")
 
 
-def _norm_or_none(layer: ExpertsLayer) -> Norm | None:
-    owner: Any = layer.module
-    return owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
-
-
-def _hidden_size(layer: ExpertsLayer, form: ExpertForm) -> int:
-    (shape,) = (spec.shape for spec in layer.layout.tensors if spec.name == "down_proj")
-    return shape[-1] if form.transposed else shape[0]
+def _pinned_records(store: ExpertStore) -> list[Tensor]:
+    assert isinstance(store, RamStore), "a store on disk needs a supply"
+    return [store.layer_records(layer) for layer in range(len(store.layouts))]
 
 
 def _close_parts(handle: int, release: Callable[[], None] | None, store: ExpertStore) -> None:

@@ -53,6 +53,10 @@ class DeviceCache:
         last_use = rows(most_slots, 0, torch.int64)
         count, pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(3))
         clock = rows(1, 0, torch.int64)
+        self._emptied_to = (
+            ((slot_of, expert_of), -1),
+            ((last_use, count, pending, unused), 0),
+        )
         self.counters = rows(len(COUNTERS), 0, torch.int64)
         self.skipped = rows(1, 0, torch.int64)[:, 0]
         self.tables = [
@@ -71,11 +75,9 @@ class DeviceCache:
 
     def forget(self) -> None:
         """Drop what the slots hold; statistics stay."""
-        for tables in self.tables:
-            tables.slot_of.fill_(-1)
-            tables.expert_of.fill_(-1)
-            for table in (tables.last_use, tables.count, tables.pending, tables.unused):
-                table.zero_()
+        for tables, value in self._emptied_to:
+            for table in tables:
+                table.fill_(value)  # all layers in one launch
 
     def reset_counters(self) -> None:
         """Set the statistics to zero; slots keep what they hold."""

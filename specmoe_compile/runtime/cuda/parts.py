@@ -1,0 +1,81 @@
+"""What the parts of a device session share: slots, layouts, and how each layer's experts are run.
+
+Shape letters: E experts, S slots, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
+from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.cuda.tables import DeviceCache
+from specmoe_compile.runtime.experts_module import ExpertsLayer
+from specmoe_compile.runtime.layout import ExpertLayout
+
+Norm = Callable[[Tensor], Tensor]
+
+
+class DecoderParts(NamedTuple):
+    """What a decoder works with; sequences hold one entry per layer.
+
+    Attributes:
+        cache: slots and tables.
+        layouts: of records.
+        num_experts: E.
+        forms: how experts are computed.
+        norms: applied to each expert's output, or None.
+        streams: the session's.
+    """
+
+    cache: DeviceCache
+    layouts: Sequence[ExpertLayout]
+    num_experts: Sequence[int]
+    forms: Sequence[ExpertForm]
+    norms: Sequence[Norm | None]
+    streams: Streams
+
+    @classmethod
+    def for_layers(
+        cls,
+        layers: Sequence[ExpertsLayer],
+        slots: Sequence[int],
+        streams: Streams,
+        device: torch.device,
+    ) -> DecoderParts:
+        """Reserve S slots of each layer on a device.
+
+        Raises:
+            UnsupportedModelError: the kernels cannot compute these experts.
+        """
+        forms = [recognise_form(layer.module) for layer in layers]
+        layouts = [layer.layout for layer in layers]
+        num_experts = [layer.num_experts for layer in layers]
+        return cls(
+            cache=DeviceCache(layouts, num_experts, slots, device),
+            layouts=layouts,
+            num_experts=num_experts,
+            forms=forms,
+            norms=[_norm_or_none(layer) for layer in layers],
+            streams=streams,
+        )
+
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """H of each layer."""
+        pairs = zip(self.layouts, self.forms, strict=True)
+        return [_hidden_size(layout, form) for layout, form in pairs]
+
+
+def _norm_or_none(layer: ExpertsLayer) -> Norm | None:
+    owner: Any = layer.module
+    return owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
+
+
+def _hidden_size(layout: ExpertLayout, form: ExpertForm) -> int:
+    (shape,) = (spec.shape for spec in layout.tensors if spec.name == "down_proj")
+    return shape[-1] if form.transposed else shape[0]
