@@ -27,6 +27,9 @@ LOOKAHEAD = "lookahead router"
 
 PREDICTORS: tuple[str | None, ...] = (None, *SABOTAGES)
 """What predicts; None is the lookahead router itself, and goes first: it records the routing."""
+STORES = {"ram": PREDICTORS, "disk": (None,)}
+"""Where experts are fetched from, and what predicts there: a bad predictor takes no other path from
+disk than from RAM, only longer."""
 
 
 class Predictor:
@@ -81,6 +84,7 @@ class Predictor:
 def run_exact(
     model: Path,
     store_dir: Path,
+    store: str,
     prompts: list[list[int]],
     new_tokens: int,
     on_row: Callable[[dict[str, Any]], None],
@@ -89,6 +93,7 @@ def run_exact(
 
     Args:
         model: checkpoint folder. store_dir: its expert store, made when it is not there.
+        store: of `STORES`; the expert cache is the same for each.
         prompts: token ids, all of one length. new_tokens: per prompt.
         on_row: gets all rows so far, after each combination.
     """
@@ -97,7 +102,7 @@ def run_exact(
         model,
         device="cpu",
         dtype="float32",
-        store="disk",
+        store=store,  # type: ignore[arg-type]
         expert_cache=EXPERT_CACHE,
         store_dir=store_dir,
         progress=False,
@@ -109,7 +114,7 @@ def run_exact(
         for cache in CACHES:
             torch._dynamo.reset()
             compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
-            for kind in PREDICTORS:
+            for kind in STORES[store]:
                 predictor.begin(kind)
                 session.reset_stats()
                 started_s = time.perf_counter()
@@ -118,6 +123,7 @@ def run_exact(
                 total = stats.total
                 pairs = zip(tokens.flatten(), references[batch].flatten(), strict=True)
                 row = {
+                    "store": store,
                     "batch": batch,
                     "kv_cache": cache,
                     "predictor": kind or LOOKAHEAD,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, STORES
 from benchmarks.speculation_report import (
     EXPECTED_RECALL,
     compile_claims,
@@ -16,9 +16,10 @@ from benchmarks.speculation_report import (
 )
 
 
-def _exact() -> dict[str, Any]:
+def _exact(store: str) -> dict[str, Any]:
     rows = [
         {
+            "store": store,
             "batch": batch,
             "kv_cache": cache,
             "predictor": kind or LOOKAHEAD,
@@ -27,18 +28,20 @@ def _exact() -> dict[str, Any]:
         }
         for batch in BATCHES
         for cache in CACHES
-        for kind in PREDICTORS
+        for kind in STORES[store]
     ]
-    return {"model": {"bytes_per_expert": 3 << 20}, "rows": rows}
+    return {"rows": rows}
 
 
-def test_exact_needs_every_token_of_every_run() -> None:
-    (claim,) = exact_claims(_exact())
+@pytest.mark.parametrize("store", list(STORES))
+def test_exact_needs_every_token_of_every_run(store: str) -> None:
+    (claim,) = exact_claims(_exact(store))
     assert claim.holds
-    found = _exact()
+    assert ("wrong" in claim.text) == (store == "ram")
+    found = _exact(store)
     found["rows"][3]["differing_tokens"] = 1
     assert not exact_claims(found)[0].holds
-    found = _exact()
+    found = _exact(store)
     gone = found["rows"].pop()
     (claim,) = exact_claims(found)
     assert not claim.holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import specmoe_compile
+from specmoe_compile.generation import session_of
+from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 
 
@@ -46,3 +49,30 @@ def test_tokens_are_exact_and_predictions_are_counted(
         steps = 0 if index == 0 or index in skipped else 11
         assert layer.needed == steps * 2 and layer.predicted == steps * width
     assert 0 < stats.total.recall < 1
+
+
+@pytest.mark.parametrize(("cache", "graphs"), [("static", 2), ("dynamic", 3)])
+def test_steady_decode_breaks_and_compiles_nothing(tmp_path: Path, cache: str, graphs: int) -> None:
+    model = specmoe_compile.offload(
+        tiny_qwen3_moe(layers=2), store="disk", store_dir=tmp_path / "store", expert_cache="50%"
+    )
+    # With auto_off each layer stands in branches; what breaks or compiles anew, Dynamo decides.
+    run: Any = torch.compile(model, backend="specmoe", options={"lowering": "eager"})
+    kwargs = {"cache_implementation": "static"} if cache == "static" else {}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    greedy(run, prompts(1, 20), 24, **kwargs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # What is predicted changes from step to step, and must not show in the graphs. Judged by
+        # time a layer may be off, and then nothing is counted: here the test says what is off.
+        for skipped, predicted_layers in (((), 1), ((1,), 0), ((0,), 1)):
+            speculation = replace(SpeculationConfig(), skip_layers=skipped, auto_off=False)
+            session_of(model).configure(speculation)
+            before = specmoe_compile.stats(model).total.needed
+            greedy(run, prompts(1, 20, seed=1), 24, **kwargs)
+            needed = specmoe_compile.stats(model).total.needed - before
+            assert needed == 23 * 2 * predicted_layers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    specmoe_compile.close(model)
