@@ -24,14 +24,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_full_size_arms import ARMS, MODES, ROUTINGS, Bench, Steps, learn_vectors
+from benchmarks.gpu_full_size_arms import (
+    ARMS,
+    MODES,
+    ROUTINGS,
+    Bench,
+    Steps,
+    learn_vectors,
+    sharing_groups,
+)
 from benchmarks.gpu_full_size_extra import (
     CHECKED_ARMS,
     check_tokens,
     measure_accelerate,
     measure_link,
 )
-from benchmarks.gpu_full_size_measure import measure_arm
+from benchmarks.gpu_full_size_measure import measure_arms
 from benchmarks.gpu_full_size_model import (
     DRY_SHAPES,
     SEED,
@@ -217,13 +225,15 @@ class Benchmark:
     def arms(self, name: str, trace: RoutingTrace) -> None:
         """Phase `arms` of one model."""
         todo = [
-            (context, arm, mode)
+            (context, group, mode)
             for context in self.args.contexts
             for mode in self.args.modes
-            for arm in self.args.arms
-            if not all(self._has(name, context, r, arm, mode) for r in self.args.routings)
+            for group in sharing_groups(
+                [arm for arm in self.args.arms if not self._has(name, context, "trace", arm, mode)],
+                mode,
+            )
         ]
-        if not todo or not self.in_time(f"{len(todo)} arms of {name}"):
+        if not todo or not self.in_time(f"{len(todo)} groups of arms of {name}"):
             return
         bench = self.bench(SHAPES[name], self.steps, trace, self.args.layers)
         top_k = bench.store.top_k
@@ -239,31 +249,34 @@ class Benchmark:
             "link": measure_link(bench),
         }
         print(json.dumps(self.result["models"][name]), flush=True)
-        for context, arm, mode in todo:
-            if self.in_time(f"{name}, {context} tokens, {arm}, {mode}"):
-                self._arm(bench, name, context, arm, mode)
+        for context, group, mode in todo:
+            if self.in_time(f"{name}, {context} tokens, {' '.join(group)}, {mode}"):
+                self._group(bench, name, context, group, mode)
         bench.store.give_back()
 
     def _has(self, *place: Any) -> bool:
         return "|".join(str(part) for part in place) in self.result["rows"]
 
-    def _arm(self, bench: Bench, name: str, context: int, arm: str, mode: Any) -> None:
+    def _group(
+        self, bench: Bench, name: str, context: int, group: Sequence[str], mode: Any
+    ) -> None:
         started = time.monotonic()
 
-        def trace_file(routing: str) -> Path | None:
+        def trace_file(arm: str, routing: str) -> Path | None:
             wanted = arm in TRACED_ARMS and routing == "trace" and context == self.args.contexts[0]
             return self.args.out.with_suffix(f".{name}.{arm}.{mode}.json.gz") if wanted else None
 
-        rows = measure_arm(
-            bench, arm, mode, context, tuple(self.args.routings), trace_file=trace_file
-        )
-        for row in rows.values():
-            self.result["rows"][row_key(name, row)] = row
-            print(json.dumps({k: v for k, v in row.items() if k != "tokens"}), flush=True)
-        self.save()
-        kept = trace_file("trace")
-        if kept is not None and kept.exists():
-            self._draw(bench, kept, f"{name}, {arm}, {mode}, {context} tokens: one layer")
+        for rows in measure_arms(
+            bench, group, mode, context, tuple(self.args.routings), trace_file=trace_file
+        ):
+            for row in rows.values():
+                self.result["rows"][row_key(name, row)] = row
+                print(json.dumps({k: v for k, v in row.items() if k != "tokens"}), flush=True)
+            self.save()
+            arm = next(iter(rows.values()))["arm"]
+            kept = trace_file(arm, "trace")
+            if kept is not None and kept.exists():
+                self._draw(bench, kept, f"{name}, {arm}, {mode}, {context} tokens: one layer")
         self.timed(started)
 
     def _draw(self, bench: Bench, kept: Path, title: str) -> None:

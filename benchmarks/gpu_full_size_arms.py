@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from specmoe_compile.runtime.cuda.session import DeviceSession
 Routing = Literal["trace", "router"]
 Mode = Literal["graph", "compiled", "eager"]
 ROUTINGS: tuple[Routing, ...] = ("trace", "router")
+_NEVER_LEAVES = 1 << 52  # later than any plan, and room for the kernel's own bits above it
 MODES: tuple[Mode, ...] = ("graph", "compiled", "eager")
 """CUDA graphs; compiled without them; not compiled at all, which no speculation is."""
 
@@ -101,6 +102,19 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+def sharing_groups(names: Sequence[str], mode: Mode) -> list[list[str]]:
+    """Arms that one compiled graph serves: those with the same options, with CUDA graphs.
+
+    Elsewhere the host keeps the tables, and each arm has a session of its own.
+    """
+    if mode != "graph":
+        return [[name] for name in names]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(repr(sorted(ARMS[name].options.items())), []).append(name)
+    return list(groups.values())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """How many steps a run has; together at most the trace's N."""
@@ -138,12 +152,11 @@ class Bench:
     vectors: list[Tensor] | None = None
 
     @contextmanager
-    def opened(self, arm: Arm) -> Iterator[tuple[Any, DeviceSession, TracedRouting]]:
-        """A model of its own for an arm; everything on the device is given back afterwards."""
+    def opened(self, slots: int) -> Iterator[tuple[Any, DeviceSession, TracedRouting]]:
+        """A model of its own with so many slots per layer; gives all back afterwards."""
         # On the CPU all fetches are over when they are issued, which needs no side streams.
         streams = InlineStreams() if self.device.type == "cpu" else None
         model, layers = build_skeleton(self.shape, self.device, layers=self.layers)
-        slots = arm.slots(layers[0].num_experts, self.store.top_k)
         session = DeviceSession(
             layers,
             self.store,
@@ -156,8 +169,6 @@ class Bench:
             attach_session(model, session)  # type: ignore[arg-type]  # answers the same calls
             if self.vectors is not None:
                 session.default_vectors.load(self.vectors)
-            if arm.full:
-                fill_slots(session)
             routing = install_routing(model, layers, self.tables)
             yield model, session, routing
         finally:
@@ -165,6 +176,10 @@ class Bench:
             del model, session
             torch._dynamo.reset()
             free_memory(self.device)
+
+    def slots(self, arm: Arm) -> int:
+        """S per layer of an arm."""
+        return arm.slots(self.store.num_experts[0], self.store.top_k)
 
     def fits(self, arm: Arm, context: int) -> str | None:
         """Why an arm does not fit in device memory; None if it does, or nobody can say."""
@@ -174,8 +189,7 @@ class Bench:
         config = self.shape.configured(self.layers)
         cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         cached *= (context + self.steps.total) * self.shape.dtype.itemsize
-        slots = arm.slots(self.store.num_experts[0], self.store.top_k)
-        experts = slots * sum(layout.record_bytes for layout in self.store.layouts)
+        experts = self.slots(arm) * sum(layout.record_bytes for layout in self.store.layouts)
         experts += 2 * max(layer.total_bytes for layer in self.store.layers)  # prefill buffers
         # Weights outside the experts, and scores and expanded keys of one attention.
         rest = 2 * config.vocab_size * config.hidden_size * 2 + (6 << 30)
@@ -205,10 +219,36 @@ def fill_slots(session: DeviceSession) -> None:
         tables.expert_of.copy_(everyone)
 
 
+class SlotLimit:
+    """How many slots of a session's an arm may use, and how to empty them between two steps.
+
+    Arms with the same options share a compiled graph: the session has the slots of the largest,
+    and the tables say of the rest that they hold an expert that does not exist and was just used.
+    """
+
+    def __init__(self, session: DeviceSession, slots: int) -> None:
+        """Allow the first `slots` of each layer; with transfer `copy` those are all."""
+        self._session = session
+        tables = session.cache.tables[0]
+        # The tables of a layer are rows of tensors of all layers: one launch each.
+        expert_of, last_use = tables.expert_of._base, tables.last_use._base
+        assert expert_of is not None and last_use is not None, "rows of a common tensor"
+        self._rest = (expert_of[:, slots:], last_use[:, slots:])
+        self._no_expert = max(session.store.num_experts)
+
+    def empty(self) -> None:
+        """Forget what the slots hold: what a machine without a cache does after each token."""
+        self._session.forget_slots()
+        expert_of, last_use = self._rest
+        if expert_of.numel():
+            expert_of.fill_(self._no_expert)
+            last_use.fill_(_NEVER_LEAVES)
+
+
 @torch.no_grad()
 def learn_vectors(bench: Bench, tokens: int) -> None:
     """Learn default vectors as a session does, from a prefill of random tokens."""
-    with bench.opened(ARMS["on_demand"]) as (model, session, routing):
+    with bench.opened(bench.store.top_k) as (model, session, routing):
         routing.start(False)
         model(random_tokens(model.config.vocab_size, tokens, bench.device), use_cache=False)
         bench.vectors = [table.clone() for table in session.default_vectors.tables]

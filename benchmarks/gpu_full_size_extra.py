@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_full_size_arms import ARMS, Bench, Mode, free_memory
-from benchmarks.gpu_full_size_measure import Run, measure_arm, step_times_ms
+from benchmarks.gpu_full_size_arms import Bench, Mode, free_memory, sharing_groups
+from benchmarks.gpu_full_size_measure import Run, measure_arms, step_times_ms
 from benchmarks.gpu_full_size_model import FilledCache, Shape, build_skeleton
 from benchmarks.gpu_full_size_routing import install_routing
 from specmoe_compile.cli.measure.records import quantile
@@ -24,6 +24,7 @@ from specmoe_compile.runtime.module_source import restore_experts
 
 _LINK_BYTES = 1 << 30
 _REPEATS = 10
+_GRAPHED = 10
 CHECKED_ARMS = ("resident", "on_demand", "prefetch_no_cache", "cache_25", "specmoe_25")
 ACCELERATE_LAYERS = (1, 3)
 
@@ -48,7 +49,21 @@ def measure_link(bench: Bench) -> dict[str, float]:
         ("copy_per_record_gbps", moved, copy_each),
         ("gather_gbps", moved, lambda: gather_experts([records], [slots], fills, fills, count)),
     ]
+    if bench.device.type == "cuda":
+        gather = runs[-1][2]
+        gather()  # compiled before it is captured
+        runs.append(("gather_in_graph_gbps", moved * _GRAPHED, _captured(gather, bench.device)))
     return {name: size / _median_s(run, bench.device) / 1e9 for name, size, run in runs}
+
+
+def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A CUDA graph of several runs: without what the host needs for a launch."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_GRAPHED):
+            run()
+    return graph.replay
 
 
 def _median_s(run: Callable[[], object], device: torch.device) -> float:
@@ -76,26 +91,23 @@ def check_tokens(
     """
     want = _eager_tokens(bench, context)
     rows: list[dict[str, Any]] = []
-    for name in arms:
-        for mode in modes:
-            found = measure_arm(bench, name, mode, context, ("trace", "router"))
-            for routing, row in found.items():
-                got = row.get("tokens")
-                differing = None
-                if got is not None:
-                    differing = sum(a != b for a, b in zip(got, want[routing], strict=True))
-                rows.append(
-                    {
-                        "arm": name,
-                        "mode": mode,
-                        "routing": routing,
-                        "context": context,
-                        "tokens": len(want[routing]),
-                        "differing_tokens": differing,
-                        "not_run": row.get("not_run"),
-                    }
-                )
+    for mode in modes:
+        for names in sharing_groups(arms, mode):
+            for found in measure_arms(bench, names, mode, context, ("trace", "router")):
+                rows += [_compared(row, want[routing]) for routing, row in found.items()]
     return rows
+
+
+def _compared(row: dict[str, Any], want: Sequence[int]) -> dict[str, Any]:
+    got = row.get("tokens")
+    differing = None if got is None else sum(a != b for a, b in zip(got, want, strict=True))
+    kept = {name: row[name] for name in ("arm", "mode", "routing", "context")}
+    return {
+        **kept,
+        "tokens": len(want),
+        "differing_tokens": differing,
+        "not_run": row.get("not_run"),
+    }
 
 
 def _eager_tokens(bench: Bench, context: int) -> dict[str, list[int]]:
@@ -103,7 +115,7 @@ def _eager_tokens(bench: Bench, context: int) -> dict[str, list[int]]:
     restore_experts(layers, bench.store, [bench.device] * len(layers))
     routing = install_routing(model, layers, bench.tables)
     filled = FilledCache(model.config, context, bench.steps.total, bench.device, bench.shape.dtype)
-    run = Run(bench, ARMS["resident"], model, None, routing, filled)
+    run = Run(bench, model, None, routing, filled)
     tokens: dict[str, list[int]] = {}
     for kind in ("trace", "router"):
         run.start(kind == "trace")

@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_full_size_arms import ARMS, Arm, Bench, Mode, Routing, free_memory
+from benchmarks.gpu_full_size_arms import (
+    ARMS,
+    Arm,
+    Bench,
+    Mode,
+    Routing,
+    SlotLimit,
+    fill_slots,
+    free_memory,
+)
 from benchmarks.gpu_full_size_model import FilledCache, random_tokens
 from benchmarks.gpu_full_size_profile import profile_steps
 from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
@@ -32,7 +42,6 @@ class Run:
     def __init__(
         self,
         bench: Bench,
-        arm: Arm,
         compiled: Any,
         session: DeviceSession | None,
         routing: TracedRouting,
@@ -42,27 +51,33 @@ class Run:
         config = bench.shape.configured(bench.layers)
         tokens = random_tokens(config.vocab_size, bench.steps.total, bench.device)
         self._inputs = [tokens[:, i : i + 1].contiguous() for i in range(bench.steps.total)]
-        self._parts = (arm, compiled, session, routing, filled)
+        self._parts = (bench, compiled, session, routing, filled)
+        self._empties: SlotLimit | None = None
         self.chosen: list[Tensor] = []
 
-    def start(self, driven: bool) -> None:
-        """Begin again, with empty slots unless the arm has all experts."""
-        arm, _, session, routing, filled = self._parts
-        if session is not None and not arm.full:
-            session.forget_slots()
+    def start(self, driven: bool, arm: Arm | None = None) -> None:
+        """Begin again, with the slots of an arm: empty, unless the arm has all experts."""
+        bench, _, session, routing, filled = self._parts
+        self._empties = None
+        if session is not None and arm is not None:
+            limit = SlotLimit(session, bench.slots(arm))
+            limit.empty()
+            if arm.full:
+                fill_slots(session)
+            self._empties = None if arm.keeps else limit
         filled.rewind()
         routing.start(driven)
         self.chosen = []
 
     def step(self) -> None:
         """One token."""
-        arm, compiled, session, routing, filled = self._parts
+        _, compiled, _, routing, filled = self._parts
         filled.hold()
         logits = compiled(self._inputs[len(self.chosen)], past_key_values=filled.cache).logits
         self.chosen.append(logits[:, -1].argmax(-1).clone())
         routing.advance()
-        if session is not None and not arm.keeps:
-            session.forget_slots()
+        if self._empties is not None:
+            self._empties.empty()
 
     @property
     def tokens(self) -> list[int]:
@@ -96,89 +111,130 @@ def step_times_ms(run: Steppable, count: int, device: torch.device) -> list[floa
 
 
 @torch.no_grad()
-def measure_arm(
+def measure_arms(
     bench: Bench,
-    name: str,
+    names: Sequence[str],
     mode: Mode,
     context: int,
     routings: tuple[Routing, ...],
     *,
-    trace_file: Callable[[str], Any] = lambda routing: None,
-) -> dict[Routing, dict[str, Any]]:
-    """Measure one arm in one mode at one context; a row per routing.
+    trace_file: Callable[[str, str], Path | None] = lambda arm, routing: None,
+) -> Iterator[dict[Routing, dict[str, Any]]]:
+    """Measure arms that share a compiled graph, in one mode at one context; a row per routing.
 
-    An arm that the session refuses, or that does not fit, gets rows that say so.
+    An arm that the session refuses, or that does not fit, gets rows that say so. An arm that
+    neither keeps experts nor speculates fetches K experts per layer whatever the routing is, and
+    is measured under the first one only.
     """
-    arm = ARMS[name]
-    head = {"arm": name, "mode": mode, "context": context, "summary": arm.summary}
     free_memory(bench.device)
-    reason = bench.fits(arm, context)
-    if mode == "eager" and arm.speculates:
-        reason = "speculation is a rewrite of the compiled graph"
-    if reason is not None:
-        return {r: {**head, "routing": r, "not_run": reason} for r in routings}
+    fitting: list[str] = []
+    for name in names:
+        reason = bench.fits(ARMS[name], context)
+        if mode == "eager" and ARMS[name].speculates:
+            reason = "speculation is a rewrite of the compiled graph"
+        if reason is None:
+            fitting.append(name)
+        else:
+            yield {r: {**_head(name, mode, context, r), "not_run": reason} for r in routings}
+    done: set[str] = set()
     try:
-        return _measured(bench, arm, mode, context, routings, head, trace_file)
+        for name, rows in _measured(bench, fitting, mode, context, routings, trace_file):
+            done.add(name)
+            yield rows
     except Exception as error:
         inner = getattr(error, "inner_exception", error)  # torch.compile wraps what it meets
         out_of_memory = isinstance(inner, torch.OutOfMemoryError)
         known = inner if out_of_memory else user_error_or_none(error)
         if known is None:
             raise
-        return {r: {**head, "routing": r, "not_run": sentence(known)} for r in routings}
+        reason = sentence(known)
+        for name in fitting:
+            if name not in done:
+                yield {r: {**_head(name, mode, context, r), "not_run": reason} for r in routings}
+
+
+def _head(name: str, mode: Mode, context: int, routing: Routing) -> dict[str, Any]:
+    summary = ARMS[name].summary
+    return {
+        "arm": name,
+        "mode": mode,
+        "context": context,
+        "summary": summary,
+        "routing": routing,
+    }
 
 
 def _measured(
     bench: Bench,
-    arm: Arm,
+    names: Sequence[str],
     mode: Mode,
     context: int,
     routings: tuple[Routing, ...],
-    head: dict[str, Any],
-    trace_file: Callable[[str], Any],
-) -> dict[Routing, dict[str, Any]]:
-    rows: dict[Routing, dict[str, Any]] = {}
-    steps, options = bench.steps, {"lowering": bench.lowering, "strict": True, **arm.options}
+    trace_file: Callable[[str, str], Path | None],
+) -> Iterator[tuple[str, dict[Routing, dict[str, Any]]]]:
+    if not names:
+        return
+    arms = [ARMS[name] for name in names]
+    steps = bench.steps
+    options = {"lowering": bench.lowering, "strict": True, **arms[0].options}
     if mode == "graph":
         options["mode"] = "reduce-overhead"
     # The paper's copies by the host; not where slots were filled behind the host's back.
-    options["transfer"] = "copy" if mode == "compiled" and not arm.full else "gather"
-    with bench.opened(arm) as (model, session, routing), trace_predictions():
+    copies = mode == "compiled" and not any(arm.full for arm in arms)
+    options["transfer"] = "copy" if copies else "gather"
+    slots = max(bench.slots(arm) for arm in arms)
+    with bench.opened(slots) as (model, session, routing), trace_predictions():
         filled = FilledCache(model.config, context, steps.total, bench.device, bench.shape.dtype)
         compiled = model
         if mode != "eager":
             compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
-        run = Run(bench, arm, compiled, session, routing, filled)
+        run = Run(bench, compiled, session, routing, filled)
         torch._dynamo.utils.counters.clear()
-        for kind in routings:
-            run.start(kind == "trace")
-            started = time.perf_counter()
-            for _ in range(steps.warm_up):
-                run.step()
-            _synchronise(bench.device)
-            warm_up_s = time.perf_counter() - started
-            session.reset_stats()
-            times = step_times_ms(run, steps.timed, bench.device)
-            counted = _counters(session, steps.timed)
-            profiled = profile_steps(
-                run.step, steps.profiled, device=bench.device, trace_file=trace_file(kind)
-            )
-            rows[kind] = {
-                **head,
-                "routing": kind,
-                "slots": list(session.cache.slots),
-                "transfer": session.transfer,
-                "policy": arm.options.get("policy", "exact"),
-                "tpot_ms": {f"p{p}": quantile(times, p / 100) for p in (20, 50, 80)},
-                "tokens_per_s": 1e3 / quantile(times, 0.5),
-                **counted,
-                **profiled,
-                "tokens": run.tokens,
-                "warm_up_s": warm_up_s,
-                "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-                "steps": [steps.warm_up, steps.timed, steps.profiled],
-            }
-    return rows
+        for name, arm in zip(names, arms, strict=True):
+            wanted = routings if arm.keeps or arm.speculates else routings[:1]
+            rows: dict[Routing, dict[str, Any]] = {}
+            for kind in wanted:
+                rows[kind] = {
+                    **_head(name, mode, context, kind),
+                    "slots": bench.slots(arm),
+                    "slots_allocated": slots,
+                    "policy": arm.options.get("policy", "exact"),
+                    **_timed(bench, run, session, kind, arm, trace_file(name, kind)),
+                    "transfer": session.transfer,
+                    "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+                }
+            yield name, rows
+
+
+def _timed(
+    bench: Bench,
+    run: Run,
+    session: DeviceSession,
+    kind: Routing,
+    arm: Arm,
+    trace_file: Path | None,
+) -> dict[str, Any]:
+    """Warm up, time and profile one arm under one routing."""
+    steps = bench.steps
+    run.start(kind == "trace", arm)
+    started = time.perf_counter()
+    for _ in range(steps.warm_up):
+        run.step()
+    _synchronise(bench.device)
+    warm_up_s = time.perf_counter() - started
+    session.reset_stats()
+    times = step_times_ms(run, steps.timed, bench.device)
+    counted = _counters(session, steps.timed)
+    profiled = profile_steps(run.step, steps.profiled, device=bench.device, trace_file=trace_file)
+    return {
+        "tpot_ms": {f"p{p}": quantile(times, p / 100) for p in (20, 50, 80)},
+        "tokens_per_s": 1e3 / quantile(times, 0.5),
+        **counted,
+        **profiled,
+        "tokens": run.tokens,
+        "warm_up_s": warm_up_s,
+        "steps": [steps.warm_up, steps.timed, steps.profiled],
+    }
 
 
 def _counters(session: DeviceSession, steps: int) -> dict[str, Any]:

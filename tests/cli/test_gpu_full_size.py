@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_full_size
-from benchmarks.gpu_full_size_arms import Bench, Steps
+from benchmarks.gpu_full_size_arms import Bench, Steps, sharing_groups
 from benchmarks.gpu_full_size_extra import _eager_tokens
-from benchmarks.gpu_full_size_measure import measure_arm
+from benchmarks.gpu_full_size_measure import measure_arms
 from benchmarks.gpu_full_size_model import SHAPES, RandomStore, build_skeleton
 from benchmarks.gpu_full_size_profile import (
     read_trace,
@@ -113,7 +113,8 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
     monkeypatch.setattr(DeviceSession, "start_prefetch", spy_start)
     monkeypatch.setattr(DeviceSession, "wait_prefetch", spy_wait)
     want = _eager_tokens(qwen, CONTEXT)
-    rows = measure_arm(qwen, "prefetch_no_cache", "compiled", CONTEXT, ("trace", "router"))
+    arms, routings = ["prefetch_no_cache"], ("trace", "router")
+    (rows,) = measure_arms(qwen, arms, "compiled", CONTEXT, routings)
     for routing, row in rows.items():
         assert row["tokens"] == want[routing]
         assert row["compiled_graphs"] == 1
@@ -134,6 +135,23 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
     timed = qwen.tables[:, STEPS.warm_up : STEPS.warm_up + STEPS.timed]
     recall = describe_tables(timed, TOP_K)["recall"]
     assert rows["trace"]["hit_rate"] == pytest.approx(sum(recall) / layers, abs=1e-4)
+
+
+def test_arms_that_share_a_graph_measure_what_they_would_alone(qwen: Bench) -> None:
+    names = ["on_demand", "cache_25", "cache_50", "resident"]
+    assert sharing_groups([*names, "specmoe_25"], "graph") == [names, ["specmoe_25"]]
+
+    def figures(row: dict[str, Any]) -> list[Any]:
+        return [row[name] for name in ("arm", "slots", "hit_rate", "missed_bytes", "tokens")]
+
+    shared = list(measure_arms(qwen, names, "graph", CONTEXT, ("trace",)))
+    assert {rows["trace"]["slots_allocated"] for rows in shared} == {EXPERTS * 2}
+    for name, rows in zip(names, shared, strict=True):
+        (alone,) = measure_arms(qwen, [name], "graph", CONTEXT, ("trace",))
+        assert alone["trace"]["slots_allocated"] == alone["trace"]["slots"]
+        assert figures(rows["trace"]) == figures(alone["trace"])
+    assert [rows["trace"]["hit_rate"] for rows in shared][::3] == [0.0, 1.0]
+    assert 0 < shared[1]["trace"]["hit_rate"] < shared[2]["trace"]["hit_rate"] < 1
 
 
 def test_a_dry_run_writes_rows_resumes_and_reports(tmp_path: Path) -> None:
