@@ -7,9 +7,8 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
 
 - prepare      widen, pack, compile once
 - timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
-- exact_ram    64 prompts x 64 tokens against the unmodified model, with sabotaged predictors;
-               experts are fetched from RAM, which takes a third of the time
-- exact_disk   the same with experts on disk, without the sabotage
+- exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors; takes
+               a third of the time with the store in memory (--folder on a tmpfs)
 - eval         what each policy costs in output
 - compile      what the passes add to compile time; needs a quiet machine
 - report       docs/results/speculation.md and fidelity.md
@@ -42,7 +41,7 @@ from specmoe_compile.runtime.machine import cache_folder
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
 FIDELITY = REPORT.with_name("fidelity.md")
-PHASES = ("prepare", "timing", "exact_ram", "exact_disk", "eval", "compile", "report")
+PHASES = ("prepare", "timing", "exact", "eval", "compile", "report")
 DTYPE = "float32"
 
 
@@ -168,18 +167,6 @@ def run_timing(place: Place) -> None:
     place.write("timing", {"arms": records, "settings": settings})
 
 
-def run_exact_from(place: Place, store: str) -> None:
-    """Tokens of policy exact on the widened model, experts in RAM or on disk."""
-    run_exact(
-        place.model(),
-        place.store_dir(),
-        store,
-        held_out_prompts(place.prompts),
-        place.new_tokens,
-        lambda rows: place.write(f"exact_{store}", rows),
-    )
-
-
 def run_compile(place: Place) -> None:
     """Compile time with and without the passes, caches empty, and the passes' own time."""
     pairs: list[dict[str, float]] = []
@@ -231,8 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     phases: dict[str, Callable[[], None]] = {
         "prepare": lambda: run_prepare(place),
         "timing": lambda: run_timing(place),
-        "exact_ram": lambda: run_exact_from(place, "ram"),
-        "exact_disk": lambda: run_exact_from(place, "disk"),
+        "exact": lambda: run_exact(
+            place.model(),
+            place.store_dir(),
+            held_out_prompts(place.prompts),
+            place.new_tokens,
+            lambda rows: place.write("exact", rows),
+        ),
         "eval": lambda: run_eval(
             REFERENCE_MODEL,
             place.folder / "reference-store",

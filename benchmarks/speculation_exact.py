@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,9 +28,6 @@ LOOKAHEAD = "lookahead router"
 
 PREDICTORS: tuple[str | None, ...] = (None, *SABOTAGES)
 """What predicts; None is the lookahead router itself, and goes first: it records the routing."""
-STORES = {"ram": PREDICTORS, "disk": (None,)}
-"""Where experts are fetched from, and what predicts there: a bad predictor takes no other path from
-disk than from RAM, only longer."""
 
 
 class Predictor:
@@ -84,7 +82,6 @@ class Predictor:
 def run_exact(
     model: Path,
     store_dir: Path,
-    store: str,
     prompts: list[list[int]],
     new_tokens: int,
     on_row: Callable[[dict[str, Any]], None],
@@ -93,7 +90,6 @@ def run_exact(
 
     Args:
         model: checkpoint folder. store_dir: its expert store, made when it is not there.
-        store: of `STORES`; the expert cache is the same for each.
         prompts: token ids, all of one length. new_tokens: per prompt.
         on_row: gets all rows so far, after each combination.
     """
@@ -102,7 +98,7 @@ def run_exact(
         model,
         device="cpu",
         dtype="float32",
-        store=store,  # type: ignore[arg-type]
+        store="disk",
         expert_cache=EXPERT_CACHE,
         store_dir=store_dir,
         progress=False,
@@ -110,11 +106,16 @@ def run_exact(
     session = session_of(inner)
     predictor = Predictor(session)
     rows = []
+    about = {
+        "expert_cache": EXPERT_CACHE,
+        "new_tokens": new_tokens,
+        "store_filesystem": _filesystem(store_dir),
+    }
     for batch in BATCHES:
         for cache in CACHES:
             torch._dynamo.reset()
             compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
-            for kind in STORES[store]:
+            for kind in PREDICTORS:
                 predictor.begin(kind)
                 session.reset_stats()
                 started_s = time.perf_counter()
@@ -123,7 +124,6 @@ def run_exact(
                 total = stats.total
                 pairs = zip(tokens.flatten(), references[batch].flatten(), strict=True)
                 row = {
-                    "store": store,
                     "batch": batch,
                     "kv_cache": cache,
                     "predictor": kind or LOOKAHEAD,
@@ -139,8 +139,15 @@ def run_exact(
                 }
                 rows.append(row)
                 print(row, flush=True)
-                on_row({"rows": rows, "expert_cache": EXPERT_CACHE, "new_tokens": new_tokens})
+                on_row({"rows": rows, **about})
     session.close()
+
+
+def _filesystem(folder: Path) -> str:
+    """Type of the file system that a folder is on, such as ext4; tmpfs is one in memory."""
+    folder = folder.resolve()
+    mounts = [p for p in psutil.disk_partitions(all=True) if folder.is_relative_to(p.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype
 
 
 def _references(model: Path, prompts: list[list[int]], new_tokens: int) -> dict[int, Tensor]:

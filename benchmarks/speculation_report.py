@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end_report import Claim
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, STORES
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
 
@@ -23,8 +23,7 @@ MOST_LOSS_NATS = 0.02
 
 _PHASES = {
     "timing": "time per token",
-    "exact_ram": "tokens of policy exact, experts fetched from RAM",
-    "exact_disk": "tokens of policy exact, experts on disk",
+    "exact": "tokens of policy exact",
     "eval": "recall by layer and fidelity of the policies",
     "compile": "compile time",
 }
@@ -47,8 +46,7 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
     claims: list[Claim] = []
     sections = [_head(found)]
     for name, judge, section in (
-        ("exact_ram", exact_claims, _exact_section),
-        ("exact_disk", exact_claims, _exact_section),
+        ("exact", exact_claims, _exact_section),
         ("timing", timing_claims, _timing_section),
         ("eval", eval_claims, _no_section),
         ("compile", compile_claims, _compile_section),
@@ -72,27 +70,26 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
 
 def exact_claims(exact: Result) -> list[Claim]:
     """Tokens of policy exact, with every predictor."""
-    rows, store = exact["rows"], exact["rows"][0]["store"]
+    rows = exact["rows"]
     worst = max(row["differing_tokens"] for row in rows)
-    kinds = STORES[store]
-    wanted = {(b, c, p or LOOKAHEAD) for b in BATCHES for c in CACHES for p in kinds}
+    wanted = {(b, c, p or LOOKAHEAD) for b in BATCHES for c in CACHES for p in PREDICTORS}
     missing = wanted - {(row["batch"], row["kv_cache"], row["predictor"]) for row in rows}
     measured = f"{worst} of {rows[0]['tokens']} tokens differ in the worst of {len(rows)} runs"
     if missing:
         runs = ", ".join(f"batch {b} {c} {p}" for b, c, p in sorted(missing))
         measured += f"; not run: {runs}"
+    idle = [row["predictor"] for row in rows if not row["prefetches"]]
+    without = sorted(set(idle) - {"empty"})
+    if without:
+        measured += f"; nothing was prefetched with {', '.join(without)}"
     return [
         Claim(
-            text=f"exact, experts {_PLACES[store]}: with prefetch the tokens are the unmodified"
-            " model's, batch 1 and 4, static and dynamic cache"
-            + (", and with a predictor that is wrong, random or empty" if len(kinds) > 1 else ""),
+            text="exact: with prefetch the tokens are the unmodified model's, batch 1 and 4, static"
+            " and dynamic cache, and with a predictor that is wrong, random or empty",
             measured=measured,
-            holds=worst == 0 and not missing,
+            holds=worst == 0 and not missing and not without,
         )
     ]
-
-
-_PLACES = {"ram": "fetched from RAM", "disk": "on disk"}
 
 
 def timing_claims(timing: Result) -> list[Claim]:
@@ -177,7 +174,7 @@ def compile_claims(found: Result) -> list[Claim]:
 
 
 def _head(found: Mapping[str, Result]) -> str:
-    result = next((found[n] for n in ("timing", "compile", "exact_ram") if n in found), None)
+    result = next((found[n] for n in ("timing", "compile", "exact") if n in found), None)
     result = result or next(iter(found.values()))
     model, machine = result["model"], result["machine"]
     commits = sorted({str(r["commit"])[:12] for r in found.values()})
@@ -296,7 +293,6 @@ def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...
 
 
 def _exact_section(exact: Result) -> str:
-    place = _PLACES[exact["rows"][0]["store"]]
     rows = [
         (
             row["predictor"],
@@ -310,9 +306,10 @@ def _exact_section(exact: Result) -> str:
     ]
     head = ("predictor", "batch", "cache", "tokens that differ", "recall", "prefetches")
     return (
-        f"## Policy exact against the unmodified model, experts {place}\n\n"
+        "## Policy exact against the unmodified model\n\n"
         + markdown_table(head, rows)
-        + f"\n\nFloat32, expert cache {exact['expert_cache']}, `auto_off` off, so that every layer"
+        + f"\n\nFloat32, expert cache {exact['expert_cache']}, expert store on a"
+        f" {exact['store_filesystem']} file system, `auto_off` off, so that every layer"
         " step is predicted. `wrong` predicts experts that are not needed, `random` any, `empty`"
         " none."
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, STORES
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
 from benchmarks.speculation_report import (
     EXPECTED_RECALL,
     compile_claims,
@@ -16,32 +16,34 @@ from benchmarks.speculation_report import (
 )
 
 
-def _exact(store: str) -> dict[str, Any]:
+def _exact() -> dict[str, Any]:
     rows = [
         {
-            "store": store,
             "batch": batch,
             "kv_cache": cache,
             "predictor": kind or LOOKAHEAD,
             "tokens": 4096,
             "differing_tokens": 0,
+            "prefetches": 0 if kind == "empty" else 40000,
         }
         for batch in BATCHES
         for cache in CACHES
-        for kind in STORES[store]
+        for kind in PREDICTORS
     ]
-    return {"rows": rows}
+    return {"model": {"bytes_per_expert": 3 << 20}, "rows": rows}
 
 
-@pytest.mark.parametrize("store", list(STORES))
-def test_exact_needs_every_token_of_every_run(store: str) -> None:
-    (claim,) = exact_claims(_exact(store))
+def test_exact_needs_every_token_of_every_run() -> None:
+    (claim,) = exact_claims(_exact())
     assert claim.holds
-    assert ("wrong" in claim.text) == (store == "ram")
-    found = _exact(store)
+    found = _exact()
     found["rows"][3]["differing_tokens"] = 1
     assert not exact_claims(found)[0].holds
-    found = _exact(store)
+    found = _exact()
+    found["rows"][0]["prefetches"] = 0
+    (claim,) = exact_claims(found)
+    assert not claim.holds and "nothing was prefetched" in claim.measured
+    found = _exact()
     gone = found["rows"].pop()
     (claim,) = exact_claims(found)
     assert not claim.holds
