@@ -57,7 +57,10 @@ def copy_bank(
         else:
             from_words = source
             to_words = destination
-        for task in range(first, count * CHUNKS, programs):
+        # No `range`: the interpreter of Triton 3.6 cannot take its bounds from tensors with NumPy
+        # 2.4. The machine code is the same.
+        task = first
+        while task < count * CHUNKS:
             fill = task // CHUNKS
             expert = tl.load(fill_experts + fill).to(tl.int64)
             slot = tl.load(fill_slots + fill).to(tl.int64)
@@ -68,8 +71,10 @@ def copy_bank(
                 # Read once: should not push other lines out of the caches.
                 values = tl.load(record + words, mask=words < WORDS, eviction_policy="evict_first")
                 tl.store(place + words, values, mask=words < WORDS)
+            task += programs
     if RECORD % 16 > 0:
-        for fill in range(first, count, programs):
+        fill = first
+        while fill < count:
             expert = tl.load(fill_experts + fill).to(tl.int64)
             slot = tl.load(fill_slots + fill).to(tl.int64)
             tail = RECORD // 16 * 16 + tl.arange(0, 16)
@@ -77,6 +82,7 @@ def copy_bank(
                 place = destination + slot * DESTINATION_STRIDE
                 values = tl.load(source + expert * SOURCE_STRIDE + tail, mask=tail < RECORD)
                 tl.store(place + tail, values, mask=tail < RECORD)
+            fill += programs
 
 
 @triton.jit(do_not_specialize_on_alignment=["fill_experts", "fill_slots", "fill_count"])
