@@ -178,6 +178,8 @@ def down_traffic(shape: ModelShape, config: GemvConfig, tokens: int, late: int) 
     token_bytes = late * shape.intermediate * shape.itemsize
     earlier_bytes = tokens * (shape.top_k - late) * shape.hidden * shape.itemsize
     routing_bytes = shape.top_k * (SLOT_BYTES + shape.itemsize)
+    # Slots are read before the products and after.
+    read_routing_bytes = routing_bytes + shape.top_k * SLOT_BYTES
     return count_traffic(
         [
             Operand(
@@ -186,7 +188,9 @@ def down_traffic(shape: ModelShape, config: GemvConfig, tokens: int, late: int) 
             ),
             Operand(distinct_bytes=tokens * token_bytes, loaded_bytes=programs * token_bytes),
             Operand(distinct_bytes=earlier_bytes, loaded_bytes=earlier_bytes),
-            Operand(distinct_bytes=tokens * routing_bytes, loaded_bytes=programs * routing_bytes),
+            Operand(
+                distinct_bytes=tokens * routing_bytes, loaded_bytes=programs * read_routing_bytes
+            ),
         ],
         stored_bytes=tokens * shape.hidden * shape.itemsize,
         operations=2 * choices * shape.hidden * shape.intermediate
