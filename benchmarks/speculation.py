@@ -9,7 +9,9 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
 - timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
 - exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors; takes
                a third of the time with the store in memory (--folder on a tmpfs)
-- eval         what each policy costs in output
+- eval         what each policy costs in output, on the model as trained, with every list of
+               skipped layers
+- eval_wide    the same on the widened model, no layer skipped, few prompts
 - compile      what the passes add to compile time; needs a quiet machine
 - report       docs/results/speculation.md and fidelity.md
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
-from benchmarks.speculation_eval import LOSS_TOKENS, run_eval, write_fidelity
+from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
 from benchmarks.speculation_exact import run_exact
 from benchmarks.speculation_report import write_report
 from specmoe_compile.cli.bench import describe_model
@@ -41,8 +43,9 @@ from specmoe_compile.runtime.machine import cache_folder
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
 FIDELITY = REPORT.with_name("fidelity.md")
-PHASES = ("prepare", "timing", "exact", "eval", "compile", "report")
+PHASES = ("prepare", "timing", "exact", "eval", "eval_wide", "compile", "report")
 DTYPE = "float32"
+WIDE_PROMPTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts=place.prompts,
             new_tokens=place.new_tokens,
             loss_tokens=arguments.loss_tokens,
+            skips=SKIPS,
             on_policy=lambda result: place.write("eval", result, REFERENCE_MODEL),
+        ),
+        "eval_wide": lambda: run_eval(
+            place.model(),
+            place.store_dir(),
+            prompts=min(WIDE_PROMPTS, place.prompts),
+            new_tokens=place.new_tokens,
+            loss_tokens=arguments.loss_tokens,
+            skips=("none",),
+            on_policy=lambda result: place.write("eval_wide", result),
         ),
         "compile": lambda: run_compile(place),
     }
@@ -247,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if (path := place.results / f"speculation_{name}.json").is_file()
             }
             if "eval" in found:
-                write_fidelity(found["eval"], arguments.fidelity)
+                write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
             return 0 if write_report(found, arguments.report) else 1
     except Exception as error:
         known = user_error_or_none(error)

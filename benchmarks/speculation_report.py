@@ -24,7 +24,8 @@ MOST_LOSS_NATS = 0.02
 _PHASES = {
     "timing": "time per token",
     "exact": "tokens of policy exact",
-    "eval": "recall by layer and fidelity of the policies",
+    "eval": "recall by layer and fidelity of the policies on the model as trained",
+    "eval_wide": "the same on the widened model",
     "compile": "compile time",
 }
 
@@ -49,6 +50,7 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
         ("exact", exact_claims, _exact_section),
         ("timing", timing_claims, _timing_section),
         ("eval", eval_claims, _no_section),
+        ("eval_wide", eval_claims, _no_section),
         ("compile", compile_claims, _compile_section),
     ):
         if name in found:
@@ -120,11 +122,12 @@ def timing_claims(timing: Result) -> list[Claim]:
 
 def eval_claims(found: Result) -> list[Claim]:
     """Recall per layer; bytes and loss of the best threshold of policy default_vector."""
+    experts = f"experts of {format_bytes(found['model']['bytes_per_expert'])}"
     got = [layer["recall"] for layer in found["layers"] if layer["recall"] is not None]
     least = [expected - RECALL_TOLERANCE for expected in EXPECTED_RECALL]
     claims = [
         Claim(
-            text=f"recall@4 of the layers after the first is at least"
+            text=f"recall@4 of the layers after the first, {experts}, is at least"
             f" {' '.join(f'{e:.2f}' for e in EXPECTED_RECALL)}, within {RECALL_TOLERANCE}",
             measured=" ".join(f"{value:.3f}" for value in got),
             holds=len(got) == len(least)
@@ -142,8 +145,8 @@ def eval_claims(found: Result) -> list[Claim]:
         if row["policy"] == "default_vector"
     ]
     text = (
-        f"default_vector moves {100 * FEWER_BYTES:.0f} % fewer bytes than exact at a loss increase"
-        f" of at most {MOST_LOSS_NATS} nats/byte, at some threshold"
+        f"default_vector moves {100 * FEWER_BYTES:.0f} % fewer bytes than exact, {experts}, at a"
+        f" loss increase of at most {MOST_LOSS_NATS} nats/byte, at some threshold"
     )
     within = [point for point in curve if point[2] <= MOST_LOSS_NATS]
     if not within:
@@ -174,7 +177,9 @@ def compile_claims(found: Result) -> list[Claim]:
 
 
 def _head(found: Mapping[str, Result]) -> str:
-    result = next((found[n] for n in ("timing", "compile", "exact") if n in found), None)
+    result = next(
+        (found[n] for n in ("timing", "compile", "exact", "eval_wide") if n in found), None
+    )
     result = result or next(iter(found.values()))
     model, machine = result["model"], result["machine"]
     commits = sorted({str(r["commit"])[:12] for r in found.values()})

@@ -81,7 +81,8 @@ def _eval(*curve: tuple[float, float], recall: float = 0.0) -> dict[str, Any]:
         for place, (read, loss) in enumerate(curve)
     ]
     layers = [{"recall": None}, *({"recall": value + recall} for value in EXPECTED_RECALL)]
-    return {"policies": [exact, *rows], "layers": layers}
+    model = {"bytes_per_expert": 3 << 20}
+    return {"policies": [exact, *rows], "layers": layers, "model": model}
 
 
 def test_default_vector_is_judged_by_its_best_threshold() -> None:
