@@ -5,6 +5,7 @@ Shape letters: E experts, L MoE layers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from specmoe_compile.runtime.residency import NOTHING_ISSUED, Issued, Residency,
 from specmoe_compile.runtime.stats import LayerStats
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.disk import raise_unless_done
+
+_STALLS_KEPT = 32
 
 
 class _Pending(NamedTuple):
@@ -59,6 +62,8 @@ class CachedResidency(Residency):
         self._pushed_out: list[dict[int, int]] = [{} for _ in memory.bank_of]
         self._regret_s: list[dict[int, float]] = [{} for _ in memory.bank_of]
         self._s_per_byte = 0.0
+        # Begin and end of the last waits, as far back as a prediction may have begun.
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=_STALLS_KEPT)
 
     def now_s(self) -> float:
         return self.transfer.now_s()
@@ -110,7 +115,9 @@ class CachedResidency(Residency):
                 return None
             started_s = self.now_s()
             read = self.transfer.wait_any(step.waiting.values())
-            self._stats[step.layer].stall_ms += (self.now_s() - started_s) * 1e3
+            ended_s = self.now_s()
+            self._stats[step.layer].stall_ms += (ended_s - started_s) * 1e3
+            self._stalls.append((started_s, ended_s))
         expert = read.expert
         del step.waiting[expert]
         self._note_speed(read)
@@ -177,6 +184,10 @@ class CachedResidency(Residency):
 
     def read_s(self, layer: int) -> float:
         return self._s_per_byte * self._record_bytes[layer]
+
+    def stalled_s(self, start_s: float, end_s: float) -> float:
+        overlaps = (min(end_s, end) - max(start_s, start) for start, end in self._stalls)
+        return sum(overlap for overlap in overlaps if overlap > 0)
 
     def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
         lost_s, self._regret_s[layer] = self._regret_s[layer], {}

@@ -15,6 +15,9 @@ from specmoe_compile.runtime.speculation import LAYER_MARGIN, PrefetchGate
 from specmoe_compile.runtime.step_clock import StepClock
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
+_SHARE_BESIDE = 0.5
+"""Of the link, for a guess that is read beside one read that the host waits for."""
+
 
 class PrefetchJudge:
     """Gates of every layer, and what they are told.
@@ -110,9 +113,15 @@ def _gains(
     lost_s: dict[int, float] = {}
     if spans:
         # Reads side by side share the disk: together they saved no more than the time they took.
-        took_s = max(end for _, end in spans.values()) - min(start for start, _ in spans.values())
-        share = min(1.0, took_s / max(1e-9, sum(end - start for start, end in spans.values())))
+        # Beside a read that the host waits for, they held that one up by what they saved.
+        first_s = min(start for start, _ in spans.values())
+        last_s = max(end for _, end in spans.values())
+        idle_s = max(0.0, last_s - first_s - residency.stalled_s(first_s, last_s))
+        share = min(1.0, idle_s / max(1e-9, sum(end - start for start, end in spans.values())))
         saved_s = {e: (end - start) * share for e, (start, end) in spans.items() if e in wanted}
+        lost_s = {
+            e: _SHARE_BESIDE * residency.stalled_s(*spans[e]) for e in spans if e not in wanted
+        }
     useless = [expert for expert in issued.reads if expert not in wanted]
     # What still runs holds up the reads that the layer waits for, if there are any.
     all_there = not residency.absent(layer, list(wanted)) and all(
@@ -120,5 +129,6 @@ def _gains(
     )
     for expert in useless:
         if expert in reads and reads[expert].state == RUNNING and not all_there:
-            lost_s[expert] = max(0.0, residency.read_s(layer) - (now_s - reads[expert].started_s))
+            left_s = residency.read_s(layer) - (now_s - reads[expert].started_s)
+            lost_s[expert] += max(0.0, left_s)
     return saved_s, lost_s, useless

@@ -117,6 +117,10 @@ class Residency(ABC):
     def read_s(self, layer: int) -> float:
         """Return how long reading a record of this layer takes lately, in seconds."""
 
+    def stalled_s(self, start_s: float, end_s: float) -> float:
+        """Return for how much of a time, by `now_s`, the caller had nothing to do but wait."""
+        return 0.0
+
     @abstractmethod
     def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
         """Remember experts that useless guesses pushed out; return what such ones cost so far.

@@ -79,11 +79,11 @@ class SpeculationConfig:
 class PrefetchGate:
     """Turns one thing off while it costs more time than it saves.
 
-    Saved: reading time of useful records that had passed when they were needed. Lost: reading time
-    that useless records still took from then on while something else was waited for, reads of
-    experts that useless records had pushed out, and for a layer the time that predicting it takes
-    the host. Both are averaged over about TRIAL_STEPS steps. After a while
-    off, it is tried again.
+    Saved: reading time of useful records that had passed when they were needed, and that the host
+    did not spend waiting for others. Lost: reading time of useless records beside something else
+    that was waited for, reads of experts that useless records had pushed out, and for a layer the
+    time that predicting it takes the host. Both are averaged over about TRIAL_STEPS steps. After a
+    while off, it is tried again.
     """
 
     __slots__ = ("_lost_ms", "_margin", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
