@@ -13,7 +13,7 @@ from specmoe_compile.passes.check_invariants import check_invariants, output_ali
 from specmoe_compile.passes.fx_utils import call_op
 from specmoe_compile.passes.manager import run_passes
 from specmoe_compile.passes.pass_config import PassConfig
-from tests.passes.graphs import OPS, calls, plain_block, trace
+from tests.passes.graphs import EXPERTS, HIDDEN, OPS, TOKENS, calls, plain_block, trace
 
 
 def _rewritten() -> GraphModule:
@@ -105,6 +105,27 @@ def test_broken_graph_is_refused(break_it: Callable[[Graph], None], message: str
     break_it(gm.graph)
     with pytest.raises(InvariantError, match=message):
         check_invariants(gm.graph)
+
+
+def test_assertions_need_no_value() -> None:
+    """`torch.export` asserts the dtype of what is converted; such a call returns nothing."""
+
+    class Layers(torch.nn.Module):
+        def forward(self, r: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            for layer in range(3):
+                r = plain_block(r.to(torch.float64).float(), gate, layer)
+            return r
+
+    inputs = (torch.randn(TOKENS, HIDDEN), torch.randn(EXPERTS, HIDDEN))
+    program = torch.export.export(Layers(), inputs).run_decompositions({})
+    graph = program.graph_module.graph
+    asserted = graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    )
+    assert asserted and all("val" not in node.meta for node in asserted)
+    report = run_passes(graph, PassConfig(), check_each=True)
+    assert report.reason is None
+    assert len(calls(graph, "correct_experts")) == 3
 
 
 def test_new_alias_of_an_input_is_refused() -> None:

@@ -32,6 +32,10 @@ class PageLock:
     ) -> None:
         """Page-lock host memory.
 
+        The process's limit on locked memory (RLIMIT_MEMLOCK, `ulimit -l`) is raised first as far as
+        the process may, if it is below the region's size. One that stays below refuses nothing by
+        itself: NVIDIA's driver for Linux does not count what it locks.
+
         Args:
             region: [bytes] uint8, page-aligned; must stay alive until `release`.
             runtime: `torch.cuda.cudart()`.
@@ -44,10 +48,11 @@ class PageLock:
         self._synchronize = synchronize
         self._mutex = threading.Lock()
         self._address: int | None = region.data_ptr()
+        limit_bytes = too_small_lock_limit_or_none(region.numel())
         error = self._runtime.cudaHostRegister(region.data_ptr(), region.numel(), 0)
         if int(error):
             self._address = None
-            raise StoreError(_refusal(region.numel(), self._say(error)))
+            raise StoreError(_refusal(region.numel(), limit_bytes, self._say(error)))
 
     def release(self) -> None:
         """Wait for the device, which may still read, and unlock; does nothing the second time."""
@@ -66,22 +71,37 @@ class PageLock:
         return f"error {int(error)}, {self._runtime.cudaGetErrorString(error)}"
 
 
-def _refusal(size_bytes: int, error: str) -> str:
-    free, limit = available_ram_bytes(), lock_limit_bytes_or_none()
-    allowed = "no limit" if limit is None else f"a limit of {format_bytes(limit)}"
+def _refusal(size_bytes: int, limit_bytes: int | None, error: str) -> str:
+    if limit_bytes is None:
+        cause = f"{format_bytes(available_ram_bytes())} of RAM are free: free RAM"
+    else:
+        cause = (
+            f"the process may lock {format_bytes(limit_bytes)} (ulimit -l), and"
+            f" {format_bytes(available_ram_bytes())} of RAM are free: raise the limit, free RAM"
+        )
     return (
         f"CUDA could not page-lock {format_bytes(size_bytes)} of host memory for the experts"
-        f" ({error}); {format_bytes(free)} of RAM are free and the process has {allowed} on locked"
-        " memory (ulimit -l): free RAM, raise the limit, or keep the experts on disk"
-        " (store='disk')."
+        f" ({error}); {cause}, or keep the experts on disk (store='disk')."
     )
 
 
-def lock_limit_bytes_or_none() -> int | None:
-    """Most bytes that the process may lock (RLIMIT_MEMLOCK); None for no limit."""
+def too_small_lock_limit_or_none(size_bytes: int) -> int | None:
+    """Raise RLIMIT_MEMLOCK as far as the process may, if it is below a size.
+
+    Returns:
+        The limit in bytes if it is still below; else None.
+    """
     try:
         import resource
     except ImportError:  # not on Windows
         return None
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
+
+    def suffices(limit: int) -> bool:
+        return limit == resource.RLIM_INFINITY or limit >= size_bytes
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if suffices(soft):
+        return None
+    if hard != soft:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    return None if suffices(hard) else hard

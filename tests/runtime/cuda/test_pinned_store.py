@@ -48,26 +48,43 @@ def test_a_region_is_locked_as_it_is_and_unlocked_once_after_the_device() -> Non
     assert runtime.calls == ["cudaHostRegister", "synchronize", "cudaHostUnregister"]
 
 
-def test_a_refusal_says_what_is_needed_and_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit_bytes", "said"),
+    [
+        (None, "; 3.0 GiB of RAM are free: free RAM, or keep"),
+        (1 << 20, "; the process may lock 1.0 MiB (ulimit -l), and 3.0 GiB of RAM are free: raise"),
+    ],
+)
+def test_a_refusal_says_what_is_needed_and_what_there_is(
+    limit_bytes: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page_lock, "available_ram_bytes", lambda: 3 << 30)
-    monkeypatch.setattr(page_lock, "lock_limit_bytes_or_none", lambda: 8 << 20)
+    monkeypatch.setattr(page_lock, "too_small_lock_limit_or_none", lambda size: limit_bytes)
     runtime, region = FakeCudart(fails="cudaHostRegister"), aligned_empty(5 << 20)
     with pytest.raises(StoreError) as refused:
         locked(region, runtime)
     text = str(refused.value)
     assert "could not page-lock 5.0 MiB of host memory for the experts (error 2, out of me" in text
-    assert "3.0 GiB of RAM are free and the process has a limit of 8.0 MiB on locked" in text
+    assert said in text
     assert runtime.calls == ["cudaHostRegister"], "what was never locked is not unlocked"
 
 
-def test_the_lock_limit_is_the_process_s_own() -> None:
-    code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096));"
-        "from specmoe_compile.runtime.cuda.page_lock import lock_limit_bytes_or_none as limit;"
-        "print(limit())"
-    )
+def test_the_lock_limit_is_raised_before_locking_as_far_as_it_may_be() -> None:
+    code = """if True:
+        import resource
+        from specmoe_compile.runtime.cuda.page_lock import too_small_lock_limit_or_none
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 65536))
+        for size_bytes in (4096, 8192, 65536, 65537):
+            limit_bytes = too_small_lock_limit_or_none(size_bytes)
+            print(size_bytes, limit_bytes, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "4096"
+    assert done.stdout.splitlines() == [
+        "4096 None 4096",
+        "8192 None 65536",
+        "65536 None 65536",
+        "65537 65536 65536",
+    ]
 
 
 @pytest.mark.parametrize("fails", ["synchronize", "cudaHostUnregister"])

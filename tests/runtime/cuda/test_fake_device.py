@@ -1,0 +1,138 @@
+"""The path of CUDA graphs, traced without a GPU from the model to the ops of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, Qwen3MoeConfig
+
+from benchmarks.reference_model import CHECKPOINT_DIR
+from specmoe_compile.cli.doctor import find_compiler_or_none
+from specmoe_compile.passes.check_invariants import check_invariants
+from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
+from specmoe_compile.runtime.cuda import decoder
+from tests.runtime.cuda.cuda_guard import install_cuda_guard
+from tests.runtime.cuda.fake_device import CUDA, FakeRun, fake_run
+
+
+def reference_model() -> PretrainedConfig:
+    """The trained model of the repository: 8 layers of 32 experts."""
+    return AutoConfig.from_pretrained(CHECKPOINT_DIR)
+
+
+def qwen3_30b(layers: int = 48) -> PretrainedConfig:
+    """The shape of Qwen3-30B-A3B, as its model card gives it."""
+    return Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=40960,
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    compiler = find_compiler_or_none()
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    install_cuda_guard(tmp_path_factory.mktemp("guard"), compiler)
+
+
+def check_graph(run: FakeRun, layers: int, *, decodes: bool) -> None:
+    """The graph that was compiled last, and what ran of it."""
+    graph = run.graphs[-1].graph
+    check_invariants(graph)
+    assert run.decodes[-1] == decodes
+    tensors = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    if decodes:
+        assert {tensor.device for tensor in tensors} == {CUDA}, "CUDA graphs hold no other device"
+    predicted = len(list(find_calls(graph, specmoe_ops().start_prefetch.default)))
+    assert predicted == (layers - 1 if decodes else 0)
+    assert run.ran["start_prefetch"] == run.ran["blend_default_vectors"] == predicted
+    assert run.ran["experts"] + run.ran["correct_experts"] == layers
+    assert run.ran["wait_prefetch"] == run.ran["run_resident_experts"] == run.ran["correct_experts"]
+    assert run.ran["correct_experts"] == (layers if decodes else 0)
+
+
+def trace(config: Any, monkeypatch: pytest.MonkeyPatch, batch: int = 1, **options: Any) -> None:
+    """A prompt and two steps of one token."""
+    layers = config.num_hidden_layers
+    with fake_run(config, monkeypatch) as run:
+        run.compile(**options)
+        cache = run.cache(64)
+        for tokens in (40, 1, 1):
+            logits = run.step(batch, tokens, cache)
+            assert logits.shape == (batch, tokens, config.vocab_size)
+            assert (logits.dtype, logits.device) == (config.dtype, CUDA)
+            check_graph(run, layers, decodes=tokens == 1)
+        assert run.decodes == [False, True], "the second step runs the graph of the first"
+
+
+def test_decode_step_of_the_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = reference_model()
+    with fake_run(config, monkeypatch) as run:
+        run.compile()
+        run.step(1, 1, run.cache(64, batch=1))
+        check_graph(run, config.num_hidden_layers, decodes=True)
+
+
+def test_steps_of_two_layers_of_qwen3_30b(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace(qwen3_30b(layers=2), monkeypatch, batch=2, policy="default_vector")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "policy"), [(1, "exact"), (3, "default_vector")])
+@pytest.mark.parametrize("config", [reference_model, qwen3_30b])
+def test_steps_of_whole_models(
+    config: Any, batch: int, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace(config(), monkeypatch, batch=batch, policy=policy)
+
+
+PLANTED = {
+    "strides": lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),
+    "device": lambda y: y.cpu(),
+    "dtype": lambda y: y.float(),
+    "shape": lambda y: y[:, :-1],
+}
+
+
+def test_kernels_that_break_the_graphs_promise_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = decoder.run_resident_experts
+    with fake_run(qwen3_30b(layers=2), monkeypatch) as run:
+        run.compile()
+        cache = run.cache(64, batch=1)
+        run.step(1, 1, cache)
+        for name, spoil in PLANTED.items():
+            with monkeypatch.context() as planted:
+                spoiled = lambda *args, spoil=spoil: spoil(kernel(*args))  # noqa: E731
+                planted.setattr(decoder, "run_resident_experts", spoiled)
+                with pytest.raises(AssertionError, match=r"run_resident_experts\w* is not what"):
+                    run.step(1, 1, cache)
+                assert run.ran["run_resident_experts"] == 1, name
+
+
+def test_values_that_are_not_what_passes_wrote_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookahead's nodes are clones, whose values the passes wrote down themselves."""
+    with fake_run(qwen3_30b(layers=2), monkeypatch) as run:
+        run.compile()
+        cache = run.cache(64, batch=1)
+        run.step(1, 1, cache)
+        (blend,) = find_calls(run.graphs[-1].graph, specmoe_ops().blend_default_vectors.default)
+        clone = next(user for user in blend.users)
+        with clone.meta["val"].fake_mode:
+            clone.meta["val"] = clone.meta["val"].cpu()
+        with pytest.raises(AssertionError, match=f"{clone.name} is not what the graph promises"):
+            run.step(1, 1, cache)
