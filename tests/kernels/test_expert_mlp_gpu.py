@@ -6,9 +6,6 @@ waits for the device, and launches can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -32,13 +29,13 @@ from specmoe_compile.kernels.grouped_experts.reference import (
     run_grouped_experts_reference,
 )
 from tests.kernels.expert_cases import DEVICE, FORMS, Case, make_case
+from tests.kernels.gpu_cases import RUNS, no_synchronisation
 
 pytestmark = pytest.mark.gpu
 
 # Kernel and reference add in different orders and then round each choice's output to bfloat16: some
 # land on the neighbouring number (2**-8 of it), and a token adds up to 8 of them, of size 1 to 4.
 BF16 = {"rtol": 2**-6, "atol": 2**-4}
-RUNS = 20
 
 
 @pytest.fixture(params=MODEL_SHAPES, ids=lambda shape: shape.name)
@@ -58,16 +55,6 @@ def make_model_case(shape: ModelShape, tokens: int) -> Case:
         dtype=torch.bfloat16,
         bias=shape.has_bias,
     )
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Fail where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def decode(case: Case) -> Tensor:

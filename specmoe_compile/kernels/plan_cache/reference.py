@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.expert_cache import NOBODY, ExpertCache, Policy
+from specmoe_compile.runtime.expert_cache import NOBODY, CachePlan, ExpertCache, Policy
 
 
 def plan_cache_reference(
@@ -53,7 +53,6 @@ def plan_cache_reference(
     cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
     cache.clock[0] = int(clock)
     in_flight: list[int] = pending.tolist()
-    untouched: list[int] = unused.tolist()
     plan = cache.plan(
         0,
         [expert for expert in choices if expert >= 0],
@@ -61,11 +60,40 @@ def plan_cache_reference(
         bypass=bypass,
         speculative=speculative,
     )
+    _write(slot_of, cache.slot_of[0])
+    _write(expert_of, cache.expert_of[0])
+    _write(last_use, cache.last_use[0])
+    _write(count, cache.count[0])
+    _write(clock, cache.clock)
+    late_hits = [slot for _, slot in plan.hits if in_flight[slot]]
+    _keep_books(plan, pending, unused, counters, len(late_hits), speculative=speculative)
+
+    fill_slots = [slot for _, slot in plan.fills]
+    present, late = _split_choices(choices, cache.slot_of[0], {*late_hits, *fill_slots})
+    rest = [NOBODY] * (min(len(choices), slot_of.shape[0]) - len(plan.fills))
+    return (
+        _int32(present, ids).view(ids.shape),
+        _int32(late, ids).view(ids.shape),
+        _int32([expert for expert, _ in plan.fills] + rest, ids),
+        _int32(fill_slots + rest, ids),
+        _int32([len(plan.fills)], ids),
+    )
+
+
+def _keep_books(
+    plan: CachePlan,
+    pending: Tensor,
+    unused: Tensor,
+    counters: Tensor,
+    late_hits: int,
+    *,
+    speculative: bool,
+) -> None:
+    """Write down which slots are in flight and which were never used, and count."""
+    in_flight: list[int] = pending.tolist()
+    untouched: list[int] = unused.tolist()
     hit_slots = [slot for _, slot in plan.hits]
     fill_slots = [slot for _, slot in plan.fills]
-    late_hits = [slot for slot in hit_slots if in_flight[slot]]
-    present, late = _split_choices(choices, cache.slot_of[0], {*late_hits, *fill_slots})
-
     wasted = sum(untouched[slot] for slot in fill_slots)
     useful = 0
     if not speculative:
@@ -76,7 +104,7 @@ def plan_cache_reference(
     for slot in fill_slots:
         in_flight[slot] = untouched[slot] = int(speculative)
     misses = len(plan.fills) + len(plan.bypassed)
-    demand = [1, len(plan.hits), len(late_hits), misses, len(plan.bypassed)]
+    demand = [1, len(plan.hits), late_hits, misses, len(plan.bypassed)]
     added = [
         *([0] * len(demand) if speculative else demand),
         len(plan.evicted),
@@ -84,23 +112,9 @@ def plan_cache_reference(
         useful,
         wasted,
     ]
-    _write(slot_of, cache.slot_of[0])
-    _write(expert_of, cache.expert_of[0])
-    _write(last_use, cache.last_use[0])
-    _write(count, cache.count[0])
     _write(pending, in_flight)
     _write(unused, untouched)
-    _write(clock, cache.clock)
     counters += counters.new_tensor(added)
-
-    rest = [NOBODY] * (min(len(choices), slot_of.shape[0]) - len(plan.fills))
-    return (
-        _int32(present, ids).view(ids.shape),
-        _int32(late, ids).view(ids.shape),
-        _int32([expert for expert, _ in plan.fills] + rest, ids),
-        _int32(fill_slots + rest, ids),
-        _int32([len(plan.fills)], ids),
-    )
 
 
 def _split_choices(

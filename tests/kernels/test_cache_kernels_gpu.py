@@ -1,0 +1,68 @@
+"""`plan_cache` and `gather_experts` on a real GPU at the sizes of real models, many times over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
+from specmoe_compile.kernels.gather_experts.op import gather_experts
+from specmoe_compile.kernels.gather_experts.reference import gather_experts_reference
+from specmoe_compile.kernels.gather_experts.variants import record_bytes_of_shape
+from specmoe_compile.kernels.plan_cache.op import plan_cache
+from tests.kernels.expert_cases import DEVICE
+from tests.kernels.gpu_cases import RUNS, no_synchronisation
+from tests.kernels.plan_cases import LayerTables, as_lists
+from tests.kernels.test_plan_cache import assert_equal_streams, random_steps
+
+pytestmark = pytest.mark.gpu
+
+POISON = 171
+
+
+@pytest.fixture(params=MODEL_SHAPES, ids=lambda shape: shape.name)
+def shape(request: pytest.FixtureRequest) -> ModelShape:
+    return request.param
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_plans_are_the_policy_s_and_the_same_in_every_run(
+    shape: ModelShape, tokens: int, policy: str
+) -> None:
+    experts, slots = shape.num_experts, max(shape.top_k, shape.num_experts // 4)
+    steps = random_steps(8, experts=experts, tokens=tokens, top_k=shape.top_k)
+    assert_equal_streams(plan_cache, experts, slots, steps, policy=policy)
+    ids = [torch.tensor(step.ids, device=DEVICE) for step in steps]
+    runs = [LayerTables(experts, slots) for _ in range(RUNS)]
+    with no_synchronisation():
+        plans = [
+            [
+                plan_cache(chosen, tables.layer, policy=policy, **step.options)
+                for chosen, step in zip(ids, steps, strict=True)
+            ]
+            for tables in runs
+        ]
+    for tables, plan in zip(runs[1:], plans[1:], strict=True):
+        assert as_lists(tables.layer) == as_lists(runs[0].layer)
+        assert [as_lists(one) for one in plan] == [as_lists(one) for one in plans[0]]
+
+
+@pytest.mark.parametrize("programs", [8, 32, 128])
+def test_records_arrive_whole_in_every_run(shape: ModelShape, programs: int) -> None:
+    experts, size = shape.top_k + 2, record_bytes_of_shape(shape)
+    source = torch.randint(0, 256, (experts, size), dtype=torch.uint8)
+    chosen = torch.randperm(experts)[: shape.top_k].int()
+    places = torch.randperm(experts)[: shape.top_k].int()
+    count = torch.tensor([shape.top_k - 1], dtype=torch.int32)
+    expected = torch.full((experts, size), POISON, dtype=torch.uint8)
+    gather_experts_reference([source], [expected], chosen, places, count)
+    on_device = expected.to(DEVICE)
+    pinned = source.pin_memory()
+    lists = [values.to(DEVICE) for values in (chosen, places, count)]
+    slots = torch.empty_like(on_device)
+    for _ in range(RUNS):
+        slots.fill_(POISON)
+        with no_synchronisation():
+            gather_experts([pinned], [slots], *lists, programs=programs)
+        assert torch.equal(slots, on_device)
