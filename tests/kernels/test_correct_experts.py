@@ -87,8 +87,9 @@ def run_kernel(
         {"tokens": 1, "hidden": 33, "inner": 17, "top_k": 3},
         {"tokens": 4, "slots": 3, "top_k": 3},
         {"tokens": 2, "hidden": 300, "inner": 270},
+        {"tokens": 5, "slots": 1, "top_k": 1},
     ],
-    ids=["plain", "one_token", "k_is_e", "several_tiles"],
+    ids=["plain", "one_token", "k_is_e", "several_tiles", "one_expert"],
 )
 @pytest.mark.parametrize("form", ["silu", "gpt_oss"])
 def test_kernel_matches_the_reference(form: str, sizes: dict[str, int], dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from specmoe_compile.kernels.gather_experts.reference import gather_experts_refe
 from tests.kernels.expert_cases import DEVICE
 
 POISON = 171
+BYTES = torch.zeros(1, 1, dtype=torch.uint8)
 Gather = Callable[..., None]
 
 
@@ -102,14 +104,30 @@ def test_op_passes_opcheck() -> None:
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_op_compiles_into_one_graph() -> None:
+    source, lists = _host(6, 64), (_list(5, 0), _list(1, 2), _list(2))
+
+    def gather(slots: Tensor) -> Tensor:
+        gather_experts([source], [slots], *lists)
+        return slots + 1
+
+    compiled = torch.compile(gather, backend="aot_eager", fullgraph=True)
+    slots, expected = _slots(3, 64), _slots(3, 64)
+    assert torch.equal(compiled(slots), gather(expected))
+    assert torch.equal(slots, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"sources": []}, "got 0 sources and 1 destinations"),
-        ({"sources": [torch.zeros(4, 64)]}, r"sources\[0\]"),
-        ({"sources": [torch.zeros(4, 65, dtype=torch.uint8)]}, r"sources\[0\]"),
-        ({"fill_slots": torch.zeros(2, dtype=torch.int64)}, "fill_slots"),
-        ({"fill_count": torch.zeros(2, dtype=torch.int32)}, "fill_count"),
+        ({"sources": [torch.zeros(4, 64)]}, "sources[0] is float32, expected uint8"),
+        ({"sources": [BYTES.expand(4, 65)]}, "sources[0] is (4, 65), expected [4, 64]"),
+        ({"sources": [BYTES.repeat(64, 4).t()]}, "each slot of sources[0] must be contiguous"),
+        ({"fill_slots": torch.zeros(2, dtype=torch.int64)}, "fill_slots is int64, expected int32"),
+        ({"fill_slots": torch.zeros(3, dtype=torch.int32)}, "fill_slots is (3,), expected [2]"),
+        ({"fill_experts": torch.zeros(4, dtype=torch.int32)[::2]}, "fill_experts is not contiguo"),
+        ({"fill_count": torch.zeros(2, dtype=torch.int32)}, "fill_count is (2,), expected [1]"),
         ({"programs": 0}, "programs is 0"),
     ],
 )
@@ -128,8 +146,9 @@ def test_wrong_arguments_are_refused_with_one_sentence(
         name: value.to(DEVICE) if isinstance(value, Tensor) else value
         for name, value in change.items()
     }
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as caught:
         gather_experts(**{**arguments, **moved})
+    assert "\n" not in str(caught.value)
 
 
 def test_overlapping_slots_are_refused() -> None:
