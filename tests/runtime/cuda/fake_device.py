@@ -2,7 +2,7 @@
 
 The model is compiled as anyone's is. Its rewritten graph then runs op by op: what the graph calls
 of the session runs in the session, down to the ops of its kernels, and every value must be what the
-graph was told of it (shape, dtype, device, strides).
+graph was told of it (shape, dtype, device, strides). A host that reads a value fails; none exist.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, PretrainedConfig, Qwen3MoeConfig
 
 from benchmarks.reference_model import CHECKPOINT_DIR
@@ -122,6 +123,11 @@ def test_kernels_that_break_the_graphs_promise_are_seen(monkeypatch: pytest.Monk
                 with pytest.raises(AssertionError, match=r"run_resident_experts\w* is not what"):
                     run.step(1, 1, cache)
                 assert run.ran["run_resident_experts"] == 1, name
+        with monkeypatch.context() as planted:
+            reads = lambda *args: kernel(*args) * int(args[1].sum())  # noqa: E731
+            planted.setattr(decoder, "run_resident_experts", reads)
+            with pytest.raises(DataDependentOutputException):
+                run.step(1, 1, cache)
 
 
 def test_values_that_are_not_what_passes_wrote_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
