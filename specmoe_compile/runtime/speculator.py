@@ -28,8 +28,8 @@ from specmoe_compile.runtime.transfer.base import DONE
 
 PREFILL_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
-
-
+_REST = 4
+"""Steps per one that learns default vectors, where nothing is predicted from them now."""
 _NOBODY = 0
 _CURRENT = -1
 
@@ -123,7 +123,7 @@ class Speculator:
             self._compute(step, routing, y, block=True)
         finally:
             self.residency.finish(step)
-        self._learn(layer, ids, y, routing.experts)
+        self._learn(layer, ids, y, routing.experts, rest=_REST)
         self._end_step(layer)
         return reduce_experts(y, weights, x)
 
@@ -331,15 +331,17 @@ class Speculator:
         while (arrival := self.residency.next_or_none(step, block=block)) is not None:
             routing.compute(arrival[0], arrival[1], runner, flat)
 
-    def _learn(self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int]) -> None:
+    def _learn(
+        self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int], *, rest: int = 1
+    ) -> None:
         if ids.shape[0] <= PREFILL_TOKENS:
             if not self.learns_from_decode:
                 return
-            # One layer per step, in turn: that of the next step is the next one.
+            # One layer per step (or per `rest` steps), in turn: the next time it is the next one.
             self._learning_turn -= 1
             if self._learning_turn >= 0:
                 return
-            self._learning_turn = len(self._runners)
+            self._learning_turn = rest * len(self._runners)
         if experts:
             self.vectors.update(layer, ids, y, experts)
 

@@ -169,3 +169,15 @@ def test_ops_run_twice_give_the_same(session: Session) -> None:
         for state in states:
             out = session.correct_experts(0, partial, x, ids, weights, state)
             assert torch.equal(out, expected)
+
+
+def test_steps_on_demand_learn_default_vectors_seldom(session: Session) -> None:
+    """One layer per step where layers are split, one in four steps where they are not."""
+    batch = token_batch(0, 1)
+    counts = session.default_vectors.counts
+    for index in range(12 * (L + 1)):
+        step(session, index % L, batch, 0)
+    assert [int(layer.sum()) for layer in counts] == [4 * K] * L
+    for index in range(12 * (4 * L + 1)):
+        session.experts(index % L, *batch)
+    assert [int(layer.sum()) for layer in counts] == [8 * K] * L
