@@ -44,6 +44,7 @@ class Arm:
         options: of the backend.
         keeps: whether slots keep what they hold from one token to the next.
         full: all experts are put there before the first step.
+        ahead: records that are fetched ahead for a layer at most; None: all that are predicted.
     """
 
     summary: str
@@ -51,6 +52,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps: bool = True
     full: bool = False
+    ahead: int | None = None
 
     @property
     def speculates(self) -> bool:
@@ -66,6 +68,12 @@ ARMS: Mapping[str, Arm] = {
     "resident": Arm(
         summary="all experts in GPU memory", slots=lambda e, k: e, options=_ALONE, full=True
     ),
+    "resident_again": Arm(
+        summary="the same once more: whether the same arm repeats its tokens",
+        slots=lambda e, k: e,
+        options=_ALONE,
+        full=True,
+    ),
     "on_demand": Arm(
         summary="no cache: every expert of every token is fetched when its router has spoken",
         slots=lambda e, k: k,
@@ -77,6 +85,15 @@ ARMS: Mapping[str, Arm] = {
         slots=lambda e, k: 2 * k,
         keeps=False,
     ),
+    **{
+        f"prefetch_no_cache_most_{most}": Arm(
+            summary=f"the same, at most {most} experts ahead: what the layer's compute can hide",
+            slots=lambda e, k: 2 * k,
+            keeps=False,
+            ahead=most,
+        )
+        for most in (1, 4)
+    },
     "commit_no_cache": Arm(
         summary="no cache; predicted experts are fetched ahead and executed (the paper's mode)",
         slots=lambda e, k: 2 * k,
@@ -97,6 +114,15 @@ ARMS: Mapping[str, Arm] = {
         slots=_share(0.25),
         options={"policy": "commit"},
     ),
+    **{
+        f"specmoe_{share}_most_{most}": Arm(
+            summary=f"cache of {share} % and prefetch of at most {most} experts, exact",
+            slots=_share(share / 100),
+            ahead=most,
+        )
+        for share in (10, 25, 50)
+        for most in (1, 4)
+    },
     "cache_10": Arm(summary="cache of 10 %, at least K", slots=_share(0.1), options=_ALONE),
     "specmoe_10": Arm(summary="cache of 10 %, at least K, and prefetch", slots=_share(0.1)),
 }
@@ -111,7 +137,8 @@ def sharing_groups(names: Sequence[str], mode: Mode) -> list[list[str]]:
         return [[name] for name in names]
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(repr(sorted(ARMS[name].options.items())), []).append(name)
+        arm = ARMS[name]
+        groups.setdefault(repr((sorted(arm.options.items()), arm.ahead)), []).append(name)
     return list(groups.values())
 
 

@@ -106,6 +106,17 @@ def test_prefetch_is_judged_at_both_contexts(context: int, ms: float, verdict: s
     assert list(found.values()).count("not measured") >= 3
 
 
+def test_an_arm_is_judged_by_its_fastest_variant() -> None:
+    slow, fast = row_of("prefetch_no_cache", 99.0), row_of("prefetch_no_cache_most_1", 90.0)
+    (claim,) = (
+        claim
+        for claim in judge(Results(data_of(row_of("on_demand", 100.0), slow, fast), MODEL))
+        if "at 1024 tokens (graph)" in claim.text
+    )
+    assert claim.holds
+    assert claim.found == "10.0% (prefetch_no_cache_most_1)"
+
+
 def test_the_limit_is_the_larger_of_bytes_and_resident_time() -> None:
     ours = row_of("specmoe_50", 20.0)
     assert Results(data_of(ours, row_of("resident", 5.0)), MODEL).limit_ms(ours) == 10.0

@@ -15,6 +15,7 @@ from torch import Tensor
 from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 from specmoe_compile.kernels.plan_cache.op import (
     COUNTERS,
+    MAX_CHOICES,
     CachePlanTensors,
     CacheTables,
 )
@@ -31,10 +32,15 @@ class Step:
     ids: list[list[int]]
     bypass: bool = False
     speculative: bool = False
+    most_fills: int = MAX_CHOICES
 
     @property
-    def options(self) -> dict[str, bool]:
-        return {"bypass": self.bypass, "speculative": self.speculative}
+    def options(self) -> dict[str, Any]:
+        return {
+            "bypass": self.bypass,
+            "speculative": self.speculative,
+            "most_fills": self.most_fills,
+        }
 
 
 class ExpectedCache:
@@ -53,9 +59,10 @@ class ExpectedCache:
         flat = [expert for row in step.ids for expert in row]
         plan = self.cache.plan(
             0,
-            [expert for expert in flat if expert >= 0],
+            self._afforded(flat, step.most_fills),
             pinned_slots=set(self.pending),
-            **step.options,
+            bypass=step.bypass,
+            speculative=step.speculative,
         )
         hits, fills = dict(plan.hits), dict(plan.fills)
         arriving = {expert: slot for expert, slot in hits.items() if slot in self.pending} | fills
@@ -85,6 +92,17 @@ class ExpectedCache:
             "fill_slots": [*fills.values(), *rest],
             "fill_count": [len(fills)],
         }
+
+    def _afforded(self, choices: list[int], most_fills: int) -> list[int]:
+        afforded: list[int] = []
+        for expert in choices:
+            if expert >= 0 and expert not in afforded:
+                missing = self.cache.slot(0, expert) < 0
+                if missing and most_fills == 0:
+                    continue
+                most_fills -= missing
+                afforded.append(expert)
+        return afforded
 
     def tables(self) -> dict[str, list[int]]:
         """The expected tables by their names in `CacheTables`."""
@@ -144,6 +162,7 @@ def plan_by_kernel(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
+    most_fills: int = MAX_CHOICES,
 ) -> CachePlanTensors:
     """`plan_cache` by its launch, on poisoned buffers."""
     plan = poisoned_plan(ids, tables.slot_of.shape[0])
@@ -155,6 +174,7 @@ def plan_by_kernel(
         ageing_period=ageing_period,
         bypass=bypass,
         speculative=speculative,
+        most_fills=most_fills,
     )
     return plan
 

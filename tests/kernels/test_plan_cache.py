@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from specmoe_compile.kernels.plan_cache.op import (
     COUNTERS,
+    MAX_CHOICES,
     CachePlanTensors,
     CacheTables,
     plan_cache,
@@ -64,11 +65,13 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, max_steps))):
         tokens = draw(st.sampled_from([1, 1, 2, 3, 6]))
         row = st.lists(st.integers(-1, experts - 1), min_size=top_k, max_size=top_k)
+        speculative = draw(st.booleans())
         steps.append(
             Step(
                 ids=draw(st.lists(row, min_size=tokens, max_size=tokens)),
                 bypass=draw(st.sampled_from([False, False, False, True])),
-                speculative=draw(st.booleans()),
+                speculative=speculative,
+                most_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
             )
         )
     return {
@@ -234,6 +237,14 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
         (ValueError, "expert_of has 513 entries", ids, LayerTables(5, 513).layer, {}),
         (ValueError, "policy is 'fifo', expected 'lru' or 'lfu'", ids, good, {"policy": "fifo"}),
         (ValueError, "ageing_period is 0", ids, good, {"ageing_period": 0}),
+        (ValueError, "most_fills is 1, expected 0 to 256", ids, good, {"most_fills": 1}),
+        (
+            ValueError,
+            "most_fills is -1, expected 0 to 256",
+            ids,
+            good,
+            {"most_fills": -1, "speculative": True},
+        ),
     ]
     for error, message, choices, tables, options in attempts:
         with pytest.raises(error, match=re.escape(message)) as caught:

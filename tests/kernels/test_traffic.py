@@ -29,7 +29,7 @@ from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 from specmoe_compile.kernels.plan_cache import variants as plan_variants
 from specmoe_compile.kernels.plan_cache.kernel import launch_plan
-from specmoe_compile.kernels.plan_cache.op import COUNTERS
+from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
 from tests.kernels.expert_cases import Case, make_case, nan_like
 
 pytestmark = pytest.mark.skipif(
@@ -239,6 +239,7 @@ def test_a_plan_without_misses_moves_what_it_claims(
         ageing_period=64,
         bypass=False,
         speculative=False,
+        most_fills=MAX_CHOICES,
     )
     counter.assert_equals(traffic)
 

@@ -61,10 +61,14 @@ def gate_up_config(
     """Configuration of the up projection."""
     matrices = 2 if has_gate else 1
     if transposed:
-        # 64 bytes of each input's row, gate and up together: the least that device memory hands
-        # out. Two warps, so that the vector's loads are wide enough to go through the pipeline.
-        block_out = max(1, 64 // itemsize // matrices)
-        return GemvConfig(block_out=block_out, block_in=128, num_warps=2)
+        # 128 bytes of each input's row, gate and up together: 9 % faster than 64 on an H100.
+        block_out = max(1, 128 // itemsize // matrices)
+        return GemvConfig(block_out=block_out, block_in=128, num_stages=3)
+    row = next_power_of_2(hidden)
+    if _WARP_LOAD_BYTES <= row * itemsize <= _STAGE_BYTES // matrices:
+        # Whole rows: 2 to 5 % faster than parts of more rows on an H100.
+        block_out = 2 * _STAGE_BYTES // itemsize // matrices // row
+        return GemvConfig(block_out=block_out, block_in=row, num_stages=2)
     block_in = _row_block(hidden, itemsize, 512)
     return GemvConfig(
         block_out=max(1, _STAGE_BYTES // itemsize // matrices // block_in), block_in=block_in
@@ -84,6 +88,10 @@ def down_config(
             block_k=block_k, block_out=64 // itemsize, block_in=block_in, num_stages=5
         )
     # The intermediate is read again by every program: the more outputs of one program, the less.
-    block_in = _row_block(intermediate, itemsize, 256 if block_k >= 8 else 512)
+    if block_k >= 8:
+        # Half a warp's load of a row: 6 to 20 % faster than a whole load on an H100.
+        block_in = _WARP_LOAD_BYTES // itemsize // 2
+    else:
+        block_in = _row_block(intermediate, itemsize, 512)
     block_out = max(1, 2 * _STAGE_BYTES // itemsize // block_in // block_k)
     return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)

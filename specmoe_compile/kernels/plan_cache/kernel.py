@@ -91,6 +91,7 @@ def plan_cache_kernel(
     AGEING: tl.constexpr,
     BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
+    MOST_FILLS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -137,7 +138,7 @@ def plan_cache_kernel(
     absent = (expert >= 0) & (slot < 0)
     order = tl.where(absent, (choices << INDEX_BITS) | expert, LAST_ORDER)
     first = tl.min(order, axis=0)
-    while first != LAST_ORDER:
+    while (first != LAST_ORDER) & (fills < MOST_FILLS):
         missing = first & INDEX_MASK
         if LFU:
             lowest = tl.min(rank, axis=0)
@@ -235,6 +236,7 @@ def launch_plan(
     ageing_period: int,
     bypass: bool,
     speculative: bool,
+    most_fills: int,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
     block_c, chunk, block_s, num_warps = block_sizes(ids.numel(), expert_of.shape[0])
@@ -261,6 +263,7 @@ def launch_plan(
         AGEING=ageing_period if policy == "lfu" else 1,
         BYPASS=bypass,
         SPECULATIVE=speculative,
+        MOST_FILLS=most_fills,
         BLOCK_C=block_c,
         CHUNK=chunk,
         BLOCK_S=block_s,

@@ -23,7 +23,7 @@ LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) count, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
     " Tensor(h!) counters, *, str policy, int ageing_period=64, bool bypass=False,"
-    " bool speculative=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool speculative=False, int most_fills=256) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 MAX_EXPERTS = 512
@@ -95,6 +95,7 @@ def plan_cache(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
+    most_fills: int = MAX_CHOICES,
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
 
@@ -110,6 +111,7 @@ def plan_cache(
         ageing_period: plans between two halvings of `count` ("lfu").
         bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
+        most_fills: slots that a guess may fill, those of the first choices; the rest is left out.
 
     Returns:
         New tensors on the device of `ids`; every element is written.
@@ -120,11 +122,23 @@ def plan_cache(
         SpecMoEError: CUDA tensors without Triton.
     """
     op = torch.ops.specmoe_kernels.plan_cache
-    options = {"ageing_period": ageing_period, "bypass": bypass, "speculative": speculative}
+    options = {
+        "ageing_period": ageing_period,
+        "bypass": bypass,
+        "speculative": speculative,
+        "most_fills": most_fills,
+    }
     return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
 
 
-def _check(ids: Tensor, tables: CacheTables, policy: str, ageing_period: int) -> None:
+def _check(
+    ids: Tensor,
+    tables: CacheTables,
+    policy: str,
+    ageing_period: int,
+    speculative: bool,
+    most_fills: int,
+) -> None:
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
     check_tensor(_NAME, "expert_of", tables.expert_of, ("S",), (torch.int32,), like=ids)
@@ -152,6 +166,11 @@ def _check(ids: Tensor, tables: CacheTables, policy: str, ageing_period: int) ->
         raise ValueError(
             f"specmoe_kernels::{_NAME}: ageing_period is {ageing_period}, expected at least 1"
         )
+    if not 0 <= most_fills <= MAX_CHOICES or (most_fills < MAX_CHOICES and not speculative):
+        raise ValueError(
+            f"specmoe_kernels::{_NAME}: most_fills is {most_fills}, expected 0 to {MAX_CHOICES},"
+            f" and {MAX_CHOICES} if the plan is not speculative: what a step needs is not left out"
+        )
 
 
 def _new_plan(ids: Tensor, tables: CacheTables) -> CachePlanTensors:
@@ -173,9 +192,10 @@ def _fake(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
+    most_fills: int = MAX_CHOICES,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period)
+    _check(ids, named, policy, ageing_period, speculative, most_fills)
     return tuple(_new_plan(ids, named))
 
 
@@ -186,8 +206,9 @@ def _cpu(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
+    most_fills: int = MAX_CHOICES,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, ageing_period)
+    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, most_fills)
     return plan_cache_reference(
         ids,
         *tables,
@@ -195,6 +216,7 @@ def _cpu(
         ageing_period=ageing_period,
         bypass=bypass,
         speculative=speculative,
+        most_fills=most_fills,
     )
 
 
@@ -205,12 +227,13 @@ def _cuda(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
+    most_fills: int = MAX_CHOICES,
 ) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period)
+    _check(ids, named, policy, ageing_period, speculative, most_fills)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -221,6 +244,7 @@ def _cuda(
             ageing_period=ageing_period,
             bypass=bypass,
             speculative=speculative,
+            most_fills=most_fills,
         )
     return tuple(plan)
 

@@ -29,6 +29,7 @@ def plan_cache_reference(
     ageing_period: int,
     bypass: bool,
     speculative: bool,
+    most_fills: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
 
@@ -55,7 +56,7 @@ def plan_cache_reference(
     in_flight: list[int] = pending.tolist()
     plan = cache.plan(
         0,
-        [expert for expert in choices if expert >= 0],
+        _within_budget(choices, cache.slot_of[0], most_fills),
         pinned_slots=[slot for slot, flag in enumerate(in_flight) if flag],
         bypass=bypass,
         speculative=speculative,
@@ -115,6 +116,14 @@ def _keep_books(
     _write(pending, in_flight)
     _write(unused, untouched)
     counters += counters.new_tensor(added)
+
+
+def _within_budget(choices: Sequence[int], slot_of: Sequence[int], most_fills: int) -> list[int]:
+    """Experts chosen, in order, without the absent ones that come after the first `most_fills`."""
+    experts = dict.fromkeys(expert for expert in choices if expert >= 0)
+    absent = [expert for expert in experts if slot_of[expert] == NOBODY]
+    left_out = set(absent[most_fills:])
+    return [expert for expert in experts if expert not in left_out]
 
 
 def _split_choices(

@@ -13,7 +13,7 @@ from specmoe_compile.kernels.compile_spec import (
     count_traffic,
 )
 from specmoe_compile.kernels.plan_cache.kernel import block_sizes, plan_cache_kernel
-from specmoe_compile.kernels.plan_cache.op import COUNTERS
+from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
 
 _INT32 = ("slot_of", "expert_of", "count", "pending", "unused")
 _INT64 = ("ids", "last_use", "clock", "counters")
@@ -60,6 +60,7 @@ def plan_spec(
             "AGEING": 64 if policy == "lfu" else 1,
             "BYPASS": False,
             "SPECULATIVE": speculative,
+            "MOST_FILLS": MAX_CHOICES,
             "BLOCK_C": block_c,
             "CHUNK": chunk,
             "BLOCK_S": block_s,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError, TransferError
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Request, Supply
@@ -43,12 +44,14 @@ class _Guess:
     Attributes:
         layer: MoE layer ordinal.
         values: [T, P] on the host, valid once `event` is reached.
+        most: records that may still be copied for it.
         experts: left to be copied, most probable first; None until they are known.
     """
 
     layer: int
     values: Tensor
     event: Any
+    most: int
     experts: deque[int] | None = None
 
 
@@ -106,11 +109,11 @@ class CopyDecoder(Decoder):
         self._flying: list[_Arrival] = []
         self._urgent: _Arrival | None = None
 
-    def prefetch(self, layer: int, ids: Tensor) -> None:
+    def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
         self._refuse_capture()
         self._cancel(layer)
         values = self._streams.to_host(ids)
-        self._guesses.append(_Guess(layer, values, self._streams.record("compute")))
+        self._guesses.append(_Guess(layer, values, self._streams.record("compute"), most))
         self.issue_guesses()
 
     def demand(
@@ -185,8 +188,8 @@ class CopyDecoder(Decoder):
             experts = self._known_or_none(guess)
             if experts is None:
                 return
-            if experts:
-                self._issue_guess(guess.layer, experts.popleft())
+            if experts and guess.most > 0:
+                guess.most -= self._issue_guess(guess.layer, experts.popleft())
             else:
                 self._guesses.popleft()
 
@@ -210,7 +213,8 @@ class CopyDecoder(Decoder):
         self._flying = [arrival for arrival in self._flying if not self._has_arrived(arrival)]
         return len(self._flying) < GUESSES_IN_FLIGHT
 
-    def _issue_guess(self, layer: int, expert: int) -> None:
+    def _issue_guess(self, layer: int, expert: int) -> int:
+        """Start the copy of an expert, if it is absent; returns the number of copies."""
         plan = self._table.plan(
             layer, [expert], pinned_slots=self._pinned_slots(layer), speculative=True
         )
@@ -220,6 +224,7 @@ class CopyDecoder(Decoder):
             self._flying.append(self._fetch("prefetch", layer, copied, slot))
             self._counters[layer].prefetches += 1
             self._counters[layer].speculative_bytes += self._record_bytes[layer]
+        return len(plan.fills)
 
     def _plan_demand(self, layer: int, choices: Sequence[int]) -> tuple[_Arrival, ...]:
         """Give slots to the experts of a step, and start copying those that are missing.

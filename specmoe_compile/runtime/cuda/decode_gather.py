@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
-from specmoe_compile.kernels.plan_cache.op import CachePlanTensors, plan_cache
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES, CachePlanTensors, plan_cache
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
@@ -62,10 +62,16 @@ class GatherDecoder(Decoder):
         self._policy = policy
         self._prefetched: list[_Fetch | None] = [None] * len(records)
         self._demanded: list[_Fetch | None] = [None] * len(records)
+        self._last_demand: Any = None
 
-    def prefetch(self, layer: int, ids: Tensor) -> None:
+    def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
         self.join(layer)
-        self._prefetched[layer] = self._fetch("prefetch", layer, ids)
+        if self._last_demand is not None:
+            # What the step waits for now has the link to itself.
+            self._streams.wait("prefetch", self._last_demand)
+        # The first choices of all tokens come first.
+        ids = ids.t().contiguous()
+        self._prefetched[layer] = self._fetch("prefetch", layer, ids, min(most, MAX_CHOICES))
 
     def demand(
         self, layer: int, ids: Tensor, weights: Tensor | None = None, threshold: float = 0.0
@@ -87,6 +93,7 @@ class GatherDecoder(Decoder):
                 self._cache.tables[layer].pending.zero_()
         with layer_range(layer, "fetch"):
             self._demanded[layer] = fetch = self._fetch("demand", layer, ids)
+            self._last_demand = fetch.event
         return DecodeStep(fetch.plan.present, fetch.plan.late, skipped)
 
     def wait(self, layer: int, step: DecodeStep) -> None:
@@ -115,14 +122,25 @@ class GatherDecoder(Decoder):
         if fetch is not None:
             self._streams.wait("compute", fetch.event)
 
-    def _plan(self, layer: int, ids: Tensor, *, speculative: bool) -> CachePlanTensors:
-        tables = self._cache.tables[layer]
-        return plan_cache(ids, tables, policy=self._policy, speculative=speculative)
+    def _plan(self, layer: int, ids: Tensor, *, speculative: bool, most: int) -> CachePlanTensors:
+        return plan_cache(
+            ids,
+            self._cache.tables[layer],
+            policy=self._policy,
+            speculative=speculative,
+            most_fills=most,
+        )
 
-    def _fetch(self, stream: Literal["demand", "prefetch"], layer: int, ids: Tensor) -> _Fetch:
+    def _fetch(
+        self,
+        stream: Literal["demand", "prefetch"],
+        layer: int,
+        ids: Tensor,
+        most: int = MAX_CHOICES,
+    ) -> _Fetch:
         self.captured |= self._streams.capturing
         with self._streams.on("compute"):
-            plan = self._plan(layer, ids, speculative=stream == "prefetch")
+            plan = self._plan(layer, ids, speculative=stream == "prefetch", most=most)
         self._streams.wait(stream, self._streams.record("compute"))
         with self._streams.on(stream):
             gather_experts(

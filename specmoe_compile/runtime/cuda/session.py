@@ -263,11 +263,18 @@ class DeviceSession:
                     weights,
                     self._config,
                     num_experts=self.store.num_experts[layer],
-                    record_bytes=self.store.layouts[layer].record_bytes,
                 )
-            if ids.numel() and self._decoder.fits(layer, ids.numel()):
-                self._decoder.prefetch(layer, ids.contiguous())
+            most = self._most_records(layer)
+            if most > 0 and self._decoder.fits(layer, ids.numel()):
+                self._decoder.prefetch(layer, ids.contiguous(), most)
             return 0
+
+    def _most_records(self, layer: int) -> int:
+        """Records that a prefetch of the layer may bring."""
+        budget = self._config.prefetch_budget_bytes
+        if budget is None:
+            return self.store.num_experts[layer]
+        return budget // self.store.layouts[layer].record_bytes
 
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         """Plan the true ids, [T, K], and start fetching what is missing.

@@ -12,24 +12,19 @@ from specmoe_compile.runtime.speculation import SpeculationConfig
 
 
 def most_wanted(
-    ids: Tensor, weights: Tensor, config: SpeculationConfig, *, num_experts: int, record_bytes: int
+    ids: Tensor, weights: Tensor, config: SpeculationConfig, *, num_experts: int
 ) -> Tensor:
     """Return the predictions to fetch, [T, up to P], -1 for those too weak.
 
     Args:
         ids: [T, P] int64 or int32.
         weights: [T, P] float.
-        config: its width, budget and threshold.
+        config: its width and threshold.
         num_experts: E.
-        record_bytes: of one expert.
     """
     width = ids.shape[1]
     if config.prefetch_width is not None and config.prefetch_width < width:
         width = config.prefetch_width
-    if config.prefetch_budget_bytes is not None:
-        # As if all choices were of different experts: values are the device's alone.
-        most = config.prefetch_budget_bytes // record_bytes
-        width = min(width, most // max(1, ids.shape[0]))
     if width < ids.shape[1]:
         weights, places = weights.topk(width, dim=1)
         ids = ids.gather(1, places)

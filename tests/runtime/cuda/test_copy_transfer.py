@@ -155,6 +155,20 @@ def test_few_guesses_are_on_the_link_at_once(
     assert streams.count("prefetch") == 2 * GUESSES_IN_FLIGHT
 
 
+def test_a_guess_brings_no_more_records_than_it_may(
+    journal: tuple[CopyDecoder, Journal, DeviceSession],
+) -> None:
+    decoder, streams, session = journal
+    decoder.demand(1, torch.tensor([[3]]))
+    streams.end("demand")
+    decoder.prefetch(1, torch.tensor([[3, 4, 5, 6]]), 2)
+    for _ in range(3):
+        streams.end("prefetch")
+        decoder.issue_guesses()
+    assert streams.count("prefetch") == 2, "3 is there and costs nothing"
+    assert session.stats.layers[1].prefetches == 2
+
+
 def test_no_guess_starts_while_a_demanded_record_is_on_the_link(
     journal: tuple[CopyDecoder, Journal, DeviceSession],
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda import decoders
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder, _Fetch
 from specmoe_compile.runtime.speculation import SpeculationConfig
@@ -123,10 +124,12 @@ def test_every_missing_wait_is_seen(plain: Any, monkeypatch: pytest.MonkeyPatch)
 class PlansAside(GatherDecoder):
     """Plans on the side stream: then the gather needs no wait, but its slots have readers."""
 
-    def _fetch(self, stream: Literal["demand", "prefetch"], layer: int, ids: Any) -> _Fetch:
+    def _fetch(
+        self, stream: Literal["demand", "prefetch"], layer: int, ids: Any, most: int = MAX_CHOICES
+    ) -> _Fetch:
         streams: Any = self._streams
         with streams.at_once(stream):
-            plan = self._plan(layer, ids, speculative=stream == "prefetch")
+            plan = self._plan(layer, ids, speculative=stream == "prefetch", most=most)
         with streams.on(stream):
             torch.ops.specmoe_kernels.gather_experts(
                 [self._records[layer]], [self._cache.banks[layer]], *plan[2:]

@@ -1,0 +1,49 @@
+"""A prefetch on a device keeps to its byte budget, and lets what is demanded go first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.runtime.speculation import SpeculationConfig
+from tests.helpers import tiny_qwen3_moe
+from tests.runtime.cuda.device_models import on_device
+from tests.runtime.cuda.stream_model import StreamModel
+
+
+@pytest.mark.parametrize(("records", "fetched"), [(0, []), (1, [5]), (2, [5, 6]), (9, [5, 6, 7])])
+def test_the_surest_missing_experts_are_fetched_within_the_budget(
+    records: int, fetched: list[int]
+) -> None:
+    streams = StreamModel()
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    with session:
+        budget = records * session.store.layouts[1].record_bytes
+        session.configure(SpeculationConfig(transfer="gather", prefetch_budget_bytes=budget))
+        decoder: Any = session._decoder
+        decoder.demand(1, torch.tensor([[3, 4]]))
+        streams.finish()
+        # Two tokens: the first choices of both come first, and what is there costs nothing.
+        ids, weights = torch.tensor([[3, 6], [5, 7]]), torch.full((2, 2), 0.5)
+        session.start_prefetch(1, ids, weights)
+        streams.finish()
+        layer = session.stats.layers[1]
+        decoder.demand(1, torch.tensor([[5, 6, 7]]))
+        after = session.stats.layers[1]
+    assert layer.prefetches == len(fetched)
+    assert layer.speculative_bytes == len(fetched) * session.store.layouts[1].record_bytes
+    assert after.misses - layer.misses == 3 - len(fetched)
+
+
+def test_predicted_records_wait_for_demanded_ones() -> None:
+    streams = StreamModel()
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    with session:
+        session.configure(SpeculationConfig(transfer="gather"))
+        decoder: Any = session._decoder
+        decoder.demand(0, torch.tensor([[1, 2]]))
+        decoder.prefetch(1, torch.tensor([[3, 4]]))
+        assert ("prefetch", "demand") in streams.waits
+        streams.finish()
