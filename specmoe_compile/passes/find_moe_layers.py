@@ -8,7 +8,7 @@ Finds, changes nothing:
     h  = r + y (+ shared experts)      `update`: the nodes from y to h
 
 r is told from every other addend (shared experts, attention beside the experts) by what it feeds:
-it is the one that the router's choice is computed from.
+it is the one that the router's weights are computed from, and but for hashed routing its choice.
 Shape letters: T tokens, K top-k, H hidden.
 """
 
@@ -26,6 +26,7 @@ from specmoe_compile.passes.fx_utils import (
     describe,
     find_calls,
     is_add,
+    is_mixing,
     is_pure,
     is_same_value,
     is_scaling,
@@ -116,7 +117,8 @@ def _downstream_adds(experts: Node) -> Iterator[tuple[Node, list[Node]]]:
 def _residual_among(operands: list[Node], layer: MoELayer) -> Node | None:
     """The operand, or the term of a sum that is an operand, that the router reads.
 
-    Some models scale and shift the residual in front of the addition: h = (r + b) * s + y.
+    Some models scale and shift the residual in front of the addition, h = (r + b) * s + y; others
+    have several residual streams and mix them, h = C @ r + p * y (hyper-connections).
     """
     terms = [(node, 0) for node in operands]
     while terms:
@@ -125,7 +127,20 @@ def _residual_among(operands: list[Node], layer: MoELayer) -> Node | None:
             return node
         if depth < _MAX_ADD_DEPTH and (is_add(node) or is_scaling(node) or is_same_value(node)):
             terms += [(n, depth + 1) for n in node.all_input_nodes]
+        elif is_mixing(node):
+            mixed = map(_without_views, node.all_input_nodes)
+            # A sum, as residuals are: attention beside the experts is a product as well.
+            terms += [
+                (n, _MAX_ADD_DEPTH) for n in mixed if is_add(n) and same_shape(n, operands[0])
+            ]
     return None
+
+
+def _without_views(node: Node) -> Node:
+    """What `node` is a view, a cast or a copy of."""
+    while is_same_value(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _feeds_router(node: Node, layer: MoELayer) -> bool:
@@ -133,7 +148,8 @@ def _feeds_router(node: Node, layer: MoELayer) -> bool:
     if node is layer.ids or node is layer.weights or not isinstance(value_of(node), Tensor):
         return False
     depends = Dependence([node])
-    return depends(layer.ids) and depends(layer.weights) and depends(layer.x)
+    # Hashed routing chooses by the token alone, and weighs by the stream.
+    return depends(layer.x) and depends(layer.weights)
 
 
 def _end_of_sum(node: Node) -> Node:

@@ -51,6 +51,8 @@ def is_add(node: Node) -> bool:
 
 def is_same_value(node: Node) -> bool:
     """Whether `node` is a view, a cast or a copy of its first argument."""
+    if is_call(node, (torch.ops.aten.expand.default,)):
+        return same_shape(node, node.all_input_nodes[0])
     return is_call(node, _SAME_VALUE)
 
 
@@ -59,12 +61,27 @@ def is_scaling(node: Node) -> bool:
     return is_call(node, _SCALINGS)
 
 
+def is_mixing(node: Node) -> bool:
+    """Whether `node` is a batched product of matrices, as where residual streams are mixed."""
+    return is_call(node, (torch.ops.aten.bmm.default,))
+
+
 def is_pure(node: Node) -> bool:
     """Whether `node` may be moved or computed twice: no mutation, effect or random number."""
-    if node.op != "call_function" or node.is_impure():
+    if node.op != "call_function" or node.is_impure(impure_random=False):
         return False
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags
+    return torch.Tag.nondeterministic_seeded not in tags or _drops_nothing(node)
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether `node` could draw random numbers, but only for a dropout of probability 0."""
+    assert isinstance(node.target, torch._ops.OpOverload), "only operators have tags"
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = dict(enumerate(node.args)).get(position, argument.default_value)
+            return bool(node.kwargs.get(argument.name, given) == 0.0)
+    return False
 
 
 def value_of(node: Node) -> Any:
@@ -138,17 +155,20 @@ def nodes_between(sources: Sequence[Node], outputs: Sequence[Node]) -> list[Node
     return sorted(found)
 
 
-def context_after(nodes: Iterable[Node], anchor: Node, known: Iterable[Node]) -> list[Node]:
+def context_after(
+    nodes: Iterable[Node], anchor: Node, known: Iterable[Node], wanted: Iterable[Node] = ()
+) -> list[Node]:
     """Return what `nodes` read that is computed after `anchor`, with all that it needs, in order.
 
     Args:
         nodes: nodes about to be cloned in front of `anchor`.
         anchor: where.
         known: nodes that the clones will not read (they are cloned or replaced themselves).
+        wanted: nodes that are to be there themselves, unless they are known.
     """
     given = set(known)
     found: set[Node] = set()
-    stack = [i for n in nodes for i in n.all_input_nodes]
+    stack = [*wanted, *(i for n in nodes for i in n.all_input_nodes)]
     while stack:
         node = stack.pop()
         if node in given or node in found or node < anchor:

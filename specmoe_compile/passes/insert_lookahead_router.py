@@ -106,7 +106,8 @@ def _why_not(layer: MoELayer, target: MoELayer, state: Node, anchor: Node) -> st
                 f" expected at most {_MAX_UPDATE_NODES}"
             )
         inner += update
-    context = context_after(inner, anchor, [residual, layer.experts, *inner])
+    known = [residual, layer.experts, *inner]
+    context = context_after(inner, anchor, known, wanted=[layer.ids])
     reason = why_not_movable(context, anchor)
     return None if reason is None else f"its router cannot run ahead: {reason}"
 
@@ -116,9 +117,11 @@ def _clone_router(
 ) -> tuple[Node, Node]:
     """Insert the layer's router on `state`; returns ids [T, P] and weights [T, P]."""
     assert layer.residual is not None
-    hoist(context_after(layer.router, anchor, [layer.residual, *layer.router]), anchor)
+    known = [layer.residual, *layer.router]
+    hoist(context_after(layer.router, anchor, known, wanted=[layer.ids]), anchor)
     copies = clone_nodes(graph, layer.router, {layer.residual: state}, anchor)
-    ids, weights = copies[layer.ids], copies[layer.weights]
+    # Hashed routing chooses by the token: its ids are what they are.
+    ids, weights = copies.get(layer.ids, layer.ids), copies[layer.weights]
     if width is not None:
         _widen(ids, width, [copies[n] for n in layer.router])
     return ids, weights

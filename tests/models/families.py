@@ -99,7 +99,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "moe_intermediate_size": 32,
             "global_head_dim": 16,
         },
-        "canvas_length": 16,
+        "canvas_length": 32,
     },
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K, "n_shared_experts": 1},
     "dots3_note": {

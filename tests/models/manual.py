@@ -25,7 +25,7 @@ import transformers
 
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from tests.models.families import families
-from tests.models.rows import Row, problems, row_not_run, row_of, row_without_model
+from tests.models.rows import Row, cases_of, problems, row_not_run, row_of, row_without_model
 from tests.models.walk import (
     FAST_OFFLOADED,
     FAST_PLAIN,
@@ -59,7 +59,9 @@ CASES = {
     "inductor": ((INDUCTOR,), ()),
 }
 SEED = 0
-MANUAL = Path(__file__).parents[2] / "docs" / "models.md"
+_ROOT = Path(__file__).parents[2]
+MANUAL = _ROOT / "docs" / "models.md"
+RESULTS = _ROOT / "benchmarks" / "results" / "models_walk.json"
 
 _INTRODUCTION = """# Models
 
@@ -186,6 +188,7 @@ def check_one(
     family = families()[name]
     if family.model_class is None:
         return row_without_model(family), []
+    offloaded, plain = cases_of(name, offloaded, plain)
     try:
         with tempfile.TemporaryDirectory() as folder:
             check = check_family(family, Path(folder), offloaded=offloaded, plain=plain)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.models.exceptions import EXCEPTIONS, Exceptional
 from tests.models.families import Family
-from tests.models.walk import Check
+from tests.models.walk import Case, Check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,26 @@ class Row:
         ]
 
 
+def cases_of(
+    name: str, offloaded: Sequence[Case], plain: Sequence[Case]
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases to run of a family, offloaded and plain.
+
+    A case that the eager model cannot do is kept, so that its error is seen, and the same with a
+    dynamic cache comes with it.
+    """
+    exception = EXCEPTIONS.get(name, Exceptional(note=""))
+
+    def possible(cases: Sequence[Case]) -> tuple[Case, ...]:
+        wanted = list(cases)
+        for case in cases:
+            if (case.cache, case.batch) in exception.impossible:
+                wanted.append(replace(case, cache="dynamic"))
+        return tuple(dict.fromkeys(wanted))
+
+    return possible(offloaded), possible(plain)
+
+
 def row_of(check: Check) -> Row:
     """The row of a family that was checked."""
     exception = EXCEPTIONS.get(check.family.name)
@@ -127,6 +147,9 @@ def problems(check: Check) -> list[str]:
     if not check.offloaded:
         found.append("no case was run offloaded: the eager model itself cannot do any")
     expected = check.layers_in_model - 1 - len(want.unpredicted) - want.unused
+    if want.only_prefill:
+        expected = 0
+        found += [f"not a graph of prefill: {report}" for report in check.decode_reports()]
     if check.predicted() != expected:
         found.append(f"{check.predicted()} MoE layers predicted, expected {expected}")
     return found

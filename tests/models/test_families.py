@@ -12,7 +12,7 @@ import transformers
 from tests.models.exceptions import EXCEPTIONS
 from tests.models.families import Family, families
 from tests.models.manual import MANUAL, page_rows, page_version
-from tests.models.rows import problems, row_of, row_without_model
+from tests.models.rows import cases_of, problems, row_of, row_without_model
 from tests.models.walk import (
     OFFLOADED,
     PLAIN,
@@ -67,7 +67,8 @@ def test_families_that_differ_most(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_MODEL)
 def test_every_family(name: str, tmp_path: Path) -> None:
-    assert_as_documented(check_family(families()[name], tmp_path, offloaded=OFFLOADED, plain=PLAIN))
+    offloaded, plain = cases_of(name, OFFLOADED, PLAIN)
+    assert_as_documented(check_family(families()[name], tmp_path, offloaded=offloaded, plain=plain))
 
 
 def _without_model() -> list[Family]:

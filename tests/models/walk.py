@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 import specmoe_compile
 from specmoe_compile.generation import session_of
@@ -130,7 +132,7 @@ class Check:
 
     def predicted(self) -> int:
         """MoE layers predicted in the graph that predicts fewest, graphs of prefill left out."""
-        counts = [r.matches["insert_expert_prefetch"] for r in self._decode_reports()]
+        counts = [r.matches["insert_expert_prefetch"] for r in self.decode_reports()]
         return min(counts, default=0)
 
     def unpredicted(self) -> dict[int, str]:
@@ -139,13 +141,14 @@ class Check:
         Left out: the first layer, and graphs of prefill, where sessions predict nothing.
         """
         reasons: dict[int, str] = {}
-        for report in self._decode_reports():
+        for report in self.decode_reports():
             for layer, reason in report.skipped.items():
                 if (layer, reason) != (0, FIRST_LAYER) and reason != NOT_FIXED:
                     reasons.setdefault(layer, reason)
         return dict(sorted(reasons.items()))
 
-    def _decode_reports(self) -> list[PipelineReport]:
+    def decode_reports(self) -> list[PipelineReport]:
+        """Those of graphs that are not of prefill."""
         reports = [report for run in self.offloaded.values() for report in run.reports]
         return [report for report in reports if PREFILL not in report.skipped.values()]
 
@@ -181,28 +184,53 @@ def difference(want: Run, got: Run) -> str | None:
 def generate(model: Any, cache: str, batch: int, new_tokens: int = NEW_TOKENS) -> Run:
     """Generate greedily; an exception becomes the run's `error`."""
     run = Run()
-    kwargs = {"cache_implementation": "static"} if cache == "static" else {}
     started = time.perf_counter()
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
+    forward = getattr(model, "_orig_mod", model).forward
+    denoises = "decoder_input_ids" in inspect.signature(forward).parameters
+    produce = _denoise if denoises else _decode
     try:
         with torch.no_grad(), recorded_reports(run.reports):
-            out = model.generate(
-                **inputs(batch),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-                **kwargs,
-            )
+            run.tokens, run.logits = produce(model, cache, batch, new_tokens)
     except Exception as error:  # the walk reports it in the family's row
         run.error = f"{type(error).__name__}: {error}"
-    else:
-        run.tokens = out.sequences[:, PROMPT:]
-        run.logits = torch.stack(out.logits, dim=1)
     run.graph_breaks = dict(torch._dynamo.utils.counters["graph_break"])
     run.seconds = time.perf_counter() - started
     return run
+
+
+def _decode(model: Any, cache: str, batch: int, new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Token after token: tokens, [batch, new tokens], and logits, [batch, new tokens, V]."""
+    kwargs = {"cache_implementation": "static"} if cache == "static" else {}
+    out = model.generate(
+        **inputs(batch),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **kwargs,
+    )
+    return out.sequences[:, PROMPT:], torch.stack(out.logits, dim=1)
+
+
+def _denoise(model: Any, cache: str, batch: int, new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Steps that each choose a whole canvas anew: its tokens, and the logits of the last step.
+
+    The generation of such models draws random numbers, which the smallest difference diverts.
+    """
+    length = model.config.canvas_length
+    canvas = inputs(batch, length=length)["input_ids"].flip(1)
+    for _ in range(new_tokens):
+        config = model.config.get_text_config()
+        kept = (
+            StaticCache(config=config, max_cache_len=PROMPT + length)
+            if cache == "static"
+            else DynamicCache(config=config)
+        )
+        logits = model(**inputs(batch), decoder_input_ids=canvas, past_key_values=kept).logits
+        canvas = logits.argmax(-1)
+    return canvas, logits
 
 
 @contextlib.contextmanager

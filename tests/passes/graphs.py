@@ -139,6 +139,19 @@ def plain_block(r: Tensor, gate: Tensor, layer: int) -> Tensor:
     return r + OPS.experts(x, ids, weights, 0, layer)
 
 
+def hashed_ids(gate: Tensor) -> Tensor:
+    """Experts that do not depend on the state, [T, K], as where a table of tokens has them."""
+    return torch.topk(gate[:TOKENS, :EXPERTS], TOP_K, sorted=False).indices
+
+
+def hashed_block(r: Tensor, gate: Tensor, layer: int) -> Tensor:
+    """A block whose experts are chosen by the token, and weighed by the state."""
+    x = norm(r)
+    ids = hashed_ids(gate)
+    weights = torch.sigmoid(x @ gate.t()).gather(1, ids)
+    return r + OPS.experts(x, ids, weights, 0, layer)
+
+
 def trace(
     block: Block | Sequence[Block],
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from tests.passes.graphs import (
     TOP_K,
     attention,
     calls,
+    hashed_block,
     layers_of,
     norm,
     plain_block,
@@ -170,6 +172,56 @@ def test_the_open_size_of_a_batch_is_not_taken_for_the_residual() -> None:
         assert layer.residual.meta["val"].dim() == 3
 
 
+STREAMS = 2
+
+
+def _mixed_streams(r: Tensor, gate: Tensor, layer: int) -> Tensor:
+    """Hyper-connections: r, [1, T, N streams, H], is mixed where others add it as it is."""
+    mix = torch.softmax(r @ r.transpose(-1, -2), dim=-1)
+    x = norm(r.mean(dim=2)).reshape(-1, HIDDEN)
+    ids, weights = route(x, gate)
+    y = OPS.experts(x, ids, weights, 0, layer).view(1, -1, 1, HIDDEN)
+    return torch.sigmoid(r.mean(-1)).unsqueeze(-1) * y + torch.matmul(mix.transpose(-1, -2), r)
+
+
+def test_streams_that_are_mixed_are_the_residual() -> None:
+    gm = trace(_mixed_streams, r=torch.randn(1, TOKENS, STREAMS, HIDDEN))
+    layers = layers_of(gm)
+    for layer, previous in zip(layers[1:], layers[:-1], strict=True):
+        assert layer.reason is None
+        assert layer.residual is not None and layer.residual.args[0] is previous.output
+        assert layer.residual.meta["val"].shape == (1, TOKENS, STREAMS, HIDDEN)
+
+
+def test_attention_beside_the_experts_is_not_taken_for_mixed_streams() -> None:
+    def block(r: Tensor, gate: Tensor, layer: int) -> Tensor:
+        x = norm(r)
+        flat = x.reshape(-1, HIDDEN)
+        ids, weights = route(flat, gate)
+        y = OPS.experts(flat, ids, weights, 0, layer).view(x.shape)
+        return r + (y + torch.softmax(x @ x.transpose(-1, -2), dim=-1) @ x)
+
+    layers = layers_of(trace(block, r=torch.randn(2, TOKENS, HIDDEN)))
+    for layer, previous in zip(layers[1:], layers[:-1], strict=True):
+        assert layer.residual is not None and layer.residual.args[0] is previous.output
+
+
+def _attention_router(r: Tensor, gate: Tensor, layer: int, dropout: float) -> Tensor:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    states = r.view(1, 1, -1, HIDDEN)
+    x = attend(states, states, states, dropout)[0].view(-1, HIDDEN)
+    ids, weights = route(x, gate)
+    return r + OPS.experts(norm(r), ids, weights, 0, layer)
+
+
+def test_attention_may_stand_in_front_of_the_router_if_it_drops_nothing() -> None:
+    for layer in layers_of(trace(functools.partial(_attention_router, dropout=0.0))):
+        assert layer.reason is None
+        assert any("attention" in node.name for node in layer.router)
+    for layer in layers_of(trace(functools.partial(_attention_router, dropout=0.5))):
+        assert "its router's choice passes through _scaled_dot" in (layer.reason or "")
+
+
 def test_low_precision_states_with_casts() -> None:
     gm = trace(plain_block, r=torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16))
     for layer in layers_of(gm):
@@ -187,6 +239,12 @@ def test_no_residual_stream_gives_a_reason() -> None:
     layers = layers_of(trace(block))
     assert all("no residual stream" in (layer.reason or "") for layer in layers)
     assert all(layer.residual is None and not layer.router for layer in layers)
+
+
+def test_hashed_routing_weighs_by_the_stream() -> None:
+    for layer in layers_of(trace(hashed_block)):
+        assert layer.reason is None
+        assert layer.weights in layer.router and layer.ids not in layer.router
 
 
 def test_router_that_does_not_read_the_state_gives_a_reason() -> None:

@@ -24,6 +24,8 @@ from tests.passes.graphs import (
     attention,
     calls,
     find,
+    hashed_block,
+    hashed_ids,
     inputs,
     norm,
     plain_block,
@@ -84,6 +86,25 @@ def test_prediction_is_the_next_router_on_the_quasi_state(
     quasi, *found = _run(gm, [plan.layers[0].quasi, ids, weights])
     want = router(norm(quasi), inputs()[2])
     torch.testing.assert_close(found, list(want), rtol=0, atol=0)
+
+
+def test_hashed_experts_are_known_ahead(monkeypatch: Any) -> None:
+    use_session(monkeypatch)
+    gm = trace(hashed_block)
+    want = gm(*inputs())
+    plan, report = _predicted(gm, PassConfig(prefetch_width=4))
+    assert report.matches == 2 and not report.skipped
+    source = plan.layers[0]
+    ((_, ids, weights),) = source.predictions
+    assert ids < source.experts and weights < source.experts
+    assert source.quasi is not None and source.output is not None
+    h, quasi, found, weighed = _run(gm, [plan.layers[2].output, source.quasi, ids, weights])  # type: ignore[list-item]
+    gate = inputs()[2]
+    assert torch.equal(found, hashed_ids(gate))
+    torch.testing.assert_close(
+        weighed, torch.sigmoid(norm(quasi) @ gate.t()).gather(1, found), rtol=0, atol=0
+    )
+    assert torch.equal(h, want)
 
 
 def test_true_router_is_untouched(monkeypatch: Any) -> None:
