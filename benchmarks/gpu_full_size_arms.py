@@ -24,6 +24,7 @@ from benchmarks.gpu_full_size_model import (
 )
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
 from specmoe_compile.generation import attach_session
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
 Routing = Literal["trace", "router"]
@@ -44,7 +45,7 @@ class Arm:
         options: of the backend.
         keeps: whether slots keep what they hold from one token to the next.
         full: all experts are put there before the first step.
-        ahead: records that are fetched ahead for a layer at most; None: all that are predicted.
+        ahead: records that are fetched ahead for a layer at most.
     """
 
     summary: str
@@ -52,7 +53,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps: bool = True
     full: bool = False
-    ahead: int | None = None
+    ahead: int = MAX_CHOICES
 
     @property
     def speculates(self) -> bool:

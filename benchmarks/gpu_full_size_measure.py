@@ -176,9 +176,8 @@ def _measured(
         return
     arms = [ARMS[name] for name in names]
     steps = bench.steps
-    options = {"lowering": bench.lowering, "strict": True, **arms[0].options}
-    if arms[0].ahead is not None:
-        options["prefetch_budget_bytes"] = arms[0].ahead * bench.store.layouts[0].record_bytes
+    options: dict[str, Any] = {"lowering": bench.lowering, "strict": True, **arms[0].options}
+    options["prefetch_budget_bytes"] = arms[0].ahead * bench.store.layouts[0].record_bytes
     if mode == "graph":
         options["mode"] = "reduce-overhead"
     # The paper's copies by the host; not where slots were filled behind the host's back.

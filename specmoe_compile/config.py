@@ -69,7 +69,7 @@ class CompileOptions:
     prefetch_width: int | None = None
     """experts predicted per token; None is the model's top-k."""
     prefetch_budget_bytes: int | None = None
-    """most speculative bytes in flight per layer; None is unlimited."""
+    """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` one expert."""
     auto_off: bool = True
     """turn a layer's prefetch off while its measured recall does not pay."""
     default_vectors: str | None = None

@@ -39,7 +39,7 @@ class SpeculationConfig:
     prefetch_width: int | None = None
     """experts prefetched per token, at most as many as are predicted; None: all of them."""
     prefetch_budget_bytes: int | None = None
-    """most speculative bytes per prefetch of a layer; None: no limit."""
+    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` one record."""
     auto_off: bool = True
     """turn the prefetch of a layer, or of its unsure guesses, off while it does not pay."""
     skip_layers: tuple[int, ...] = ()

@@ -39,6 +39,10 @@ from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.stats import Stats
 
+UNCANCELLED_RECORDS = 1
+"""Records that transfer `gather` fetches ahead by default: with all that are predicted, decoding is
+slower than without a prefetch, with one it is faster (docs/results/full_size.md)."""
+
 
 class DeviceSession:
     """Store, slots, streams and counters of one model; a context manager that closes them.
@@ -272,9 +276,10 @@ class DeviceSession:
     def _most_records(self, layer: int) -> int:
         """Records that a prefetch of the layer may bring."""
         budget = self._config.prefetch_budget_bytes
-        if budget is None:
-            return self.store.num_experts[layer]
-        return budget // self.store.layouts[layer].record_bytes
+        if budget is not None:
+            return budget // self.store.layouts[layer].record_bytes
+        # A captured transfer cannot be cancelled: what compute does not hide delays the next step.
+        return UNCANCELLED_RECORDS if self.transfer == "gather" else self.store.num_experts[layer]
 
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         """Plan the true ids, [T, K], and start fetching what is missing.

@@ -37,6 +37,22 @@ def test_the_surest_missing_experts_are_fetched_within_the_budget(
     assert after.misses - layer.misses == 3 - len(fetched)
 
 
+@pytest.mark.parametrize(("transfer", "fetched"), [("gather", 1), ("copy", 2)])
+def test_without_a_budget_only_what_can_be_cancelled_is_fetched_in_number(
+    transfer: Any, fetched: int
+) -> None:
+    streams = StreamModel()
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    with session:
+        session.configure(SpeculationConfig(transfer=transfer))
+        session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
+        streams.finish()
+        decoder: Any = session._decoder
+        decoder.demand(1, torch.tensor([[1]]))
+        streams.finish()
+        assert session.stats.layers[1].prefetches == fetched
+
+
 def test_predicted_records_wait_for_demanded_ones() -> None:
     streams = StreamModel()
     _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
