@@ -233,6 +233,7 @@ def run_disk(plan: Plan, dtype: str) -> None:
     model, store_dir = plan.model(dtype), plan.store_dir(dtype)
     disk_gbps: list[float] = []
     read_gbps: list[float] = []
+    waiting_gbps: list[float] = []
     with tempfile.TemporaryDirectory(dir=plan.place) as folder:
         run_pack(str(model), str(store_dir), dtype, cap=None, work_dir=folder)
         job = ArmJob(
@@ -249,8 +250,14 @@ def run_disk(plan: Plan, dtype: str) -> None:
             if turn < DISK_TURNS:
                 decode = run_worker(job).decode
                 assert decode is not None, "on_demand has counters"
-                read_gbps.append(decode["total"]["demand_bytes"] / 1e6 / decode["read_busy_ms"])
-                print(f"disk {disk_gbps[-1]:.2f} GB/s, on_demand {read_gbps[-1]:.2f}", flush=True)
+                total = decode["total"]
+                read_gbps.append(total["demand_bytes"] / 1e6 / decode["read_busy_ms"])
+                waiting_gbps.append(total["stall_bytes"] / 1e6 / total["stall_ms"])
+                print(
+                    f"disk {disk_gbps[-1]:.2f} GB/s, on_demand {waiting_gbps[-1]:.2f} while it"
+                    f" waits, {read_gbps[-1]:.2f} while it reads",
+                    flush=True,
+                )
     plan.write(
         f"disk_{dtype}",
         {
@@ -261,6 +268,7 @@ def run_disk(plan: Plan, dtype: str) -> None:
             "model": describe_model(str(model), dtype),
             "disk_gbps": disk_gbps,
             "on_demand_gbps": read_gbps,
+            "on_demand_waiting_gbps": waiting_gbps,
         },
     )
 

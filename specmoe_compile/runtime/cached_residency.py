@@ -121,6 +121,7 @@ class CachedResidency(Residency):
         expert = read.expert
         del step.waiting[expert]
         self._note_speed(read)
+        self._stats[step.layer].stall_bytes += self._stalled_bytes(read)
         slot = step.places.pop(expert, None)
         if slot is None:
             raise_unless_done(read)
@@ -186,8 +187,12 @@ class CachedResidency(Residency):
         return self._s_per_byte * self._record_bytes[layer]
 
     def stalled_s(self, start_s: float, end_s: float) -> float:
-        overlaps = (min(end_s, end) - max(start_s, start) for start, end in self._stalls)
-        return sum(overlap for overlap in overlaps if overlap > 0)
+        stalled_s = 0.0
+        for start, end in reversed(self._stalls):  # in order of time
+            if end <= start_s:
+                break
+            stalled_s += max(0.0, min(end_s, end) - max(start_s, start))
+        return stalled_s
 
     def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
         lost_s, self._regret_s[layer] = self._regret_s[layer], {}
@@ -246,6 +251,14 @@ class CachedResidency(Residency):
             if rank is not None:
                 lost = self._regret_s[layer]
                 lost[rank] = lost.get(rank, 0.0) + self.read_s(layer)
+
+    def _stalled_bytes(self, read: Read) -> int:
+        """Bytes of a read that came while the caller waited, as if it had run evenly."""
+        duration_s = read.finished_s - read.started_s
+        if read.state != DONE or duration_s <= 0:
+            return 0
+        stalled_s = self.stalled_s(read.started_s, read.finished_s)
+        return round(read.destination.numel() * stalled_s / duration_s)
 
     def _note_speed(self, read: Read) -> None:
         """Keep a running mean of the time that a read takes, over about 16 reads."""

@@ -33,6 +33,9 @@ class LayerStats:
     """the part that was read and then evicted, dropped or found wrong before any use."""
     stall_ms: float = 0.0
     """time in which the caller had nothing to compute and waited for reads."""
+    stall_bytes: int = 0
+    """the part of the bytes awaited that came in that time: of each read the share of its own time
+    that the caller waited. Not counted on a GPU."""
     predicted: int = 0
     """experts predicted, in steps where a prediction met a true routing."""
     needed: int = 0

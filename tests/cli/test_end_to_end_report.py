@@ -130,7 +130,8 @@ def test_a_cap_that_did_not_hold_breaks_the_comparison() -> None:
 
 @pytest.mark.parametrize(("ours", "holds"), [([0.9, 1.8, 0.95], True), ([0.8, 1.6, 2.0], False)])
 def test_reads_are_compared_with_the_disk_around_them(ours: list[float], holds: bool) -> None:
-    found = {"disk_gbps": [1.0, 1.0, 3.0, 1.0], "on_demand_gbps": ours}
+    found = {"disk_gbps": [1.0, 1.0, 3.0, 1.0], "on_demand_waiting_gbps": ours}
+    found["on_demand_gbps"] = [0.1, 0.1, 0.1]
     (claim,) = disk_claims(found, "float32")
     assert claim.holds is holds, claim
 

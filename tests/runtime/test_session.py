@@ -15,6 +15,7 @@ from specmoe_compile.errors import SpecMoEError, StoreError, TransferError
 from specmoe_compile.runtime.cached_residency import CachedResidency
 from specmoe_compile.runtime.session import Session, get_session
 from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+from specmoe_compile.runtime.transfer.base import DONE, Read
 from tests.runtime.fakes import (
     INTERMEDIATE,
     E,
@@ -280,7 +281,9 @@ def test_stall_is_the_time_spent_waiting() -> None:
     store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.05)
     with make_session("half", store=store) as session:
         session.experts(0, *token_batch(0, 1))
-        assert 40 < session.stats.layers[0].stall_ms < 500
+        first = session.stats.layers[0]
+        assert 40 < first.stall_ms < 500
+        assert 0.7 * first.demand_bytes < first.stall_bytes <= first.demand_bytes
         session.experts(0, *token_batch(0, 1))
         stats = session.stats
         assert stats.layers[0].stall_ms == stats.total.stall_ms < 500
@@ -306,3 +309,12 @@ def in_time(call: Any, seconds: float = 20.0) -> Any:
     if errors:
         raise errors[0]
     return result[0]
+
+
+def test_bytes_that_come_while_the_caller_computes_are_not_waited_for() -> None:
+    with make_session("half") as session:
+        residency: Any = session._residency
+        residency._stalls.extend([(0.0, 1.0), (2.0, 3.0)])
+        read = Read(0, 0, torch.empty(800, dtype=torch.uint8), speculative=False)
+        read.state, read.started_s, read.finished_s = DONE, 0.5, 2.5
+        assert residency._stalled_bytes(read) == 400
