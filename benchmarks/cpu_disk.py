@@ -105,7 +105,7 @@ class Bench:
         self.model = widened_model(repository_root(), self.folder, record_mib, DTYPE)
         self.store_dir = self.folder / f"{self.model.name}-store"
         self.about = describe_model(str(self.model), DTYPE)
-        self.started_s = time.monotonic()
+        self.started_s = self.phase_started_s = time.monotonic()
         self.caps_permitted = permitted_cap(BASE_CAP_BYTES) is not None
 
     def job(self, cell: Cell, **changes: Any) -> ArmJob:
@@ -150,8 +150,9 @@ class Bench:
             "versions": versions(),
             "model": self.about,
             "load_average": list(os.getloadavg()),
-            "wall_s": round(time.monotonic() - self.started_s, 1),
+            "wall_s": round(time.monotonic() - self.phase_started_s, 1),
         }
+        self.phase_started_s = time.monotonic()
         path = self.results / f"cpu_disk_{name}.json"
         write_json(path, {**about, **value})
         print(f"wrote {path.name} after {about['wall_s']:.0f} s", flush=True)
