@@ -31,6 +31,8 @@ TARGETS = (80, 86, 89, 90, 100)
 # table of technical specifications per compute capability).
 SHARED_LIMIT_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 MAX_EXCESS = 0.05
+TRITON_RUNS = Path(__file__).parent / "results" / "kernels_triton.json"
+"""The kernels' tests and resources by version of Triton."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,16 +231,53 @@ experts are all there; other plans depend on what is missing.
 """
 
 
+_VERSIONS = """
+## Versions of Triton
+
+`tests/kernels` in Triton's interpreter at commit {commit}: Python {python}, torch {torch}, NumPy
+{numpy}. Each version was put before the installed one:
+
+    pip install --no-deps --target FOLDER triton==VERSION
+    PYTHONPATH=FOLDER:. python -m pytest tests/kernels
+
+Skipped are tests that need a GPU; there Triton 3.6.0 has run, with earlier sources of `down_kernel`
+and `gather_experts` ([H200](h200.md)). The last column: compiled for all targets as in the first
+table, launches times targets, the most registers of a thread and the bytes spilled, all launches
+together.
+
+| Triton | tests | passed | failed | skipped | compiled, registers, spilled |
+|---|---|---|---|---|---|
+"""
+
+
+def versions_section(path: Path) -> str:
+    """The recorded runs as Markdown."""
+    record = json.loads(path.read_text())
+    lines = []
+    for run in record["runs"]:
+        compiled = "not compiled"
+        if run["compiled"] is not None:
+            counts = run["compiled"]
+            compiled = f"{counts['kernels']}, {counts['most_registers']}, {counts['spilled_bytes']}"
+        lines.append(
+            f"| {run['triton']} | {run['tests']} | {run['passed']} | {run['failed']} |"
+            f" {run['skipped']} | {compiled} |"
+        )
+    head = _VERSIONS.format(commit=record["commit"][:7], **record["versions"])
+    return head + "\n".join(lines) + "\n"
+
+
 def write_report(
     path: Path, rows: Sequence[Resources], models: Sequence[ModelShape], targets: Sequence[int]
 ) -> None:
-    """Write both tables as Markdown."""
+    """Write both tables as Markdown, and the runs with other versions of Triton."""
     import triton
 
     head = _HEAD.format(triton=triton.__version__, python=platform.python_version())
     body = "\n".join(resources_table(rows, targets)) + "\n" + _TRAFFIC
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + body + "\n".join(traffic_table(models)) + "\n")
+    traffic = "\n".join(traffic_table(models)) + "\n"
+    path.write_text(head + body + traffic + versions_section(TRITON_RUNS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,9 +13,11 @@ import pytest
 from benchmarks.kernel_resources import (
     MODEL_SHAPES,
     TARGETS,
+    TRITON_RUNS,
     Resources,
     find_problems,
     resources_table,
+    versions_section,
 )
 
 
@@ -44,6 +46,16 @@ def test_spills_and_too_much_shared_memory_are_problems() -> None:
 def test_table_has_one_column_per_target() -> None:
     rows = [make_row(), make_row(target=90, registers=50)]
     assert resources_table(rows, [86, 90])[-1] == "| m | l | 4, 3 | 40 / 2.0 / 0 | 50 / 2.0 / 0 |"
+
+
+def test_report_holds_the_recorded_versions_of_triton() -> None:
+    section = versions_section(TRITON_RUNS)
+    recorded = json.loads(TRITON_RUNS.read_text())["runs"]
+    assert [line.split(" | ")[0] for line in section.splitlines()[-len(recorded) :]] == [
+        f"| {run['triton']}" for run in recorded
+    ]
+    report = Path(__file__).parents[2] / "docs" / "results" / "kernels.md"
+    assert report.read_text().endswith(section)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import ctypes
 import subprocess
 from pathlib import Path
 
-import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 _SOURCE = """
@@ -23,13 +22,11 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 
 def install_cuda_guard(folder: Path, compiler: str) -> None:
-    """Build the guard in a folder and load it into this process; nothing where there is a GPU.
+    """Build the guard in a folder and load it into this process.
 
     Raises:
         subprocess.CalledProcessError: the compiler fails.
     """
-    if torch.cuda.is_available():
-        return
     source, library = folder / "cuda_guard.cpp", folder / "libcuda_guard.so"
     source.write_text(_SOURCE)
     command = [compiler, "-shared", "-fPIC", "-std=c++20", str(source), "-o", str(library)]
