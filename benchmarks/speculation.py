@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
 from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
-from benchmarks.speculation_exact import run_exact
+from benchmarks.speculation_exact import BATCHES, merged, run_exact
 from benchmarks.speculation_report import write_report
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
@@ -191,6 +191,15 @@ def run_compile(place: Place) -> None:
     place.write("compile", {"pairs": pairs})
 
 
+def read_or_none(folder: Path, name: str) -> dict[str, Any] | None:
+    """The result file of a phase, if there is one."""
+    path = folder / f"speculation_{name}.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -204,6 +213,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", choices=names, default=names, help="of timing")
     parser.add_argument("--timed-prompts", type=int, default=4, help="per run of timing")
     parser.add_argument("--prompts", type=int, default=64, help="of the token comparison")
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=int,
+        choices=BATCHES,
+        default=list(BATCHES),
+        help="batch sizes of exact; rows of the others are kept as they are in the result file",
+    )
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--loss-tokens", type=int, default=LOSS_TOKENS, help="of the held-out text")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
@@ -217,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, 1 if something that must hold does not, or 2."""
     arguments = parse_arguments(argv)
     place = Place(arguments)
+    kept = read_or_none(place.results, "exact") if len(arguments.batches) < len(BATCHES) else None
     quiet_transformers()
     phases: dict[str, Callable[[], None]] = {
         "prepare": lambda: run_prepare(place),
@@ -226,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             place.store_dir(),
             held_out_prompts(place.prompts),
             place.new_tokens,
-            lambda rows: place.write("exact", rows),
+            arguments.batches,
+            lambda made: place.write("exact", merged(kept, made, place.commit)),
         ),
         "eval": lambda: run_eval(
             REFERENCE_MODEL,
@@ -254,11 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"== {name}", flush=True)
                 run()
         if "report" in arguments.only:
-            found = {
-                name: json.loads(path.read_text(encoding="utf-8"))
-                for name in phases
-                if (path := place.results / f"speculation_{name}.json").is_file()
-            }
+            every = {name: read_or_none(place.results, name) for name in phases}
+            found = {name: result for name, result in every.items() if result is not None}
             if "eval" in found:
                 write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
             return 0 if write_report(found, arguments.report) else 1

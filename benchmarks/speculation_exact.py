@@ -19,6 +19,7 @@ import specmoe_compile
 from benchmarks.end_to_end import EXPERT_CACHE
 from specmoe_compile.generation import session_of
 from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.stats import LayerStats, Stats
 
 BATCHES = (1, 4)
 CACHES = ("static", "dynamic")
@@ -84,6 +85,7 @@ def run_exact(
     store_dir: Path,
     prompts: list[list[int]],
     new_tokens: int,
+    batches: Sequence[int],
     on_row: Callable[[dict[str, Any]], None],
 ) -> None:
     """Compare greedy tokens of every combination with the unmodified model's.
@@ -91,9 +93,10 @@ def run_exact(
     Args:
         model: checkpoint folder. store_dir: its expert store, made when it is not there.
         prompts: token ids, all of one length. new_tokens: per prompt.
+        batches: of `BATCHES`.
         on_row: gets all rows so far, after each combination.
     """
-    references = _references(model, prompts, new_tokens)
+    references = _references(model, prompts, new_tokens, batches)
     inner: Any = specmoe_compile.from_pretrained(
         model,
         device="cpu",
@@ -105,13 +108,13 @@ def run_exact(
     )
     session = session_of(inner)
     predictor = Predictor(session)
-    rows = []
+    rows: list[dict[str, Any]] = []
     about = {
         "expert_cache": EXPERT_CACHE,
         "new_tokens": new_tokens,
         "store_filesystem": _filesystem(store_dir),
     }
-    for batch in BATCHES:
+    for batch in batches:
         for cache in CACHES:
             torch._dynamo.reset()
             compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
@@ -120,27 +123,51 @@ def run_exact(
                 session.reset_stats()
                 started_s = time.perf_counter()
                 tokens = _generate(compiled, prompts, new_tokens, batch, cache)
-                stats = specmoe_compile.stats(inner)
-                total = stats.total
-                pairs = zip(tokens.flatten(), references[batch].flatten(), strict=True)
-                row = {
-                    "batch": batch,
-                    "kv_cache": cache,
-                    "predictor": kind or LOOKAHEAD,
-                    "tokens": tokens.numel(),
-                    "differing_tokens": sum(int(a != b) for a, b in pairs),
-                    "recall": total.recalled / total.needed if total.needed else None,
-                    "recall_by_layer": [
-                        layer.recalled / layer.needed if layer.needed else None
-                        for layer in stats.layers
-                    ],
-                    "prefetches": total.prefetches,
-                    "seconds": time.perf_counter() - started_s,
-                }
-                rows.append(row)
-                print(row, flush=True)
+                rows.append(
+                    {
+                        "batch": batch,
+                        "kv_cache": cache,
+                        "predictor": kind or LOOKAHEAD,
+                        **_counted(tokens, references[batch], specmoe_compile.stats(inner)),
+                        "seconds": time.perf_counter() - started_s,
+                    }
+                )
+                print(rows[-1], flush=True)
                 on_row({"rows": rows, **about})
     session.close()
+
+
+def _counted(tokens: Tensor, reference: Tensor, stats: Stats) -> dict[str, Any]:
+    """Tokens [N, new_tokens] that are not the reference's, and what was predicted meanwhile."""
+    pairs = zip(tokens.flatten(), reference.flatten(), strict=True)
+    return {
+        "tokens": tokens.numel(),
+        "differing_tokens": sum(int(a != b) for a, b in pairs),
+        "recall": _recall(stats.total),
+        "recall_by_layer": [_recall(layer) for layer in stats.layers],
+        "prefetches": stats.total.prefetches,
+    }
+
+
+def _recall(layer: LayerStats) -> float | None:
+    return layer.recalled / layer.needed if layer.needed else None
+
+
+def merged(kept: dict[str, Any] | None, made: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """Add the rows of a run to those of an earlier one, each with the commit that it was run at.
+
+    Args:
+        kept: the result file as it is, or None. Its rows of the same batch size, kind of cache and
+            predictor give way.
+        made: what `run_exact` hands on. commit: of the code that made it.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["batch"], row["kv_cache"], row["predictor"]
+
+    rows = {} if kept is None else {key(r): {"commit": kept["commit"], **r} for r in kept["rows"]}
+    rows |= {key(row): {**row, "commit": commit} for row in made["rows"]}
+    return {**made, "rows": list(rows.values())}
 
 
 def _filesystem(folder: Path) -> str:
@@ -150,11 +177,13 @@ def _filesystem(folder: Path) -> str:
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype
 
 
-def _references(model: Path, prompts: list[list[int]], new_tokens: int) -> dict[int, Tensor]:
+def _references(
+    model: Path, prompts: list[list[int]], new_tokens: int, batches: Sequence[int]
+) -> dict[int, Tensor]:
     """The unmodified model's tokens, [N, new_tokens], by batch size."""
     loader: Any = AutoModelForCausalLM
     plain = loader.from_pretrained(model, dtype=torch.float32).eval()
-    return {batch: _generate(plain, prompts, new_tokens, batch, None) for batch in BATCHES}
+    return {batch: _generate(plain, prompts, new_tokens, batch, None) for batch in batches}
 
 
 def _generate(

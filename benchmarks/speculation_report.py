@@ -182,7 +182,8 @@ def _head(found: Mapping[str, Result]) -> str:
     )
     result = result or next(iter(found.values()))
     model, machine = result["model"], result["machine"]
-    commits = sorted({str(r["commit"])[:12] for r in found.values()})
+    made = [*found.values(), *found.get("exact", {}).get("rows", ())]
+    commits = sorted({str(part["commit"])[:12] for part in made})
     names = ", ".join(f"{n} {v}" for n, v in result["versions"].items() if v is not None)
     return "\n".join(
         (

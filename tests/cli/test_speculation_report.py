@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
+from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS, merged
 from benchmarks.speculation_report import (
     EXPECTED_RECALL,
     compile_claims,
@@ -48,6 +48,16 @@ def test_exact_needs_every_token_of_every_run() -> None:
     (claim,) = exact_claims(found)
     assert not claim.holds
     assert f"not run: batch {gone['batch']} {gone['kv_cache']}" in claim.measured
+
+
+def test_rows_of_a_second_run_join_those_of_the_first() -> None:
+    kept = {**_exact(), "commit": "old"}
+    new = [{**row, "differing_tokens": 1} for row in _exact()["rows"] if row["batch"] == 4]
+    found = merged(kept, {"rows": new, "new_tokens": 64}, "new")
+    assert len(found["rows"]) == len(kept["rows"])
+    assert {row["commit"] for row in found["rows"] if row["batch"] == 4} == {"new"}
+    assert {row["commit"] for row in found["rows"] if row["batch"] == 1} == {"old"}
+    assert not exact_claims(found)[0].holds
 
 
 def _timing(**p50: float) -> dict[str, Any]:
