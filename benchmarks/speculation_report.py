@@ -241,7 +241,7 @@ def _timing_section(timing: Result) -> str:
         f" {settings['order']}, each in its own process; ms/token is the median over all tokens."
         " Ahead counts what was prefetched; a useful record was used by the step it was read for or"
         " a later one. Steps predicted: the share of layer steps in which `auto_off` let the"
-        " lookahead run.\n\n" + _link_section(timing)
+        f" lookahead run. Commit: {str(timing['commit'])[:12]}.\n\n" + _link_section(timing)
     )
 
 
