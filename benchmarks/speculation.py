@@ -8,7 +8,7 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
 - prepare      widen, pack, compile once
 - timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
 - exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors; takes
-               a third of the time with the store in memory (--folder on a tmpfs)
+               half the time with the store in memory (--folder on a tmpfs)
 - eval         what each policy costs in output, on the model as trained, with every list of
                skipped layers
 - eval_wide    the same on the widened model, no layer skipped, few prompts

@@ -154,7 +154,7 @@ def _recall(layer: LayerStats) -> float | None:
 
 
 def merged(kept: dict[str, Any] | None, made: dict[str, Any], commit: str | None) -> dict[str, Any]:
-    """Add the rows of a run to those of an earlier one, each with the commit that it was run at.
+    """Add the rows of a run to those of an earlier one, each with its commit and file system.
 
     Args:
         kept: the result file as it is, or None. Its rows of the same batch size, kind of cache and
@@ -165,8 +165,12 @@ def merged(kept: dict[str, Any] | None, made: dict[str, Any], commit: str | None
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["batch"], row["kv_cache"], row["predictor"]
 
-    rows = {} if kept is None else {key(r): {"commit": kept["commit"], **r} for r in kept["rows"]}
-    rows |= {key(row): {**row, "commit": commit} for row in made["rows"]}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if kept is not None:
+        place = {name: kept[name] for name in ("commit", "store_filesystem")}
+        rows |= {key(row): {**place, **row} for row in kept["rows"]}
+    place = {"commit": commit, "store_filesystem": made["store_filesystem"]}
+    rows |= {key(row): {**row, **place} for row in made["rows"]}
     return {**made, "rows": list(rows.values())}
 
 

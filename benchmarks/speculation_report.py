@@ -299,6 +299,7 @@ def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...
 
 
 def _exact_section(exact: Result) -> str:
+    places = sorted({row["store_filesystem"] for row in exact["rows"]})
     rows = [
         (
             row["predictor"],
@@ -315,7 +316,7 @@ def _exact_section(exact: Result) -> str:
         "## Policy exact against the unmodified model\n\n"
         + markdown_table(head, rows)
         + f"\n\nFloat32, expert cache {exact['expert_cache']}, expert store on a"
-        f" {exact['store_filesystem']} file system, `auto_off` off, so that every layer"
+        f" {' or '.join(places)} file system, `auto_off` off, so that every layer"
         " step is predicted. `wrong` predicts experts that are not needed, `random` any, `empty`"
         " none."
     )

@@ -51,12 +51,12 @@ def test_exact_needs_every_token_of_every_run() -> None:
 
 
 def test_rows_of_a_second_run_join_those_of_the_first() -> None:
-    kept = {**_exact(), "commit": "old"}
+    kept = {**_exact(), "commit": "old", "store_filesystem": "tmpfs"}
     new = [{**row, "differing_tokens": 1} for row in _exact()["rows"] if row["batch"] == 4]
-    found = merged(kept, {"rows": new, "new_tokens": 64}, "new")
+    found = merged(kept, {"rows": new, "store_filesystem": "ext4"}, "new")
     assert len(found["rows"]) == len(kept["rows"])
-    assert {row["commit"] for row in found["rows"] if row["batch"] == 4} == {"new"}
-    assert {row["commit"] for row in found["rows"] if row["batch"] == 1} == {"old"}
+    marks = {(row["batch"], row["commit"], row["store_filesystem"]) for row in found["rows"]}
+    assert marks == {(1, "old", "tmpfs"), (4, "new", "ext4")}
     assert not exact_claims(found)[0].holds
 
 
