@@ -234,19 +234,18 @@ experts are all there; other plans depend on what is missing.
 _VERSIONS = """
 ## Versions of Triton
 
-`tests/kernels` in Triton's interpreter at commit {commit}: Python {python}, torch {torch}, NumPy
-{numpy}. Each version was put before the installed one:
+`tests/kernels` in Triton's interpreter: Python {python}, torch {torch}, NumPy {numpy}. Each version
+was put before the installed one:
 
     pip install --no-deps --target FOLDER triton==VERSION
     PYTHONPATH=FOLDER:. python -m pytest tests/kernels
 
-Skipped are tests that need a GPU; there Triton 3.6.0 has run, with earlier sources of `down_kernel`
-and `gather_experts` ([H200](h200.md)). The last column: compiled for all targets as in the first
-table, launches times targets, the most registers of a thread and the bytes spilled, all launches
-together.
+Skipped are tests that need a GPU; those passed on an H100 with Triton 3.6.0 ([results](h200.md)).
+The last column, at commit {commit}: compiled for all targets as in the first table, launches times
+targets, the most registers of a thread and the bytes spilled, all launches together.
 
-| Triton | tests | passed | failed | skipped | compiled, registers, spilled |
-|---|---|---|---|---|---|
+| Triton | tests | commit | passed | failed | skipped | compiled, registers, spilled |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -260,8 +259,8 @@ def versions_section(path: Path) -> str:
             counts = run["compiled"]
             compiled = f"{counts['kernels']}, {counts['most_registers']}, {counts['spilled_bytes']}"
         lines.append(
-            f"| {run['triton']} | {run['tests']} | {run['passed']} | {run['failed']} |"
-            f" {run['skipped']} | {compiled} |"
+            f"| {run['triton']} | {run['tests']} | {run['commit'][:7]} | {run['passed']} |"
+            f" {run['failed']} | {run['skipped']} | {compiled} |"
         )
     head = _VERSIONS.format(commit=record["commit"][:7], **record["versions"])
     return head + "\n".join(lines) + "\n"
