@@ -153,6 +153,12 @@ def test_the_manual_is_what_the_results_say() -> None:
 def test_glm5_next_speculates_where_sizes_may_be_data(tmp_path: Path) -> None:
     """What the note of its exception says."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        check = check_family(families()["glm5_next"], tmp_path, offloaded=(QUICK_STATIC,), plain=())
+        check = check_family(
+            families()["glm5_next"],
+            tmp_path,
+            offloaded=(QUICK_STATIC,),
+            plain=(),
+            new_tokens=QUICK_TOKENS,
+        )
     assert check.differences() == [] and check.graph_breaks() == {}
     assert check.predicted() == check.layers_in_model - 1
