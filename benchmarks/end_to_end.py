@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.end_to_end_report import write_readme_section, write_report
+from benchmarks.end_to_end_tokens import CONTROL, compare_generations
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
@@ -39,7 +40,7 @@ from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
 from specmoe_compile.cli.measure.harness import run_pack, run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
-from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
+from specmoe_compile.cli.measure.records import ArmJob, spread
 from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
@@ -53,7 +54,7 @@ NEW_TOKENS = 64
 PROMPT_TOKENS = 64
 DISK_TURNS = 6
 TIMING_ARMS = ("accelerate", "accelerate_auto", "on_demand", "cache", "eager", "resident")
-TOKEN_ARMS = ("eager", "on_demand", "cache", "resident")
+TOKEN_ARMS = ("eager", CONTROL, "on_demand", "cache", "resident")
 PHASES = ("tokens", "timing", "disk", "startup", "report")
 DTYPES = ("float32", "bfloat16")
 
@@ -179,53 +180,6 @@ def run_tokens(plan: Plan, dtype: str) -> None:
     result["model"] = describe_model(str(model), dtype)
     result["prompts"] = _prompt_note(prompts)
     plan.write(f"tokens_{dtype}", result)
-
-
-def compare_generations(
-    tokens: Sequence[Sequence[int]],
-    logits: torch.Tensor,
-    other_tokens: Sequence[Sequence[int]],
-    other_logits: torch.Tensor,
-) -> dict[str, Any]:
-    """Compare two generations of the same prompts.
-
-    Logits are compared while both had the same text before them: up to the first token in which
-    they differ, that step included.
-
-    Args:
-        tokens, other_tokens: per prompt.
-        logits, other_logits: [prompts, new_tokens, V] float32.
-    """
-    differing = sum(
-        a != b
-        for left, right in zip(tokens, other_tokens, strict=True)
-        for a, b in zip(left, right, strict=True)
-    )
-    spread_of_logits = 0.0
-    margins: list[float] = []
-    worst: list[float] = []
-    for index, (left, right) in enumerate(zip(tokens, other_tokens, strict=True)):
-        split = next(
-            (i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left)
-        )
-        shared = min(split + 1, len(left))
-        here, there = logits[index, :shared], other_logits[index, :shared]
-        worst += (here - there).abs().amax(-1).tolist()
-        spread_of_logits = max(spread_of_logits, float((here.amax(-1) - here.amin(-1)).max()))
-        if split < len(left):
-            top = here[split].topk(2).values
-            margins.append(float(top[0] - top[1]))
-    return {
-        "tokens": sum(len(row) for row in tokens),
-        "differing_tokens": differing,
-        "prompts": len(tokens),
-        "diverging_prompts": len(margins),
-        "largest_margin_at_divergence": max(margins) if margins else None,
-        "steps_compared": len(worst),
-        "median_logit_difference": quantile(worst, 0.5),
-        "largest_logit_difference": max(worst),
-        "logit_range": spread_of_logits,
-    }
 
 
 def run_disk(plan: Plan, dtype: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import Claim
+from benchmarks.end_to_end_tokens import token_claims
 from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
@@ -21,18 +22,6 @@ STARTUP_FACTOR = 0.5
 README_START = "<!-- measured: written by python -m benchmarks.end_to_end --only report -->"
 README_END = "<!-- /measured -->"
 README_LEAVES_OUT = ("p20..p80", "while reading", "stall/token")
-LOGIT_TOLERANCE = 0.05
-"""Of the logits' range (largest minus smallest of a step): bfloat16 keeps 8 bits, so one rounding
-is 0.4 %, and eight layers of two blocks add up a few of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """Something that must hold: what was asked, what was measured, and whether it does."""
-
-    text: str
-    measured: str
-    holds: bool
 
 
 def write_report(results: Path, report: Path) -> bool:
@@ -192,42 +181,6 @@ def disk_claims(found: Mapping[str, Any], dtype: str) -> list[Claim]:
             holds=share >= DISK_SHARE,
         )
     ]
-
-
-def token_claims(tokens: Mapping[str, Any], dtype: str) -> list[Claim]:
-    """Same tokens: as the unmodified model in float32, as each other in bfloat16."""
-    hashes = {arm["name"]: arm["tokens_sha256"] for arm in tokens["arms"]}
-    ours = {name: digest for name, digest in hashes.items() if name != "eager"}
-    count = next(iter(tokens["comparison"].values()))["tokens"]
-    claims = [
-        Claim(
-            text=f"{dtype}: {', '.join(ours)} give the same tokens as each other",
-            measured=f"{len(set(ours.values()))} distinct of {len(ours)}, {count} tokens each",
-            holds=len(set(ours.values())) == 1 and None not in ours.values(),
-        )
-    ]
-    worst = max(tokens["comparison"].values(), key=lambda c: c["largest_logit_difference"])
-    if dtype == "float32":
-        differing = max(c["differing_tokens"] for c in tokens["comparison"].values())
-        claims.append(
-            Claim(
-                text="float32: and as the unmodified model",
-                measured=f"{differing} of {count} tokens differ",
-                holds=set(ours.values()) == {hashes["eager"]},
-            )
-        )
-        return claims
-    share = worst["largest_logit_difference"] / worst["logit_range"]
-    claims.append(
-        Claim(
-            text=f"bfloat16: logits within {100 * LOGIT_TOLERANCE:g} % of their range of the"
-            " unmodified model's, given the same text",
-            measured=f"{100 * share:.2f} % ({worst['largest_logit_difference']:.3f} of"
-            f" {worst['logit_range']:.1f})",
-            holds=share <= LOGIT_TOLERANCE,
-        )
-    )
-    return claims
 
 
 def startup_claims(startup: Mapping[str, Any], dtype: str) -> list[Claim]:

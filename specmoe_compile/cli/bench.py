@@ -84,6 +84,8 @@ def bench(
 
       eager            Hugging Face as it comes, all experts in memory: the reference for tokens
 
+      eager_loop       the same with experts_implementation="eager", a loop over experts
+
       accelerate       Hugging Face device_map disk offload, untouched, all decoder layers on disk
 
       accelerate_auto  the same with device_map="auto" and as much memory as the expert cache

@@ -16,6 +16,7 @@ from specmoe_compile.cli.measure.hf_arms import (
     load_accelerate_auto,
     load_accelerate_cpu,
     load_eager,
+    load_eager_loop,
     load_mmap,
 )
 from specmoe_compile.cli.measure.llama_cpp_arm import load_llama_cpp
@@ -73,6 +74,12 @@ ARMS: Mapping[str, Arm] = {
         policy=None,
         capped=False,
         load=load_eager,
+    ),
+    "eager_loop": Arm(
+        summary="the same with the loop over experts: how far another order of sums goes",
+        policy=None,
+        capped=False,
+        load=load_eager_loop,
     ),
     "accelerate": Arm(
         summary="Hugging Face device_map disk offload, untouched, every decoder layer on disk",

@@ -18,6 +18,13 @@ def load_eager(job: ArmJob, arm: Arm) -> LoadedArm:
     return LoadedArm(model=model, inner=model, fast_tier_bytes=_expert_bytes(model))
 
 
+def load_eager_loop(job: ArmJob, arm: Arm) -> LoadedArm:
+    model = load_plain(job.model, job.dtype, experts_implementation="eager")
+    if device_of(job) == "cuda":
+        model.to("cuda")
+    return LoadedArm(model=model, inner=model, fast_tier_bytes=_expert_bytes(model))
+
+
 def _expert_bytes(model: Any) -> int:
     return sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
 
