@@ -1,6 +1,6 @@
 """The published comparison on a CPU with experts on disk: against the peers, and the limit.
 
-    make bench                                          everything, in less than 20 minutes
+    make bench                                          everything, in about 35 minutes on two cores
     python -m benchmarks.cpu_disk --only tight          one phase
     python -m benchmarks.cpu_disk --only report         the document from the result files
 
