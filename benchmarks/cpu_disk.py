@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import explains_errors
 from benchmarks.cpu_disk_plan import (
     BASE_CAP_BYTES,
     SLOW_ARMS,
@@ -60,7 +61,7 @@ from specmoe_compile.cli.measure.harness import (
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.probes import file_gbps
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile, tokens_sha256
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "cpu-disk.md"
@@ -335,27 +336,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, or 2 for a mistake."""
     arguments = parse_arguments(argv)
     quiet_transformers()
-    try:
-        if set(arguments.only) != {"report"}:
-            arguments.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as work_dir:
-                bench = Bench(arguments, work_dir)
-                for phase in PHASES[:-1]:
-                    if phase in arguments.only:
-                        print(f"== {phase}", flush=True)
-                        run_loss(bench) if phase == "loss" else run_timed(bench, phase)
-        if "report" in arguments.only:
-            write_report(arguments.results, arguments.report)
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    if set(arguments.only) != {"report"}:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as work_dir:
+            bench = Bench(arguments, work_dir)
+            for phase in PHASES[:-1]:
+                if phase in arguments.only:
+                    print(f"== {phase}", flush=True)
+                    run_loss(bench) if phase == "loss" else run_timed(bench, phase)
+    if "report" in arguments.only:
+        write_report(arguments.results, arguments.report)
     return 0
 
 

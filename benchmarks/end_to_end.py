@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import explains_errors
 from benchmarks.end_to_end_report import write_readme_section, write_report
 from benchmarks.end_to_end_tokens import CONTROL, compare_generations
 from benchmarks.reference_model.data import default_source, held_out_windows
@@ -41,7 +42,7 @@ from specmoe_compile.cli.doctor import examine
 from specmoe_compile.cli.measure.harness import run_pack, run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, spread
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
 RESULTS = repository_root() / "benchmarks" / "results"
@@ -313,6 +314,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, 1 if something that must hold does not, or 2."""
     arguments = parse_arguments(argv)
@@ -326,26 +328,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "disk": run_disk,
         "startup": run_startup,
     }
-    try:
-        if arguments.quick:
-            run_quick(plan)
-            return 0
-        for dtype in plan.dtypes:
-            for name, run in phases.items():
-                if name in arguments.only:
-                    print(f"== {name}, {dtype}", flush=True)
-                    run(plan, dtype)
-        if "report" in arguments.only:
-            holds = write_report(plan.results, arguments.report)
-            if arguments.report == REPORT:
-                write_readme_section(plan.results, repository_root() / "README.md")
-            return 0 if holds else 1
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    if arguments.quick:
+        run_quick(plan)
+        return 0
+    for dtype in plan.dtypes:
+        for name, run in phases.items():
+            if name in arguments.only:
+                print(f"== {name}, {dtype}", flush=True)
+                run(plan, dtype)
+    if "report" in arguments.only:
+        holds = write_report(plan.results, arguments.report)
+        if arguments.report == REPORT:
+            write_readme_section(plan.results, repository_root() / "README.md")
+        return 0 if holds else 1
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from benchmarks.command import explains_errors
 from benchmarks.end_to_end import RESULTS
 from benchmarks.mapped_trace import SHAPES, ModelShape, mapped_trace
 from benchmarks.predicted_hardware_report import write_report
@@ -30,7 +31,7 @@ from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.demo import repository_root
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
@@ -276,6 +277,7 @@ def _replay_all(trace_path: Path, result_path: Path) -> dict[str, Any]:
     return result
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, 1 if the paper's times are missed by 10 %, or 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted_hardware")
@@ -290,14 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.only == "record"
         else lambda: write_report(_replay_all(arguments.trace, arguments.result), arguments.report)
     )
-    try:
-        return 0 if run() else 1
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    return 0 if run() else 1
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import specmoe_compile
+from benchmarks.command import explains_errors
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
 from benchmarks.predictors_cost import measure_cost
 from benchmarks.predictors_report import write_report
@@ -45,7 +46,7 @@ from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack, run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.generation import session_of
 from specmoe_compile.predictors.registry import PREDICTORS
 from specmoe_compile.predictors.training import TrainingConfig
@@ -292,6 +293,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, or 2 for what a caller can correct."""
     arguments = parse_arguments(argv)
@@ -303,17 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "timing": lambda: run_timing(place),
         "report": lambda: write_report(place.result, arguments.report),
     }
-    try:
-        for name, run in phases.items():
-            if name in arguments.only:
-                print(f"== {name}", flush=True)
-                run()
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    for name, run in phases.items():
+        if name in arguments.only:
+            print(f"== {name}", flush=True)
+            run()
     return 0
 
 

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 
 import specmoe_compile
+from benchmarks.command import explains_errors
 from benchmarks.end_to_end import RECORD_MIB, RESULTS, held_out_prompts
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.probes import disk_rates
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.generation import session_of
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting, replay
@@ -347,6 +348,7 @@ def _pair(row: Mapping[str, Any], place: int) -> tuple[int, int]:
     return row["hits"][place], row["misses"][place]
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; returns 0, 1 if something that must hold does not, or 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay_check")
@@ -359,23 +361,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, default=REPORT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
-    try:
-        checkpoint = widened_model(repository_root(), arguments.folder, RECORD_MIB, "float32")
-        if arguments.compare is None:
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as traces:
-                about = measure(checkpoint, arguments, Path(traces))
-                result = result_of(Path(traces), about)
-        else:
-            about = json.loads((arguments.compare / ABOUT).read_text(encoding="utf-8"))
-            result = result_of(arguments.compare, about)
-        write_json(arguments.result, result)
-        return 0 if write_report(result, arguments.report) else 1
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    checkpoint = widened_model(repository_root(), arguments.folder, RECORD_MIB, "float32")
+    if arguments.compare is None:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as traces:
+            about = measure(checkpoint, arguments, Path(traces))
+            result = result_of(Path(traces), about)
+    else:
+        about = json.loads((arguments.compare / ABOUT).read_text(encoding="utf-8"))
+        result = result_of(arguments.compare, about)
+    write_json(arguments.result, result)
+    return 0 if write_report(result, arguments.report) else 1
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import explains_errors
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
 from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
 from benchmarks.speculation_exact import BATCHES, merged, run_exact
@@ -37,7 +38,7 @@ from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack, run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
@@ -230,6 +231,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@explains_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases asked for; returns 0, 1 if something that must hold does not, or 2."""
     arguments = parse_arguments(argv)
@@ -267,23 +269,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         "compile": lambda: run_compile(place),
     }
-    try:
-        for name, run in phases.items():
-            if name in arguments.only:
-                print(f"== {name}", flush=True)
-                run()
-        if "report" in arguments.only:
-            every = {name: read_or_none(place.results, name) for name in phases}
-            found = {name: result for name, result in every.items() if result is not None}
-            if "eval" in found:
-                write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
-            return 0 if write_report(found, arguments.report) else 1
-    except Exception as error:
-        known = user_error_or_none(error)
-        if known is None:
-            raise
-        print(f"error: {sentence(known)}", file=sys.stderr)
-        return 2
+    for name, run in phases.items():
+        if name in arguments.only:
+            print(f"== {name}", flush=True)
+            run()
+    if "report" in arguments.only:
+        every = {name: read_or_none(place.results, name) for name in phases}
+        found = {name: result for name, result in every.items() if result is not None}
+        if "eval" in found:
+            write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
+        return 0 if write_report(found, arguments.report) else 1
     return 0
 
 

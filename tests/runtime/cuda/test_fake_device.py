@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import AutoConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from benchmarks.gpu_full_size_model import SHAPES
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.cli.doctor import find_compiler_or_none
 from specmoe_compile.passes.check_invariants import check_invariants
@@ -26,21 +27,9 @@ def reference_model() -> PretrainedConfig:
 
 def qwen3_30b(layers: int = 48) -> PretrainedConfig:
     """The shape of Qwen3-30B-A3B, as its model card gives it."""
-    return Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-        dtype=torch.bfloat16,
-    )
+    config: PretrainedConfig = SHAPES["Qwen3-30B-A3B"].configured(layers)
+    config.dtype = torch.bfloat16
+    return config
 
 
 @pytest.fixture(scope="module", autouse=True)
