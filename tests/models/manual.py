@@ -27,8 +27,6 @@ from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine
 from tests.models.families import families
 from tests.models.rows import Row, cases_of, problems, row_not_run, row_of, row_without_model
 from tests.models.walk import (
-    FAST_OFFLOADED,
-    FAST_PLAIN,
     INDUCTOR,
     NEW_TOKENS,
     OFFLOADED,
@@ -53,10 +51,10 @@ _HEADER = (
 _VERSIONS = ("python", "torch", "transformers")
 CASES = {
     "full": (OFFLOADED, PLAIN),
-    "eager": (FAST_OFFLOADED, FAST_PLAIN),
     "quick": ((QUICK_STATIC,), ()),
     "rest": ((QUICK_DYNAMIC,), (QUICK_STATIC,)),
     "inductor": ((INDUCTOR,), ()),
+    "grown": ((Case(cache="dynamic", batch=3),), ()),
 }
 SEED = 0
 _ROOT = Path(__file__).parents[2]
