@@ -1,17 +1,21 @@
 """Decode on a GPU through the device session: tokens, time, graph capture, host synchronisation.
 
-Part of `benchmarks.gpu_first_run`; alone: `python -m benchmarks.gpu_decode`.
+Part of `benchmarks.gpu_first_run`; alone:
+
+    python -m benchmarks.gpu_decode --out decode.json --arms "specmoe 25%" "specmoe 25% copy"
 
 Shape letters: B batch.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
+from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.output import write_json
 from specmoe_compile.generation import _mark_static, session_of
 
 CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
@@ -150,24 +156,30 @@ def profile_steps(
     }
 
 
-def measure_decode(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[dict[str, Any]]:
-    """Every arm on every model: tokens against the unmodified model, and decode steps."""
+def measure_decode(
+    dtype: torch.dtype = torch.float32,
+    *,
+    arms: Sequence[str] = tuple(ARMS),
+    models: Sequence[str] = tuple(MODELS),
+) -> list[dict[str, Any]]:
+    """Arms on models: tokens against the unmodified model, and decode steps."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_grad_enabled(False)
     rows: list[dict[str, Any]] = []
-    for dtype in dtypes:
-        for name, build in MODELS.items():
-            rows += _measure_model(name, build, dtype)
+    for name in models:
+        rows += _measure_model(name, dtype, arms)
     return rows
 
 
-def _measure_model(name: str, build: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _measure_model(name: str, dtype: torch.dtype, arms: Sequence[str]) -> list[dict[str, Any]]:
+    build = MODELS[name]
     plain = build(dtype)
     ids = prompts(1, plain.config.vocab_size)
     want = generate(plain, ids)
     top_k, layers = plain.config.num_experts_per_tok, plain.config.num_hidden_layers
     rows: list[dict[str, Any]] = []
-    for arm, (cache, options) in ARMS.items():
+    for arm in arms:
+        cache, options = ARMS[arm]
         torch._dynamo.reset()
         # Offloading takes the model apart: every arm has its own, of the same seed.
         model = build(dtype)
@@ -212,6 +224,31 @@ def _measure_model(name: str, build: Any, dtype: torch.dtype) -> list[dict[str, 
     return rows
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print rows; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device and found none", file=sys.stderr)
+        return 2
     warnings.simplefilter("ignore")
-    measure_decode()
+    rows = measure_decode(arms=args.arms, models=args.models)
+    if args.out is not None:
+        result = {
+            "schema": 1,
+            "commit": commit_or_none(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "device": torch.cuda.get_device_name(),
+            "seed": 0,
+            "decode": rows,
+        }
+        write_json(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
