@@ -262,11 +262,20 @@ class FilledCache:
                 )
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
+        # A full sliding window loses its oldest token with each new one.
+        self._windows = [
+            (layer, layer.keys.clone(), layer.values.clone())
+            for layer in self.cache.layers
+            if layer.is_sliding
+        ]
         self.rewind()
         _mark_static(self.cache)
 
     def rewind(self) -> None:
-        """Go back to C tokens."""
+        """Go back to the C tokens of the beginning."""
+        for layer, keys, values in self._windows:
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.context)
         self.hold()

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GptOssConfig
 
 from benchmarks import gpu_full_size
 from benchmarks.gpu_full_size_arms import Bench, Steps, sharing_groups
 from benchmarks.gpu_full_size_extra import _eager_tokens
 from benchmarks.gpu_full_size_measure import measure_arms
-from benchmarks.gpu_full_size_model import SHAPES, RandomStore, build_skeleton
+from benchmarks.gpu_full_size_model import SHAPES, FilledCache, RandomStore, build_skeleton
 from benchmarks.gpu_full_size_profile import (
     read_trace,
 )
@@ -189,3 +190,28 @@ def test_the_reference_models_trace_is_predicted_and_local() -> None:
     about = describe_tables(tables, 4)
     assert 0.6 < about["recall_mean"] < 0.95
     assert 0.3 < about["previous_token_mean"] < 0.8
+
+
+def test_rewound_cache_holds_the_first_tokens_again_in_sliding_windows_too() -> None:
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    filled = FilledCache(config, CONTEXT, TOKENS, CPU, torch.float32)
+    layers = filled.cache.layers
+    before = [(layer.keys[:, :, :CONTEXT].clone(), layer.values.clone()) for layer in layers]
+    for _ in range(TOKENS):
+        filled.hold()
+        for index in range(len(layers)):
+            filled.cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), index)
+    assert not torch.equal(layers[0].keys, before[0][0])
+    filled.rewind()
+    assert all(
+        torch.equal(layer.keys[:, :, :CONTEXT], keys)
+        and torch.equal(layer.values[:, :, :CONTEXT], values[:, :, :CONTEXT])
+        for layer, (keys, values) in zip(layers, before, strict=True)
+    )
