@@ -38,7 +38,7 @@ format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## The published comparison with the peers: docs/results/cpu-disk.md (about 35 minutes on two cores, quiet machine).
+bench: $(STAMP)  ## The published comparison with the peers: docs/results/cpu-disk.md (under 20 minutes on two cores, quiet machine).
 	$(BIN)/python -m benchmarks.cpu_disk
 
 peers: $(STAMP)  ## llama.cpp for the arm llama_cpp of make bench; compiles it from source, which takes long.

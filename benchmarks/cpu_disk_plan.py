@@ -16,8 +16,27 @@ SENTINEL_SIZE = "25%"
 BASE_CAP_BYTES = 500 << 20
 """Memory besides the cache: Python, PyTorch, the model's other weights."""
 SLOW_TOKENS = 16
-"""Tokens per prompt of the arms that take half a second for each."""
+"""Tokens per prompt of the cells that take a third of a second and more for each."""
 SLOW_ARMS = ("accelerate", "accelerate_auto")
+SLOW_PEER_SHARE = 0.25
+"""Peers that map their weights are slow under a cap for a cache up to this share of the experts."""
+KEPT_ALIVE = {
+    "on_demand": 0,
+    "cache": 0,
+    "specmoe": 0,
+    "default_vector": 0,
+    "commit": 0,
+    "resident": 1,
+    "eager": 2,
+    "accelerate_cpu": 2,
+}
+"""Arms whose process may wait beside another that is measured, and copies of all experts in it.
+
+They keep experts in memory of their own, or read them past the page cache. The others live on the
+page cache, which is charged to the process that touches it first: one process for each turn.
+"""
+WORKER_BYTES = 700 << 20
+"""Memory of a process besides its experts, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +63,34 @@ class Cell:
         parts = [self.arm, self.label, self.size or ""]
         return " ".join(part for part in parts if part) + (", capped" if self.capped else "")
 
+    @property
+    def slow(self) -> bool:
+        """Whether it generates `SLOW_TOKENS` per prompt only."""
+        if self.arm in SLOW_ARMS:
+            return True
+        mapped = self.arm in PEERS and self.capped and self.size is not None
+        return mapped and sort_share(self.size) <= SLOW_PEER_SHARE
+
+    @property
+    def kept_alive(self) -> bool:
+        """Whether its process may stay alive between its turns."""
+        return self.arm in KEPT_ALIVE
+
+    def ram_bytes(self, expert_bytes: int) -> int:
+        """Memory of a process of this cell, at most, for an arm that is kept alive."""
+        cached = 0 if self.size is None else parse_size(self.size, total_bytes=expert_bytes)
+        return WORKER_BYTES + max(cached, KEPT_ALIVE[self.arm] * expert_bytes)
+
     def cap_bytes(self, expert_bytes: int) -> int | None:
         """Limit of memory, page cache included."""
         if not self.capped or self.size is None:
             return None
         return BASE_CAP_BYTES + parse_size(self.size, total_bytes=expert_bytes)
+
+
+def sort_share(size: str | None) -> float:
+    """A size as a share of the experts, 0..1; one without a size comes first."""
+    return -1.0 if size is None else float(size.removesuffix("%")) / 100
 
 
 def smallest_size(model: Mapping[str, Any]) -> str:
@@ -61,11 +103,8 @@ def sizes_of(model: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Sizes that specmoe refuses for this model, and those that it takes, smallest first."""
     least = smallest_size(model)
 
-    def share(size: str) -> float:
-        return float(size.removesuffix("%"))
-
-    refused = [size for size in SIZES if share(size) < share(least)]
-    taken = [size for size in SIZES if share(size) > share(least)]
+    refused = [size for size in SIZES if sort_share(size) < sort_share(least)]
+    taken = [size for size in SIZES if sort_share(size) > sort_share(least)]
     return refused, [least, *taken]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cpu_disk_figures import (
     GOAL,
@@ -79,10 +80,32 @@ def _head(found: Found) -> str:
         f"- Commit: {commits}. Load average at the end of each phase: {loads}."
         f" All phases together took {minutes:.0f} minutes.\n"
         f"- {settings['prompts']} prompts of {settings['prompt_tokens']} tokens, greedy,"
-        f" {settings['new_tokens']} tokens each ({settings['slow_tokens']} for accelerate);"
-        f" {settings['passes']} passes there and back, every run in a process of its own;"
-        " ms/token is the median, in brackets p20 and p80."
+        f" {settings['new_tokens']} tokens each, {settings['slow_tokens']} where a table has a *;"
+        f" {settings['passes']} passes there and back, one run at a time; ms/token is the median,"
+        " in brackets p20 and p80.\n"
+        f"- {_processes(found)}"
     )
+
+
+def _processes(found: Found) -> str:
+    """Which cells kept a process for all their turns, and whether those that waited were idle."""
+    cells = [cell for cell, _ in cells_of(found, *TIMED)]
+    kept = list(dict.fromkeys(cell["arm"] for cell in cells if cell["kept_alive"]))
+    own = list(dict.fromkeys(cell["arm"] for cell in cells if not cell["kept_alive"]))
+    if not kept:
+        return "Every run has a process of its own."
+    idle = max(found[name]["idle_cores"] for name in TIMED if name in found)
+    text = (
+        "A process that stays alive for all turns of a cell, each turn after a warm-up:"
+        f" {_and(kept)}. What the turn before left in the expert cache, and what it taught the"
+        " choice of predictions, stays. Those that waited used"
+        f" at most {idle:.2f} cores, all together, while another was measured."
+    )
+    return text if not own else text + f" A process for each run: {_and(own)}."
+
+
+def _and(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _by_size_section(found: Found) -> str:
@@ -113,6 +136,7 @@ def _by_size_section(found: Found) -> str:
         "",
         markdown_table(["ms/token", *sizes], [row, *rows]),
         "",
+        *_first_tokens(found),
     ]
     if not any(caps.values()):
         lines += ["**No cap could be set on this machine: the figures are without one.**", ""]
@@ -130,13 +154,34 @@ def _by_size_section(found: Found) -> str:
 
 
 def _base_cap(found: Found) -> int:
-    first = next(found[name] for name in TIMED if name in found)
-    return int(first["settings"]["base_cap_bytes"])
+    return int(_settings(found)["base_cap_bytes"])
 
 
-def _times(cell: Record) -> str:
-    tpot = cell["tpot_ms"]
-    return f"{tpot['p50']:.1f} ({tpot['p20']:.1f}..{tpot['p80']:.1f})"
+def _times(cell: Record, key: str = "tpot_ms") -> str:
+    tpot = cell[key]
+    text = f"{tpot['p50']:.1f} ({tpot['p20']:.1f}..{tpot['p80']:.1f})"
+    return text + ("*" if cell["short"] and key == "tpot_ms" else "")
+
+
+def _first_tokens(found: Found) -> list[str]:
+    """specmoe over the tokens that a short cell of the same size has."""
+    cells = [cell for cell, _ in cells_of(found, "tight", "roomy") if cell["memory_cap_bytes"]]
+    sizes = {cell["size"] for cell in cells if cell["short"]}
+    ours = [
+        f"{cell['arm']} {cell['size']} {_times(cell, 'first_tpot_ms')}"
+        for cell in cells
+        if cell["size"] in sizes and cell["arm"] in ("on_demand", "cache", "specmoe")
+    ]
+    if not sizes:
+        return []
+    count = _settings(found)["slow_tokens"]
+    text = f"`*`: the first {count} tokens of each prompt only."
+    return [text + (f" Over the same tokens: {'; '.join(ours)}." if ours else ""), ""]
+
+
+def _settings(found: Found) -> Mapping[str, Any]:
+    settings: Mapping[str, Any] = next(found[n]["settings"] for n in TIMED if n in found)
+    return settings
 
 
 def _failed(found: Found, *phases: str) -> list[str]:
@@ -174,8 +219,8 @@ def _uncapped_section(found: Found) -> str:
         markdown_table(head, rows),
         "",
         "`specmoe` reads its store past the page cache with and without a cap; the peers have the"
-        " whole model in the page cache here. Tokens are compared with the unmodified model's;"
-        " `default_vector` and `commit` approximate.",
+        " whole model in the page cache here (*: fewer tokens). Tokens are compared with the"
+        " unmodified model's; `default_vector` and `commit` approximate.",
     ]
     return "\n".join([*lines, *_failed(found, "uncapped")])
 
@@ -206,8 +251,9 @@ def _winners_section(found: Found) -> str:
         ]
         if not rivals:
             continue
-        best = min(rivals, key=lambda c: c["tpot_ms"]["p50"])
-        ours, theirs = best["tpot_ms"]["p50"], cell["tpot_ms"]["p50"]
+        # Of the same tokens, where the peer stopped early.
+        key = "first_tpot_ms" if cell["short"] else "tpot_ms"
+        best, ours, theirs = _best(rivals, cell, key)
         if theirs < ours:
             rows.append(
                 (
@@ -222,6 +268,12 @@ def _winners_section(found: Found) -> str:
     return "## Where a peer wins\n\n" + markdown_table(
         ("peer", "it takes", "the best of specmoe there", "a likely reason, not measured"), rows
     )
+
+
+def _best(rivals: Sequence[Record], cell: Record, key: str) -> tuple[Record, float, float]:
+    """The fastest of the rivals; its median and the cell's, in ms."""
+    best = min(rivals, key=lambda rival: rival[key]["p50"])
+    return best, best[key]["p50"], cell[key]["p50"]
 
 
 def _split_section(found: Found) -> str:
@@ -264,7 +316,7 @@ def _limit_section(found: Found) -> str:
         rows.append(
             (
                 cell["name"],
-                f"{own.mean_ms:.1f}",
+                f"{own.mean_ms:.1f}" + ("*" if cell["short"] else ""),
                 _bytes(own.missed_bytes),
                 f"{own.link_gbps:.2f}",
                 f"{own.limit_ms:.1f}",
@@ -281,7 +333,8 @@ def _limit_section(found: Found) -> str:
         + markdown_table((*head, f"at most {GOAL:.2f}"), rows)
         + "\n\nThe bandwidth is what random reads of whole records of the store give, four in"
         " flight, before and after each run. Bytes missed of an arm without specmoe are what the"
-        " kernel read from the disk for its process; from the page cache it reads nothing."
+        " kernel read from the disk for its process; from the page cache it reads nothing. With a"
+        " *: of the first tokens only."
     )
 
 

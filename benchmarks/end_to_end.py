@@ -39,7 +39,8 @@ from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
-from specmoe_compile.cli.measure.harness import run_pack, run_worker
+from specmoe_compile.cli.measure.harness import run_pack
+from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json

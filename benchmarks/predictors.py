@@ -43,7 +43,8 @@ from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.harness import run_pack, run_worker
+from specmoe_compile.cli.measure.harness import run_pack
+from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json

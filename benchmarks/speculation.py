@@ -35,7 +35,8 @@ from benchmarks.speculation_exact import BATCHES, merged, run_exact
 from benchmarks.speculation_report import write_report
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.harness import run_pack, run_worker
+from specmoe_compile.cli.measure.harness import run_pack
+from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile
 from specmoe_compile.cli.output import quiet_transformers, write_json

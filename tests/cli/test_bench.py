@@ -16,14 +16,10 @@ import torch
 from benchmarks.reference_model.tokenizer import build_tokenizer
 from specmoe_compile.cli.main import run
 from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.harness import (
-    ArmFailedError,
-    ArmInputError,
-    drop_cached_pages,
-    run_arms,
-    run_python,
-    run_worker,
-)
+from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError, run_python
+from specmoe_compile.cli.measure.harness import run_arms
+from specmoe_compile.cli.measure.live_worker import run_worker
+from specmoe_compile.cli.measure.page_cache import drop_cached_pages
 from specmoe_compile.cli.measure.records import ArmJob
 from specmoe_compile.config import Policy
 from specmoe_compile.generation import session_of

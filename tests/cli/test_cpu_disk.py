@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks import cpu_disk
+from benchmarks import cpu_disk, cpu_disk_turns
 from benchmarks.cpu_disk_figures import drift, figures, read_results
 from benchmarks.cpu_disk_plan import (
     BASE_CAP_BYTES,
+    KEPT_ALIVE,
+    WORKER_BYTES,
     Cell,
     order_of,
     phase_cells,
@@ -20,7 +26,11 @@ from benchmarks.cpu_disk_plan import (
     smallest_size,
 )
 from benchmarks.cpu_disk_report import write_report
+from benchmarks.cpu_disk_setup import Started
+from benchmarks.cpu_disk_turns import Timed, Turns
 from specmoe_compile.cli.measure.arms import ARMS
+from specmoe_compile.cli.measure.child import ChildPython
+from specmoe_compile.cli.measure.live_worker import LiveWorker
 
 MODEL = {
     "name": "m",
@@ -46,6 +56,7 @@ def cell_of(
     useful: int = 0,
     label: str = "",
     link_gbps: float = 1.0,
+    short: bool = False,
 ) -> dict[str, Any]:
     """A cell of two equal runs of ten tokens, `missed` bytes read on demand for each."""
     total = None
@@ -71,6 +82,10 @@ def cell_of(
         "size": size,
         "label": label,
         "tpot_ms": {"p20": mean_ms - 0.5, "p50": mean_ms, "p80": mean_ms + 0.5},
+        "first_tpot_ms": {"p20": 2 * mean_ms, "p50": 2 * mean_ms, "p80": 2 * mean_ms},
+        "short": short,
+        "new_tokens": 16 if short else 48,
+        "kept_alive": cell.kept_alive,
         "ttft_ms": 50.0,
         "hit_rate": None if total is None else 0.5,
         "memory_cap_bytes": cell.cap_bytes(MODEL["expert_bytes"]),  # type: ignore[arg-type]
@@ -97,6 +112,7 @@ def phase_of(*cells: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "failed": {},
         "refused": {},
         "sentinel": {"cell": "cache 25%", "medians_ms": [10.0, 11.0, 10.0]},
+        "idle_cores": 0.01,
         "settings": {
             "prompts": 2,
             "prompt_tokens": 64,
@@ -142,6 +158,95 @@ def test_every_size_has_specmoe_and_the_peers_under_the_same_cap() -> None:
         assert any(cell.arm == "resident" for cell in phase_cells(phase, MODEL))
         names = [cell.name for cell in phase_cells(phase, MODEL)]
         assert len(set(names)) == len(names)
+
+
+def test_slow_cells_generate_fewer_tokens_and_no_page_cache_arm_is_kept_alive() -> None:
+    cells = [cell for phase in ("tight", "roomy", "uncapped") for cell in phase_cells(phase, MODEL)]
+    slow = {(cell.arm, cell.size) for cell in cells if cell.slow}
+    mapped = {(arm, s) for arm in ("mmap", "llama_cpp") for s in ("5%", "10%", "12.5%", "25%")}
+    offloaded = {("accelerate", None), ("accelerate", "25%")}
+    offloaded |= {("accelerate_auto", "25%"), ("accelerate_auto", "50%")}
+    assert slow == mapped | offloaded
+    for cell in cells:
+        assert cell.kept_alive == (ARMS[cell.arm].policy is not None or cell.arm in KEPT_ALIVE)
+        assert not (cell.kept_alive and cell.slow)
+    assert not {"mmap", "llama_cpp", "accelerate", "accelerate_auto"} & set(KEPT_ALIVE)
+    assert Cell(arm="cache", size="25%").ram_bytes(64 << 20) == WORKER_BYTES + (16 << 20)
+    assert Cell(arm="eager").ram_bytes(64 << 20) == WORKER_BYTES + (128 << 20)
+
+
+def test_a_peer_that_stopped_early_is_compared_over_the_same_tokens(tmp_path: Path) -> None:
+    tight = phase_of(
+        cell_of("specmoe", 10.0, size="12.5%", cap=True),
+        # faster than all of specmoe's tokens, slower than its first ones
+        {
+            **cell_of("llama_cpp", 9.0, size="12.5%", cap=True, short=True),
+            "first_tpot_ms": {"p20": 30.0, "p50": 30.0, "p80": 30.0},
+        },
+        cell_of("resident", 5.0),
+    )
+    write_report(write(tmp_path, tight=tight), tmp_path / "d.md")
+    text = (tmp_path / "d.md").read_text()
+    assert "| llama_cpp | 9.0 (8.5..9.5)* |" in text
+    assert (
+        "the first 16 tokens of each prompt only. Over the same tokens: specmoe 12.5% 20.0" in text
+    )
+    assert "Nowhere in this run" in text
+    assert "process that stays alive for all turns of a cell, each turn after a warm-up:" in text
+    assert "`specmoe`, `resident`" in text
+    assert "at most 0.01 cores" in text
+    assert "A process for each run: `llama_cpp`." in text
+
+
+class FakeBench:
+    """Starts real, tiny processes that speak a worker's lines; no model in them."""
+
+    def __init__(self, code: str) -> None:
+        self.about, self.started_s = {"expert_bytes": 1 << 20}, 0.0
+        self.code, self.started = code, 0
+
+    def start(self, cell: Cell, stack: ExitStack, **_: Any) -> Started:
+        self.started += 1
+        child = stack.enter_context(closing(ChildPython(["-c", self.code], timeout_s=30)))
+        worker = LiveWorker.__new__(LiveWorker)
+        worker._child, worker._result_path = child, Path("/nonexistent")
+        return Started(worker=worker, cap=None)
+
+    def link_gbps(self) -> float:
+        return 1.0
+
+
+READY = 'print(\'{"event": "ready"}\', flush=True)\n'
+
+
+def test_a_worker_that_dies_between_turns_fails_its_cell_alone() -> None:
+    good, bad = Cell(arm="cache", size="25%"), Cell(arm="specmoe", size="25%")
+    found = {good: Timed(), bad: Timed()}
+    bench: Any = FakeBench(READY + "import sys; sys.stdin.read()")
+    with Turns(bench, found) as turns:
+        turns.start([good, bad, good])
+        assert bench.started == 2
+        pid = turns._alive[bad].worker.pid
+        os.kill(pid, signal.SIGKILL)
+        assert turns.run(bad) is None
+        assert turns.run(bad) is None
+        assert found[bad].error == "The process was ended by SIGKILL."
+        turns.finish()
+    assert found[good].error is None
+    assert found[good].kept_alive
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_machine_without_memory_keeps_no_worker_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell(arm="cache", size="25%")
+    found = {cell: Timed()}
+    bench: Any = FakeBench(READY + "raise SystemExit('No.')")
+    monkeypatch.setattr(cpu_disk_turns, "available_ram_bytes", lambda: 1 << 30)
+    with Turns(bench, found) as turns:
+        turns.start([cell])
+        assert bench.started == 0
+        assert turns.run(cell) is None
+    assert (bench.started, found[cell].kept_alive, found[cell].error) == (1, False, "No.")
 
 
 def test_passes_go_there_and_back() -> None:
@@ -273,6 +378,9 @@ def test_a_dry_run_goes_through_every_phase(tmp_path: Path) -> None:
     for name in ("tight", "roomy", "uncapped"):
         assert len(found[name]["sentinel"]["medians_ms"]) == 3
         assert all(cell["repeats"] in (2, 3) for cell in found[name]["cells"])
+        assert all(c["kept_alive"] == (c["arm"] in KEPT_ALIVE) for c in found[name]["cells"])
+        # two cores at most, and next to nothing of them
+        assert found[name]["idle_cores"] < 0.1
     text = report.read_text()
     assert "A dry run" in text
     assert "cpu-disk-loss.png" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specmoe_compile.cli.measure import memory_cap as module
-from specmoe_compile.cli.measure.harness import ArmFailedError, run_python
+from specmoe_compile.cli.measure.child import ArmFailedError, run_python
 from specmoe_compile.cli.measure.memory_cap import (
     MemoryCap,
     memory_cap,

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from specmoe_compile.cli.measure.arms import ARMS
+from specmoe_compile.cli.measure.child import ArmFailedError, run_python
+from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.memory_cap import MemoryCap, memory_cap
-from specmoe_compile.cli.measure.page_cache import drop_cached_pages, drop_pages
 from specmoe_compile.cli.measure.peer_files import MODULE as PEER_FILES
 from specmoe_compile.cli.measure.peer_files import WRITERS
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record
-from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.runtime.sizes import format_bytes
-
-WORKER = "specmoe_compile.cli.measure.worker"
-USER_ERROR_STATUS = 2
 
 OnEvent = Callable[[ArmJob, int, dict[str, Any]], None]
 """Called with the job, the repeat, and an event of the worker."""
-
-
-class ArmFailedError(SpecMoEError):
-    """A worker process ended without a result; the message says why."""
-
-
-class ArmInputError(ValueError):
-    """A worker process refused its job; the message is its own."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,35 +78,6 @@ def run_arms(
     return results
 
 
-def run_worker(
-    job: ArmJob,
-    *,
-    cap: MemoryCap | None = None,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> ArmRun:
-    """Measure one job in a fresh process and return what it measured.
-
-    Raises:
-        ArmFailedError: the process was killed or gave up; the message says why.
-        ArmInputError: the process refused what it was asked to do.
-    """
-    with tempfile.TemporaryDirectory(prefix="specmoe-arm-", dir=job.work_dir) as folder:
-        job_path, result_path = Path(folder) / "job.json", Path(folder) / "result.json"
-        job = replace(job, work_dir=folder, started_s=time.time())
-        job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        drop_cached_pages(Path(job.model))
-        if job.peer_file is not None:
-            drop_pages([Path(job.peer_file)])
-        run_python(
-            ["-m", WORKER, str(job_path), str(result_path)],
-            cap=cap,
-            on_event=on_event,
-            environment=environment,
-        )
-        return ArmRun(**json.loads(result_path.read_text(encoding="utf-8")))
-
-
 def run_pack(
     model: str, store_dir: str | None, dtype: str, *, cap: MemoryCap | None, work_dir: str
 ) -> dict[str, Any]:
@@ -157,73 +111,6 @@ def with_peer_file(job: ArmJob) -> ArmJob:
         job_path.write_text(json.dumps(asdict(job)), encoding="utf-8")
         run_python(["-m", PEER_FILES, str(job_path), str(result_path)])
         return replace(job, peer_file=json.loads(result_path.read_text(encoding="utf-8")))
-
-
-def run_python(
-    arguments: Sequence[str],
-    *,
-    cap: MemoryCap | None = None,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    """Run this Python with `arguments`, inside `cap`, and wait for a good end.
-
-    Raises:
-        ArmFailedError: it was killed, or ended with a status other than 0 and 2.
-        ArmInputError: it ended with status 2, which is for what a caller can correct.
-    """
-    command = [sys.executable, *arguments]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            command if cap is None else cap.wrap(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        try:
-            _forward_events(process, on_event)
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if status == 0:
-            return
-        errors.seek(0)
-        text = errors.read()
-    if status == USER_ERROR_STATUS:
-        raise ArmInputError(_last_line(text, status))
-    raise ArmFailedError(_why(status, cap, text))
-
-
-def _forward_events(
-    process: subprocess.Popen[str], on_event: Callable[[dict[str, Any]], None] | None
-) -> None:
-    assert process.stdout is not None, "the worker's standard output is a pipe"
-    for line in process.stdout:
-        if on_event is None or not line.startswith("{"):
-            continue
-        # A library may print lines of its own that look like ours.
-        with contextlib.suppress(json.JSONDecodeError):
-            on_event(json.loads(line))
-
-
-def _why(status: int, cap: MemoryCap | None, errors: str) -> str:
-    """Return one sentence for a worker that ended without a result."""
-    if cap is not None and cap.was_killed():
-        return f"It needed more than the memory cap of {format_bytes(cap.limit_bytes)}."
-    if status < 0:
-        return f"The process was ended by {signal.Signals(-status).name}."
-    return _last_line(errors, status)
-
-
-def _last_line(errors: str, status: int) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    if not lines:
-        return f"The process ended with status {status} and no message."
-    return lines[-1].removeprefix("specmoe: ")
 
 
 @contextlib.contextmanager

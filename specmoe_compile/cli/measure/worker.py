@@ -1,8 +1,11 @@
-"""The process that measures one arm: `python -m specmoe_compile.cli.measure.worker JOB RESULT`.
+"""The process that measures one arm: `python -m specmoe_compile.cli.measure.worker JOB`.
 
-JOB is the JSON of an `ArmJob`; RESULT is where the JSON of its `ArmRun` goes. Events for a progress
-bar go to standard output, one JSON object per line. A mistake that one sentence explains ends the
-process with status 2 and that sentence as the last line on standard error.
+JOB is the JSON of an `ArmJob`. The process loads, compiles and warms up, tells "ready", and then
+takes one turn for each line on its standard input, `{"result": path, "warm_up": bool}`: it
+generates the job's prompts, writes the JSON of the `ArmRun` to that path and tells "measured". The
+end of standard input ends it. Events go to standard output, one JSON object per line. A mistake
+that one sentence explains ends the process with status 2 and that sentence as the last line on
+standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from specmoe_compile.cli.measure.arm import Generator
 from specmoe_compile.cli.measure.counters import CounterLaps, Counters, add_counters
@@ -33,11 +36,18 @@ from specmoe_compile.cli.output import (
 _EVENT_INTERVAL_S = 0.5
 
 
-def main(job_path: str, result_path: str) -> int:
-    """Measure one job; returns the exit status."""
+def main(job_path: str) -> int:
+    """Serve one job; returns the exit status."""
+    commands = _take_standard_input()
     job = ArmJob(**json.loads(Path(job_path).read_text(encoding="utf-8")))
     try:
-        run = measure(job, emit=_emit)
+        measurement = Measurement(job, emit=_emit)
+        _emit("ready")
+        for line in commands:
+            command = json.loads(line)
+            run = measurement.turn(warm_up=command["warm_up"])
+            write_json(Path(command["result"]), asdict(run))
+            _emit("measured")
     except Exception as error:
         known = user_error_or_none(error)
         if known is None:
@@ -45,75 +55,101 @@ def main(job_path: str, result_path: str) -> int:
         # The parent shows the last line.
         print(sentence(known or error), file=sys.stderr)
         return 1 if known is None else 2
-    write_json(Path(result_path), asdict(run))
     return 0
 
 
-def measure(job: ArmJob, *, emit: Callable[..., None]) -> ArmRun:
-    """Load the arm, warm it up, and time its generation.
+def _take_standard_input() -> IO[str]:
+    """The commands; processes that this one starts get an empty standard input instead."""
+    commands = os.fdopen(os.dup(0), encoding="utf-8")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return commands
 
-    Args:
-        job: what to measure.
-        emit: called as `emit(event, **details)` when something is worth telling.
-    """
-    from specmoe_compile.cli.measure.arms import ARMS
 
-    arm = ARMS[job.arm]
-    if arm.uses_torch:
-        import torch
+class Measurement:
+    """An arm that is loaded, compiled and warm, for turns of generation."""
 
-        quiet_transformers()
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
-    emit("loading")
-    started_s = time.perf_counter()
-    loaded = arm.load(job, arm)
-    load_s = time.perf_counter() - started_s
-    load_peak = peak_rss_bytes()
-    emit("compiling" if arm.options is not None else "warming up")
-    generator = loaded.generator
-    if generator is None:
-        static = arm.options is not None and job.kv_cache == "static"
-        generator = HuggingFaceGenerator(
-            loaded.model, loaded.inner, {"cache_implementation": "static"} if static else {}
+    def __init__(self, job: ArmJob, *, emit: Callable[..., None]) -> None:
+        """Load the arm and warm it up.
+
+        Args:
+            job: what to measure.
+            emit: called as `emit(event, **details)` when something is worth telling.
+        """
+        from specmoe_compile.cli.measure.arms import ARMS
+
+        self._job, self._emit = job, emit
+        self._arm = arm = ARMS[job.arm]
+        if arm.uses_torch:
+            import torch
+
+            quiet_transformers()
+            if job.threads is not None:
+                torch.set_num_threads(job.threads)
+        emit("loading")
+        started_s = time.perf_counter()
+        self._loaded = loaded = arm.load(job, arm)
+        self._load_s = time.perf_counter() - started_s
+        self._load_peak_bytes = peak_rss_bytes()
+        emit("compiling" if arm.options is not None else "warming up")
+        generator = loaded.generator
+        if generator is None:
+            static = arm.options is not None and job.kv_cache == "static"
+            generator = HuggingFaceGenerator(
+                loaded.model, loaded.inner, {"cache_implementation": "static"} if static else {}
+            )
+        self._generator = generator
+        self._first_token_s = self._timer().warm_up(job.started_s)
+
+    def _timer(self) -> _Timer:
+        return _Timer(self._job, self._generator, self._loaded.read_stats)
+
+    def turn(self, *, warm_up: bool) -> ArmRun:
+        """Time the generation of the job's prompts.
+
+        Args:
+            warm_up: repeat the warm-up first, for a process that has been idle.
+        """
+        job, arm, loaded = self._job, self._arm, self._loaded
+        timer = self._timer()
+        if warm_up:
+            timer.warm_up(job.started_s)
+        graphs_before = _graph_count()
+        decode, prefill = timer.run(self._emit)
+        notes = list(loaded.notes)
+        if _graph_count() != graphs_before:
+            notes.append(
+                f"{_graph_count() - graphs_before} graphs were compiled after the warm-up: some"
+                " times include compilation"
+            )
+        if job.save_logits is not None:
+            import torch
+
+            rows = torch.stack([torch.as_tensor(rows) for rows in timer.logits])
+            torch.save(rows, job.save_logits)
+        return ArmRun(
+            arm=job.arm,
+            policy=arm.policy if arm.options is None else job.options.get("policy", arm.policy),
+            tpot_samples_ms=timer.tpot_ms,
+            ttft_samples_ms=timer.ttft_ms,
+            tokens=timer.tokens,
+            decode=decode,
+            prefill=prefill,
+            decode_read_bytes=timer.decode_read_bytes,
+            fast_tier_bytes=loaded.fast_tier_bytes,
+            load_s=self._load_s,
+            compile_s=compile_seconds(),
+            passes_ms=passes_ms(),
+            first_token_s=self._first_token_s,
+            peak_rss_bytes=peak_rss_bytes(),
+            load_peak_rss_bytes=self._load_peak_bytes,
+            children_peak_rss_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            * _MAXRSS_UNIT,
+            peak_cuda_bytes=_peak_cuda_bytes_or_none(),
+            compiled_graphs=_graph_count() if arm.options is not None else None,
+            threads=_threads(job),
+            notes=notes,
         )
-    timer = _Timer(job, generator, loaded.read_stats)
-    first_token_s = timer.warm_up(job.started_s)
-    graphs_before = _graph_count()
-    decode, prefill = timer.run(emit)
-    notes = list(loaded.notes)
-    if _graph_count() != graphs_before:
-        notes.append(
-            f"{_graph_count() - graphs_before} graphs were compiled after the warm-up: some times"
-            " include compilation"
-        )
-    if job.save_logits is not None:
-        import torch
-
-        torch.save(torch.stack([torch.as_tensor(rows) for rows in timer.logits]), job.save_logits)
-    return ArmRun(
-        arm=job.arm,
-        policy=arm.policy if arm.options is None else job.options.get("policy", arm.policy),
-        tpot_samples_ms=timer.tpot_ms,
-        ttft_samples_ms=timer.ttft_ms,
-        tokens=timer.tokens,
-        decode=decode,
-        prefill=prefill,
-        decode_read_bytes=timer.decode_read_bytes,
-        fast_tier_bytes=loaded.fast_tier_bytes,
-        load_s=load_s,
-        compile_s=compile_seconds(),
-        passes_ms=passes_ms(),
-        first_token_s=first_token_s,
-        peak_rss_bytes=peak_rss_bytes(),
-        load_peak_rss_bytes=load_peak,
-        children_peak_rss_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        * _MAXRSS_UNIT,
-        peak_cuda_bytes=_peak_cuda_bytes_or_none(),
-        compiled_graphs=_graph_count() if arm.options is not None else None,
-        threads=_threads(job),
-        notes=notes,
-    )
 
 
 class _Timer:

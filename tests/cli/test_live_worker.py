@@ -1,0 +1,114 @@
+"""A worker that stays alive between its turns: real processes on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError, ChildPython
+from specmoe_compile.cli.measure.live_worker import IdleWatch, LiveWorker, run_worker
+from specmoe_compile.cli.measure.records import ArmJob
+from tests.helpers import save_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def job_of(checkpoint: Path, work_dir: Path, **changes: Any) -> ArmJob:
+    values: dict[str, Any] = {
+        "arm": "cache",
+        "model": str(checkpoint),
+        "prompts": [[5, 6, 7], [8, 9]],
+        "new_tokens": 6,
+        "warmup_tokens": 3,
+        "skip_tokens": 0,
+        "device": "cpu",
+        "dtype": "float32",
+        "expert_cache": "50%",
+        "store_dir": str(work_dir / "store"),
+        "options": {"lowering": "eager"},
+        "threads": 1,
+        "work_dir": str(work_dir),
+    }
+    return ArmJob(**{**values, **changes})
+
+
+@pytest.mark.parametrize("arm", ["eager", pytest.param("cache", marks=pytest.mark.slow)])
+def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
+    arm: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    job = job_of(checkpoint, tmp_path, arm=arm)
+    alone = run_worker(job)
+    with LiveWorker(job, timeout_s=300) as worker:
+        worker.wait_ready()
+        first = worker.turn()
+        watch = IdleWatch([worker])
+        assert watch.wait_idle(limit_s=20)
+        time.sleep(0.5)
+        # two ticks of the kernel's clock at most: it waits, and does not spin
+        assert watch.share() * 0.5 <= 0.02 + 1e-6
+        second = worker.turn(warm_up=True)
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(ArmFailedError, match=r"^The process was ended by SIGKILL\.$"):
+            worker.turn()
+    assert first.tokens == second.tokens == alone.tokens
+    for run in (alone, first, second):
+        assert [len(run.ttft_samples_ms), len(run.tpot_samples_ms)] == [2, 10]
+    # a turn counts for itself
+    assert first.ttft_samples_ms != second.ttft_samples_ms
+    if arm == "cache":
+        assert not any("after the warm-up" in note for note in second.notes)
+        totals = [run.decode["total"] for run in (alone, first, second) if run.decode is not None]
+        assert len(totals) == 3
+        assert len({total["steps"] for total in totals}) == 1
+        assert totals[0]["hits"] == totals[1]["hits"] > 0
+    assert all(path.name == "store" for path in tmp_path.iterdir())
+
+
+def test_a_worker_that_refuses_its_job_says_so_before_it_is_ready(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    worker = LiveWorker(job_of(checkpoint, tmp_path, expert_cache="1%"))
+    with worker, pytest.raises(ArmInputError, match="expert_cache='1%'"):
+        worker.wait_ready()
+    assert not psutil.pid_exists(worker.pid)
+
+
+def test_a_worker_is_gone_after_an_exception(checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        LiveWorker(job_of(checkpoint, tmp_path)) as worker,
+    ):
+        raise KeyboardInterrupt
+    assert not psutil.pid_exists(worker.pid)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_silence_is_bounded() -> None:
+    child = ChildPython(["-c", "import time; time.sleep(60)"], timeout_s=0.3)
+    started_s = time.monotonic()
+    with pytest.raises(ArmFailedError, match=r"no answer within 0\.3 s"):
+        child.wait_for("ready")
+    child.close()
+    assert time.monotonic() - started_s < 20
+    assert not psutil.pid_exists(child.pid)
+
+
+def test_a_process_that_computes_is_not_idle() -> None:
+    code = 'print(\'{"event": "ready"}\', flush=True)\nwhile True: pass'
+    child = ChildPython(["-c", code], timeout_s=20)
+    try:
+        child.wait_for("ready")
+        worker = LiveWorker.__new__(LiveWorker)
+        worker._child = child
+        assert not IdleWatch([worker]).wait_idle(limit_s=0.5)
+    finally:
+        child.close()
