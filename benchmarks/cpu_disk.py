@@ -126,6 +126,8 @@ def run_loss(bench: Bench) -> None:
         arguments += ["--policy", policy]
     run_python(["-m", "specmoe_compile.cli.main", *arguments])
     found = json.loads(out.read_text("utf-8"))
+    # The evaluation's own schema: the phase's result has one.
+    found["eval_schema"] = found.pop("schema")
     found["model_folder"] = Path(found.pop("model")).name
     bench.write("loss", found)
 

@@ -17,6 +17,8 @@ from specmoe_compile.cli.measure.records import quantile
 
 TIMED = ("tight", "roomy", "uncapped")
 GOAL = 1.10
+SCHEMA = 2
+"""Of the result files; 2 says how many tokens a cell generated, and in which processes."""
 
 Record = Mapping[str, Any]
 
@@ -57,12 +59,19 @@ def read_results(results: Path) -> dict[str, Record]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: one is of another schema.
     """
     found = {
         phase: json.loads(path.read_text(encoding="utf-8"))
         for phase in (*TIMED, "loss")
         if (path := results / f"cpu_disk_{phase}.json").is_file()
     }
+    for phase, result in found.items():
+        if result["schema"] != SCHEMA:
+            raise ValueError(
+                f"cpu_disk_{phase}.json has schema {result['schema']}, expected {SCHEMA}: run"
+                f" python -m benchmarks.cpu_disk --only {phase}."
+            )
     if not set(found) & set(TIMED):
         raise FileNotFoundError(f"{results} has no cpu_disk_*.json: run the phases first.")
     return found

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_disk_figures import SCHEMA
 from benchmarks.cpu_disk_plan import BASE_CAP_BYTES, SLOW_TOKENS, Cell
 from benchmarks.end_to_end import RECORD_MIB, held_out_prompts
 from specmoe_compile.cli.bench import describe_model, permitted_cap
@@ -110,7 +111,7 @@ class Bench:
         """Write one phase's result with what it was measured on."""
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
-            "schema": 1,
+            "schema": SCHEMA,
             "commit": commit_or_none(),
             "machine": describe_machine(),
             "versions": versions(),

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks import cpu_disk, cpu_disk_turns
-from benchmarks.cpu_disk_figures import drift, figures, read_results
+from benchmarks.cpu_disk_figures import SCHEMA, drift, figures, read_results
 from benchmarks.cpu_disk_plan import (
     BASE_CAP_BYTES,
     KEPT_ALIVE,
@@ -101,7 +101,7 @@ def cell_of(
 
 def phase_of(*cells: dict[str, Any], **changes: Any) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "commit": "c" * 40,
         "machine": {"cpu": "a CPU", "cores": 2, "ram_bytes": 1 << 30, "system": "S", "gpu": None},
         "versions": {"torch": "2.13"},
@@ -283,6 +283,12 @@ def test_a_peer_is_held_against_what_the_kernel_read_for_it() -> None:
     own = figures(peer, phase_of(peer, cell_of("resident", 5.0)))
     assert (own.missed_bytes, own.stall_ms, own.overhead_ms) == (10_000_000, None, None)
     assert own.distance == pytest.approx(2.0)
+
+
+def test_results_of_an_older_schema_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, tight=phase_of(cell_of("resident", 5.0), schema=1))
+    with pytest.raises(ValueError, match=r"schema 1, expected 2: run .* --only tight"):
+        read_results(tmp_path)
 
 
 def test_limits_need_the_resident_cell() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError, ChildPython
+from specmoe_compile.cli.measure.child import ArmFailedError, ChildPython
 from specmoe_compile.cli.measure.live_worker import IdleWatch, LiveWorker, run_worker
 from specmoe_compile.cli.measure.records import ArmJob
 from tests.helpers import save_tiny
@@ -71,15 +71,6 @@ def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
         assert len({total["steps"] for total in totals}) == 1
         assert totals[0]["hits"] == totals[1]["hits"] > 0
     assert all(path.name == "store" for path in tmp_path.iterdir())
-
-
-def test_a_worker_that_refuses_its_job_says_so_before_it_is_ready(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    worker = LiveWorker(job_of(checkpoint, tmp_path, expert_cache="1%"))
-    with worker, pytest.raises(ArmInputError, match="expert_cache='1%'"):
-        worker.wait_ready()
-    assert not psutil.pid_exists(worker.pid)
 
 
 def test_a_worker_is_gone_after_an_exception(checkpoint: Path, tmp_path: Path) -> None:
