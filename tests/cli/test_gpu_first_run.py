@@ -1,0 +1,36 @@
+"""The first run on a GPU goes through on the CPU, dry, and says what that is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_first_run import GATHERED, GRIDS, RECORDS, TOKENS, Rig, main
+from specmoe_compile.kernels.compile_spec import MODEL_SHAPES
+
+
+def test_every_phase_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "dry.json"
+    phases = ["link", "gather", "experts", "decode", "sanitizer"]
+    assert main(["--dry", "--out", str(out), "--only", *phases]) == 0
+    assert "not a GPU's" in capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["dry"] is True and result["device"] == "CPU"
+    sizes = len(Rig(dry=True).record_mb)
+    assert len(result["link"]) == sizes * len(RECORDS)
+    assert len(result["gather"]) == sizes * len(GATHERED)
+    assert all(f"gather_{grid}_busy_gbps" in result["gather"][0] for grid in GRIDS)
+    assert len(result["experts"]) == len(MODEL_SHAPES) * len(TOKENS)
+    assert set(result["decode"]) == set(result["sanitizer"]) == {"not run"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_names_the_dry_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "gpu.json")]) == 2
+    assert "--dry" in capsys.readouterr().err
+    assert not (tmp_path / "gpu.json").exists()
