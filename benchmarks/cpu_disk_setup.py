@@ -60,6 +60,7 @@ class Bench:
         self.model = widened_model(repository_root(), self.folder, record_mib, DTYPE)
         self.store_dir = self.folder / f"{self.model.name}-store"
         self.about = describe_model(str(self.model), DTYPE)
+        self.commit = commit_or_none()  # before the results of this run change the tree
         self.started_s = self.phase_started_s = time.monotonic()
         self.caps_permitted = permitted_cap(BASE_CAP_BYTES) is not None
         self.packed = False
@@ -112,7 +113,7 @@ class Bench:
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": SCHEMA,
-            "commit": commit_or_none(),
+            "commit": self.commit,
             "machine": describe_machine(),
             "versions": versions(),
             "model": self.about,
