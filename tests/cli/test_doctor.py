@@ -35,6 +35,21 @@ def test_rates_are_measured_for_each_number_of_readers(result: dict[str, Any]) -
     assert result["free_disk_bytes"] > 0
 
 
+def test_a_store_is_read_itself_and_a_small_or_missing_one_is_not(
+    result: dict[str, Any], tmp_path: Path
+) -> None:
+    assert result["disk"]["source"] == "temporary file"
+    records = tmp_path / "experts.bin"
+    records.write_bytes(bytes(16 << 16))
+    read = {"record_bytes": 1 << 16, "file_bytes": 1 << 20, "seconds": 0.05}
+    rates = probes.disk_rates(tmp_path, threads=(1, 4), **read)
+    assert rates.source == "store" and rates.file_bytes == 16 << 16 and min(rates.gbps.values()) > 0
+    assert list(tmp_path.iterdir()) == [records], "nothing is written beside a store"
+    assert records.read_bytes() == bytes(16 << 16)
+    rates = probes.disk_rates(tmp_path, threads=(32,), **read)
+    assert rates.source == "temporary file", "fewer records than readers say nothing"
+
+
 def test_both_transfers_to_a_gpu_are_shown(
     result: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

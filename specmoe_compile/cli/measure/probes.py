@@ -15,10 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from specmoe_compile.runtime.aligned import aligned_empty
+from specmoe_compile.runtime.store_header import RECORDS_NAME
 
 _WRITE_BYTES = 8 << 20
 _WARM_UP_S = 0.3
@@ -33,12 +36,14 @@ class DiskRates:
         direct: whether the reads used O_DIRECT; without it the page cache may have helped.
         record_bytes: size of a read.
         file_bytes: size of the file read from.
+        source: what was read, "store" or "temporary file".
         gbps: 1e9 bytes per second, by number of reader threads.
     """
 
     direct: bool
     record_bytes: int
     file_bytes: int
+    source: Literal["store", "temporary file"]
     gbps: dict[int, float]
 
 
@@ -51,10 +56,13 @@ def disk_rates(
     seconds: float,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> DiskRates:
-    """Measure reads of records at random places of a temporary file in `folder`.
+    """Measure reads of records at random places of an expert store, or of a temporary file.
+
+    A file that was just written can be faster than one that has been there: a virtual disk keeps
+    it in its host's memory, a solid-state one in a faster part of its own.
 
     Args:
-        folder: on the disk to measure; must be writable.
+        folder: an expert store, or a folder on the disk to measure, which must be writable.
         record_bytes: multiple of 4096.
         threads: numbers of readers to try.
         file_bytes: size of the temporary file, at least one record per thread.
@@ -62,7 +70,12 @@ def disk_rates(
         on_step: told what happens next.
     """
     records = max(max(threads), file_bytes // record_bytes)
-    with _probe_file(folder, records * record_bytes, on_step) as path:
+    source: Literal["store", "temporary file"] = "temporary file"
+    opened: AbstractContextManager[Path] = _probe_file(folder, records * record_bytes, on_step)
+    if is_store(folder, record_bytes, threads):
+        source, opened = "store", contextlib.nullcontext(folder / RECORDS_NAME)
+        records = (folder / RECORDS_NAME).stat().st_size // record_bytes
+    with opened as path:
         fd, direct = _open(path)
         try:
             gbps = {}
@@ -72,8 +85,18 @@ def disk_rates(
         finally:
             os.close(fd)
     return DiskRates(
-        direct=direct, record_bytes=record_bytes, file_bytes=records * record_bytes, gbps=gbps
+        direct=direct,
+        record_bytes=record_bytes,
+        file_bytes=records * record_bytes,
+        source=source,
+        gbps=gbps,
     )
+
+
+def is_store(folder: Path, record_bytes: int, threads: tuple[int, ...]) -> bool:
+    """Whether a folder has records of an expert store, enough for reads of that size."""
+    path = folder / RECORDS_NAME
+    return path.is_file() and path.stat().st_size >= record_bytes * max(threads)
 
 
 def file_gbps(path: Path, *, record_bytes: int, threads: int, seconds: float) -> float:
