@@ -177,7 +177,7 @@ def disk_claims(found: Mapping[str, Any], dtype: str) -> list[Claim]:
             f" on_demand {quantile(ours, 0.5):.2f} GB/s, and"
             f" {quantile(found['on_demand_gbps'], 0.5):.2f} over all time in which a read is in"
             f" progress, computing or not; disk {quantile(disk, 0.5):.2f},"
-            f" {min(disk):.2f} to {max(disk):.2f}, in turn)",
+            f" {min(disk):.2f} to {max(disk):.2f}, in turn: what doctor reads from the store)",
             holds=share >= DISK_SHARE,
         )
     ]
