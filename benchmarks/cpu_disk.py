@@ -23,6 +23,7 @@ does nothing else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def run_timed(bench: Bench, phase: str) -> None:
     for cell, why in prepare(bench, [watch, *cells]).items():
         found[cell].error = why
     refusals = {size: refusal(bench, size) for size in refused}
-    with Turns(bench, found) as turns:
+    with contextlib.closing(Turns(bench, found)) as turns:
         turns.start([watch, *cells])
         marks = [turns.run(watch)]
         for turn, order in enumerate(order_of(cells, bench.passes)):

@@ -26,6 +26,7 @@ from specmoe_compile.cli.measure.memory_cap import MemoryCap
 from specmoe_compile.cli.measure.probes import file_gbps
 from specmoe_compile.cli.measure.records import ArmJob
 from specmoe_compile.cli.output import write_json
+from specmoe_compile.runtime.store_header import RECORDS_NAME
 
 DTYPE = "float32"
 DRY_RECORD_MIB = 0.1875
@@ -72,7 +73,9 @@ class Bench:
         cap_bytes = cell.cap_bytes(self.about["expert_bytes"]) if self.caps_permitted else None
         cap = stack.enter_context(cap_or_nothing(cap_bytes))
         job = self.job(cell, **changes)
-        worker = stack.enter_context(LiveWorker(job, cap=cap, timeout_s=TIMEOUT_S))
+        worker = stack.enter_context(
+            contextlib.closing(LiveWorker(job, cap=cap, timeout_s=TIMEOUT_S))
+        )
         return Started(worker=worker, cap=cap)
 
     def job(self, cell: Cell, **changes: Any) -> ArmJob:
@@ -102,7 +105,7 @@ class Bench:
     def link_gbps(self) -> float:
         """What the disk gives now: the store's own records, read at random past the page cache."""
         return file_gbps(
-            self.store_dir / "experts.bin",
+            self.store_dir / RECORDS_NAME,
             record_bytes=self.about["bytes_per_expert"],
             threads=READER_THREADS,
             seconds=0.05 if self.dry else PROBE_S,

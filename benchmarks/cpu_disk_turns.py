@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from benchmarks.cpu_disk_plan import SLOW_TOKENS, Cell
@@ -42,7 +41,7 @@ class Timed:
 
 
 class Turns:
-    """The workers of a phase; a context manager that ends them all.
+    """The workers of a phase, until `close`.
 
     Attributes:
         idle_cores: most that the waiting workers together computed while another was measured, in
@@ -56,15 +55,8 @@ class Turns:
         self._alive: dict[Cell, Started] = {}
         self.idle_cores = 0.0
 
-    def __enter__(self) -> Turns:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End all workers, gently or not."""
         self._stack.close()
 
     def start(self, cells: Iterable[Cell]) -> None:

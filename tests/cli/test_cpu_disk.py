@@ -223,7 +223,7 @@ def test_a_worker_that_dies_between_turns_fails_its_cell_alone() -> None:
     good, bad = Cell(arm="cache", size="25%"), Cell(arm="specmoe", size="25%")
     found = {good: Timed(), bad: Timed()}
     bench: Any = FakeBench(READY + "import sys; sys.stdin.read()")
-    with Turns(bench, found) as turns:
+    with closing(Turns(bench, found)) as turns:
         turns.start([good, bad, good])
         assert bench.started == 2
         pid = turns._alive[bad].worker.pid
@@ -242,7 +242,7 @@ def test_a_machine_without_memory_keeps_no_worker_alive(monkeypatch: pytest.Monk
     found = {cell: Timed()}
     bench: Any = FakeBench(READY + "raise SystemExit('No.')")
     monkeypatch.setattr(cpu_disk_turns, "available_ram_bytes", lambda: 1 << 30)
-    with Turns(bench, found) as turns:
+    with closing(Turns(bench, found)) as turns:
         turns.start([cell])
         assert bench.started == 0
         assert turns.run(cell) is None

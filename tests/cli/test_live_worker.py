@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
 ) -> None:
     job = job_of(checkpoint, tmp_path, arm=arm)
     alone = run_worker(job)
-    with LiveWorker(job, timeout_s=300) as worker:
+    with closing(LiveWorker(job, timeout_s=300)) as worker:
         worker.wait_ready()
         first = worker.turn()
         watch = IdleWatch([worker])
@@ -76,7 +77,7 @@ def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
 def test_a_worker_is_gone_after_an_exception(checkpoint: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        LiveWorker(job_of(checkpoint, tmp_path)) as worker,
+        closing(LiveWorker(job_of(checkpoint, tmp_path))) as worker,
     ):
         raise KeyboardInterrupt
     assert not psutil.pid_exists(worker.pid)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -31,7 +30,7 @@ _IDLE_SHARE = 0.05
 class LiveWorker:
     """One worker process: start it, wait until it is ready, give it turns, end it.
 
-    A context manager; leaving it ends the process, gently or not.
+    `close` ends it in any case.
     """
 
     def __init__(
@@ -78,15 +77,8 @@ class LiveWorker:
             )
             self._stack = self._stack.pop_all()
 
-    def __enter__(self) -> LiveWorker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the process, gently or not."""
         self._stack.close()
 
     @property
@@ -182,9 +174,8 @@ def run_worker(
         ArmFailedError: the process was killed or gave up; the message says why.
         ArmInputError: the process refused what it was asked to do.
     """
-    with LiveWorker(
-        job, cap=cap, on_event=on_event, environment=environment, timeout_s=timeout_s
-    ) as worker:
+    live = LiveWorker(job, cap=cap, on_event=on_event, environment=environment, timeout_s=timeout_s)
+    with contextlib.closing(live) as worker:
         worker.wait_ready()
         run = worker.turn()
         worker.finish()
