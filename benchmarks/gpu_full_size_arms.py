@@ -24,7 +24,6 @@ from benchmarks.gpu_full_size_model import (
 )
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
 from specmoe_compile.generation import attach_session
-from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
 Routing = Literal["trace", "router"]
@@ -45,7 +44,7 @@ class Arm:
         options: of the backend.
         keeps: whether slots keep what they hold from one token to the next.
         full: all experts are put there before the first step.
-        ahead: records that are fetched ahead for a layer at most.
+        ahead: records that are fetched ahead for a layer at most; None: what `auto_off` finds.
     """
 
     summary: str
@@ -53,7 +52,12 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps: bool = True
     full: bool = False
-    ahead: int = MAX_CHOICES
+    ahead: int | None = None
+
+    @property
+    def tries(self) -> bool:
+        """Whether the session finds out how many records to fetch ahead."""
+        return self.speculates and self.ahead is None and "policy" not in self.options
 
     @property
     def speculates(self) -> bool:

@@ -69,9 +69,11 @@ class CompileOptions:
     prefetch_width: int | None = None
     """experts predicted per token; None is the model's top-k."""
     prefetch_budget_bytes: int | None = None
-    """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` one expert."""
+    """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` what `auto_off`
+    finds, and one expert without it."""
     auto_off: bool = True
-    """turn a layer's prefetch off while its measured recall does not pay."""
+    """fetch ahead only what pays, by measurement: on the CPU it turns layers and unsure guesses
+    off, on a GPU with `transfer="gather"` it chooses how many experts, or none."""
     default_vectors: str | None = None
     """path of a `specmoe calibrate` artefact; None learns default vectors online."""
     control: bool = False

@@ -39,9 +39,11 @@ class SpeculationConfig:
     prefetch_width: int | None = None
     """experts prefetched per token, at most as many as are predicted; None: all of them."""
     prefetch_budget_bytes: int | None = None
-    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` one record."""
+    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` what `auto_off`
+    finds, and one record without it."""
     auto_off: bool = True
-    """turn the prefetch of a layer, or of its unsure guesses, off while it does not pay."""
+    """fetch ahead only what pays, by measurement: turns layers and unsure guesses off on the CPU,
+    chooses the number of records on a GPU with transfer `gather`."""
     skip_layers: tuple[int, ...] = ()
     """MoE layers that never speculate."""
     predictor: str = DEFAULT_PREDICTOR

@@ -27,20 +27,21 @@ POISON = -77
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One plan: ids as rows of equal length, and its kind."""
+    """One plan: ids as rows of equal length, and its kind; `by_tensor`: how its budget is given."""
 
     ids: list[list[int]]
     bypass: bool = False
     speculative: bool = False
     most_fills: int = MAX_CHOICES
+    by_tensor: bool = False
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {
-            "bypass": self.bypass,
-            "speculative": self.speculative,
-            "most_fills": self.most_fills,
-        }
+    def options(self, device: torch.device) -> dict[str, Any]:
+        if self.by_tensor:
+            limit = torch.tensor([self.most_fills], dtype=torch.int32, device=device)
+            budget: dict[str, Any] = {"fill_limit": limit}
+        else:
+            budget = {"most_fills": self.most_fills}
+        return {"bypass": self.bypass, "speculative": self.speculative, **budget}
 
 
 class ExpectedCache:
@@ -163,6 +164,7 @@ def plan_by_kernel(
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
+    fill_limit: Tensor | None = None,
 ) -> CachePlanTensors:
     """`plan_cache` by its launch, on poisoned buffers."""
     plan = poisoned_plan(ids, tables.slot_of.shape[0])
@@ -175,6 +177,7 @@ def plan_by_kernel(
         bypass=bypass,
         speculative=speculative,
         most_fills=most_fills,
+        fill_limit=fill_limit,
     )
     return plan
 

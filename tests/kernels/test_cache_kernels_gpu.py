@@ -38,7 +38,7 @@ def test_plans_are_the_policy_s_and_the_same_in_every_run(
     with no_synchronisation():
         plans = [
             [
-                plan_cache(chosen, tables.layer, policy=policy, **step.options)
+                plan_cache(chosen, tables.layer, policy=policy, **step.options(DEVICE))
                 for chosen, step in zip(ids, steps, strict=True)
             ]
             for tables in runs

@@ -48,7 +48,7 @@ def assert_equal_streams(
     tables = LayerTables(experts, slots, start=start, device=device)
     for step in steps:
         ids = torch.tensor(step.ids, dtype=index_dtype, device=device)
-        plan = planner(ids, tables.layer, **policy, **step.options)
+        plan = planner(ids, tables.layer, **policy, **step.options(device))
         assert as_lists(plan) == expected.plan(step), step
         assert as_lists(tables.layer) == expected.tables(), step
     tables.assert_others_untouched()
@@ -72,6 +72,7 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
                 bypass=draw(st.sampled_from([False, False, False, True])),
                 speculative=speculative,
                 most_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
+                by_tensor=speculative and draw(st.booleans()),
             )
         )
     return {
@@ -244,6 +245,20 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
             ids,
             good,
             {"most_fills": -1, "speculative": True},
+        ),
+        (
+            TypeError,
+            "fill_limit is int64, expected int32",
+            ids,
+            good,
+            {"fill_limit": torch.ones(1, dtype=torch.int64, device=DEVICE), "speculative": True},
+        ),
+        (
+            ValueError,
+            "fill_limit is given, expected None if the plan is not speculative",
+            ids,
+            good,
+            {"fill_limit": torch.ones(1, dtype=torch.int32, device=DEVICE)},
         ),
     ]
     for error, message, choices, tables, options in attempts:

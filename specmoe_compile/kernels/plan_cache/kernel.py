@@ -65,7 +65,7 @@ def find_uses(
 @triton.jit(
     do_not_specialize_on_alignment=[
         *("ids", "slot_of", "expert_of", "last_use", "count", "pending", "unused", "clock"),
-        *("counters", "present", "late", "fill_experts", "fill_slots", "fill_count"),
+        *("counters", "present", "late", "fill_experts", "fill_slots", "fill_count", "fill_limit"),
     ]
 )
 def plan_cache_kernel(
@@ -83,6 +83,7 @@ def plan_cache_kernel(
     fill_experts,
     fill_slots,
     fill_count,
+    fill_limit,
     CHOICES: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
@@ -92,6 +93,7 @@ def plan_cache_kernel(
     BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
     MOST_FILLS: tl.constexpr,
+    LIMITED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -135,10 +137,13 @@ def plan_cache_kernel(
     slots_to_fill = tl.full([BLOCK_C], -1, tl.int32)
     fills = tl.zeros([], tl.int32)
     misses = tl.zeros([], tl.int32)
+    most = tl.full([], MOST_FILLS, tl.int32)
+    if LIMITED:
+        most = tl.minimum(most, tl.load(fill_limit))
     absent = (expert >= 0) & (slot < 0)
     order = tl.where(absent, (choices << INDEX_BITS) | expert, LAST_ORDER)
     first = tl.min(order, axis=0)
-    while (first != LAST_ORDER) & (fills < MOST_FILLS):
+    while (first != LAST_ORDER) & (fills < most):
         missing = first & INDEX_MASK
         if LFU:
             lowest = tl.min(rank, axis=0)
@@ -237,6 +242,7 @@ def launch_plan(
     bypass: bool,
     speculative: bool,
     most_fills: int,
+    fill_limit: Tensor | None = None,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
     block_c, chunk, block_s, num_warps = block_sizes(ids.numel(), expert_of.shape[0])
@@ -255,6 +261,7 @@ def launch_plan(
         fill_experts,
         fill_slots,
         fill_count,
+        fill_count if fill_limit is None else fill_limit,
         CHOICES=ids.numel(),
         E=slot_of.shape[0],
         S=expert_of.shape[0],
@@ -264,6 +271,7 @@ def launch_plan(
         BYPASS=bypass,
         SPECULATIVE=speculative,
         MOST_FILLS=most_fills,
+        LIMITED=fill_limit is not None,
         BLOCK_C=block_c,
         CHUNK=chunk,
         BLOCK_S=block_s,

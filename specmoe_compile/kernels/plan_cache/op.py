@@ -23,7 +23,8 @@ LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) count, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
     " Tensor(h!) counters, *, str policy, int ageing_period=64, bool bypass=False,"
-    " bool speculative=False, int most_fills=256) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool speculative=False, int most_fills=256, Tensor? fill_limit=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 MAX_EXPERTS = 512
@@ -96,6 +97,7 @@ def plan_cache(
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
+    fill_limit: Tensor | None = None,
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
 
@@ -112,6 +114,7 @@ def plan_cache(
         bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
         most_fills: slots that a guess may fill, those of the first choices; the rest is left out.
+        fill_limit: [1] int32, the same, read on the device when the plan runs; the smaller counts.
 
     Returns:
         New tensors on the device of `ids`; every element is written.
@@ -127,6 +130,7 @@ def plan_cache(
         "bypass": bypass,
         "speculative": speculative,
         "most_fills": most_fills,
+        "fill_limit": fill_limit,
     }
     return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
 
@@ -138,6 +142,7 @@ def _check(
     ageing_period: int,
     speculative: bool,
     most_fills: int,
+    fill_limit: Tensor | None,
 ) -> None:
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
@@ -171,6 +176,13 @@ def _check(
             f"specmoe_kernels::{_NAME}: most_fills is {most_fills}, expected 0 to {MAX_CHOICES},"
             f" and {MAX_CHOICES} if the plan is not speculative: what a step needs is not left out"
         )
+    if fill_limit is not None:
+        check_tensor(_NAME, "fill_limit", fill_limit, (1,), (torch.int32,), like=ids)
+        if not speculative:
+            raise ValueError(
+                f"specmoe_kernels::{_NAME}: fill_limit is given, expected None if the plan is not"
+                " speculative: what a step needs is not left out"
+            )
 
 
 def _new_plan(ids: Tensor, tables: CacheTables) -> CachePlanTensors:
@@ -193,9 +205,10 @@ def _fake(
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
+    fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, most_fills)
+    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
     return tuple(_new_plan(ids, named))
 
 
@@ -207,8 +220,9 @@ def _cpu(
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
+    fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, most_fills)
+    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, most_fills, fill_limit)
     return plan_cache_reference(
         ids,
         *tables,
@@ -217,6 +231,7 @@ def _cpu(
         bypass=bypass,
         speculative=speculative,
         most_fills=most_fills,
+        fill_limit=fill_limit,
     )
 
 
@@ -228,12 +243,13 @@ def _cuda(
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
+    fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, most_fills)
+    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -245,6 +261,7 @@ def _cuda(
             bypass=bypass,
             speculative=speculative,
             most_fills=most_fills,
+            fill_limit=fill_limit,
         )
     return tuple(plan)
 

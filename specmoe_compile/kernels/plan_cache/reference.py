@@ -30,6 +30,7 @@ def plan_cache_reference(
     bypass: bool,
     speculative: bool,
     most_fills: int,
+    fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
 
@@ -54,6 +55,8 @@ def plan_cache_reference(
     cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
     cache.clock[0] = int(clock)
     in_flight: list[int] = pending.tolist()
+    if fill_limit is not None:
+        most_fills = min(most_fills, int(fill_limit))
     plan = cache.plan(
         0,
         _within_budget(choices, cache.slot_of[0], most_fills),

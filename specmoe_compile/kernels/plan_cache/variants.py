@@ -17,7 +17,7 @@ from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
 
 _INT32 = ("slot_of", "expert_of", "count", "pending", "unused")
 _INT64 = ("ids", "last_use", "clock", "counters")
-_OUTPUTS = ("present", "late", "fill_experts", "fill_slots", "fill_count")
+_OUTPUTS = ("present", "late", "fill_experts", "fill_slots", "fill_count", "fill_limit")
 ID_BYTES, WORD_BYTES, LONG_BYTES = 8, 4, 8
 _HIT_COUNTERS = 2  # steps and hits
 
@@ -61,6 +61,7 @@ def plan_spec(
             "BYPASS": False,
             "SPECULATIVE": speculative,
             "MOST_FILLS": MAX_CHOICES,
+            "LIMITED": speculative,
             "BLOCK_C": block_c,
             "CHUNK": chunk,
             "BLOCK_S": block_s,

@@ -44,6 +44,7 @@ class GatherDecoder(Decoder):
 
     Attributes:
         captured: whether a CUDA graph holds steps that use the tables.
+        limit: [1] int32 on the device, records that a prefetch may bring; None for no limit.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class GatherDecoder(Decoder):
         """
         super().__init__(parts)
         self.captured = False
+        self.limit: Tensor | None = None
         self._records = records
         self._policy = policy
         self._prefetched: list[_Fetch | None] = [None] * len(records)
@@ -129,6 +131,7 @@ class GatherDecoder(Decoder):
             policy=self._policy,
             speculative=speculative,
             most_fills=most,
+            fill_limit=self.limit if speculative else None,
         )
 
     def _fetch(

@@ -98,6 +98,11 @@ class Decoders:
             self.active = self._gather
         self.name = chosen
 
+    def limit_prefetch(self, limit: Tensor | None) -> None:
+        """Let a device value, [1] int32, say how many records `gather` may fetch ahead."""
+        if self._gather is not None:
+            self._gather.limit = limit
+
     def stats(self) -> tuple[LayerStats, ...]:
         """Counters of each layer, of both transfers together; waits for the device."""
         first, *others = self._both()

@@ -23,6 +23,7 @@ from specmoe_compile.runtime import nvtx
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
 from specmoe_compile.runtime.cuda.parts import DecoderParts
+from specmoe_compile.runtime.cuda.prefetch_budget import PrefetchBudget
 from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
@@ -38,10 +39,6 @@ from specmoe_compile.runtime.session import _check_store, _sessions, register_se
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.stats import Stats
-
-UNCANCELLED_RECORDS = 1
-"""Records that transfer `gather` fetches ahead by default: with all that are predicted, decoding is
-slower than without a prefetch, with one it is faster (docs/results/full_size.md)."""
 
 
 class DeviceSession:
@@ -112,6 +109,13 @@ class DeviceSession:
         self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
+        self._budget = PrefetchBudget(
+            [layout.record_bytes for layout in store.layouts],
+            store.num_experts,
+            top_k=top_k,
+            streams=self._streams,
+            device=device,
+        )
         self._learns_from_decode = False
         self._last_stats: Stats | None = None
         # The live step of each layer; False: the whole layer was computed by the prefill path.
@@ -160,6 +164,11 @@ class DeviceSession:
         return self._decoders.rates
 
     @property
+    def prefetch_records(self) -> int | None:
+        """Records per layer fetched ahead now, if found by trying; waits for the device."""
+        return self._budget.records
+
+    @property
     def _decoder(self) -> Decoder:
         return self._decoders.active
 
@@ -184,7 +193,7 @@ class DeviceSession:
     def configure(self, speculation: SpeculationConfig) -> None:
         """Set what happens to predictions, from now on.
 
-        `auto_off` has no effect: what a prefetch gains is not measured on the device.
+        `auto_off` is about the number of records to fetch ahead, see `PrefetchBudget`.
 
         Raises:
             ValueError: policy `commit`, or predictor `previous_token`, whose memory of the step
@@ -205,6 +214,8 @@ class DeviceSession:
             self._check_open()
             self._decoders.use(speculation.transfer, captures=speculation.captures)
             self._config = speculation
+            self._budget.use(speculation, self._decoders.name)
+            self._decoders.limit_prefetch(self._budget.limit)
             self.predictions.use(speculation.predictor)
             self._learns_from_decode = speculation.prefetch
             if speculation.nvtx:
@@ -215,6 +226,10 @@ class DeviceSession:
         with self._lock:
             self._check_open()
             self._decoder.forget()
+
+    def restart_trials(self) -> None:
+        """Find anew how many records to fetch ahead. Does not wait for the device."""
+        self._budget.restart()
 
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
@@ -259,27 +274,17 @@ class DeviceSession:
         self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
             self._check_open()
-            if self._is_prefill(layer, ids) or layer in self._config.skip_layers:
+            prefill = self._is_prefill(layer, ids)
+            self._budget.begin_layer(layer, prefill=prefill)
+            if prefill or layer in self._config.skip_layers:
                 return 0
+            experts = self.store.num_experts[layer]
             with self._streams.on("compute"):
-                ids = most_wanted(
-                    ids,
-                    weights,
-                    self._config,
-                    num_experts=self.store.num_experts[layer],
-                )
-            most = self._most_records(layer)
+                ids = most_wanted(ids, weights, self._config, num_experts=experts)
+            most = self._budget.most(layer)
             if most > 0 and self._decoder.fits(layer, ids.numel()):
                 self._decoder.prefetch(layer, ids.contiguous(), most)
             return 0
-
-    def _most_records(self, layer: int) -> int:
-        """Records that a prefetch of the layer may bring."""
-        budget = self._config.prefetch_budget_bytes
-        if budget is not None:
-            return budget // self.store.layouts[layer].record_bytes
-        # A captured transfer cannot be cancelled: what compute does not hide delays the next step.
-        return UNCANCELLED_RECORDS if self.transfer == "gather" else self.store.num_experts[layer]
 
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         """Plan the true ids, [T, K], and start fetching what is missing.

@@ -1,0 +1,122 @@
+"""How many records a prefetch on a device may bring.
+
+A record that a GPU reads itself cannot be cancelled: what compute does not hide delays the step.
+How much it hides depends on the model, the length of the text, the link and the predictions, so
+transfer `gather` tries amounts and keeps the one with which steps are fastest, on the device.
+
+Shape letters: A amounts that are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.kernels.tune_prefetch.op import amount_in_use, tune_prefetch
+from specmoe_compile.kernels.tune_prefetch.reference import LAST, MAX_AMOUNTS, STATE_WORDS
+from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.speculation import SpeculationConfig
+
+UNTUNED_RECORDS = 1
+"""Records that `gather` fetches ahead where nothing is tried: with all that are predicted, decoding
+may be slower than without a prefetch, with one it seldom is (docs/results/full_size.md)."""
+
+
+class PrefetchBudget:
+    """Answers for every layer, and watches the steps.
+
+    Attributes:
+        limit: [1] int32 on the device, the amount of this step; None where a number says all.
+    """
+
+    def __init__(
+        self,
+        record_bytes: Sequence[int],
+        num_experts: Sequence[int],
+        *,
+        top_k: int,
+        streams: Streams,
+        device: torch.device,
+    ) -> None:
+        """Reserve the tensors of the trials.
+
+        Args:
+            record_bytes: of each layer.
+            num_experts: E of each layer.
+            top_k: K, the most of the amounts.
+            streams: the trials run on its `compute`.
+            device: of the session.
+        """
+        self.limit: Tensor | None = None
+        self._record_bytes, self._num_experts = record_bytes, num_experts
+        self._streams = streams
+        self._config = SpeculationConfig()
+        self._transfer: Literal["copy", "gather"] = "gather"
+        amounts = amounts_to_try(top_k)
+        self._amounts = torch.tensor(amounts, dtype=torch.int32, device=device)
+        self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
+        self._limit = torch.full((1,), amounts[0], dtype=torch.int32, device=device)
+        self._last_layer = len(record_bytes)
+
+    @property
+    def records(self) -> int | None:
+        """The amount in use by the trials; None where nothing is tried. Waits for the device."""
+        return None if self.limit is None else amount_in_use(self._state, self._amounts)
+
+    def use(self, config: SpeculationConfig, transfer: Literal["copy", "gather"]) -> None:
+        """Take the options and the transfer from now on; trials begin again.
+
+        With policy `default_vector` what is there decides what is computed, which must not depend
+        on times: nothing is tried.
+        """
+        self._config, self._transfer = config, transfer
+        tries = (
+            transfer == "gather"
+            and config.auto_off
+            and config.policy == "exact"
+            and config.prefetch_budget_bytes is None
+        )
+        self.limit = self._limit if tries else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the trials again, on the device."""
+        with self._streams.on("compute"):
+            self._state.zero_()
+
+    def begin_layer(self, layer: int, *, prefill: bool) -> None:
+        """Take note that a layer's prefetch is next; the first one of a step chooses the amount.
+
+        Args:
+            layer: MoE layer ordinal; steps go through them in order.
+            prefill: nothing will be fetched, and the time until the next step is no step's.
+        """
+        begins_step, self._last_layer = layer <= self._last_layer, layer
+        if not begins_step or self.limit is None:
+            return
+        with self._streams.on("compute"):
+            if prefill:
+                self._state[LAST : LAST + 1].zero_()
+            else:
+                tune_prefetch(self._state, self.limit, self._amounts)
+
+    def most(self, layer: int) -> int:
+        """Records that a prefetch of the layer may bring, if `limit` allows them."""
+        budget = self._config.prefetch_budget_bytes
+        if budget is not None:
+            return budget // self._record_bytes[layer]
+        if self._transfer == "copy":
+            return self._num_experts[layer]
+        return UNTUNED_RECORDS if self.limit is None else MAX_CHOICES
+
+
+def amounts_to_try(top_k: int) -> list[int]:
+    """One, then doubled up to K, then none: the first is what decoding begins with."""
+    amounts = [1]
+    while amounts[-1] < top_k and len(amounts) < MAX_AMOUNTS - 1:
+        amounts.append(min(2 * amounts[-1], top_k))
+    return [*amounts, 0]

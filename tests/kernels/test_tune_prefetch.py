@@ -1,0 +1,157 @@
+"""`tune_prefetch`: the kernel against plain Python, and what both choose on machines made up."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.kernels.tune_prefetch.kernel import launch_tune
+from specmoe_compile.kernels.tune_prefetch.op import amount_in_use, tune_prefetch
+from specmoe_compile.kernels.tune_prefetch.reference import (
+    BLOCK_STEPS,
+    FIRST_HOLD,
+    ROUNDS,
+    STATE_WORDS,
+)
+from tests.kernels.expert_cases import DEVICE
+
+AMOUNTS = [1, 2, 4, 8, 0]
+LONGEST_TRIAL = len(AMOUNTS) * BLOCK_STEPS * ROUNDS + 1
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """Steps whose time depends on the amount, with noise; one tuner watches them."""
+
+    def __init__(
+        self,
+        step_ms: dict[int, float],
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        device: torch.device = CPU,
+        launch: Callable[..., None] | None = None,
+    ) -> None:
+        self.step_ms, self.noise, self.random = step_ms, noise, random.Random(seed)
+        self.state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
+        self.limit = torch.full((1,), -7, dtype=torch.int32, device=device)
+        self.amounts = torch.tensor(AMOUNTS, dtype=torch.int32, device=device)
+        self.now_ns = 1_000_000_000
+        self.launch = launch
+        self.extra_ms = 0.0
+
+    def steps(self, count: int) -> Iterator[int]:
+        """Run steps; yields the amount that each was given."""
+        for _ in range(count):
+            now = torch.tensor([self.now_ns], device=self.state.device)
+            if self.launch is None:
+                tune_prefetch(self.state, self.limit, self.amounts, now=now)
+            else:
+                self.launch(self.state, self.limit, self.amounts, now)
+            amount = int(self.limit)
+            yield amount
+            took_ms = self.step_ms[amount] * self.random.gauss(1.0, self.noise) + self.extra_ms
+            self.now_ns += max(1, int(took_ms * 1e6))
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "best"),
+    [
+        ({1: 24.4, 2: 26.0, 4: 30.0, 8: 40.0, 0: 22.5}, 0),
+        ({1: 72.0, 2: 74.0, 4: 80.0, 8: 87.0, 0: 78.0}, 1),
+        ({1: 114.0, 2: 104.0, 4: 93.5, 8: 99.0, 0: 124.0}, 4),
+        ({1: 2.0, 2: 1.9, 4: 1.7, 8: 1.5, 0: 2.2}, 8),
+    ],
+    ids=["none", "one", "four", "all"],
+)
+def test_the_fastest_amount_is_found_and_kept(step_ms: dict[int, float], best: int) -> None:
+    machine = Machine(step_ms, noise=0.05)
+    amounts = list(machine.steps(LONGEST_TRIAL + FIRST_HOLD // 2))
+    assert amounts[:BLOCK_STEPS] == [AMOUNTS[0]] * BLOCK_STEPS
+    assert set(amounts[: len(AMOUNTS) * BLOCK_STEPS]) == set(AMOUNTS)
+    assert set(amounts[LONGEST_TRIAL:]) == {best}
+    assert amount_in_use(machine.state, machine.amounts) == best
+
+
+def test_a_change_of_the_machine_is_noticed_after_a_hold() -> None:
+    machine = Machine({1: 10.0, 2: 12.0, 4: 14.0, 8: 18.0, 0: 11.0})
+    list(machine.steps(LONGEST_TRIAL))
+    assert int(machine.limit) == 1
+    machine.step_ms = {1: 20.0, 2: 18.0, 4: 15.0, 8: 16.0, 0: 22.0}
+    amounts = list(machine.steps(FIRST_HOLD + LONGEST_TRIAL))
+    assert set(amounts) == set(AMOUNTS) and amounts[-BLOCK_STEPS:] == [4] * BLOCK_STEPS
+    # The second choice in a row stays longer than the first.
+    assert set(machine.steps(FIRST_HOLD)) == {4}
+
+
+def test_clearly_slower_amounts_are_left_out_after_one_round() -> None:
+    machine = Machine({1: 10.0, 2: 10.1, 4: 20.0, 8: 40.0, 0: 10.2})
+    amounts = list(machine.steps(LONGEST_TRIAL))
+    first_round = len(AMOUNTS) * BLOCK_STEPS + 1
+    assert 4 in amounts[:first_round] and 8 in amounts[:first_round]
+    assert not {4, 8} & set(amounts[first_round:])
+
+
+def test_pauses_do_not_count() -> None:
+    machine = Machine({1: 10.0, 2: 12.0, 4: 14.0, 8: 18.0, 0: 11.0})
+    for place, amount in enumerate(machine.steps(LONGEST_TRIAL)):
+        # A text ends now and then while the best amount is in use, and the next begins later.
+        machine.extra_ms = 5000.0 if amount == 1 and place % BLOCK_STEPS == 4 else 0.0
+    assert int(machine.limit) == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kernel_keeps_the_same_books_as_plain_python(seed: int) -> None:
+    step_ms = {amount: random.Random(seed).uniform(5, 15) for amount in AMOUNTS}
+
+    def machine(**options: Any) -> Machine:
+        return Machine(step_ms, noise=0.1, seed=seed, **options)
+
+    plain, kernel = machine(), machine(device=DEVICE, launch=launch_tune)
+    pairs = zip(plain.steps(LONGEST_TRIAL + 40), kernel.steps(LONGEST_TRIAL + 40), strict=True)
+    for place, (expected, got) in enumerate(pairs):
+        assert got == expected, place
+        assert kernel.state.tolist() == plain.state.tolist(), place
+    # To the end of the hold and into the next trial.
+    for one in (plain, kernel):
+        one.state[4] = torch.where(one.state[4] > 3, 3, one.state[4])
+    assert list(kernel.steps(60)) == list(plain.steps(60))
+    assert kernel.state.tolist() == plain.state.tolist()
+
+
+def test_op_reads_a_clock_of_its_own() -> None:
+    machine = Machine(dict.fromkeys(AMOUNTS, 1.0), device=DEVICE)
+    for _ in range(3):
+        tune_prefetch(machine.state, machine.limit, machine.amounts)
+    last, shortest = int(machine.state[0]), int(machine.state[6])
+    assert last > 0 and 0 < shortest < 60e9
+    assert int(machine.limit) == 1
+
+
+def test_bad_arguments_get_one_sentence() -> None:
+    good = Machine({}, device=DEVICE)
+    state, limit, amounts = good.state, good.limit, good.amounts
+    attempts: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+        (TypeError, "state is int32, expected int64", (state.int(), limit, amounts)),
+        (ValueError, f"state is (3,), expected [{STATE_WORDS}]", (state[:3], limit, amounts)),
+        (TypeError, "limit is int64, expected int32", (state, limit.long(), amounts)),
+        (ValueError, "amounts has 9 entries, expected 1 to 8", (state, limit, limit.repeat(9))),
+    ]
+    for error, message, arguments in attempts:
+        with pytest.raises(error, match=re.escape(message)) as caught:
+            tune_prefetch(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="now is int32, expected int64"):
+        tune_prefetch(state, limit, amounts, now=limit)
+
+
+def test_op_passes_opcheck() -> None:
+    machine = Machine({}, device=DEVICE)
+    now = torch.tensor([5], device=DEVICE)
+    op = torch.ops.specmoe_kernels.tune_prefetch.default
+    torch.library.opcheck(op, (machine.state, machine.limit, machine.amounts), {"now": now})

@@ -1,0 +1,95 @@
+"""How many records a device prefetches is found by trying, where that may be found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
+from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.speculation import SpeculationConfig
+from tests.helpers import tiny_qwen3_moe
+from tests.runtime.cuda.device_models import on_device
+from tests.runtime.cuda.stream_model import StreamModel
+
+
+@contextmanager
+def opened(**options: Any) -> Iterator[DeviceSession]:
+    _model, session = on_device(tiny_qwen3_moe(layers=3), StreamModel(late=False), slots=8)
+    with session:
+        session.configure(SpeculationConfig(**{"transfer": "gather", **options}))
+        yield session
+
+
+def one_step(session: DeviceSession, experts: tuple[int, int]) -> list[int]:
+    """Prefetch layers 1 and 2, then empty the slots' plans; returns records that came ahead."""
+    before = [layer.prefetches for layer in session.stats.layers]
+    decoder: Any = session._decoder
+    for layer in (1, 2):
+        session.start_prefetch(layer, torch.tensor([experts]), torch.tensor([[0.6, 0.4]]))
+    decoder.forget()
+    after = [layer.prefetches for layer in session.stats.layers]
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "amounts"),
+    [(1, [1, 0]), (2, [1, 2, 0]), (6, [1, 2, 4, 6, 0]), (8, [1, 2, 4, 8, 0])],
+)
+def test_amounts_double_up_to_the_experts_of_a_token(top_k: int, amounts: list[int]) -> None:
+    assert amounts_to_try(top_k) == amounts
+
+
+def test_every_layer_of_a_step_is_given_the_amount_of_the_trial() -> None:
+    with opened() as session:
+        seen = [(one_step(session, (5, 6)), session.prefetch_records) for _ in range(25)]
+    # Eight steps each: the first of all only starts the clock.
+    assert [records for _, records in seen] == [1] * 8 + [2] * 8 + [0] * 8 + [seen[-1][1]]
+    assert all(ahead == [0, records, records] for ahead, records in seen)
+
+
+def test_trials_begin_again_when_told_to() -> None:
+    with opened() as session:
+        for _ in range(10):
+            one_step(session, (5, 6))
+        assert session.prefetch_records == 2
+        session.restart_trials()
+        one_step(session, (5, 6))
+        assert session.prefetch_records == 1
+
+
+def test_a_prefill_is_not_measured() -> None:
+    with opened() as session:
+        one_step(session, (5, 6))
+        state = session._budget._state
+        assert int(state[0]) > 0
+        many = torch.zeros(400, 2, dtype=torch.int64)
+        for layer in (1, 2):
+            session.start_prefetch(layer, many, torch.full((400, 2), 0.5))
+        assert int(state[0]) == 0
+        one_step(session, (5, 6))
+        assert int(state[0]) > 0 and int(state[6]) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_off": False},
+        {"policy": "default_vector"},
+        {"prefetch_budget_bytes": 1 << 30},
+        {"transfer": "copy"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_is_tried_where_the_number_is_given_or_must_not_depend_on_times(
+    options: dict[str, Any],
+) -> None:
+    with opened(**options) as session:
+        for _ in range(3):
+            session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
+        assert session.prefetch_records is None
+        assert int(session._budget._state.abs().sum()) == 0
