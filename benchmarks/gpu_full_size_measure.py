@@ -35,10 +35,9 @@ from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.output import sentence, user_error_or_none
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
-
-TRIAL_PASSES = 2
+TRIAL_PASSES = 3
 """How often a run goes through its steps before, where the session finds out by trying how many
-records to fetch ahead: that is over after 241 steps."""
+records to fetch ahead: that is over after 289 steps."""
 
 
 class Run:

@@ -15,13 +15,17 @@ from specmoe_compile.kernels.tune_prefetch.op import amount_in_use, tune_prefetc
 from specmoe_compile.kernels.tune_prefetch.reference import (
     BLOCK_STEPS,
     FIRST_HOLD,
+    HOLD,
+    LAST,
     ROUNDS,
+    SHORTEST,
     STATE_WORDS,
+    WARM_STEPS,
 )
 from tests.kernels.expert_cases import DEVICE
 
 AMOUNTS = [1, 2, 4, 8, 0]
-LONGEST_TRIAL = len(AMOUNTS) * BLOCK_STEPS * ROUNDS + 1
+LONGEST_TRIAL = WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS * ROUNDS + 1
 CPU = torch.device("cpu")
 
 
@@ -72,8 +76,9 @@ class Machine:
 def test_the_fastest_amount_is_found_and_kept(step_ms: dict[int, float], best: int) -> None:
     machine = Machine(step_ms, noise=0.05)
     amounts = list(machine.steps(LONGEST_TRIAL + FIRST_HOLD // 2))
-    assert amounts[:BLOCK_STEPS] == [AMOUNTS[0]] * BLOCK_STEPS
-    assert set(amounts[: len(AMOUNTS) * BLOCK_STEPS]) == set(AMOUNTS)
+    assert set(amounts[:WARM_STEPS]) == {AMOUNTS[0]}
+    first_round = amounts[WARM_STEPS : WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS]
+    assert first_round == [amount for amount in AMOUNTS for _ in range(BLOCK_STEPS)]
     assert set(amounts[LONGEST_TRIAL:]) == {best}
     assert amount_in_use(machine.state, machine.amounts) == best
 
@@ -89,19 +94,28 @@ def test_a_change_of_the_machine_is_noticed_after_a_hold() -> None:
     assert set(machine.steps(FIRST_HOLD)) == {4}
 
 
-def test_clearly_slower_amounts_are_left_out_after_one_round() -> None:
-    machine = Machine({1: 10.0, 2: 10.1, 4: 20.0, 8: 40.0, 0: 10.2})
+def test_clearly_slower_amounts_are_left_out_early() -> None:
+    machine = Machine({1: 10.0, 2: 10.1, 4: 17.0, 8: 40.0, 0: 10.2})
     amounts = list(machine.steps(LONGEST_TRIAL))
-    first_round = len(AMOUNTS) * BLOCK_STEPS + 1
-    assert 4 in amounts[:first_round] and 8 in amounts[:first_round]
-    assert not {4, 8} & set(amounts[first_round:])
+    # After one round 80 % above the best are allowed, after two 40 %.
+    ends = [WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS]
+    ends.append(ends[0] + (len(AMOUNTS) - 1) * BLOCK_STEPS)
+    assert 8 in amounts[: ends[0]] and 8 not in amounts[ends[0] :]
+    assert 4 in amounts[ends[0] : ends[1]] and 4 not in amounts[ends[1] :]
+
+
+def test_a_cache_that_fills_does_not_favour_the_amounts_tried_last() -> None:
+    machine = Machine({1: 10.0, 2: 10.5, 4: 11.0, 8: 12.0, 0: 10.5})
+    for place, _ in enumerate(machine.steps(LONGEST_TRIAL)):
+        machine.extra_ms = 30.0 * 0.95**place
+    assert int(machine.limit) == 1
 
 
 def test_pauses_do_not_count() -> None:
     machine = Machine({1: 10.0, 2: 12.0, 4: 14.0, 8: 18.0, 0: 11.0})
     for place, amount in enumerate(machine.steps(LONGEST_TRIAL)):
         # A text ends now and then while the best amount is in use, and the next begins later.
-        machine.extra_ms = 5000.0 if amount == 1 and place % BLOCK_STEPS == 4 else 0.0
+        machine.extra_ms = 5000.0 if amount == 1 and place % 10 == 4 else 0.0
     assert int(machine.limit) == 1
 
 
@@ -119,7 +133,7 @@ def test_kernel_keeps_the_same_books_as_plain_python(seed: int) -> None:
         assert kernel.state.tolist() == plain.state.tolist(), place
     # To the end of the hold and into the next trial.
     for one in (plain, kernel):
-        one.state[4] = torch.where(one.state[4] > 3, 3, one.state[4])
+        one.state[HOLD] = torch.where(one.state[HOLD] > 3, 3, one.state[HOLD])
     assert list(kernel.steps(60)) == list(plain.steps(60))
     assert kernel.state.tolist() == plain.state.tolist()
 
@@ -128,8 +142,11 @@ def test_op_reads_a_clock_of_its_own() -> None:
     machine = Machine(dict.fromkeys(AMOUNTS, 1.0), device=DEVICE)
     for _ in range(3):
         tune_prefetch(machine.state, machine.limit, machine.amounts)
-    last, shortest = int(machine.state[0]), int(machine.state[6])
-    assert last > 0 and 0 < shortest < 60e9
+        last = int(machine.state[LAST])
+    machine.state[HOLD] = 1
+    for _ in range(2):
+        tune_prefetch(machine.state, machine.limit, machine.amounts)
+    assert int(machine.state[LAST]) > last and 0 < int(machine.state[SHORTEST]) < 60e9
     assert int(machine.limit) == 1
 
 

@@ -19,11 +19,12 @@ ROUND = tl.constexpr(words.ROUND)
 HOLD = tl.constexpr(words.HOLD)
 HOLDS = tl.constexpr(words.HOLDS)
 SHORTEST = tl.constexpr(words.SHORTEST)
-BEGUN = tl.constexpr(words.BEGUN)
+TURN = tl.constexpr(words.TURN)
 SUMS = tl.constexpr(words.SUMS)
 COUNTS = tl.constexpr(words.COUNTS)
 ALIVE = tl.constexpr(words.ALIVE)
 MAX_AMOUNTS = tl.constexpr(words.MAX_AMOUNTS)
+WARM_STEPS = tl.constexpr(words.WARM_STEPS)
 BLOCK_STEPS = tl.constexpr(words.BLOCK_STEPS)
 ROUNDS = tl.constexpr(words.ROUNDS)
 FIRST_HOLD = tl.constexpr(words.FIRST_HOLD)
@@ -59,52 +60,57 @@ def tune_prefetch_kernel(
     hold = tl.load(state + HOLD)
     holds = tl.load(state + HOLDS)
     shortest = tl.load(state + SHORTEST)
-    begun = tl.load(state + BEGUN)
+    turn = tl.load(state + TURN)
     sums = tl.load(state + SUMS + arms)
     counts = tl.load(state + COUNTS + arms)
     alive = tl.load(state + ALIVE + arms)
     took = tl.where(last > 0, now - last, 0)
 
-    held = hold > 1
-    # The step in which a hold ends begins a trial: its own time is the held amount's.
-    begins = (~held) & ((begun == 0) | (hold == 1))
-    hold = tl.maximum(hold - 1, 0)
-    tries = ~(held | begins)
-    if begins:
+    if holds == 0:
+        holds += 1
+        hold += WARM_STEPS
+    elif hold > 1:
+        hold -= 1
+    elif hold == 1:
+        # The last step's own time is that of the amount that stayed.
+        hold = tl.zeros([], tl.int64)
         place = tl.zeros([], tl.int64)
         arm = tl.zeros([], tl.int64)
         rounds = tl.zeros([], tl.int64)
         shortest = tl.zeros([], tl.int64)
+        turn = tl.zeros([], tl.int64)
         sums = tl.zeros([MAX_AMOUNTS], tl.int64)
         counts = tl.zeros([MAX_AMOUNTS], tl.int64)
         alive = (arms < A).to(tl.int64)
-        begun = tl.full([], 1, tl.int64)
-    if tries:
+    else:
         if took > 0:
             shortest = tl.where(shortest > 0, tl.minimum(shortest, took), took)
-            counted = (place > 0) & (took <= OUTLIER * shortest)
-            here = ((arms == arm) & counted).to(tl.int64)
-            sums += here * took
-            counts += here
+            counted = (arms == arm) & (took <= OUTLIER * shortest)
+            sums += tl.where(counted, took, 0)
+            counts += counted.to(tl.int64)
         place += 1
-        if place >= BLOCK_STEPS:
+        if place == BLOCK_STEPS:
             place = tl.zeros([], tl.int64)
-            later = tl.min(tl.where((alive > 0) & (arms > arm), arms, MAX_AMOUNTS), axis=0)
-            if later < MAX_AMOUNTS:
-                arm = later.to(tl.int64)
-            else:
+            turn += 1
+            ends = tl.zeros([], tl.int64)
+            mean = tl.where(alive > 0, sums // tl.maximum(counts, 1), 0)
+            best = tl.min(tl.where(alive > 0, mean, NEVER), axis=0)
+            if turn == tl.sum(alive, axis=0):
+                turn = tl.zeros([], tl.int64)
                 rounds += 1
-                mean = tl.where(alive > 0, sums // tl.maximum(counts, 1), NEVER)
-                best = tl.min(mean, axis=0)
-                margin = tl.maximum(FIRST_MARGIN >> rounds, LEAST_MARGIN)
-                near = (alive > 0) & (tl.where(alive > 0, mean, 0) * 100 <= best * (100 + margin))
-                fastest = tl.min(tl.where(mean == best, arms, MAX_AMOUNTS), axis=0)
-                alive = near.to(tl.int64)
-                arm = tl.min(tl.where(near, arms, MAX_AMOUNTS), axis=0).to(tl.int64)
-                if (rounds >= ROUNDS) | (tl.sum(alive, axis=0) <= 1):
-                    arm = fastest.to(tl.int64)
-                    hold = (tl.full([], FIRST_HOLD, tl.int64)) << tl.minimum(holds, MAX_DOUBLINGS)
-                    holds += 1
+                margin = tl.maximum(FIRST_MARGIN // rounds, LEAST_MARGIN)
+                alive = ((alive > 0) & (mean * 100 <= best * (100 + margin))).to(tl.int64)
+                ends = ((rounds == ROUNDS) | (tl.sum(alive, axis=0) == 1)).to(tl.int64)
+            if ends != 0:
+                fastest = (alive > 0) & (mean == best)
+                arm = tl.min(tl.where(fastest, arms, MAX_AMOUNTS), axis=0).to(tl.int64)
+                hold += (tl.full([], FIRST_HOLD, tl.int64)) << tl.minimum(holds - 1, MAX_DOUBLINGS)
+                holds += 1
+            else:
+                # Each round begins with another amount.
+                rank = (turn + rounds) % tl.sum(alive, axis=0)
+                chosen = (alive > 0) & (tl.cumsum(alive, axis=0) == rank + 1)
+                arm = tl.min(tl.where(chosen, arms, MAX_AMOUNTS), axis=0).to(tl.int64)
 
     # No warp may store what another has yet to load.
     tl.debug_barrier()
@@ -115,7 +121,7 @@ def tune_prefetch_kernel(
     tl.store(state + HOLD, hold)
     tl.store(state + HOLDS, holds)
     tl.store(state + SHORTEST, shortest)
-    tl.store(state + BEGUN, begun)
+    tl.store(state + TURN, turn)
     tl.store(state + SUMS + arms, sums)
     tl.store(state + COUNTS + arms, counts)
     tl.store(state + ALIVE + arms, alive)

@@ -33,11 +33,11 @@ def tune_prefetch(
 ) -> None:
     """Take in how long the last step took, and choose how many records the next may fetch ahead.
 
-    Amounts are tried in turn, BLOCK_STEPS steps each, the first of which is not counted: what the
-    amount before had fetched is still in it. Steps that take four times the shortest are not
-    counted either: something else ran. After each of ROUNDS rounds, amounts whose mean is worse
-    than the best by more than a margin that shrinks are left out. The best is kept for FIRST_HOLD
-    steps, then all are tried again, and each time in a row it is kept twice as long.
+    After WARM_STEPS steps with the first, amounts are tried in turn, BLOCK_STEPS steps each. Steps
+    that take four times the shortest are not counted: something else ran. After each of ROUNDS
+    rounds, amounts whose mean is worse than the best by more than a margin that shrinks are left
+    out. The best is kept for FIRST_HOLD steps, then all are tried again, and each time in a row it
+    is kept twice as long.
 
     Args:
         state: [STATE_WORDS] int64, zeros at first; see `reference` for its words. Changed in place.

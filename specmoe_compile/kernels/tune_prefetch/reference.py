@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-LAST, PLACE, ARM, ROUND, HOLD, HOLDS, SHORTEST, BEGUN = range(8)
+LAST, PLACE, ARM, ROUND, HOLD, HOLDS, SHORTEST, TURN = range(8)
 """Words of the state: time of the last call in ns; steps of this block so far; place of the amount
-in use; rounds so far; steps for which the chosen amount stays; choices so far; shortest step of the
-trial in ns; whether a trial has begun."""
+in use; rounds so far; steps for which it stays; how often it was to stay, 0 before the first call;
+shortest step of the trial in ns; blocks of this round so far."""
 SUMS, COUNTS, ALIVE = 8, 16, 24
 """Where the words of the amounts begin: ns of their counted steps; number of these; 1 while an
 amount is in the trial."""
 MAX_AMOUNTS = 8
 STATE_WORDS = 32
 
-BLOCK_STEPS = 8
-ROUNDS = 6
+WARM_STEPS = 48
+"""Steps with the first amount before the first trial: an empty cache would favour the amounts that
+are tried last."""
+BLOCK_STEPS = 2
+"""Steps in a row with one amount. Longer blocks would give each amount other parts of the text, and
+what the amount before has left in the cache; with one step nobody pays for what he pushes out."""
+ROUNDS = 24
 FIRST_HOLD = 1024
 MAX_DOUBLINGS = 3
 OUTLIER = 4
 """Times the shortest step of the trial beyond which a step does not count."""
-FIRST_MARGIN, LEAST_MARGIN = 32, 3
-"""Percent: after round r an amount stays within max(LEAST_MARGIN, FIRST_MARGIN / 2^r) of the
-best."""
+FIRST_MARGIN, LEAST_MARGIN = 80, 2
+"""Percent: after round r an amount stays within max(LEAST_MARGIN, FIRST_MARGIN / r) of the best."""
 
 
 def tune_prefetch_reference(state: Tensor, limit: Tensor, amounts: Tensor, *, now_ns: int) -> None:
@@ -40,28 +44,22 @@ def tune_prefetch_reference(state: Tensor, limit: Tensor, amounts: Tensor, *, no
 def _advance(words: list[int], arms: int, now_ns: int) -> None:
     took_ns = now_ns - words[LAST] if words[LAST] else 0
     words[LAST] = now_ns
-    if words[HOLD] > 0:
+    if not words[HOLDS]:
+        words[HOLDS], words[HOLD] = 1, WARM_STEPS
+    elif words[HOLD] > 1:
         words[HOLD] -= 1
-        if words[HOLD] > 0:
-            return
-        words[BEGUN] = 0
-    if not words[BEGUN]:
-        words[PLACE] = words[ARM] = words[ROUND] = words[SHORTEST] = 0
-        words[BEGUN] = 1
+    elif words[HOLD] == 1:
+        # The last step's own time is that of the amount that stayed.
+        words[HOLD] = words[PLACE] = words[ARM] = words[ROUND] = 0
+        words[SHORTEST] = words[TURN] = 0
         for arm in range(MAX_AMOUNTS):
             words[SUMS + arm] = words[COUNTS + arm] = 0
             words[ALIVE + arm] = int(arm < arms)
-        return
-    _count(words, took_ns)
-    words[PLACE] += 1
-    if words[PLACE] < BLOCK_STEPS:
-        return
-    words[PLACE] = 0
-    later = [arm for arm in range(words[ARM] + 1, arms) if words[ALIVE + arm]]
-    if later:
-        words[ARM] = later[0]
-        return
-    _end_round(words, arms)
+    else:
+        _count(words, took_ns)
+        words[PLACE] += 1
+        if words[PLACE] == BLOCK_STEPS:
+            _next_block(words, arms)
 
 
 def _count(words: list[int], took_ns: int) -> None:
@@ -69,25 +67,28 @@ def _count(words: list[int], took_ns: int) -> None:
         return
     shortest = words[SHORTEST]
     words[SHORTEST] = min(shortest, took_ns) if shortest else took_ns
-    if words[PLACE] > 0 and took_ns <= OUTLIER * words[SHORTEST]:
+    if took_ns <= OUTLIER * words[SHORTEST]:
         words[SUMS + words[ARM]] += took_ns
         words[COUNTS + words[ARM]] += 1
 
 
-def _end_round(words: list[int], arms: int) -> None:
-    words[ROUND] += 1
-    means = {
-        arm: words[SUMS + arm] // max(1, words[COUNTS + arm])
-        for arm in range(arms)
-        if words[ALIVE + arm]
-    }
-    best = min(means.values())
-    margin = max(LEAST_MARGIN, FIRST_MARGIN >> words[ROUND])
-    for arm, mean in means.items():
-        words[ALIVE + arm] = int(mean * 100 <= best * (100 + margin))
-    words[ARM] = next(arm for arm in means if words[ALIVE + arm])
-    if words[ROUND] < ROUNDS and sum(words[ALIVE : ALIVE + arms]) > 1:
-        return
-    words[ARM] = next(arm for arm, mean in means.items() if mean == best)
-    words[HOLD] = FIRST_HOLD << min(words[HOLDS], MAX_DOUBLINGS)
-    words[HOLDS] += 1
+def _next_block(words: list[int], arms: int) -> None:
+    words[PLACE] = 0
+    words[TURN] += 1
+    alive = [arm for arm in range(arms) if words[ALIVE + arm]]
+    if words[TURN] == len(alive):
+        words[TURN] = 0
+        words[ROUND] += 1
+        means = {arm: words[SUMS + arm] // max(1, words[COUNTS + arm]) for arm in alive}
+        best = min(means.values())
+        margin = max(LEAST_MARGIN, FIRST_MARGIN // words[ROUND])
+        alive = [arm for arm in alive if means[arm] * 100 <= best * (100 + margin)]
+        for arm in range(arms):
+            words[ALIVE + arm] = int(arm in alive)
+        if words[ROUND] == ROUNDS or len(alive) == 1:
+            words[ARM] = next(arm for arm in alive if means[arm] == best)
+            words[HOLD] = FIRST_HOLD << min(words[HOLDS] - 1, MAX_DOUBLINGS)
+            words[HOLDS] += 1
+            return
+    # Each round begins with another amount.
+    words[ARM] = alive[(words[TURN] + words[ROUND]) % len(alive)]
