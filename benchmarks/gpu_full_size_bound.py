@@ -1,0 +1,178 @@
+"""What prefetching one layer ahead could reach at full model size: simulated, not measured.
+
+    python -m benchmarks.gpu_full_size_bound full.json --trace full.trace.safetensors
+
+The distance from the limit supposes that all reading and all computing of a token overlap. A
+prefetch that looks one layer ahead can hide a layer's reads behind one layer's computing only, and
+layers that lack many experts take longer than layers that lack few. This runs the recorded trace
+through the runtime's own `ExpertCache`, layer by layer: computing as long as the resident arm
+takes, reads one after the other at a fixed rate, predicted records during the computing of the
+layer before, what is missing then before the layer's experts run. Once with the recorded
+predictions at the rate of an in-graph gather, which is the measured arm, and once with perfect
+predictions at the rate of one large copy, which no predictor can beat.
+
+Shape letters: E experts, K top-k, N trace tokens, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from benchmarks.command import explains_errors
+from benchmarks.gpu_full_size_report import Results
+from benchmarks.gpu_full_size_trace import RoutingTrace, map_trace
+from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
+from specmoe_compile.runtime.expert_cache import ExpertCache
+
+SHARES = (0, 10, 25, 50)
+WARM_UP, COUNTED = 64, 48
+Choices = Sequence[Sequence[Sequence[int]]]
+"""Experts by layer and token, heaviest first."""
+
+
+class Machine(NamedTuple):
+    """Times in ms: one record on the link, a layer's computing."""
+
+    record_ms: float
+    layer_ms: float
+
+
+def choices_of(tables: Tensor, top_k: int, which: int) -> Choices:
+    """True (0) or predicted (1) experts of a mapped trace, [L, N, 2, E]."""
+    found: Choices = tables[:, :, which].topk(top_k, dim=-1).indices.tolist()
+    return found
+
+
+def step_times(
+    true: Choices, predicted: Choices, machine: Machine, *, experts: int, share: int, amount: int
+) -> Iterator[float]:
+    """Simulated ms of each token of a trace.
+
+    Args:
+        true, predicted: what each layer needs, and what is predicted for it from the layer before.
+        machine: how long things take.
+        experts: E.
+        share: percent of the experts that a layer has slots for; 0: none is kept between tokens.
+        amount: records fetched ahead for a layer at most.
+    """
+    layers, top_k = len(true), len(true[0][0])
+    slots = max(top_k, math.floor(share / 100 * experts)) if share else 2 * top_k
+    cache = ExpertCache(num_experts=[experts] * layers, slots=[slots] * layers, policy="lru")
+    for token in range(len(true[0])):
+        if not share:
+            cache = ExpertCache(
+                num_experts=[experts] * layers, slots=[slots] * layers, policy="lru"
+            )
+        total_ms = ahead_ms = 0.0
+        for layer in range(layers):
+            total_ms += max(machine.layer_ms, ahead_ms)
+            missing = cache.plan(layer, true[layer][token]).fills
+            total_ms += len(missing) * machine.record_ms
+            ahead_ms = 0.0
+            if layer + 1 < layers:
+                held = cache.slot_of[layer + 1]
+                absent = [e for e in predicted[layer + 1][token] if held[e] < 0]
+                cache.plan(layer + 1, absent[:amount], speculative=True)
+                ahead_ms = len(absent[:amount]) * machine.record_ms
+        yield total_ms
+
+
+def fastest(
+    true: Choices, predicted: Choices, machine: Machine, *, experts: int, share: int
+) -> tuple[float, int]:
+    """Least mean ms of the tokens that the benchmark times, and the amount ahead that gives it."""
+
+    def mean_ms(amount: int) -> float:
+        times = step_times(true, predicted, machine, experts=experts, share=share, amount=amount)
+        return fmean(list(times)[WARM_UP : WARM_UP + COUNTED])
+
+    return min((mean_ms(amount), amount) for amount in amounts_to_try(len(true[0][0])))
+
+
+def row_of(
+    results: Results, true: Choices, predicted: Choices, context: int, share: int
+) -> tuple[str, ...]:
+    """Measured, simulated, and with perfect predictions, for one cache size."""
+    about, link, experts = results.about, results.about["link"], int(results.about["experts"])
+    resident_ms = results.p50("resident", "graph", context)
+    assert resident_ms is not None, "the caller asks for contexts with a resident arm"
+    measured = results.fastest(
+        f"specmoe_{share}" if share else "prefetch_no_cache", "graph", context
+    )
+    record_mb, layer_ms = float(about["record_bytes"]) / 1e6, resident_ms / len(true)
+    gathering = Machine(record_mb / float(link["gather_in_graph_gbps"]), layer_ms)
+    copying = Machine(record_mb / float(link["copy_gbps"]), layer_ms)
+    ours_ms, amount = fastest(true, predicted, gathering, experts=experts, share=share)
+    perfect_ms, _ = fastest(true, true, copying, experts=experts, share=share)
+    nothing = [[[] for _ in layer] for layer in true]
+    reading_ms, _ = fastest(
+        true, nothing, copying._replace(layer_ms=0.0), experts=experts, share=share
+    )
+    return (
+        str(context),
+        f"{share} %" if share else "none",
+        "-" if measured is None else f"{float(measured['tpot_ms']['p50']):.2f}",
+        f"{ours_ms:.2f}",
+        str(amount),
+        f"{perfect_ms:.2f}",
+        f"{perfect_ms / max(reading_ms, resident_ms):.2f}",
+    )
+
+
+@explains_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table for every model and context that has a resident arm; returns the status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("result", type=Path, help="JSON file of benchmarks.gpu_full_size")
+    parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
+    args = parser.parse_args(arguments)
+    data: Mapping[str, Any] = json.loads(args.result.read_text(encoding="utf-8"))
+    trace = RoutingTrace.load(args.trace)
+    for model, about in data["models"].items():
+        results = Results(data, model)
+        if about["trace"]["digest"] != trace.digest:
+            raise ValueError(
+                f"{args.trace} is not the trace of {args.result}: its digest is {trace.digest},"
+                f" expected {about['trace']['digest']}. Give the trace that drove the run."
+            )
+        sizes = {"layers": about["layers"], "experts": about["experts"], "top_k": about["top_k"]}
+        tables = map_trace(trace, **sizes)
+        true, predicted = (choices_of(tables, about["top_k"], which) for which in (0, 1))
+        rows = [
+            row_of(results, true, predicted, context, share)
+            for context in sorted({int(row["context"]) for row in results.rows})
+            if results.row("resident", "graph", context) is not None
+            for share in SHARES
+        ]
+        print(f"\n{model}, simulated, not measured, but for the column that says so:\n")
+        print(
+            markdown_table(
+                (
+                    "context",
+                    "cache",
+                    "measured ms",
+                    "simulated ms",
+                    "records ahead",
+                    "perfect predictions ms",
+                    "their distance",
+                ),
+                rows,
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
