@@ -17,6 +17,7 @@ EXPECTED_RECALL = (0.76, 0.83, 0.78, 0.79, 0.65, 0.65, 0.68)
 RECALL_TOLERANCE = 0.02
 HIDDEN_SHARE = 0.8
 CACHE_FACTOR = 1.02
+SIZES = ("25%", "50%")
 PASSES_SHARE = 0.15
 FEWER_BYTES = 0.3
 MOST_LOSS_NATS = 0.02
@@ -108,7 +109,7 @@ def timing_claims(timing: Result) -> list[Claim]:
             holds=gain >= HIDDEN_SHARE * most,
         )
     ]
-    for size in ("25%", "50%"):
+    for size in SIZES:
         cache, ours = p50[f"cache {size}"], p50[f"specmoe {size}"]
         claims.append(
             Claim(
@@ -276,8 +277,39 @@ def _link_section(timing: Result) -> str:
         f" {resident / layers:.2f} ms per layer, the window between a prediction and its use."
         " A prefetch gains by reading while the link is idle, and only if the guess is right; a"
         " wrong one costs a whole read where the link is busy. Reading is the mean over all tokens,"
-        " the time per token a median."
+        " the time per token a median.\n\n" + "\n".join(_account(timing, size) for size in SIZES)
     )
+
+
+def _account(timing: Result, size: str) -> str:
+    """Where the time of specmoe differs from the cache's: bytes, waits and everything else."""
+    arms = {arm["name"]: arm for arm in timing["arms"]}
+    layers = timing["model"]["moe_layers"]
+    cache, ours = arms[f"cache {size}"], arms[f"specmoe {size}"]
+    before, after = (_per_token(arm["totals"], layers) for arm in (cache, ours))
+    read, waits = (after[key] - before[key] for key in ("read_bytes", "stall_ms"))
+    grown = ours["tpot_ms"]["p50"] - cache["tpot_ms"]["p50"]
+    window_ms = arms["resident"]["tpot_ms"]["p50"] / layers
+    record_ms = timing["model"]["bytes_per_expert"] / after["rate"] * 1e3
+    return (
+        f"- Cache of {size}: prediction changes what is read by {read / 2**20:+.1f} MiB per token"
+        f" and the waits by {waits:+.1f} ms; the median token by {grown:+.1f} ms, so that"
+        f" everything else (predicting, bookkeeping, products beside reads) changes it by"
+        f" {grown - waits:+.1f} ms. A record takes {record_ms:.1f} ms at"
+        f" {after['rate'] / 1e9:.2f} GB/s, the window before a layer is {window_ms:.1f} ms."
+    )
+
+
+def _per_token(totals: Sequence[Mapping[str, Any]], layers: int) -> dict[str, float]:
+    """Bytes read and time waited per token, and bytes per second of reading."""
+    total = {key: sum(t[key] for t in totals) for key in totals[0]}
+    tokens = total["steps"] / layers
+    read = total["demand_bytes"] + total["speculative_bytes"]
+    return {
+        "read_bytes": read / tokens,
+        "stall_ms": total["stall_ms"] / tokens,
+        "rate": read / total["read_busy_ms"] * 1e3,
+    }
 
 
 def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:

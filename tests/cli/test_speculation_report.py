@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.speculation_report import (
     eval_claims,
     exact_claims,
     timing_claims,
+    write_report,
 )
 
 
@@ -66,6 +68,21 @@ def _timing(**p50: float) -> dict[str, Any]:
     return {"arms": [{"name": name, "tpot_ms": {"p50": ms}} for name, ms in times.items()]}
 
 
+_SETTINGS = ("prompts", "prompt_tokens", "new_tokens", "repeats", "order")
+_ABOUT = {
+    "model": {
+        "moe_layers": 8,
+        "bytes_per_expert": 3_000_000,
+        "experts": [32],
+        "top_k": 4,
+        "expert_bytes": 1,
+    },
+    "machine": {"cpu": "x", "cores": 2, "ram_bytes": 1, "gpu": None},
+    "versions": {},
+    "commit": "abc",
+}
+
+
 @pytest.mark.parametrize(
     ("p50", "holds"),
     [
@@ -110,3 +127,27 @@ def test_recall_may_be_a_little_below() -> None:
 def test_compile_time_is_judged_with_and_without_the_compilers_share() -> None:
     found = {"pairs": [{"without_s": 10.0, "with_s": 12.0, "passes_s": 1.0}] * 3}
     assert [claim.holds for claim in compile_claims(found)] == [True, False]
+
+
+def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> None:
+    def total(stall_ms: float, read_bytes: int) -> dict[str, float]:
+        counted = {"steps": 80, "hits": 300, "misses": 20, "demand_bytes": read_bytes}
+        return {
+            **counted,
+            "speculative_bytes": 0,
+            "useful_speculative_bytes": 0,
+            "needed": 0,
+            "stall_ms": stall_ms,
+            "read_busy_ms": read_bytes / 2e6,
+        }
+
+    timing = {**_timing(), **_ABOUT, "settings": dict.fromkeys(_SETTINGS, 1)}
+    for arm in timing["arms"]:
+        arm["medians_ms"] = [arm["tpot_ms"]["p50"]]
+        slow = arm["name"].startswith("cache")
+        arm["totals"] = [total(20.0 if slow else 10.0, 10 << 20 if slow else 20 << 20)]
+    write_report({"timing": timing}, tmp_path / "report.md")
+    (line,) = (x for x in (tmp_path / "report.md").read_text().splitlines() if "Cache of 50" in x)
+    assert "+1.0 MiB per token and the waits by -1.0 ms; the median token by +0.2 ms" in line
+    assert "changes it by +1.2 ms" in line
+    assert "1.5 ms at 2.00 GB/s, the window before a layer is 0.6 ms" in line
