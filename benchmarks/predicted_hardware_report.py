@@ -37,8 +37,8 @@ _READING = """## How to read this
 - `on demand`: no cache. `prefetch`: no cache, the next layer's predicted experts are read during
   this one; what the true router wants is then read too (policy `exact`), so wrong guesses cost
   bytes. `cache N %`: LRU slots for that share of all experts. `-`: it does not fit beside the
-  other weights and {reserved:.0f} GiB for context. Nothing is turned off that does not pay: on a
-  GPU `auto_off` has no effect yet.
+  other weights and {reserved:.0f} GiB for context. All that is predicted is
+  fetched: how many experts `auto_off` would choose on a GPU is not part of this.
 - Where all experts fit (marked *), nobody would offload; the row is there for comparison.
 - One sequence, median of {counted} steps after {warmup} of warm-up. Context length is not modelled.
 - The experts are taken to lie in memory that the link can read at its full rate, page-locked. Host
