@@ -17,10 +17,6 @@ from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
 _SHARE_BESIDE = 0.5
 """Of the link, for a guess that is read beside one read that the host waits for."""
-_SHARE_HIDDEN = 0.5
-"""Of what reads saved a layer, that its experts would have hidden had they all been there. Measured
-with every layer predicted, 8 of them on two cores: of what counts as saved, waits really fell by
-0.5 to 0.7 with 47 % of the experts in the cache, and by 0.25 to 0.45 with 77 %."""
 
 
 class PrefetchJudge:
@@ -100,18 +96,8 @@ class PrefetchJudge:
             if rank in by_rank or (lost and gate.is_open):
                 gate.measure(saved * 1e3, lost * 1e3)
         host_ms = max(host_ms, self.clock.cost_ms)
-        saved_ms = sum(saved_s.values()) * 1e3
-        saved_ms *= 1.0 - _SHARE_HIDDEN * _share_there(layer, issued, wanted, residency)
         # A layer does not answer for ranks on trial: those that lose will be turned off alone.
-        self.layers[layer].measure(saved_ms, certain_s * 1e3 + host_ms)
-
-
-def _share_there(
-    layer: int, issued: Issued, wanted: Collection[int], residency: Residency
-) -> float:
-    """Share of the wanted experts, 0..1, that were there without the prefetch."""
-    others = [expert for expert in wanted if expert not in issued.reads]
-    return (len(others) - len(residency.absent(layer, others))) / max(1, len(wanted))
+        self.layers[layer].measure(sum(saved_s.values()) * 1e3, certain_s * 1e3 + host_ms)
 
 
 def _gains(

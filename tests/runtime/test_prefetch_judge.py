@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -101,28 +100,19 @@ class TimedResidency(InPlaceResidency):
     def __init__(self, now_s: float, stall: tuple[float, float]) -> None:
         self._now_s = now_s
         self._stall = stall
-        self.missing: set[int] = set()
 
     def now_s(self) -> float:
         return self._now_s
-
-    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
-        return [expert for expert in experts if expert in self.missing]
 
     def stalled_s(self, start_s: float, end_s: float) -> float:
         return max(0.0, min(end_s, self._stall[1]) - max(start_s, self._stall[0]))
 
 
 def judged(
-    stall: tuple[float, float],
-    *,
-    wanted: set[int],
-    missing: Sequence[int] = (),
-    host_ms: float = 0.0,
+    stall: tuple[float, float], *, wanted: set[int], host_ms: float = 0.0
 ) -> tuple[int, int]:
     """Closures of a layer and of its only rank, for a guess read from second 10 to second 14."""
     residency = TimedResidency(15.0, stall)
-    residency.missing.update(missing)
     judge = PrefetchJudge(1, residency.now_s)
     for _ in range(TRIAL_STEPS):
         admitted, ranks = judge.admitted(0, [3], 1)
@@ -143,19 +133,6 @@ def judged(
 )
 def test_a_read_beside_a_wait_saves_nothing(stall: tuple[float, float], closed: bool) -> None:
     assert judged(stall, wanted={3}, host_ms=1000.0) == (closed, 0)
-
-
-@pytest.mark.parametrize(
-    ("missing", "closed"),
-    [
-        pytest.param((4, 5, 6), False, id="no other expert is there"),
-        pytest.param((), True, id="all others are"),
-    ],
-)
-def test_experts_that_are_there_hide_reads_too(missing: tuple[int, ...], closed: bool) -> None:
-    """4 seconds are saved, 2.5 of them where three of four experts were there: 1.5 x 2 is less."""
-    closures = judged((0.0, 9.0), wanted={3, 4, 5, 6}, missing=missing, host_ms=2000.0)
-    assert closures == (closed, 0)
 
 
 def test_a_useless_read_beside_a_wait_costs() -> None:
