@@ -41,7 +41,7 @@ from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
 from specmoe_compile.cli.measure.harness import run_pack
 from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.records import ArmJob, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
@@ -219,9 +219,7 @@ def run_disk(plan: Plan, dtype: str) -> None:
         f"disk_{dtype}",
         {
             "schema": 1,
-            "commit": commit_or_none(),
-            "machine": describe_machine(),
-            "versions": versions(),
+            **provenance(),
             "model": describe_model(str(model), dtype),
             "disk_gbps": disk_gbps,
             "on_demand_gbps": read_gbps,
@@ -269,9 +267,7 @@ def run_startup(plan: Plan, dtype: str) -> None:
         f"startup_{dtype}",
         {
             "schema": 1,
-            "commit": commit_or_none(),
-            "machine": describe_machine(),
-            "versions": versions(),
+            **provenance(),
             "model": describe_model(str(model), dtype),
             "pairs": pairs,
             "first_s": spread([pair["first_s"] for pair in pairs]),

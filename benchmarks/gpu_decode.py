@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.generation import _mark_static, session_of
 
@@ -239,9 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out is not None:
         result = {
             "schema": 1,
-            "commit": commit_or_none(),
-            "machine": describe_machine(),
-            "versions": versions(),
+            **provenance(),
             "device": torch.cuda.get_device_name(),
             "seed": 0,
             "decode": rows,

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_decode import measure_decode
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
@@ -361,9 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {
         "schema": 1,
         "dry": args.dry,
-        "commit": commit_or_none(),
-        "machine": describe_machine(),
-        "versions": versions(),
+        **provenance(),
         "device": "CPU" if args.dry else torch.cuda.get_device_name(),
         "seed": 0,
     }

@@ -57,7 +57,7 @@ from benchmarks.gpu_full_size_trace import (
     record_reference,
     texts_needed,
 )
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import USER_ERRORS, sentence, write_json
 
 PHASES = ("trace", "check", "arms", "accelerate", "report")
@@ -115,9 +115,7 @@ class Benchmark:
         fresh = {
             "schema": 1,
             "dry": args.dry,
-            "commit": commit_or_none(),
-            "machine": describe_machine(),
-            "versions": versions(),
+            **provenance(),
             "device": self._device_name(),
             "seed": SEED,
             "models": {},

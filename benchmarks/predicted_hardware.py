@@ -30,7 +30,7 @@ from benchmarks.predicted_hardware_report import write_report
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.demo import repository_root
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting
 from specmoe_compile.replay.link import Link
@@ -265,9 +265,7 @@ def _replay_all(trace_path: Path, result_path: Path) -> dict[str, Any]:
     result = {
         "schema": 1,
         "label": "predicted, not measured",
-        "commit": commit_or_none(),
-        "machine": describe_machine(),
-        "versions": versions(),
+        **provenance(),
         "trace": {"file": trace_path.name, "fingerprint": trace.fingerprint},
         "assumptions": assumptions(),
         "paper": check_paper(trace),

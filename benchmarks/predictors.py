@@ -45,7 +45,7 @@ from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
 from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.generation import session_of
@@ -98,9 +98,7 @@ class Place:
         """Put one phase's result into the file, with what it was measured on."""
         found = json.loads(self.result.read_text("utf-8")) if self.result.is_file() else {}
         found[phase] = {
-            "commit": commit_or_none(),
-            "machine": describe_machine(),
-            "versions": versions(),
+            **provenance(),
             "load_average": list(os.getloadavg()),
             **value,
         }

@@ -32,7 +32,7 @@ from benchmarks.command import explains_errors
 from benchmarks.end_to_end import RECORD_MIB, RESULTS, held_out_prompts
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.probes import disk_rates
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.cli.tables import markdown_table
@@ -241,9 +241,7 @@ def measure(checkpoint: Path, arguments: argparse.Namespace, traces: Path) -> di
         )
     readers, disk_gbps = disk_readers(arguments.folder)
     about = {
-        "commit": commit_or_none(),
-        "machine": describe_machine(),
-        "versions": versions(),
+        **provenance(),
         "model": describe_model(str(checkpoint), "float32"),
         "load_average": list(os.getloadavg()),
         "disk_gbps": disk_gbps,

@@ -248,7 +248,7 @@ def run_jobs(
     `memory_cap_bytes` must be one that `permitted_cap` returned.
     """
     from specmoe_compile.cli.measure import harness
-    from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+    from specmoe_compile.cli.measure.machine import provenance
     from specmoe_compile.cli.measure.progress import BenchProgress
     from specmoe_compile.cli.measure.records import SCHEMA
 
@@ -258,9 +258,7 @@ def run_jobs(
         )
     return {
         "schema": SCHEMA,
-        "commit": commit_or_none(),
-        "machine": describe_machine(),
-        "versions": versions(),
+        **provenance(),
         "arms": harness.arm_records(results),
         "failed": {name: r.error for name, r in results.items() if r.error is not None},
         "page_cache": (

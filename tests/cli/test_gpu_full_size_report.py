@@ -98,6 +98,18 @@ def test_goals_hold_and_fail_by_their_rows() -> None:
     assert [v for t, v in found.items() if any(g in t for g in GRAPH_GOALS)] == ["no"] * 4
 
 
+def test_the_distance_is_judged_at_every_context() -> None:
+    rows = [row_of("resident", 5.0), *caches(10.4)]
+    far = [row_of("resident", 5.0, 4096), *(row_of(r["arm"], 10.6, 4096) for r in caches(0.0))]
+    (near_claim,) = [c for c in judge(Results(data_of(*rows), MODEL)) if "from the limit" in c.text]
+    (far_claim,) = [
+        c for c in judge(Results(data_of(*rows, *far), MODEL)) if "from the limit" in c.text
+    ]
+    assert near_claim.holds is True and far_claim.holds is False
+    assert "10 %: 1.04, 25 %: 1.04, 50 %: 1.04 at 1024 tokens; " in far_claim.found
+    assert far_claim.found.endswith("50 %: 1.06 at 4096 tokens")
+
+
 @pytest.mark.parametrize(("context", "ms", "verdict"), [(1024, 90.0, "yes"), (65536, 90.0, "no")])
 def test_prefetch_is_judged_at_both_contexts(context: int, ms: float, verdict: str) -> None:
     found = verdicts(row_of("on_demand", 100.0, context), row_of("prefetch_no_cache", ms, context))

@@ -14,6 +14,11 @@ import psutil
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "nvtx", "numpy")
 
 
+def provenance() -> dict[str, Any]:
+    """Where a result comes from: `commit`, `machine` and `versions`."""
+    return {"commit": commit_or_none(), "machine": describe_machine(), "versions": versions()}
+
+
 def commit_or_none() -> str | None:
     """Return the commit of the source tree, "-dirty" added if it has changes; None outside one."""
     root = Path(__file__).resolve().parents[3]
