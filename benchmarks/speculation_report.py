@@ -17,6 +17,8 @@ EXPECTED_RECALL = (0.76, 0.83, 0.78, 0.79, 0.65, 0.65, 0.68)
 RECALL_TOLERANCE = 0.02
 HIDDEN_SHARE = 0.8
 CACHE_FACTOR = 1.02
+AGAIN = "cache 50% again"
+"""The same arm once more: what a difference between two arms has to be compared with."""
 SIZES = ("25%", "50%")
 PASSES_SHARE = 0.15
 FEWER_BYTES = 0.3
@@ -213,6 +215,8 @@ def _timing_section(timing: Result) -> str:
     for arm in arms:
         base = {"prefetch": "on_demand", "specmoe": "cache"}.get(arm["name"].split()[0])
         base = None if base is None else arm["name"].replace(arm["name"].split()[0], base)
+        if arm["name"] == AGAIN:
+            base = AGAIN.removesuffix(" again")
         rows.append(
             (
                 arm["name"],
@@ -239,7 +243,9 @@ def _timing_section(timing: Result) -> str:
         + markdown_table(head, rows)
         + f"\n\n{settings['prompts']} prompts of {settings['prompt_tokens']} tokens,"
         f" {settings['new_tokens']} greedy tokens each, {settings['repeats']} repeats,"
-        f" {settings['order']}, each in its own process; ms/token is the median over all tokens."
+        f" {settings['order']}, each in its own process; ms/token is the median over all tokens, a"
+        " token's time its median over the repeats, which generate the same. An arm `again` is the"
+        " same arm: how far two equal ones are apart in this run."
         " Ahead counts what was prefetched; a useful record was used by the step it was read for or"
         " a later one. Steps predicted: the share of layer steps in which `auto_off` let the"
         f" lookahead run. Commit: {str(timing['commit'])[:12]}.\n\n" + _link_section(timing)

@@ -8,10 +8,11 @@ a given disk and cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 from specmoe_compile.runtime.residency import Issued, Residency
-from specmoe_compile.runtime.speculation import LAYER_MARGIN, PrefetchGate
+from specmoe_compile.runtime.speculation import LAYER_MARGIN, RARE_MARGIN, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.step_clock import StepClock
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
@@ -30,9 +31,10 @@ class PrefetchJudge:
 
     def __init__(self, layers: int, now_s: Callable[[], float]) -> None:
         """Start with every gate open; `now_s` is the clock that reads are timed with."""
-        self.layers = [PrefetchGate(margin=LAYER_MARGIN) for _ in range(layers)]
+        self.layers = [PrefetchGate() for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
         self.clock = StepClock(now_s)
+        self._lacking = [float("inf")] * layers
 
     def admitted(
         self, layer: int, experts: Sequence[int], width: int
@@ -78,6 +80,7 @@ class PrefetchJudge:
             residency: where the experts are read to.
         """
         saved_s, lost_s, useless = _gains(layer, issued, wanted, residency)
+        margin = self._margin(layer, len(issued.reads) - len(useless), wanted, residency)
         # The oldest victims would have gone for the useful records anyway.
         victims = issued.victims[len(issued.reads) - len(useless) :]
         pushed_out = {v: ranks[e] for v, e in zip(victims, reversed(useless), strict=False)}
@@ -97,7 +100,18 @@ class PrefetchJudge:
                 gate.measure(saved * 1e3, lost * 1e3)
         host_ms = max(host_ms, self.clock.cost_ms)
         # A layer does not answer for ranks on trial: those that lose will be turned off alone.
-        self.layers[layer].measure(sum(saved_s.values()) * 1e3, certain_s * 1e3 + host_ms)
+        lost_ms = certain_s * 1e3 + host_ms
+        self.layers[layer].measure(sum(saved_s.values()) * 1e3, lost_ms, margin=margin)
+
+    def _margin(
+        self, layer: int, useful: int, wanted: Collection[int], residency: Residency
+    ) -> float:
+        """How many times its losses a layer has to save; from the experts that its steps lack."""
+        lacking = useful + len(residency.absent(layer, list(wanted)))
+        mean = self._lacking[layer]
+        mean = lacking if math.isinf(mean) else mean + (lacking - mean) / TRIAL_STEPS
+        self._lacking[layer] = mean
+        return LAYER_MARGIN if mean >= 1 else RARE_MARGIN
 
 
 def _gains(

@@ -21,6 +21,10 @@ MAX_OFF_STEPS = 8192
 LAYER_MARGIN = 1.5
 """A layer has to save this many times what it costs: the time that its reads took before they were
 needed is an upper bound of what they saved, since the experts that are there hide reads too."""
+RARE_MARGIN = 4.0
+"""The same where a step lacks less than one of a layer's experts on average: what reads ahead slow
+down, computing beside them and the reads that were missed, is counted in part only, and weighs
+most where there is little to save (docs/results/speculation.md)."""
 _DECAY = 1.0 / TRIAL_STEPS
 
 
@@ -79,7 +83,7 @@ class SpeculationConfig:
 
 
 class PrefetchGate:
-    """Turns one thing off while it costs more time than it saves.
+    """Turns one thing off while it costs more time than it saves, or saves less than a margin.
 
     Saved: reading time of useful records that had passed when they were needed, and that the host
     did not spend waiting for others. Lost: reading time of useless records beside something else
@@ -88,11 +92,10 @@ class PrefetchGate:
     while off, it is tried again.
     """
 
-    __slots__ = ("_lost_ms", "_margin", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
+    __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
 
-    def __init__(self, *, margin: float = 1.0) -> None:
-        """Start open; `margin` is how many times its losses it has to save."""
-        self._margin = margin
+    def __init__(self) -> None:
+        """Start open."""
         self._steps = 0
         self._saved_ms = 0.0
         self._lost_ms = 0.0
@@ -117,15 +120,15 @@ class PrefetchGate:
         self._off_for -= 1
         return False
 
-    def measure(self, saved_ms: float, lost_ms: float) -> None:
-        """Take in what one step saved and lost."""
+    def measure(self, saved_ms: float, lost_ms: float, *, margin: float = 1.0) -> None:
+        """Take in what one step saved and lost; it must save `margin` times its losses."""
         self._steps += 1
         rate = max(_DECAY, 1.0 / self._steps)
         self._saved_ms += rate * (saved_ms - self._saved_ms)
         self._lost_ms += rate * (lost_ms - self._lost_ms)
         if self._steps < TRIAL_STEPS:
             return
-        if self._saved_ms >= self._margin * self._lost_ms:
+        if self._saved_ms >= margin * self._lost_ms:
             self._off_next = OFF_STEPS
             return
         self.closures += 1

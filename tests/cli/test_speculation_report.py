@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.speculation import medians_by_token
 from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS, merged
 from benchmarks.speculation_report import (
     EXPECTED_RECALL,
@@ -151,3 +152,8 @@ def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> 
     assert "+1.0 MiB per token and the waits by -1.0 ms; the median token by +0.2 ms" in line
     assert "changes it by +1.2 ms" in line
     assert "1.5 ms at 2.00 GB/s, the window before a layer is 0.6 ms" in line
+
+
+def test_a_disturbed_repeat_does_not_move_a_token() -> None:
+    repeats = [[10.0, 30.0, 11.0], [50.0, 31.0, 90.0], [12.0, 29.0, 13.0]]
+    assert medians_by_token(repeats) == [12.0, 30.0, 13.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,9 +42,9 @@ def test_gate_stays_open_while_it_pays() -> None:
 
 @pytest.mark.parametrize(("saved_ms", "closures"), [(1.4, 1), (1.6, 0)])
 def test_gate_with_a_margin_wants_more_than_it_costs(saved_ms: float, closures: int) -> None:
-    gate = PrefetchGate(margin=1.5)
+    gate = PrefetchGate()
     for _ in range(TRIAL_STEPS):
-        gate.measure(saved_ms=saved_ms, lost_ms=1.0)
+        gate.measure(saved_ms=saved_ms, lost_ms=1.0, margin=1.5)
     assert gate.closures == closures
 
 
@@ -138,6 +139,25 @@ def test_a_read_beside_a_wait_saves_nothing(stall: tuple[float, float], closed: 
 def test_a_useless_read_beside_a_wait_costs() -> None:
     assert judged((0.0, 9.0), wanted=set()) == (0, 0), "nobody waited for it"
     assert judged((12.0, 13.0), wanted=set()) == (0, 1), "the rank that errs goes first"
+
+
+@pytest.mark.parametrize(("missed", "closures"), [(0, 1), (1, 0)])
+def test_a_layer_that_seldom_lacks_an_expert_has_to_save_more(missed: int, closures: int) -> None:
+    """Every second step a read saves 4 s, each prediction costs 1 s: twice its cost is saved."""
+
+    class Lacking(TimedResidency):
+        def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+            return [7] * missed
+
+    residency = Lacking(15.0, (0.0, 9.0))
+    judge = PrefetchJudge(1, residency.now_s)
+    for place in range(TRIAL_STEPS):
+        _, ranks = judge.admitted(0, [3], 1)
+        read = Read(0, 3, torch.empty(0, dtype=torch.uint8), speculative=True)
+        read.state, read.started_s, read.finished_s = DONE, 10.0, 14.0
+        issued = Issued({3: read} if place % 2 else {}, [])
+        judge.measure(0, issued, ranks, {3}, host_ms=1000.0, residency=residency)
+    assert judge.layers[0].closures == closures
 
 
 def test_a_session_remembers_when_it_waited() -> None:
