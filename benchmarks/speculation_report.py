@@ -35,12 +35,13 @@ _PHASES = {
 Result = Mapping[str, Any]
 
 
-def write_report(found: Mapping[str, Result], path: Path) -> bool:
+def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Result] = ()) -> bool:
     """Write the document; returns whether every claim that could be judged holds.
 
     Args:
         found: result of each phase that there is: timing, exact, compile, eval.
         path: the document.
+        others: results of phase timing at other commits.
 
     Raises:
         FileNotFoundError: there is no result at all.
@@ -59,6 +60,8 @@ def write_report(found: Mapping[str, Result], path: Path) -> bool:
         if name in found:
             claims += judge(found[name])
             sections.append(section(found[name]))
+            if name == "timing":
+                sections.append(_other_runs(others))
     rows = [(c.text, c.measured, "yes" if c.holds else "**no**") for c in claims]
     sections.insert(
         1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)
@@ -121,6 +124,27 @@ def timing_claims(timing: Result) -> list[Claim]:
             )
         )
     return claims
+
+
+def _other_runs(timings: Sequence[Result]) -> str:
+    """The timing claims of other runs, which show how far runs are apart; nothing for none."""
+    if not timings:
+        return ""
+    rows = [
+        (
+            str(run["commit"])[:12],
+            str(run["settings"]["repeats"]),
+            *(claim.measured for claim in timing_claims(run)),
+        )
+        for run in timings
+    ]
+    head = ("commit", "repeats", "gain without a cache", *(f"cache of {size}" for size in SIZES))
+    return (
+        "### Other runs\n\n"
+        + markdown_table(head, rows)
+        + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
+        " judged by the run above."
+    )
 
 
 def eval_claims(found: Result) -> list[Claim]:

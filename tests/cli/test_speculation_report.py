@@ -130,7 +130,9 @@ def test_compile_time_is_judged_with_and_without_the_compilers_share() -> None:
     assert [claim.holds for claim in compile_claims(found)] == [True, False]
 
 
-def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> None:
+def _full_timing() -> dict[str, Any]:
+    """A result of phase timing with all that the report prints."""
+
     def total(stall_ms: float, read_bytes: int) -> dict[str, float]:
         counted = {"steps": 80, "hits": 300, "misses": 20, "demand_bytes": read_bytes}
         return {
@@ -147,7 +149,11 @@ def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> 
         arm["medians_ms"] = [arm["tpot_ms"]["p50"]]
         slow = arm["name"].startswith("cache")
         arm["totals"] = [total(20.0 if slow else 10.0, 10 << 20 if slow else 20 << 20)]
-    write_report({"timing": timing}, tmp_path / "report.md")
+    return timing
+
+
+def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> None:
+    write_report({"timing": _full_timing()}, tmp_path / "report.md")
     (line,) = (x for x in (tmp_path / "report.md").read_text().splitlines() if "Cache of 50" in x)
     assert "+1.0 MiB per token and the waits by -1.0 ms; the median token by +0.2 ms" in line
     assert "changes it by +1.2 ms" in line
@@ -157,3 +163,12 @@ def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> 
 def test_a_disturbed_repeat_does_not_move_a_token() -> None:
     repeats = [[10.0, 30.0, 11.0], [50.0, 31.0, 90.0], [12.0, 29.0, 13.0]]
     assert medians_by_token(repeats) == [12.0, 30.0, 13.0]
+
+
+def test_other_runs_stand_beside_the_one_that_is_judged(tmp_path: Path) -> None:
+    timing = _full_timing()
+    path = tmp_path / "report.md"
+    write_report({"timing": timing}, path)
+    assert "Other runs" not in path.read_text()
+    write_report({"timing": timing}, path, [{**timing, "commit": "f" * 40}])
+    assert "| ffffffffffff | 1 | " in path.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ def real_run(
     generations: int = 2,
     options: dict[str, Any] | None = None,
     reads_at_once: bool = False,
+    read_s: float = 0.0,
     layers: int = 4,
 ) -> RealRun:
     """Generate with a tiny model whose experts are on disk, and record it.
@@ -48,6 +51,7 @@ def real_run(
         options: of `torch.compile`; None runs eagerly, without predictions.
         reads_at_once: serve each read in the call that starts it, so that no decision depends on
             time.
+        read_s: let each read take so long, one after the other, whatever the disk does.
     """
     model: Any = specmoe_compile.offload(
         tiny_qwen3_moe(layers=layers, experts=16, top_k=3),
@@ -61,6 +65,8 @@ def real_run(
     session = session_of(model)
     if reads_at_once:
         use_reads_at_once(session)
+    if read_s:
+        slow_down_reads(session, read_s)
     recorder = TraceRecorder(session)
     runner = model
     if options is not None:
@@ -70,6 +76,19 @@ def real_run(
     run = RealRun(trace=recorder.trace("tiny"), stats=session.stats)
     specmoe_compile.close(model)
     return run
+
+
+def slow_down_reads(session: Session, read_s: float) -> None:
+    """Let a disk that serves one read at a time take so long for each."""
+    store: Any = session.store
+    read_into, disk = store.read_into, threading.Lock()
+
+    def slowly(*place: Any) -> None:
+        with disk:
+            time.sleep(read_s)
+            read_into(*place)
+
+    store.read_into = slowly
 
 
 def use_reads_at_once(session: Session) -> None:

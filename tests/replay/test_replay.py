@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
+from specmoe_compile.replay.measured import measured, timed_steps
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.summary import Sweep
 from specmoe_compile.replay.trace import RoutingTrace
@@ -18,6 +20,7 @@ from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.stats import Stats
 from tests.replay.real_runs import RealRun, real_run
 
+TOKENS = 24
 LINK = Link(gbps=1.0)
 COMPUTE = ComputeTimes(layer_ms=1.0, expert_ms=0.1)
 # Everything that is started has arrived when the next layer begins.
@@ -79,6 +82,27 @@ def test_without_prefetch_every_layer_hits_and_misses_as_it_did(
     done = replay(ReplaySteps(run.trace), setting(run.trace, size, policy), LINK, COMPUTE)
     assert counts(done, "demand_bytes") == counts(run.stats, "demand_bytes")
     assert run.stats.total.misses > 0
+
+
+@pytest.mark.slow
+def test_the_time_of_a_token_is_predicted_within_a_tenth(tmp_path: Path) -> None:
+    """A disk that takes 40 ms per record; computing is that of a run with everything cached.
+
+    What a real disk and all processors do to these times: `benchmarks.replay_check`.
+    """
+    cached = real_run(tmp_path / "all", expert_cache="100%").trace
+    computing = measured(cached, cached.decode_steps()[TOKENS:]).compute_ms
+    run = real_run(tmp_path / "few", expert_cache="25%", read_s=0.04)
+    steps = run.trace.decode_steps()
+    own_ms = measured(run.trace, steps).tpot_ms
+    assert computing is not None and own_ms is not None
+    link = Link(gbps=run.trace.record_bytes[0] / 0.04 / 1e9, readers=1)
+    times = ComputeTimes.split(computing, layers=4, top_k=3, expert_share=0.5)
+    done = replay(ReplaySteps(run.trace), setting(run.trace, "25%"), link, times)
+    predicted_ms = fmean(done.steps[step].ms for step in timed_steps(run.trace, steps))
+    assert counts(done) == counts(run.stats)
+    assert predicted_ms == pytest.approx(own_ms, rel=0.1)
+    assert predicted_ms > 3 * computing, "most of it is reading"
 
 
 def test_a_trace_replays_other_caches_than_its_own(tmp_path: Path) -> None:
