@@ -85,7 +85,7 @@ def tune_prefetch_kernel(
     else:
         if took > 0:
             shortest = tl.where(shortest > 0, tl.minimum(shortest, took), took)
-            counted = (arms == arm) & (took <= OUTLIER * shortest)
+            counted = (arms == arm) & (took <= shortest * OUTLIER)
             sums += tl.where(counted, took, 0)
             counts += counted.to(tl.int64)
         place += 1
@@ -98,7 +98,8 @@ def tune_prefetch_kernel(
             if turn == tl.sum(alive, axis=0):
                 turn = tl.zeros([], tl.int64)
                 rounds += 1
-                margin = tl.maximum(FIRST_MARGIN // rounds, LEAST_MARGIN)
+                margin = tl.full([], FIRST_MARGIN, tl.int64) // rounds
+                margin = tl.maximum(margin, LEAST_MARGIN)
                 alive = ((alive > 0) & (mean * 100 <= best * (100 + margin))).to(tl.int64)
                 ends = ((rounds == ROUNDS) | (tl.sum(alive, axis=0) == 1)).to(tl.int64)
             if ends != 0:
