@@ -21,7 +21,7 @@ from specmoe_compile.cli.measure.arms import ARMS
 from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError
 from specmoe_compile.cli.measure.harness import cap_or_nothing, run_pack, with_peer_file
 from specmoe_compile.cli.measure.live_worker import LiveWorker
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.memory_cap import MemoryCap
 from specmoe_compile.cli.measure.probes import file_gbps
 from specmoe_compile.cli.measure.records import ArmJob
@@ -61,7 +61,7 @@ class Bench:
         self.model = widened_model(repository_root(), self.folder, record_mib, DTYPE)
         self.store_dir = self.folder / f"{self.model.name}-store"
         self.about = describe_model(str(self.model), DTYPE)
-        self.commit = commit_or_none()  # before the results of this run change the tree
+        self.provenance = provenance()  # before the results of this run change the tree
         self.started_s = self.phase_started_s = time.monotonic()
         self.caps_permitted = permitted_cap(BASE_CAP_BYTES) is not None
         self.packed = False
@@ -116,9 +116,7 @@ class Bench:
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": SCHEMA,
-            "commit": self.commit,
-            "machine": describe_machine(),
-            "versions": versions(),
+            **self.provenance,
             "model": self.about,
             "load_average": list(os.getloadavg()),
             "wall_s": round(time.monotonic() - self.phase_started_s, 1),

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from benchmarks.command import explains_errors
+from benchmarks.gpu_full_size import STEPS
+from benchmarks.gpu_full_size_arms import ARMS, Arm
 from benchmarks.gpu_full_size_report import Results
 from benchmarks.gpu_full_size_trace import RoutingTrace, map_trace
 from specmoe_compile.cli.tables import markdown_table
@@ -35,7 +36,6 @@ from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.expert_cache import ExpertCache
 
 SHARES = (0, 10, 25, 50)
-WARM_UP, COUNTED = 64, 48
 Choices = Sequence[Sequence[Sequence[int]]]
 """Experts by layer and token, heaviest first."""
 
@@ -54,7 +54,7 @@ def choices_of(tables: Tensor, top_k: int, which: int) -> Choices:
 
 
 def step_times(
-    true: Choices, predicted: Choices, machine: Machine, *, experts: int, share: int, amount: int
+    true: Choices, predicted: Choices, machine: Machine, *, experts: int, arm: Arm, amount: int
 ) -> Iterator[float]:
     """Simulated ms of each token of a trace.
 
@@ -62,17 +62,15 @@ def step_times(
         true, predicted: what each layer needs, and what is predicted for it from the layer before.
         machine: how long things take.
         experts: E.
-        share: percent of the experts that a layer has slots for; 0: none is kept between tokens.
+        arm: says how many slots a layer has, and whether they keep what they hold.
         amount: records fetched ahead for a layer at most.
     """
     layers, top_k = len(true), len(true[0][0])
-    slots = max(top_k, math.floor(share / 100 * experts)) if share else 2 * top_k
-    cache = ExpertCache(num_experts=[experts] * layers, slots=[slots] * layers, policy="lru")
+    sizes = {"num_experts": [experts] * layers, "slots": [arm.slots(experts, top_k)] * layers}
+    cache = ExpertCache(**sizes, policy="lru")
     for token in range(len(true[0])):
-        if not share:
-            cache = ExpertCache(
-                num_experts=[experts] * layers, slots=[slots] * layers, policy="lru"
-            )
+        if not arm.keeps:
+            cache = ExpertCache(**sizes, policy="lru")
         total_ms = ahead_ms = 0.0
         for layer in range(layers):
             total_ms += max(machine.layer_ms, ahead_ms)
@@ -88,13 +86,13 @@ def step_times(
 
 
 def fastest(
-    true: Choices, predicted: Choices, machine: Machine, *, experts: int, share: int
+    true: Choices, predicted: Choices, machine: Machine, *, experts: int, arm: Arm
 ) -> tuple[float, int]:
     """Least mean ms of the tokens that the benchmark times, and the amount ahead that gives it."""
 
     def mean_ms(amount: int) -> float:
-        times = step_times(true, predicted, machine, experts=experts, share=share, amount=amount)
-        return fmean(list(times)[WARM_UP : WARM_UP + COUNTED])
+        times = step_times(true, predicted, machine, experts=experts, arm=arm, amount=amount)
+        return fmean(list(times)[STEPS.warm_up : STEPS.warm_up + STEPS.timed])
 
     return min((mean_ms(amount), amount) for amount in amounts_to_try(len(true[0][0])))
 
@@ -106,18 +104,15 @@ def row_of(
     about, link, experts = results.about, results.about["link"], int(results.about["experts"])
     resident_ms = results.p50("resident", "graph", context)
     assert resident_ms is not None, "the caller asks for contexts with a resident arm"
-    measured = results.fastest(
-        f"specmoe_{share}" if share else "prefetch_no_cache", "graph", context
-    )
+    name = f"specmoe_{share}" if share else "prefetch_no_cache"
+    measured, arm = results.fastest(name, "graph", context), ARMS[name]
     record_mb, layer_ms = float(about["record_bytes"]) / 1e6, resident_ms / len(true)
     gathering = Machine(record_mb / float(link["gather_in_graph_gbps"]), layer_ms)
     copying = Machine(record_mb / float(link["copy_gbps"]), layer_ms)
-    ours_ms, amount = fastest(true, predicted, gathering, experts=experts, share=share)
-    perfect_ms, _ = fastest(true, true, copying, experts=experts, share=share)
+    ours_ms, amount = fastest(true, predicted, gathering, experts=experts, arm=arm)
+    perfect_ms, _ = fastest(true, true, copying, experts=experts, arm=arm)
     nothing = [[[] for _ in layer] for layer in true]
-    reading_ms, _ = fastest(
-        true, nothing, copying._replace(layer_ms=0.0), experts=experts, share=share
-    )
+    reading_ms, _ = fastest(true, nothing, copying._replace(layer_ms=0.0), experts=experts, arm=arm)
     return (
         str(context),
         f"{share} %" if share else "none",

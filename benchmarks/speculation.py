@@ -32,12 +32,13 @@ from benchmarks.command import explains_errors
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
 from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
 from benchmarks.speculation_exact import BATCHES, merged, run_exact
-from benchmarks.speculation_report import AGAIN, write_report
+from benchmarks.speculation_report import write_report
+from benchmarks.speculation_report_timing import AGAIN
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
 from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
@@ -89,7 +90,7 @@ class Place:
         self.new_tokens: int = arguments.new_tokens
         self.timed_prompts: int = arguments.timed_prompts
         self.cells = tuple(cell for cell in CELLS if cell.name in arguments.cells)
-        self.commit = commit_or_none()  # of the code that runs, not of a later one
+        self.provenance = provenance()  # of the code that runs, not of a later one
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
@@ -119,9 +120,7 @@ class Place:
         self.results.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": 1,
-            "commit": self.commit,
-            "machine": describe_machine(),
-            "versions": versions(),
+            **self.provenance,
             "model": describe_model(str(model or self.model()), DTYPE),
             "load_average": list(os.getloadavg()),
         }
@@ -260,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             held_out_prompts(place.prompts),
             place.new_tokens,
             arguments.batches,
-            lambda made: place.write("exact", merged(kept, made, place.commit)),
+            lambda made: place.write("exact", merged(kept, made, place.provenance["commit"])),
         ),
         "eval": lambda: run_eval(
             REFERENCE_MODEL,

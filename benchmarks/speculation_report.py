@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.end_to_end_report import Claim
 from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
+from benchmarks.speculation_report_timing import (
+    Result,
+    other_runs,
+    timing_claims,
+    timing_section,
+)
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
 
 EXPECTED_RECALL = (0.76, 0.83, 0.78, 0.79, 0.65, 0.65, 0.68)
 """Recall@4 with default vectors of the second to the last layer, as the design measured it."""
 RECALL_TOLERANCE = 0.02
-HIDDEN_SHARE = 0.8
-CACHE_FACTOR = 1.02
-AGAIN = "cache 50% again"
-"""The same arm once more: what a difference between two arms has to be compared with."""
-SIZES = ("25%", "50%")
 PASSES_SHARE = 0.15
 FEWER_BYTES = 0.3
 MOST_LOSS_NATS = 0.02
@@ -31,8 +31,6 @@ _PHASES = {
     "eval_wide": "the same on the widened model",
     "compile": "compile time",
 }
-
-Result = Mapping[str, Any]
 
 
 def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Result] = ()) -> bool:
@@ -52,7 +50,7 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
     sections = [_head(found)]
     for name, judge, section in (
         ("exact", exact_claims, _exact_section),
-        ("timing", timing_claims, _timing_section),
+        ("timing", timing_claims, timing_section),
         ("eval", eval_claims, _no_section),
         ("eval_wide", eval_claims, _no_section),
         ("compile", compile_claims, _compile_section),
@@ -61,7 +59,7 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
             claims += judge(found[name])
             sections.append(section(found[name]))
             if name == "timing":
-                sections.append(_other_runs(others))
+                sections.append(other_runs(others))
     rows = [(c.text, c.measured, "yes" if c.holds else "**no**") for c in claims]
     sections.insert(
         1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)
@@ -98,53 +96,6 @@ def exact_claims(exact: Result) -> list[Claim]:
             holds=worst == 0 and not missing and not without,
         )
     ]
-
-
-def timing_claims(timing: Result) -> list[Claim]:
-    """Prefetch against on_demand, specmoe against the cache alone."""
-    p50 = {arm["name"]: arm["tpot_ms"]["p50"] for arm in timing["arms"]}
-    gain, most = p50["on_demand"] - p50["prefetch"], p50["resident"]
-    claims = [
-        Claim(
-            text=f"without a cache, prefetch gains {100 * HIDDEN_SHARE:.0f} % or more of the"
-            " compute time",
-            measured=f"{gain:.1f} of {most:.1f} ms ({100 * gain / most:.0f} %;"
-            f" {p50['on_demand']:.1f} -> {p50['prefetch']:.1f} ms,"
-            f" {100 * gain / p50['on_demand']:.0f} % less)",
-            holds=gain >= HIDDEN_SHARE * most,
-        )
-    ]
-    for size in SIZES:
-        cache, ours = p50[f"cache {size}"], p50[f"specmoe {size}"]
-        claims.append(
-            Claim(
-                text=f"with a cache of {size}, specmoe takes at most {CACHE_FACTOR} x cache",
-                measured=f"{ours / cache:.3f} x ({ours:.1f} and {cache:.1f} ms)",
-                holds=ours <= CACHE_FACTOR * cache,
-            )
-        )
-    return claims
-
-
-def _other_runs(timings: Sequence[Result]) -> str:
-    """The timing claims of other runs, which show how far runs are apart; nothing for none."""
-    if not timings:
-        return ""
-    rows = [
-        (
-            str(run["commit"])[:12],
-            str(run["settings"]["repeats"]),
-            *(claim.measured for claim in timing_claims(run)),
-        )
-        for run in timings
-    ]
-    head = ("commit", "repeats", "gain without a cache", *(f"cache of {size}" for size in SIZES))
-    return (
-        "### Other runs\n\n"
-        + markdown_table(head, rows)
-        + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
-        " judged by the run above."
-    )
 
 
 def eval_claims(found: Result) -> list[Claim]:
@@ -229,134 +180,6 @@ def _head(found: Mapping[str, Result]) -> str:
             f" {machine['gpu']['name'] if machine['gpu'] else 'none'}.",
             f"- Versions: {names}. Commit: {', '.join(commits)}.",
         )
-    )
-
-
-def _timing_section(timing: Result) -> str:
-    arms, settings = timing["arms"], timing["settings"]
-    p50 = {arm["name"]: arm["tpot_ms"]["p50"] for arm in arms}
-    rows: list[Sequence[str]] = []
-    for arm in arms:
-        base = {"prefetch": "on_demand", "specmoe": "cache"}.get(arm["name"].split()[0])
-        base = None if base is None else arm["name"].replace(arm["name"].split()[0], base)
-        if arm["name"] == AGAIN:
-            base = AGAIN.removesuffix(" again")
-        rows.append(
-            (
-                arm["name"],
-                f"{arm['tpot_ms']['p50']:.1f}",
-                ", ".join(f"{median:.1f}" for median in arm["medians_ms"]),
-                "-" if base is None else f"{p50[arm['name']] / p50[base]:.3f} x {base}",
-                *_traffic(arm["totals"], timing["model"]["moe_layers"]),
-            )
-        )
-    head = (
-        "arm",
-        "ms/token",
-        "of each run",
-        "against",
-        "hits",
-        "read on demand/token",
-        "ahead/token",
-        "of it useful",
-        "stall/token",
-        "steps predicted",
-    )
-    return (
-        "## Time per token\n\n"
-        + markdown_table(head, rows)
-        + f"\n\n{settings['prompts']} prompts of {settings['prompt_tokens']} tokens,"
-        f" {settings['new_tokens']} greedy tokens each, {settings['repeats']} repeats,"
-        f" {settings['order']}, each in its own process; ms/token is the median over all tokens, a"
-        " token's time its median over the repeats, which generate the same. An arm `again` is the"
-        " same arm: how far two equal ones are apart in this run."
-        " Ahead counts what was prefetched; a useful record was used by the step it was read for or"
-        " a later one. Steps predicted: the share of layer steps in which `auto_off` let the"
-        f" lookahead run. Commit: {str(timing['commit'])[:12]}.\n\n" + _link_section(timing)
-    )
-
-
-def _link_section(timing: Result) -> str:
-    """How much of each arm's time the link was busy: what a prefetch could still fill."""
-    layers = timing["model"]["moe_layers"]
-    rows: list[Sequence[str]] = []
-    for arm in timing["arms"]:
-        totals = arm["totals"]
-        tokens = sum(total["steps"] for total in totals) / layers
-        read = sum(total["demand_bytes"] + total["speculative_bytes"] for total in totals)
-        busy_ms = sum(total["read_busy_ms"] for total in totals) / tokens
-        if not read:
-            continue
-        median_ms = arm["tpot_ms"]["p50"]
-        rows.append(
-            (
-                arm["name"],
-                format_bytes(round(read / tokens)),
-                f"{read / tokens / busy_ms / 1e6:.2f} GB/s",
-                f"{busy_ms:.1f} ms",
-                f"{100 * busy_ms / median_ms:.0f} %",
-                f"{max(0.0, median_ms - busy_ms):.1f} ms",
-            )
-        )
-    head = ("arm", "read/token", "rate while reading", "reading", "of the token", "link idle")
-    resident = next(a["tpot_ms"]["p50"] for a in timing["arms"] if a["name"] == "resident")
-    return (
-        "### Where a prefetch can gain\n\n"
-        + markdown_table(head, rows)
-        + f"\n\nComputing a token takes {resident:.1f} ms with everything in memory:"
-        f" {resident / layers:.2f} ms per layer, the window between a prediction and its use."
-        " A prefetch gains by reading while the link is idle, and only if the guess is right; a"
-        " wrong one costs a whole read where the link is busy. Reading is the mean over all tokens,"
-        " the time per token a median.\n\n" + "\n".join(_account(timing, size) for size in SIZES)
-    )
-
-
-def _account(timing: Result, size: str) -> str:
-    """Where the time of specmoe differs from the cache's: bytes, waits and everything else."""
-    arms = {arm["name"]: arm for arm in timing["arms"]}
-    layers = timing["model"]["moe_layers"]
-    cache, ours = arms[f"cache {size}"], arms[f"specmoe {size}"]
-    before, after = (_per_token(arm["totals"], layers) for arm in (cache, ours))
-    read, waits = (after[key] - before[key] for key in ("read_bytes", "stall_ms"))
-    grown = ours["tpot_ms"]["p50"] - cache["tpot_ms"]["p50"]
-    window_ms = arms["resident"]["tpot_ms"]["p50"] / layers
-    record_ms = timing["model"]["bytes_per_expert"] / after["rate"] * 1e3
-    return (
-        f"- Cache of {size}: prediction changes what is read by {read / 2**20:+.1f} MiB per token"
-        f" and the waits by {waits:+.1f} ms; the median token by {grown:+.1f} ms, so that"
-        f" everything else (predicting, bookkeeping, products beside reads) changes it by"
-        f" {grown - waits:+.1f} ms. A record takes {record_ms:.1f} ms at"
-        f" {after['rate'] / 1e9:.2f} GB/s, the window before a layer is {window_ms:.1f} ms."
-    )
-
-
-def _per_token(totals: Sequence[Mapping[str, Any]], layers: int) -> dict[str, float]:
-    """Bytes read and time waited per token, and bytes per second of reading."""
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
-    tokens = total["steps"] / layers
-    read = total["demand_bytes"] + total["speculative_bytes"]
-    return {
-        "read_bytes": read / tokens,
-        "stall_ms": total["stall_ms"] / tokens,
-        "rate": read / total["read_busy_ms"] * 1e3,
-    }
-
-
-def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:
-    """Hits, bytes and stalls per token over all runs of an arm."""
-    if not totals:
-        return ("-",) * 6
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
-    tokens = total["steps"] / layers
-    used = total["hits"] + total["misses"]
-    ahead = total["speculative_bytes"]
-    return (
-        f"{100 * total['hits'] / max(1, used):.0f} %",
-        format_bytes(round(total["demand_bytes"] / tokens)),
-        format_bytes(round(ahead / tokens)),
-        f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
-        f"{total['stall_ms'] / tokens:.1f} ms",
-        f"{100 * total['needed'] / max(1, used):.0f} %",
     )
 
 

@@ -83,7 +83,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     from rich.console import Console
 
     from specmoe_compile.cli.measure import probes
-    from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+    from specmoe_compile.cli.measure.machine import provenance
     from specmoe_compile.cli.measure.memory_cap import own_memory_group_or_none, why_not_permitted
     from specmoe_compile.runtime.machine import available_ram_bytes
 
@@ -114,16 +114,13 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
             "gemv_bfloat16_gbps": probes.gemv_gbps(size, "bfloat16"),
             "gemv_float32_gbps": probes.gemv_gbps(size, "float32"),
         }
-        machine = describe_machine()
-        found = versions()
-        can_gather = machine["gpu"] is not None and found["triton"] is not None
+        origin = provenance()
+        can_gather = origin["machine"]["gpu"] and origin["versions"]["triton"]
         gpu_gbps = probes.transfer_gbps(record_bytes) if can_gather else None
     group = own_memory_group_or_none()
     result: dict[str, Any] = {
         "schema": 1,
-        "commit": commit_or_none(),
-        "machine": machine,
-        "versions": found,
+        **origin,
         "disk": {**asdict(disk), "gbps": {str(n): rate for n, rate in disk.gbps.items()}},
         "reader_threads": READER_THREADS,
         "memory": memory,

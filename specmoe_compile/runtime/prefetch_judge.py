@@ -79,8 +79,9 @@ class PrefetchJudge:
                 counts if it is more.
             residency: where the experts are read to.
         """
-        saved_s, lost_s, useless = _gains(layer, issued, wanted, residency)
-        margin = self._margin(layer, len(issued.reads) - len(useless), wanted, residency)
+        absent = residency.absent(layer, list(wanted))
+        saved_s, lost_s, useless = _gains(layer, issued, wanted, absent, residency)
+        margin = self._margin(layer, len(issued.reads) - len(useless) + len(absent))
         # The oldest victims would have gone for the useful records anyway.
         victims = issued.victims[len(issued.reads) - len(useless) :]
         pushed_out = {v: ranks[e] for v, e in zip(victims, reversed(useless), strict=False)}
@@ -103,11 +104,8 @@ class PrefetchJudge:
         lost_ms = certain_s * 1e3 + host_ms
         self.layers[layer].measure(sum(saved_s.values()) * 1e3, lost_ms, margin=margin)
 
-    def _margin(
-        self, layer: int, useful: int, wanted: Collection[int], residency: Residency
-    ) -> float:
+    def _margin(self, layer: int, lacking: int) -> float:
         """How many times its losses a layer has to save; from the experts that its steps lack."""
-        lacking = useful + len(residency.absent(layer, list(wanted)))
         mean = self._lacking[layer]
         mean = lacking if math.isinf(mean) else mean + (lacking - mean) / TRIAL_STEPS
         self._lacking[layer] = mean
@@ -115,7 +113,11 @@ class PrefetchJudge:
 
 
 def _gains(
-    layer: int, issued: Issued, wanted: Collection[int], residency: Residency
+    layer: int,
+    issued: Issued,
+    wanted: Collection[int],
+    absent: Collection[int],
+    residency: Residency,
 ) -> tuple[dict[int, float], dict[int, float], list[int]]:
     """Seconds that each useful read saved, that each useless one costs, and the useless experts."""
     if not issued.reads:
@@ -138,7 +140,7 @@ def _gains(
         }
     useless = [expert for expert in issued.reads if expert not in wanted]
     # What still runs holds up the reads that the layer waits for, if there are any.
-    all_there = not residency.absent(layer, list(wanted)) and all(
+    all_there = not absent and all(
         read.state == DONE for expert, read in issued.reads.items() if expert in wanted
     )
     for expert in useless:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_full_size_arms import ARMS
 from benchmarks.gpu_full_size_bound import Machine, fastest, main, step_times
 
+ARM_OF = {0: ARMS["prefetch_no_cache"], 50: ARMS["specmoe_50"]}
 MACHINE = Machine(record_ms=2.0, layer_ms=3.0)
 # Three layers, four experts, two of them per token; the second token needs the same again.
 TRUE = [[[0, 1], [0, 1]], [[2, 3], [2, 3]], [[1, 2], [1, 2]]]
@@ -15,7 +17,7 @@ WRONG = [[[3, 2], [3, 2]], [[0, 1], [0, 1]], [[0, 3], [0, 3]]]
 
 
 def times(predicted: list[list[list[int]]], share: int, amount: int) -> list[float]:
-    return list(step_times(TRUE, predicted, MACHINE, experts=4, share=share, amount=amount))
+    return list(step_times(TRUE, predicted, MACHINE, experts=4, arm=ARM_OF[share], amount=amount))
 
 
 def test_on_demand_reads_after_computing() -> None:
@@ -40,7 +42,7 @@ def test_a_cache_keeps_what_the_next_token_needs() -> None:
 
 def test_the_best_amount_is_found() -> None:
     many = [layer * 60 for layer in TRUE]
-    assert fastest(many, many, MACHINE, experts=4, share=0) == (15.0, 2)
+    assert fastest(many, many, MACHINE, experts=4, arm=ARM_OF[0]) == (15.0, 2)
 
 
 def test_another_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

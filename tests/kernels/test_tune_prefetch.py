@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specmoe_compile.kernels.tune_prefetch.kernel import launch_tune
-from specmoe_compile.kernels.tune_prefetch.op import amount_in_use, tune_prefetch
+from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import (
     BLOCK_STEPS,
     FIRST_HOLD,
@@ -80,7 +80,7 @@ def test_the_fastest_amount_is_found_and_kept(step_ms: dict[int, float], best: i
     first_round = amounts[WARM_STEPS : WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS]
     assert first_round == [amount for amount in AMOUNTS for _ in range(BLOCK_STEPS)]
     assert set(amounts[LONGEST_TRIAL:]) == {best}
-    assert amount_in_use(machine.state, machine.amounts) == best
+    assert int(machine.limit) == best
 
 
 def test_a_change_of_the_machine_is_noticed_after_a_hold() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from specmoe_compile.kernels.checks import check_tensor, require_triton
 from specmoe_compile.kernels.common_torch import LIBRARY
 from specmoe_compile.kernels.tune_prefetch.reference import (
-    ARM,
     MAX_AMOUNTS,
     STATE_WORDS,
     tune_prefetch_reference,
@@ -50,11 +49,6 @@ def tune_prefetch(
         SpecMoEError: CUDA tensors without Triton.
     """
     torch.ops.specmoe_kernels.tune_prefetch(state, limit, amounts, now=now)
-
-
-def amount_in_use(state: Tensor, amounts: Tensor) -> int:
-    """The amount that the last step was given; waits for the device."""
-    return int(amounts[int(state[ARM])])
 
 
 def _check(state: Tensor, limit: Tensor, amounts: Tensor, now: Tensor | None) -> None:

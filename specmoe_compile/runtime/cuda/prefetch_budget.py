@@ -9,16 +9,16 @@ Shape letters: A amounts that are tried.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
-from specmoe_compile.kernels.tune_prefetch.op import amount_in_use, tune_prefetch
+from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import LAST, MAX_AMOUNTS, STATE_WORDS
 from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.speculation import SpeculationConfig
 
 UNTUNED_RECORDS = 1
@@ -35,9 +35,7 @@ class PrefetchBudget:
 
     def __init__(
         self,
-        record_bytes: Sequence[int],
-        num_experts: Sequence[int],
-        *,
+        store: ExpertStore,
         top_k: int,
         streams: Streams,
         device: torch.device,
@@ -45,14 +43,13 @@ class PrefetchBudget:
         """Reserve the tensors of the trials.
 
         Args:
-            record_bytes: of each layer.
-            num_experts: E of each layer.
+            store: says how large and how many the records of a layer are.
             top_k: K, the most of the amounts.
             streams: the trials run on its `compute`.
             device: of the session.
         """
         self.limit: Tensor | None = None
-        self._record_bytes, self._num_experts = record_bytes, num_experts
+        self._store = store
         self._streams = streams
         self._config = SpeculationConfig()
         self._transfer: Literal["copy", "gather"] = "gather"
@@ -60,12 +57,12 @@ class PrefetchBudget:
         self._amounts = torch.tensor(amounts, dtype=torch.int32, device=device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
         self._limit = torch.full((1,), amounts[0], dtype=torch.int32, device=device)
-        self._last_layer = len(record_bytes)
+        self._last_layer = len(store.layouts)
 
     @property
     def records(self) -> int | None:
         """The amount in use by the trials; None where nothing is tried. Waits for the device."""
-        return None if self.limit is None else amount_in_use(self._state, self._amounts)
+        return None if self.limit is None else int(self.limit)
 
     def use(self, config: SpeculationConfig, transfer: Literal["copy", "gather"]) -> None:
         """Take the options and the transfer from now on; trials begin again.
@@ -108,9 +105,9 @@ class PrefetchBudget:
         """Records that a prefetch of the layer may bring, if `limit` allows them."""
         budget = self._config.prefetch_budget_bytes
         if budget is not None:
-            return budget // self._record_bytes[layer]
+            return budget // self._store.layouts[layer].record_bytes
         if self._transfer == "copy":
-            return self._num_experts[layer]
+            return self._store.num_experts[layer]
         return UNTUNED_RECORDS if self.limit is None else MAX_CHOICES
 
 

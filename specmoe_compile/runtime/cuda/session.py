@@ -87,8 +87,7 @@ class DeviceSession:
             release: called once on closing, before the store is closed.
 
         Raises:
-            ValueError: the cache does not hold one token's experts, or the store is another
-                model's.
+            ValueError: the cache holds less than one token's experts, or the store is another's.
             UnsupportedModelError: the kernels cannot compute these experts.
         """
         self.layers = tuple(layers)
@@ -109,13 +108,7 @@ class DeviceSession:
         self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
-        self._budget = PrefetchBudget(
-            [layout.record_bytes for layout in store.layouts],
-            store.num_experts,
-            top_k=top_k,
-            streams=self._streams,
-            device=device,
-        )
+        self._budget = PrefetchBudget(store, top_k, self._streams, device)
         self._learns_from_decode = False
         self._last_stats: Stats | None = None
         # The live step of each layer; False: the whole layer was computed by the prefill path.
