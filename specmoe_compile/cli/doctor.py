@@ -87,13 +87,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     from specmoe_compile.cli.measure.memory_cap import own_memory_group_or_none, why_not_permitted
     from specmoe_compile.runtime.machine import available_ram_bytes
 
-    free_disk = shutil.disk_usage(folder).free
-    needed = max(file_bytes, record_bytes * max(_THREADS)) + _DISK_MARGIN_BYTES
-    if free_disk < needed and not probes.is_store(folder, record_bytes, _THREADS):
-        raise OSError(
-            f"{folder} has {free_disk >> 20} MiB free, and the disk measurement needs"
-            f" {needed >> 20} MiB: choose another --store-dir, or a smaller --file-mib."
-        )
+    free_disk = _check_space(folder, record_bytes, file_bytes)
     with Console(stderr=True).status("Looking at the machine ...") as status:
 
         def say(what: str) -> None:
@@ -134,6 +128,20 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     }
     result["advice"] = advice(result)
     return result
+
+
+def _check_space(folder: Path, record_bytes: int, file_bytes: int) -> int:
+    """Free bytes of a folder's disk; raises `OSError` where the measurement's file does not fit."""
+    from specmoe_compile.cli.measure import probes
+
+    free_bytes = shutil.disk_usage(folder).free
+    needed = max(file_bytes, record_bytes * max(_THREADS)) + _DISK_MARGIN_BYTES
+    if free_bytes < needed and not probes.is_store(folder, record_bytes, _THREADS):
+        raise OSError(
+            f"{folder} has {free_bytes >> 20} MiB free, and the disk measurement needs"
+            f" {needed >> 20} MiB: choose another --store-dir, or a smaller --file-mib."
+        )
+    return free_bytes
 
 
 def find_compiler_or_none() -> str | None:

@@ -45,15 +45,8 @@ def plan_cache_reference(
             f"specmoe_kernels::plan_cache: ids holds expert {max(choices)}, but slot_of has"
             f" {slot_of.shape[0]} experts"
         )
-    cache = ExpertCache(
-        num_experts=[slot_of.shape[0]],
-        slots=[expert_of.shape[0]],
-        policy=policy,
-        ageing_period=ageing_period,
-    )
-    cache.slot_of[0], cache.expert_of[0] = slot_of.tolist(), expert_of.tolist()
-    cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
-    cache.clock[0] = int(clock)
+    tables = (slot_of, expert_of, last_use, count, clock)
+    cache = _cache_of(*tables, policy=policy, ageing_period=ageing_period)
     in_flight: list[int] = pending.tolist()
     if fill_limit is not None:
         most_fills = min(most_fills, int(fill_limit))
@@ -64,11 +57,9 @@ def plan_cache_reference(
         bypass=bypass,
         speculative=speculative,
     )
-    _write(slot_of, cache.slot_of[0])
-    _write(expert_of, cache.expert_of[0])
-    _write(last_use, cache.last_use[0])
-    _write(count, cache.count[0])
-    _write(clock, cache.clock)
+    columns = (cache.slot_of[0], cache.expert_of[0], cache.last_use[0], cache.count[0], cache.clock)
+    for table, values in zip(tables, columns, strict=True):
+        _write(table, values)
     late_hits = [slot for _, slot in plan.hits if in_flight[slot]]
     _keep_books(plan, pending, unused, counters, len(late_hits), speculative=speculative)
 
@@ -82,6 +73,22 @@ def plan_cache_reference(
         _int32(fill_slots + rest, ids),
         _int32([len(plan.fills)], ids),
     )
+
+
+def _cache_of(
+    slot_of: Tensor,
+    expert_of: Tensor,
+    last_use: Tensor,
+    count: Tensor,
+    clock: Tensor,
+    **policy: Any,
+) -> ExpertCache:
+    """The Python policy with what the tables say."""
+    cache = ExpertCache(num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], **policy)
+    cache.slot_of[0], cache.expert_of[0] = slot_of.tolist(), expert_of.tolist()
+    cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
+    cache.clock[0] = int(clock)
+    return cache
 
 
 def _keep_books(
