@@ -224,5 +224,7 @@ _NOTES = """## How to read this
 - Cost is the time that a compiled function of all layers but the first takes beyond one that does
   nothing, one token; `default_vectors` and `estimator` include the blend. The prefetch itself,
   the same for all, is not in it.
+- `auto`, the default, goes by recall: `hybrid` where a file holds trained networks, else
+  `default_vectors`, which recalls most of those that need no training. Time is not what it goes by.
 - Training time leaves out running the model over the text, which default vectors need as well.
 - Not run on a GPU; one small model, and one body of text."""
