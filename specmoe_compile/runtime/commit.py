@@ -5,15 +5,13 @@ Shape letters: T tokens, K top-k, P predicted per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def committed_routing(
-    predicted: Sequence[Sequence[int]],
-    predicted_weights: Tensor | None,
+    predicted: Tensor,
+    predicted_weights: Tensor,
     ids: Tensor,
     weights: Tensor,
     *,
@@ -28,17 +26,14 @@ def committed_routing(
     was predicted has nothing to renormalise and runs its predicted experts with predicted weights.
 
     Args:
-        predicted: [T][P] expert numbers.
+        predicted: [T, P] expert numbers, in the dtype of `ids`; all tensors on one device.
         predicted_weights: [T, P] float.
         ids: [T, K] int64 or int32, the true router's.
         weights: [T, K] float, the true router's.
         use_true_weights: commit to the intersection instead of the prediction.
     """
-    if predicted_weights is None:
-        raise ValueError("committing needs the predicted weights.")
     top_k = ids.shape[1]
-    guess = torch.tensor(predicted, dtype=ids.dtype)
-    guess_weights = predicted_weights
+    guess, guess_weights = predicted, predicted_weights
     if guess.shape[1] > top_k:
         totals = guess_weights.sum(dim=1, keepdim=True)
         guess_weights, place = guess_weights.topk(top_k, dim=1)
@@ -53,7 +48,7 @@ def committed_routing(
         )
     if not use_true_weights:
         return guess, guess_weights.to(weights.dtype)
-    kept = (ids.unsqueeze(2) == torch.tensor(predicted).unsqueeze(1)).any(dim=2)
+    kept = (ids.unsqueeze(2) == predicted.unsqueeze(1)).any(dim=2)
     kept_weights = torch.where(kept, weights, torch.zeros_like(weights))
     kept_total = kept_weights.sum(dim=1, keepdim=True)
     scale = weights.sum(dim=1, keepdim=True) / kept_total.clamp(min=torch.finfo(weights.dtype).tiny)

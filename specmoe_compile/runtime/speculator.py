@@ -246,8 +246,9 @@ class Speculator:
         runner = self._runners[layer]
         y = x.new_empty((*ids.shape, x.shape[-1]))
         if state.prediction is not None:
+            assert state.prediction.weights is not None, "settle() keeps no other"
             state.ids, state.weights = committed_routing(
-                state.prediction.rows,
+                ids.new_tensor(state.prediction.rows),
                 state.prediction.weights,
                 ids,
                 weights,

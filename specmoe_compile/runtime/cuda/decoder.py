@@ -28,12 +28,14 @@ class DecodeStep(NamedTuple):
         late: [T, K] int32, slot of each choice that is on its way, else -1.
         skipped: [T, K] int32, experts that a default vector stands in for, else -1; or None.
         arrivals: the transfers that `late` needs, where the decoder tells them apart.
+        weights: [T, K] to sum with; None for the router's.
     """
 
     present: Tensor
     late: Tensor
     skipped: Tensor | None
     arrivals: tuple[Any, ...] = ()
+    weights: Tensor | None = None
 
 
 class Decoder(ABC):

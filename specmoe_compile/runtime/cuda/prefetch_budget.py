@@ -106,7 +106,8 @@ class PrefetchBudget:
         budget = self._config.prefetch_budget_bytes
         if budget is not None:
             return budget // self._store.layouts[layer].record_bytes
-        if self._transfer == "copy":
+        if self._transfer == "copy" or self._config.policy == "commit":
+            # Of `copy` the rest can be cancelled; what is committed to is needed.
             return self._store.num_experts[layer]
         return UNTUNED_RECORDS if self.limit is None else MAX_CHOICES
 

@@ -20,6 +20,7 @@ from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.predictors.predictions import Predictions
 from specmoe_compile.runtime import nvtx
+from specmoe_compile.runtime.cuda.committed import Commitments, Routing
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
 from specmoe_compile.runtime.cuda.parts import DecoderParts
@@ -108,6 +109,7 @@ class DeviceSession:
         self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
+        self._commitments = Commitments(len(self.layers), self._streams, device)
         self._budget = PrefetchBudget(store, top_k, self._streams, device)
         self._learns_from_decode = False
         self._last_stats: Stats | None = None
@@ -175,8 +177,10 @@ class DeviceSession:
             return self._last_stats
         self._check_open()
         staging_bytes = 0 if self._supply is None else self._supply.total_bytes
+        layers = self._decoders.stats()
+        self._commitments.add_to(layers)
         return Stats(
-            layers=self._decoders.stats(),
+            layers=layers,
             fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
@@ -189,8 +193,8 @@ class DeviceSession:
         `auto_off` is about the number of records to fetch ahead, see `PrefetchBudget`.
 
         Raises:
-            ValueError: policy `commit`, or predictor `previous_token`, whose memory of the step
-                before a captured graph does not replay.
+            ValueError: predictor `previous_token`, whose memory of the step before a captured graph
+                does not replay.
             SpecMoEError: the transfer cannot be changed any more, see `Decoders.use`.
         """
         if speculation.predictor == "previous_token":
@@ -198,15 +202,11 @@ class DeviceSession:
                 "predictor='previous_token' is not supported for experts on a GPU: use another"
                 " predictor."
             )
-        if speculation.policy == "commit":
-            raise ValueError(
-                "policy='commit' is not supported for experts on a GPU: use 'exact' or"
-                " 'default_vector'."
-            )
         with self._lock:
             self._check_open()
             self._decoders.use(speculation.transfer, captures=speculation.captures)
             self._config = speculation
+            self._commitments.use(speculation)
             self._budget.use(speculation, self._decoders.name)
             self._decoders.limit_prefetch(self._budget.limit)
             self.predictions.use(speculation.predictor)
@@ -228,6 +228,7 @@ class DeviceSession:
         """Set the counters to zero; the cache keeps what it holds."""
         with self._lock:
             self._decoders.reset_stats()
+            self._commitments.reset_stats()
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the experts of one layer, fetching what is missing.
@@ -269,8 +270,10 @@ class DeviceSession:
             self._check_open()
             prefill = self._is_prefill(layer, ids)
             self._budget.begin_layer(layer, prefill=prefill)
+            self._commitments.drop(layer)
             if prefill or layer in self._config.skip_layers:
                 return 0
+            self._commitments.keep(layer, ids, weights)
             experts = self.store.num_experts[layer]
             with self._streams.on("compute"):
                 ids = most_wanted(ids, weights, self._config, num_experts=experts)
@@ -282,13 +285,14 @@ class DeviceSession:
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         """Plan the true ids, [T, K], and start fetching what is missing.
 
-        With policy `default_vector` what is missing depends on the router weights, which come with
-        `run_resident_experts`.
+        With the other policies what is missing depends on the router weights, which come with
+        `run_resident_experts`; with `commit`, where a prediction was made.
         """
         with self._lock, layer_range(layer, "wait"):
             self._check_open()
             self._forget_step(layer)
-            if not self._is_prefill(layer, ids) and not self._fills_defaults(layer):
+            waits_for_weights = self._fills_defaults(layer) or self._commitments.has(layer, ids)
+            if not waits_for_weights and not self._is_prefill(layer, ids):
                 self._waited[layer] = self._decoder.demand(layer, ids.contiguous())
             return 0
 
@@ -317,6 +321,7 @@ class DeviceSession:
             return self._correct(layer, step, partial.contiguous(), x, weights)
 
     def _demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        self._commitments.drop(layer)
         if not self._is_prefill(layer, ids):
             self._waited[layer] = self._decoder.demand(layer, ids)
         partial = self._run(layer, x, ids, weights)
@@ -333,7 +338,8 @@ class DeviceSession:
             self.default_vectors.learn(layer, ids, y)
             return y
         if step is None:
-            step = self._demand_strong(layer, ids, weights)
+            ids, weights = self._commitments.take(layer, Routing(ids, weights))
+            step = self._demand_strong(layer, ids, weights)._replace(weights=weights)
         self._steps[layer] = step
         y = self._decoder.run(layer, step, x, weights)
         if self._learns_from_decode and not self._streams.capturing:
@@ -359,6 +365,7 @@ class DeviceSession:
         if step is False:
             with self._streams.on("compute"):
                 return reduce_choices(partial, weights)
+        weights = weights if step.weights is None else step.weights
         vectors = self.default_vectors.tables[layer]
         return self._decoder.correct(layer, step, partial, x, weights, vectors)
 

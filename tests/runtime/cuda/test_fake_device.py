@@ -85,7 +85,7 @@ def test_steps_of_two_layers_of_qwen3_30b(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "policy"), [(1, "exact"), (3, "default_vector")])
+@pytest.mark.parametrize(("batch", "policy"), [(1, "exact"), (3, "default_vector"), (1, "commit")])
 @pytest.mark.parametrize("config", [reference_model, qwen3_30b])
 def test_steps_of_whole_models(
     config: Any, batch: int, policy: str, monkeypatch: pytest.MonkeyPatch

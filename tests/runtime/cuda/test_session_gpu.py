@@ -54,3 +54,23 @@ def test_tokens_are_those_of_the_plain_model(
     assert region.is_pinned()
     specmoe_compile.close(model)
     assert not region.is_pinned()
+
+
+def test_committed_tokens_depend_on_no_transfer_and_no_graph(plain: Any) -> None:
+    ids = prompts(1, 5).cuda()
+    # A router on the residual stream learns nothing on the way.
+    commit = {"policy": "commit", "predictor": "residual"}
+    tokens, left_out = [], []
+    for options in ({"transfer": "copy"}, {"transfer": "gather"}, {"mode": "reduce-overhead"}):
+        model = specmoe_compile.offload(
+            copy.deepcopy(plain), device="cuda", store="ram", expert_cache="50%", progress=False
+        )
+        compiled = torch.compile(model, backend="specmoe", options={**commit, **options})
+        for _ in range(2):
+            generated = greedy(compiled, ids, 16, cache_implementation="static")
+        tokens.append(generated)
+        left_out.append(session_of(model).stats.total.skipped_experts)
+        specmoe_compile.close(model)
+    assert left_out[0] == left_out[1] == left_out[2] > 0
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])

@@ -1,0 +1,86 @@
+"""Policy `commit` on a device: which experts a step runs, without the host reading a value.
+
+Shape letters: T tokens, K top-k, P predicted per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.runtime.commit import committed_routing
+from specmoe_compile.runtime.cuda.streams import Streams
+from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.stats import LayerStats
+
+
+class Routing(NamedTuple):
+    """Experts and weights of a step, both [T, K]."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+class Commitments:
+    """Predictions of the live step, by layer, and the routing that they make of the true one."""
+
+    def __init__(self, layers: int, streams: Streams, device: torch.device) -> None:
+        """Start without predictions for so many layers, and count on the device."""
+        self._left_out = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._streams = streams
+        self._config = SpeculationConfig()
+        self._predicted: list[Routing | None] = [None] * layers
+
+    def use(self, config: SpeculationConfig) -> None:
+        """Take the options from now on."""
+        self._config = config
+        self._predicted = [None] * len(self._predicted)
+
+    def keep(self, layer: int, ids: Tensor, weights: Tensor) -> None:
+        """Commit to a prediction, ids and weights [T, P]; by another policy, do nothing.
+
+        They are copied: a compiled graph may use their memory again.
+        """
+        if self._config.policy == "commit" and ids.numel():
+            with self._streams.on("compute"):
+                self._predicted[layer] = Routing(ids.clone(), weights.clone())
+
+    def drop(self, layer: int) -> None:
+        """Let the next step of a layer be exact."""
+        self._predicted[layer] = None
+
+    def has(self, layer: int, ids: Tensor) -> bool:
+        """Whether a step of this true routing, [T, K], runs what was predicted."""
+        predicted = self._predicted[layer]
+        return predicted is not None and len(predicted.ids) == len(ids)
+
+    def take(self, layer: int, true: Routing) -> Routing:
+        """Return what to run instead of the true routing, see `committed_routing`; drops it."""
+        if not self.has(layer, true.ids):
+            self.drop(layer)
+            return true
+        predicted, self._predicted[layer] = self._predicted[layer], None
+        assert predicted is not None, "has() says so"
+        with self._streams.on("compute"):
+            ids, weights = committed_routing(
+                predicted.ids.to(true.ids.dtype),
+                predicted.weights,
+                true.ids,
+                true.weights,
+                use_true_weights=self._config.commit_weights == "true",
+            )
+            runs = (true.ids.unsqueeze(2) == ids.unsqueeze(1)).any(dim=2)
+            self._left_out[layer] += (~runs).sum()
+            return Routing(ids.contiguous(), weights.contiguous())
+
+    def add_to(self, layers: Sequence[LayerStats]) -> None:
+        """Count the experts that were left out among a session's; waits for the device."""
+        for stats, left_out in zip(layers, self._left_out.tolist(), strict=True):
+            stats.skipped_experts += left_out
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+        self._left_out.zero_()
