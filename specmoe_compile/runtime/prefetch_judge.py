@@ -3,7 +3,8 @@
 Two questions, each with a `PrefetchGate`: is a layer to be predicted at all, and are guesses of a
 rank to be read. The rank of a guess is its place among the predicted experts, heaviest first: heavy
 ones are nearly always right, light ones often not, and only a measurement tells which still pay on
-a given disk and cache.
+a given disk and cache. Over both is a `StepTrial`: do steps with what is left of the predictions
+take less time than steps without any.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from specmoe_compile.runtime.residency import Issued, Residency
 from specmoe_compile.runtime.speculation import LAYER_MARGIN, RARE_MARGIN, TRIAL_STEPS, PrefetchGate
+from specmoe_compile.runtime.stats import LayerStats
 from specmoe_compile.runtime.step_clock import StepClock
+from specmoe_compile.runtime.step_trial import StepTrial
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING
 
 _SHARE_BESIDE = 0.5
@@ -27,6 +30,7 @@ class PrefetchJudge:
         layers: of each layer, whether it is predicted.
         ranks: of each layer, by rank, whether such a guess is read.
         clock: what a predicted layer costs the host.
+        trial: whether steps with all that the gates admit are faster than steps without.
     """
 
     def __init__(self, layers: int, now_s: Callable[[], float]) -> None:
@@ -34,7 +38,21 @@ class PrefetchJudge:
         self.layers = [PrefetchGate() for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
         self.clock = StepClock(now_s)
+        self.trial = StepTrial()
         self._lacking = [float("inf")] * layers
+        self._lacked_bytes = 0
+
+    def begin_step(self, predicted: int, stats: Sequence[LayerStats]) -> None:
+        """Time a step with that many predicted layers, from here to `end_step`."""
+        self._lacked_bytes = _lacked_bytes(stats)
+        self.clock.begin(predicted, _stalled_ms(stats))
+
+    def end_step(self, stats: Sequence[LayerStats]) -> None:
+        """Take in how long the step took that began, if one did."""
+        step_ms = self.clock.end(_stalled_ms(stats))
+        lacked_bytes = _lacked_bytes(stats) - self._lacked_bytes
+        if step_ms is not None and lacked_bytes >= 0:
+            self.trial.end(step_ms, lacked_bytes)
 
     def admitted(
         self, layer: int, experts: Sequence[int], width: int
@@ -110,6 +128,15 @@ class PrefetchJudge:
         mean = lacking if math.isinf(mean) else mean + (lacking - mean) / TRIAL_STEPS
         self._lacking[layer] = mean
         return LAYER_MARGIN if mean >= 1 else RARE_MARGIN
+
+
+def _stalled_ms(stats: Sequence[LayerStats]) -> float:
+    return sum(layer.stall_ms for layer in stats)
+
+
+def _lacked_bytes(stats: Sequence[LayerStats]) -> int:
+    """What was needed and had to be read, on demand or ahead."""
+    return sum(layer.demand_bytes + layer.useful_speculative_bytes for layer in stats)
 
 
 def _gains(

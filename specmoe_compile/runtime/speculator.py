@@ -137,23 +137,20 @@ class Speculator:
             edges: pairs in one list: a layer, and one that can be predicted from it.
         """
         busy: set[int] = set()
-        clock = self.judge.clock
-        baseline = self._is_judged() and clock.wants_baseline()
+        predicts = not self._is_judged() or self.judge.trial.begin()
         targets = set(edges[1::2])
         for target in targets:
-            self._asked[target] = not baseline and self._wants(target)
+            self._asked[target] = predicts and self._wants(target)
         for source, target in zip(edges[::2], edges[1::2], strict=True):
             if self._asked[target]:
                 busy.update((source, target))
-        clock.begin(sum(bool(self._asked[target]) for target in targets), self._stalled_ms())
+        asked = sum(bool(self._asked[target]) for target in targets)
+        self.judge.begin_step(asked, self._stats)
         return [layer in busy for layer in layers]
-
-    def _stalled_ms(self) -> float:
-        return sum(stats.stall_ms for stats in self._stats)
 
     def _end_step(self, layer: int) -> None:
         if layer == len(self._runners) - 1:
-            self.judge.clock.end(self._stalled_ms())
+            self.judge.end_step(self._stats)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 BASELINE_STEPS = 8
-"""Steps without predictions that are measured first, in turn with steps that have some."""
+"""Steps of both kinds that have to be measured before they are compared."""
 _DECAY = 1.0 / 16
 _OUTLIER = 2.0  # times the mean; such a step was disturbed by something else
 
@@ -40,7 +40,6 @@ class StepClock:
         self._without = _Mean()
         self._with = _Mean()
         self._predicted = _Mean()
-        self._turn = False
         self._started_s = 0.0
         self._stalled_ms = 0.0
         self._in_step = 0
@@ -52,26 +51,23 @@ class StepClock:
             return 0.0
         return max(0.0, (self._with.value - self._without.value) / self._predicted.value)
 
-    def wants_baseline(self) -> bool:
-        """Whether the step that begins should go without predictions, to be compared with."""
-        self._turn = not self._turn
-        return self._turn and self._without.count < BASELINE_STEPS
-
     def begin(self, predicted: int, stalled_ms: float) -> None:
         """Start a step with that many predicted layers; `stalled_ms` is the time waited so far."""
         self._in_step = predicted
         self._stalled_ms = stalled_ms
         self._started_s = self._now_s()
 
-    def end(self, stalled_ms: float) -> None:
-        """End the step that began, if one did and the counters went on."""
+    def end(self, stalled_ms: float) -> float | None:
+        """End the step that began; its milliseconds, None if none did or the counters went back."""
         started_s, self._started_s = self._started_s, 0.0
         waited_ms = stalled_ms - self._stalled_ms
         if not started_s or waited_ms < 0:
-            return
-        worked_ms = (self._now_s() - started_s) * 1e3 - waited_ms
+            return None
+        step_ms = (self._now_s() - started_s) * 1e3
+        worked_ms = step_ms - waited_ms
         if self._in_step:
             self._with.add(worked_ms)
             self._predicted.add(self._in_step)
         else:
             self._without.add(worked_ms)
+        return step_ms

@@ -30,13 +30,11 @@ def test_cost_is_the_difference_without_waits_per_layer(now: list[float]) -> Non
     clock = StepClock()
     for step in range(2 * BASELINE_STEPS):
         assert clock.cost_ms == 0.0
-        assert clock.wants_baseline() == (step % 2 == 0)
         if step % 2:
             _step(clock, now, predicted=4, took_ms=30.0 + step, waited=20.0 + step)
         else:
             _step(clock, now, predicted=0, took_ms=18.0, waited=10.0)
     assert clock.cost_ms == pytest.approx((10.0 - 8.0) / 4)
-    assert not any(clock.wants_baseline() for _ in range(4))
 
 
 def test_disturbed_steps_and_reset_counters_do_not_count(now: list[float]) -> None:

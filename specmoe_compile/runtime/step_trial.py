@@ -1,0 +1,106 @@
+"""Whether predicting makes steps faster, measured: steps with it against steps without, in turn.
+
+What one prefetch saves can only be estimated, since the reads of a step hold each other up; what a
+step takes is a fact. But steps take longer the more bytes they lack, whatever is predicted, and by
+far more than predicting changes. So steps are compared at the same number of bytes: the slope of
+time over bytes is fitted within both ways of running, and what is left of a step's time once it is
+subtracted is compared by medians, which a disturbed step does not move.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from statistics import median
+
+BLOCK_STEPS = 2
+"""Steps in a row that are run the same way: what a step leaves behind hits its own way too."""
+WARM_STEPS = 32
+"""Steps that are not compared the first time: slots fill, and rules about single guesses learn."""
+COMPARED_STEPS = 24
+"""Steps of each way that are compared."""
+FIRST_HOLD_STEPS = 512
+"""Steps that a decision holds at first; each time in a row that it is the same doubles it."""
+MAX_HOLD_STEPS = 8192
+
+
+class StepTrial:
+    """Says for each step whether it may predict, and takes in how long it took.
+
+    Attributes:
+        predicts: the decision that holds, or held last; True before there is one.
+        is_trying: whether steps are being compared.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a trial."""
+        self.predicts = True
+        self.is_trying = True
+        self._hold_steps = FIRST_HOLD_STEPS
+        self._decisions = 0
+        self._begun = 0
+        self._warm = WARM_STEPS
+        # Of steps without and with predictions: bytes that they lacked, and milliseconds.
+        self._steps: tuple[list[tuple[int, float]], ...] = ([], [])
+        self._way = True
+
+    def begin(self) -> bool:
+        """Whether the step that begins may predict."""
+        if self.is_trying:
+            # Without, with, with, without: a drift hits both alike.
+            block = self._begun // BLOCK_STEPS
+            self._way = block % 4 in (1, 2)
+        else:
+            self._way = self.predicts
+            if self._begun >= self._hold_steps:
+                self._restart()
+                return self.begin()
+        self._begun += 1
+        return self._way
+
+    def end(self, ms: float, lacked_bytes: int) -> None:
+        """Take in the step that began last.
+
+        Args:
+            ms: how long it took.
+            lacked_bytes: what it needed and had to be read, on demand or ahead.
+        """
+        if not self.is_trying or self._begun <= self._warm:
+            return
+        steps = self._steps[self._way]
+        if len(steps) < COMPARED_STEPS:
+            steps.append((lacked_bytes, ms))
+        if min(len(steps) for steps in self._steps) >= COMPARED_STEPS:
+            self._decide()
+
+    def _decide(self) -> None:
+        without, predicting = self._steps
+        slope = _slope(without, predicting)
+        decision = _rest_ms(predicting, slope) < _rest_ms(without, slope)
+        same = self._decisions > 0 and decision == self.predicts
+        self._hold_steps = min(MAX_HOLD_STEPS, 2 * self._hold_steps) if same else FIRST_HOLD_STEPS
+        self._decisions += 1
+        self.predicts = decision
+        self.is_trying = False
+        self._begun = 0
+
+    def _restart(self) -> None:
+        self.is_trying = True
+        self._begun = self._warm = 0
+        self._steps = ([], [])
+
+
+def _slope(*groups: Sequence[tuple[int, float]]) -> float:
+    """Milliseconds per byte: the median slope of all pairs within a group (Theil and Sen)."""
+    slopes = [
+        (ms - other_ms) / (lacked - other)
+        for group in groups
+        for (lacked, ms), (other, other_ms) in itertools.combinations(group, 2)
+        if lacked != other
+    ]
+    return median(slopes) if slopes else 0.0
+
+
+def _rest_ms(steps: Sequence[tuple[int, float]], slope: float) -> float:
+    """Median of what steps took beyond reading what they lacked."""
+    return median(ms - slope * lacked for lacked, ms in steps)

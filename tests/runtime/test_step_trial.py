@@ -1,0 +1,79 @@
+"""Steps with predictions are kept where they are faster, at whatever number of bytes is lacking."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from specmoe_compile.runtime.step_trial import (
+    BLOCK_STEPS,
+    COMPARED_STEPS,
+    FIRST_HOLD_STEPS,
+    WARM_STEPS,
+    StepTrial,
+)
+
+RECORD = 3 << 20
+TRIAL = WARM_STEPS + 2 * COMPARED_STEPS
+
+
+class Machine:
+    """Steps of 10 ms and 1.5 ms per record that they lack, and what predicting changes."""
+
+    def __init__(self, effect: float, *, seed: int = 0, noise: float = 0.0) -> None:
+        self.effect, self.noise, self.random = effect, noise, random.Random(seed)
+        self.trial = StepTrial()
+
+    def steps(self, count: int) -> Iterator[bool]:
+        """Run steps; yields whether each was allowed to predict."""
+        for _ in range(count):
+            predicts = self.trial.begin()
+            records = self.random.choice([2, 5, 9, 14, 20])
+            ms = 10.0 + 1.5 * records + self.random.gauss(0.0, self.noise)
+            if self.random.random() < 0.03:
+                ms *= 5.0  # disturbed by something else
+            self.trial.end(ms * (1.0 + predicts * self.effect), records * RECORD)
+            yield predicts
+
+
+@pytest.mark.parametrize("effect", [-0.05, 0.05])
+def test_the_faster_way_is_found_among_steps_that_differ_by_far_more(effect: float) -> None:
+    found = []
+    for seed in range(40):
+        machine = Machine(effect, seed=seed, noise=1.0)
+        ways = list(machine.steps(TRIAL))
+        assert sum(ways[WARM_STEPS:]) == COMPARED_STEPS
+        assert not machine.trial.is_trying
+        found.append(machine.trial.predicts)
+        assert set(machine.steps(50)) == {machine.trial.predicts}
+    assert found.count(effect < 0) >= 38
+
+
+def test_a_trial_goes_there_and_back_so_that_a_drift_hits_both_ways() -> None:
+    ways = list(Machine(0.1).steps(TRIAL))
+    blocks = [ways[i : i + BLOCK_STEPS] for i in range(0, 8 * BLOCK_STEPS, BLOCK_STEPS)]
+    assert [all(block) for block in blocks] == [False, True, True, False] * 2
+    assert [any(block) for block in blocks] == [False, True, True, False] * 2
+
+
+def test_a_decision_holds_longer_each_time_that_it_is_the_same() -> None:
+    machine = Machine(0.2)
+    list(machine.steps(TRIAL))
+    for times in (1, 2, 4):
+        assert not any(machine.steps(times * FIRST_HOLD_STEPS))
+        assert sum(machine.steps(2 * COMPARED_STEPS)) == COMPARED_STEPS, "it is tried again"
+    machine.effect = -0.2
+    list(machine.steps(8 * FIRST_HOLD_STEPS + 2 * COMPARED_STEPS))
+    assert machine.trial.predicts, "what pays now is found"
+    assert all(machine.steps(FIRST_HOLD_STEPS))
+    assert not all(machine.steps(2 * COMPARED_STEPS))
+
+
+def test_steps_that_lack_nothing_are_compared_by_time_alone() -> None:
+    for effect in (-0.1, 0.1):
+        trial = StepTrial()
+        for _ in range(TRIAL):
+            trial.end(5.0 * (1.0 + trial.begin() * effect), 0)
+        assert trial.predicts == (effect < 0)
