@@ -5,8 +5,9 @@
 
 Phases: `recall` (default vectors and networks from training files, recall on held-out files, as
 `specmoe calibrate --train-estimator` does it), `cost` (time to predict one token's experts),
-`timing` (time per token of the widened model with each predictor, interleaved), `report`
-(docs/results/predictors.md). Results are benchmarks/results/predictors.json, phase by phase.
+`timing` and `no_cache` (time per token of the widened model with each predictor, interleaved: with
+a cache, and without one, as in the paper), `report` (docs/results/predictors.md). Results are
+benchmarks/results/predictors.json, phase by phase.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ from specmoe_compile.predictors.training import TrainingConfig
 from specmoe_compile.runtime.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "predictors.md"
-PHASES = ("recall", "cost", "timing", "report")
+PHASES = ("recall", "cost", "timing", "no_cache", "report")
 DTYPE = "float32"
 WINDOW = 512
 BATCH = 4
 SEED = 0
 BASELINE = "none"
-"""The arm with the same cache and no prefetch."""
+"""The arm with the same cache, or none, and no prefetch."""
+ARMS = {"timing": ("cache", "specmoe"), "no_cache": ("on_demand", "prefetch")}
+"""By phase, the arm without and the arm with predictions."""
 
 
 class Place:
@@ -190,8 +193,9 @@ def _recall(result: Calibration, name: str) -> dict[str, Any]:
     }
 
 
-def run_timing(place: Place) -> None:
+def run_timing(place: Place, phase: str) -> None:
     """Time per token with each predictor and without any, repeats interleaved."""
+    without, predicting = ARMS[phase]
     prompts = held_out_prompts(3)
     _write_widened_artefact(place)
     jobs = {}
@@ -202,7 +206,7 @@ def run_timing(place: Place) -> None:
             if name != BASELINE:
                 options |= {"predictor": name, "default_vectors": str(place.widened_artefact)}
             jobs[name] = ArmJob(
-                arm="cache" if name == BASELINE else "specmoe",
+                arm=without if name == BASELINE else predicting,
                 model=str(place.model()),
                 prompts=prompts,
                 new_tokens=place.new_tokens,
@@ -223,10 +227,10 @@ def run_timing(place: Place) -> None:
                 print(f"{repeat + 1}/{place.repeats} {name}: {median:.2f} ms", flush=True)
     tokens = {json.dumps(run.tokens) for done in runs.values() for run in done}
     place.write(
-        "timing" if place.auto_off else "timing_always",
+        phase if place.auto_off else f"{phase}_always",
         {
             "model": describe_model(str(place.model()), DTYPE),
-            "expert_cache": EXPERT_CACHE,
+            "expert_cache": EXPERT_CACHE if phase == "timing" else None,
             "auto_off": place.auto_off,
             "prompts": len(prompts),
             "prompt_tokens": PROMPT_TOKENS,
@@ -260,6 +264,7 @@ def _arm(runs: Sequence[ArmRun]) -> dict[str, Any]:
     return {
         "tpot_ms": spread([ms for run in runs for ms in run.tpot_samples_ms]),
         "medians_ms": [quantile(run.tpot_samples_ms, 0.5) for run in runs],
+        "samples_ms": [[round(ms, 2) for ms in run.tpot_samples_ms] for run in runs],
         "recall": total["recalled"] / total["needed"] if total["needed"] else None,
         "predicted_share": total["needed"] / max(1, total["hits"] + total["misses"]),
         "total": total,
@@ -301,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     phases: dict[str, Callable[[], None]] = {
         "recall": lambda: run_recall(place),
         "cost": lambda: place.write("cost", measure_cost(place.artefact)),
-        "timing": lambda: run_timing(place),
+        "timing": lambda: run_timing(place, "timing"),
+        "no_cache": lambda: run_timing(place, "no_cache"),
         "report": lambda: write_report(place.result, arguments.report),
     }
     for name, run in phases.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from specmoe_compile.cli.tables import markdown_table
@@ -13,6 +14,13 @@ from specmoe_compile.runtime.sizes import format_bytes
 
 Result = Mapping[str, Any]
 NOT_MEASURED = "not measured"
+TIMINGS = ("timing", "no_cache", "timing_always", "no_cache_always")
+"""Phases that time every predictor."""
+GROUPS = (
+    (DEFAULT_PREDICTOR, ("residual", "previous_token"), "Without trained networks"),
+    ("hybrid", ("estimator", "pre_attention"), "With them"),
+)
+"""Predictors that need the same preparation: the default, the others, and which preparation."""
 _DEFAULT_NOTES = {
     DEFAULT_PREDICTOR: " (default without trained networks)",
     "hybrid": " (default with them)",
@@ -36,7 +44,7 @@ def write_report(result: Path, path: Path) -> None:
         _head(found),
         "## All predictors\n\n" + _table(found) + "\n\n" + _verdict(found),
         _layers(found["recall"]),
-        *(_traffic(found[name]) for name in ("timing", "timing_always") if name in found),
+        *(_traffic(found[name]) for name in TIMINGS if name in found),
         _NOTES,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +87,7 @@ def mean(values: Sequence[float | None]) -> float:
 
 def _table(found: Result) -> str:
     recall, cost = found["recall"], found.get("cost")
-    timing, always = found.get("timing"), found.get("timing_always")
+    timings = [found.get(name) for name in TIMINGS[:2]]
     rows = []
     for name in PREDICTORS:
         seen = recall["predictors"][name]
@@ -92,40 +100,60 @@ def _table(found: Result) -> str:
                 str(parameters),
                 _training(seen, recall),
                 NOT_MEASURED if cost is None else _cost(cost, seen, name),
-                NOT_MEASURED if timing is None else _tpot(timing, name),
-                NOT_MEASURED if always is None else _tpot(always, name),
+                *(NOT_MEASURED if t is None else _tpot(t, name) for t in timings),
             )
         )
     unused = ("no prefetch", "-", "-", "0", "-", "0 us")
-    both = (NOT_MEASURED if t is None else _tpot(t, "none") for t in (timing, always))
+    both = (NOT_MEASURED if t is None else _tpot(t, "none") for t in timings)
     rows.append((*unused, *both))
     heads = ("predictor", "recall@k", "whole set", "parameters", "training", "cost per token")
-    return markdown_table((*heads, "ms/token", "ms/token, never off"), rows)
+    return markdown_table((*heads, "ms/token, cache", "ms/token, no cache"), rows)
 
 
 def _verdict(found: Result) -> str:
+    """Who wins among those that need the same preparation: by recall, and by time."""
     seen = found["recall"]["predictors"]
-    best = max(seen, key=lambda name: mean(seen[name]["recall"]))
-    base = mean(seen[DEFAULT_PREDICTOR]["recall"])
-    text = (
-        f"The highest recall is `{best}`'s, {mean(seen[best]['recall']):.3f} against {base:.3f} of"
-        f" `{DEFAULT_PREDICTOR}`."
+    lines = []
+    for default, others, what in GROUPS:
+        recall = {name: mean(seen[name]["recall"]) for name in (default, *others)}
+        best = max(recall, key=lambda name: recall[name])
+        line = (
+            f"- {what}: the default is `{default}`. The highest recall is `{best}`'s,"
+            f" {recall[best]:.3f} against {recall[default]:.3f} of `{default}`."
+        )
+        for phase in TIMINGS[:2]:
+            if phase in found:
+                line += " " + _verdict_by_time(found[phase], default, others)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str:
+    """The fastest of a group, and whether all repeats agree."""
+    ratios = {name: ratios_to(timing, name, default) for name in others}
+    fastest = min(others, key=lambda name: median(ratios[name]))
+    best, size = ratios[fastest], timing["repeats"]
+    where = _where(timing)
+    if median(best) >= 1.0:
+        return f"By time, {where}, none of the others is faster in the median of {size} repeats."
+    faster = sum(ratio < 1.0 for ratio in best)
+    told = "in all of them" if faster == size else f"in {faster} of {size}: not told apart"
+    return (
+        f"By time, {where}, `{fastest}` takes {median(best):.3f} of its time in the median of"
+        f" {size} repeats, and is faster {told}."
     )
-    timing = found.get("timing")
-    if timing is None:
-        return text
-    p50 = {name: arm["tpot_ms"]["p50"] for name, arm in timing["arms"].items()}
-    drift = max(max(a["medians_ms"]) - min(a["medians_ms"]) for a in timing["arms"].values())
-    fastest = min(p50, key=lambda name: p50[name])
-    name = "no prefetch" if fastest == "none" else f"`{fastest}`"
-    span = max(p50.values()) - min(p50.values())
-    text += (
-        f" In time per token {name} comes first with {p50[fastest]:.1f} ms; all arms lie within"
-        f" {span:.1f} ms, and repeats of one arm are up to {drift:.1f} ms apart"
-    )
-    if drift >= span:
-        text += ": on this machine and at this cache size **time does not tell them apart**"
-    return text + ". The default goes by recall and by the bytes that are left to read on demand."
+
+
+def ratios_to(timing: Result, name: str, base: str) -> list[float]:
+    """By repeat: the median over tokens of an arm's time over another's for the same token."""
+    arms = timing["arms"]
+    pairs = zip(arms[name]["samples_ms"], arms[base]["samples_ms"], strict=True)
+    return [median([a / b for a, b in zip(own, other, strict=True)]) for own, other in pairs]
+
+
+def _where(timing: Result) -> str:
+    cache = timing["expert_cache"]
+    return "without a cache" if cache is None else f"with a cache of {cache}"
 
 
 def _training(seen: Result, recall: Result) -> str:
@@ -177,7 +205,8 @@ def _traffic(timing: Result) -> str:
         rows.append(
             (
                 f"`{name}`",
-                ", ".join(f"{median:.1f}" for median in arm["medians_ms"]),
+                ", ".join(f"{ms:.1f}" for ms in arm["medians_ms"]),
+                _to_default(timing, name),
                 "-" if arm["recall"] is None else f"{100 * arm['recall']:.1f} %",
                 f"{100 * arm['predicted_share']:.0f} %",
                 format_bytes(round(total["demand_bytes"] / tokens)),
@@ -186,21 +215,29 @@ def _traffic(timing: Result) -> str:
                 f"{total['stall_ms'] / tokens:.1f} ms",
             )
         )
-    heads = ("arm", "ms/token of each run", "recall", "steps predicted", "on demand/token")
+    heads = ("arm", "ms/token of each run", f"x `{DEFAULT_PREDICTOR}`", "recall")
+    heads = (*heads, "steps predicted", "on demand/token")
     table = markdown_table((*heads, "ahead/token", "of it useful", "stall/token"), rows)
     different = timing["different_token_lists"]
     same = "the same in all runs" if different == 0 else f"**in {different + 1} versions**"
     off = "as by default" if timing["auto_off"] else "off, so that every step is predicted"
     return (
-        f"## When used, `auto_off` {off}\n\n"
+        f"## When used, {_where(timing)}, `auto_off` {off}\n\n"
         + table
         + f"\n\nThe widened reference model ({timing['model']['expert_bytes'] / 1e6:.0f} MB of"
-        f" experts on disk), expert cache {timing['expert_cache']}, policy `exact`;"
+        f" experts on disk), policy `exact`;"
         f" {timing['prompts']} prompts, {timing['new_tokens']} greedy tokens each,"
         f" {timing['repeats']} repeats, interleaved back and forth, each in a process of its own."
         f" Tokens: {same}. ms/token is the median over all tokens (in the table above with the"
-        " 20th and 80th percentile)."
+        f" 20th and 80th percentile); x `{DEFAULT_PREDICTOR}` is the median over tokens of a"
+        " token's time over that of the same token in the same repeat: median, lowest and highest"
+        " of the repeats."
     )
+
+
+def _to_default(timing: Result, name: str) -> str:
+    ratios = ratios_to(timing, name, DEFAULT_PREDICTOR)
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 _NOTES = """## How to read this
@@ -224,7 +261,6 @@ _NOTES = """## How to read this
 - Cost is the time that a compiled function of all layers but the first takes beyond one that does
   nothing, one token; `default_vectors` and `estimator` include the blend. The prefetch itself,
   the same for all, is not in it.
-- `auto`, the default, goes by recall: `hybrid` where a file holds trained networks, else
-  `default_vectors`, which recalls most of those that need no training. Time is not what it goes by.
+- `auto`, the default, is `hybrid` where a file holds trained networks, else `default_vectors`.
 - Training time leaves out running the model over the text, which default vectors need as well.
 - Not run on a GPU; one small model, and one body of text."""

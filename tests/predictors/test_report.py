@@ -61,7 +61,7 @@ def test_document_shows_means_and_says_what_was_not_measured(tmp_path: Path) -> 
         assert "0.500" in row or "0.600" in row
     head, _, rest = text.partition("## Recall by layer")
     all_rows = "\n".join(line for line in head.splitlines() if line.startswith("| `"))
-    assert "`default_vectors`'s, 0.600 against 0.600" in head and "ms." not in head
+    assert "`default_vectors`'s, 0.600 against 0.600" in head and "By time" not in head
     assert all_rows.count("0.600") == len(PREDICTORS) and all_rows.count("0.200") == len(PREDICTORS)
     assert "not measured" in all_rows and "15 us (computed)" in all_rows
     assert "ms/token of each run" not in rest
@@ -74,3 +74,48 @@ def test_missing_result_is_refused(tmp_path: Path) -> None:
 
 def test_mean_leaves_the_first_layer_out() -> None:
     assert mean([0.9, None, 0.5, 0.7]) == pytest.approx(0.6)
+
+
+def _timing(faster: float, samples: list[float]) -> dict[str, Any]:
+    """`residual` takes so many times what the others take."""
+    total = {"steps": 6, "demand_bytes": 0, "speculative_bytes": 0, "stall_ms": 0.0}
+    total["useful_speculative_bytes"] = 0
+
+    def arm(factor: float) -> dict[str, Any]:
+        runs = [[factor * ms for ms in samples], [2.0 * ms for ms in samples]]
+        spread = {"p20": 1.0, "p50": 10.0, "p80": 20.0}
+        rest = {"recall": None, "predicted_share": 0.0, "total": total}
+        return {"tpot_ms": spread, "medians_ms": [1.0, 2.0], "samples_ms": runs, **rest}
+
+    return {
+        **ABOUT,
+        "model": {"moe_layers": 2, "expert_bytes": 10},
+        "expert_cache": None,
+        "auto_off": True,
+        "prompts": 1,
+        "new_tokens": 3,
+        "repeats": 2,
+        "different_token_lists": 0,
+        "arms": {n: arm(faster if n == "residual" else 1.0) for n in ("none", *PREDICTORS)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("faster", "said"),
+    [
+        (
+            0.9,
+            "without a cache, `residual` takes 0.950 of its time in the median of 2 repeats, and",
+        ),
+        (0.9, "is faster in 1 of 2: not told apart"),
+        (1.1, "By time, without a cache, none of the others is faster in the median of 2 repeats."),
+    ],
+)
+def test_who_is_faster_is_said_token_by_token(tmp_path: Path, faster: float, said: str) -> None:
+    result, document = tmp_path / "r.json", tmp_path / "r.md"
+    found = {**_result(), "no_cache": _timing(faster, [5.0, 50.0, 500.0])}
+    result.write_text(json.dumps(found))
+    write_report(result, document)
+    text = document.read_text()
+    assert said in text
+    assert "## When used, without a cache, `auto_off` as by default" in text
