@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 import specmoe_compile
 from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import write_json
-from specmoe_compile.generation import _mark_static, session_of
+from specmoe_compile.generation import _mark_static, cache_argument, session_of
 
 CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 20, 48
@@ -105,11 +105,12 @@ def decode_steps(model: Any, config: Any, ids: Tensor, steps: int) -> Iterator[i
     Gradients must be off.
     """
     cache = StaticCache(config=config, max_cache_len=PROMPT_TOKENS + steps + 1)
-    token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    kept = cache_argument(model, cache)
+    token = model(ids, **kept).logits[:, -1:].argmax(-1)
     for step in range(steps):
         _mark_static(cache)
         yield step
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1).clone()
+        token = model(token, **kept).logits[:, -1:].argmax(-1).clone()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from benchmarks.gpu_full_size_measure import Run, measure_arms, step_times_ms
 from benchmarks.gpu_full_size_model import FilledCache, Shape, build_skeleton
 from benchmarks.gpu_full_size_routing import install_routing
 from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.generation import cache_argument
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.module_source import restore_experts
 
@@ -176,7 +177,7 @@ def _plain_times(
     class Step:
         def step(self) -> Tensor:
             filled.hold()
-            out = model(token, past_key_values=filled.cache)
+            out = model(token, **cache_argument(model, filled.cache))
             return out.logits[:, -1].argmax(-1)  # type: ignore[no-any-return]
 
     step_times_ms(Step(), warm_up, device)

@@ -33,6 +33,7 @@ from benchmarks.gpu_full_size_profile import profile_steps
 from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
 from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.output import sentence, user_error_or_none
+from specmoe_compile.generation import cache_argument
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
 TRIAL_PASSES = 3
@@ -56,6 +57,7 @@ class Run:
         tokens = random_tokens(config.vocab_size, bench.steps.total, bench.device)
         self._inputs = [tokens[:, i : i + 1].contiguous() for i in range(bench.steps.total)]
         self._parts = (bench, compiled, session, routing, filled)
+        self._cache = cache_argument(compiled, filled.cache)
         self._empties: SlotLimit | None = None
         self.chosen: list[Tensor] = []
 
@@ -77,7 +79,7 @@ class Run:
         """One token."""
         _, compiled, _, routing, filled = self._parts
         filled.hold()
-        logits = compiled(self._inputs[len(self.chosen)], past_key_values=filled.cache).logits
+        logits = compiled(self._inputs[len(self.chosen)], **self._cache).logits
         self.chosen.append(logits[:, -1].argmax(-1).clone())
         routing.advance()
         if self._empties is not None:

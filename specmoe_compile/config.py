@@ -72,8 +72,9 @@ class CompileOptions:
     """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` what `auto_off`
     finds, and one expert without it."""
     auto_off: bool = True
-    """fetch ahead only what pays, by measurement: on the CPU it turns layers and unsure guesses
-    off, on a GPU with `transfer="gather"` it chooses how many experts, or none."""
+    """fetch ahead only what pays, by measurement: on the CPU it turns layers, unsure guesses and
+    all of it off; on a GPU it chooses how many experts with `transfer="gather"`, and all or none
+    with `copy`."""
     default_vectors: str | None = None
     """path of a `specmoe calibrate` artefact; None learns default vectors online."""
     control: bool = False

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from specmoe_compile.config import CompileOptions
 from specmoe_compile.errors import CompileError
+from specmoe_compile.generation import cache_argument
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.stats import LayerStats
@@ -280,7 +281,7 @@ class Evaluator:
         everything = torch.arange(len(window))
         self._model(
             input_ids=context[None],
-            past_key_values=cache,
+            **cache_argument(self._model, cache),
             position_ids=everything[None, : len(context)],
             cache_position=everything[: len(context)],
         )
@@ -289,7 +290,7 @@ class Evaluator:
         for place in range(len(context), len(window) - 1):
             out = self._compiled(
                 input_ids=window[None, place : place + 1],
-                past_key_values=cache,
+                **cache_argument(self._model, cache),
                 position_ids=everything[None, place : place + 1],
                 cache_position=everything[place : place + 1],
             )

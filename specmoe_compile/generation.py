@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from specmoe_compile.experts_interface import IMPLEMENTATION, register_experts_i
 from specmoe_compile.runtime.session import Session, get_session
 
 _RECOMPILE_LIMIT = 64
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What transformers calls the cache of keys and values: since 5.24, and before."""
 _SAVE_REFUSAL = (
     "this model's experts live in its expert store, not in its parameters, so a state dict of it"
     " would be a checkpoint without experts: keep the original checkpoint, or load it with"
@@ -88,6 +91,13 @@ def close(model: nn.Module) -> None:
     session_of(model).close()
 
 
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache of keys and values as the keyword argument that the model's `forward` takes."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    newest, oldest = _CACHE_ARGUMENTS
+    return {newest if newest in parameters else oldest: cache}
+
+
 def _refuse_save(*args: Any, **kwargs: Any) -> NoReturn:
     raise SpecMoEError(_SAVE_REFUSAL)
 
@@ -147,7 +157,8 @@ def _forward_through(wrapper: OptimizedModule, model: nn.Module) -> Iterator[Non
     previous = model._compiled_call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        _mark_static(kwargs.get("past_key_values"))
+        for name in _CACHE_ARGUMENTS:
+            _mark_static(kwargs.get(name))
         return compiled(*args, **kwargs)
 
     model._compiled_call_impl = forward

@@ -46,8 +46,9 @@ class SpeculationConfig:
     """most bytes per prefetch of a layer; None: no limit, with transfer `gather` what `auto_off`
     finds, and one record without it."""
     auto_off: bool = True
-    """fetch ahead only what pays, by measurement: turns layers and unsure guesses off on the CPU,
-    chooses the number of records on a GPU with transfer `gather`."""
+    """fetch ahead only what pays, by measurement: turns layers, unsure guesses and all of it off on
+    the CPU, chooses the number of records on a GPU with transfer `gather`, all or none with `copy`.
+    """
     skip_layers: tuple[int, ...] = ()
     """MoE layers that never speculate."""
     predictor: str = DEFAULT_PREDICTOR

@@ -19,6 +19,8 @@ WARM_STEPS = 32
 """Steps that are not compared the first time: slots fill, and rules about single guesses learn."""
 COMPARED_STEPS = 24
 """Steps of each way that are compared."""
+WORTH = 0.02
+"""Share of a step's time that predicting has to save: two dozen steps cannot tell less apart."""
 FIRST_HOLD_STEPS = 512
 """Steps that a decision holds at first; each time in a row that it is the same doubles it."""
 MAX_HOLD_STEPS = 8192
@@ -76,7 +78,8 @@ class StepTrial:
     def _decide(self) -> None:
         without, predicting = self._steps
         slope = _slope(without, predicting)
-        decision = _rest_ms(predicting, slope) < _rest_ms(without, slope)
+        worth_ms = WORTH * median(ms for _, ms in without)
+        decision = _rest_ms(without, slope) - _rest_ms(predicting, slope) > worth_ms
         same = self._decisions > 0 and decision == self.predicts
         self._hold_steps = min(MAX_HOLD_STEPS, 2 * self._hold_steps) if same else FIRST_HOLD_STEPS
         self._decisions += 1

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import specmoe_compile
-from specmoe_compile import backend
+from specmoe_compile import backend, generation
 from specmoe_compile.errors import SpecMoEError
 from tests.helpers import greedy, prompts, save_tiny
 
@@ -72,8 +72,14 @@ def left_padded(batch: int, length: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_every_forward_step_of_generate_is_compiled(
-    cache: str, plain: Any, offloaded: Any, counts: collections.Counter[str]
+    cache: str,
+    plain: Any,
+    offloaded: Any,
+    counts: collections.Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    marked: list[Any] = []
+    monkeypatch.setattr(generation, "_mark_static", marked.append)
     ids = prompts(1, 7)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     compiled = torch.compile(offloaded, backend="specmoe")
@@ -81,6 +87,7 @@ def test_every_forward_step_of_generate_is_compiled(
     tokens = greedy(compiled, ids, NEW_TOKENS, **kwargs)
     assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
     assert counts["calls"] == NEW_TOKENS
+    assert sum(kept is not None for kept in marked) == NEW_TOKENS, "caches are known by their name"
     assert not torch._dynamo.utils.counters["graph_break"]
     graphs = counts["graphs"]
     counts["calls"] = 0

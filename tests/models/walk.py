@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import specmoe_compile
-from specmoe_compile.generation import session_of
+from specmoe_compile.generation import cache_argument, session_of
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.choose_predictions import FIRST_LAYER, PREFILL
 from specmoe_compile.passes.guard_speculation import NOT_FIXED
@@ -227,7 +227,9 @@ def _denoise(model: Any, cache: str, batch: int, new_tokens: int) -> tuple[Tenso
             if cache == "static"
             else DynamicCache(config=config)
         )
-        logits = model(**inputs(batch), decoder_input_ids=canvas, past_key_values=kept).logits
+        logits = model(
+            **inputs(batch), decoder_input_ids=canvas, **cache_argument(model, kept)
+        ).logits
         canvas = logits.argmax(-1)
     return canvas, logits
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from specmoe_compile.generation import cache_argument
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.passes.pass_config import PassConfig
 from tests.passes.families import (
@@ -116,12 +117,13 @@ def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any) -> None:
 
     def decode(run: Any) -> list[torch.Tensor]:
         cache = StaticCache(config=model.config, max_cache_len=16)
-        model(tokens, past_key_values=cache, cache_position=torch.arange(5))
+        kept = cache_argument(model, cache)
+        model(tokens, **kept, cache_position=torch.arange(5))
         logits = []
         for position in range(5, 8):
             step = torch.tensor([[position]])
             where = torch.tensor([position])
-            out = run(step, past_key_values=cache, cache_position=where, position_ids=where[None])
+            out = run(step, **kept, cache_position=where, position_ids=where[None])
             logits.append(out.logits)
         return logits
 

@@ -12,6 +12,7 @@ from specmoe_compile.runtime.step_trial import (
     COMPARED_STEPS,
     FIRST_HOLD_STEPS,
     WARM_STEPS,
+    WORTH,
     StepTrial,
 )
 
@@ -71,9 +72,9 @@ def test_a_decision_holds_longer_each_time_that_it_is_the_same() -> None:
     assert not all(machine.steps(2 * COMPARED_STEPS))
 
 
-def test_steps_that_lack_nothing_are_compared_by_time_alone() -> None:
-    for effect in (-0.1, 0.1):
-        trial = StepTrial()
-        for _ in range(TRIAL):
-            trial.end(5.0 * (1.0 + trial.begin() * effect), 0)
-        assert trial.predicts == (effect < 0)
+@pytest.mark.parametrize("effect", [-0.1, -0.015, 0.0, 0.1])
+def test_a_gain_too_small_to_tell_is_no_gain(effect: float) -> None:
+    trial = StepTrial()
+    for _ in range(TRIAL):
+        trial.end(5.0 * (1.0 + trial.begin() * effect), 0)
+    assert trial.predicts == (effect < -WORTH)

@@ -180,6 +180,10 @@ class CopyDecoder(Decoder):
             self._untouched[layer].clear()
         self._table = self._new_table()
 
+    def lacked_bytes(self) -> int:
+        """What was needed so far and had to be copied, on demand or ahead; host counters."""
+        return sum(c.demand_bytes + c.useful_speculative_bytes for c in self._counters)
+
     def issue_guesses(self) -> None:
         """Start copies of predicted records, as far as they are known and the link is free."""
         self._copy_what_was_read()

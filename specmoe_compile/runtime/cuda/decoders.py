@@ -103,6 +103,10 @@ class Decoders:
         if self._gather is not None:
             self._gather.limit = limit
 
+    def copied_bytes(self) -> int:
+        """What was needed so far and came by `copy`, on demand or ahead; waits for nothing."""
+        return 0 if self._copy is None else self._copy.lacked_bytes()
+
     def stats(self) -> tuple[LayerStats, ...]:
         """Counters of each layer, of both transfers together; waits for the device."""
         first, *others = self._both()

@@ -3,12 +3,15 @@
 A record that a GPU reads itself cannot be cancelled: what compute does not hide delays the step.
 How much it hides depends on the model, the length of the text, the link and the predictions, so
 transfer `gather` tries amounts and keeps the one with which steps are fastest, on the device.
+With `copy` the host copies as long as nothing is demanded, which takes the host's time: it tries
+all or nothing.
 
 Shape letters: A amounts that are tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import LAST, MAX_AMOUNTS, STATE_WORDS
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.speculation import SpeculationConfig
@@ -39,6 +43,7 @@ class PrefetchBudget:
         top_k: int,
         streams: Streams,
         device: torch.device,
+        lacked_bytes: Callable[[], int],
     ) -> None:
         """Reserve the tensors of the trials.
 
@@ -47,12 +52,16 @@ class PrefetchBudget:
             top_k: K, the most of the amounts.
             streams: the trials run on its `compute`.
             device: of the session.
+            lacked_bytes: what was needed so far and had to be copied; asked with `copy` only.
         """
         self.limit: Tensor | None = None
+        self._host_trial: HostTrial | None = None
+        self._lacked_bytes = lacked_bytes
         self._store = store
         self._streams = streams
         self._config = SpeculationConfig()
         self._transfer: Literal["copy", "gather"] = "gather"
+        self._tries_on_host = False
         amounts = amounts_to_try(top_k)
         self._amounts = torch.tensor(amounts, dtype=torch.int32, device=device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
@@ -72,16 +81,15 @@ class PrefetchBudget:
         """
         self._config, self._transfer = config, transfer
         tries = (
-            transfer == "gather"
-            and config.auto_off
-            and config.policy == "exact"
-            and config.prefetch_budget_bytes is None
+            config.auto_off and config.policy == "exact" and config.prefetch_budget_bytes is None
         )
-        self.limit = self._limit if tries else None
+        self.limit = self._limit if tries and transfer == "gather" else None
+        self._tries_on_host = tries and transfer == "copy"
         self.restart()
 
     def restart(self) -> None:
-        """Begin the trials again, on the device."""
+        """Begin the trials again."""
+        self._host_trial = HostTrial(self._lacked_bytes) if self._tries_on_host else None
         with self._streams.on("compute"):
             self._state.zero_()
 
@@ -93,6 +101,11 @@ class PrefetchBudget:
             prefill: nothing will be fetched, and the time until the next step is no step's.
         """
         begins_step, self._last_layer = layer <= self._last_layer, layer
+        if begins_step and self._host_trial is not None:
+            if prefill:
+                self._host_trial.pause()
+            else:
+                self._host_trial.begin_step()
         if not begins_step or self.limit is None:
             return
         with self._streams.on("compute"):
@@ -108,6 +121,8 @@ class PrefetchBudget:
             return budget // self._store.layouts[layer].record_bytes
         if self._transfer == "copy" or self._config.policy == "commit":
             # Of `copy` the rest can be cancelled; what is committed to is needed.
+            if self._host_trial is not None and not self._host_trial.predicts:
+                return 0
             return self._store.num_experts[layer]
         return UNTUNED_RECORDS if self.limit is None else MAX_CHOICES
 

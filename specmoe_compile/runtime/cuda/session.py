@@ -110,7 +110,8 @@ class DeviceSession:
         self.predictions = Predictions(len(self.layers))
         self._config = SpeculationConfig()
         self._commitments = Commitments(len(self.layers), self._streams, device)
-        self._budget = PrefetchBudget(store, top_k, self._streams, device)
+        copied = self._decoders.copied_bytes
+        self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
         self._learns_from_decode = False
         self._last_stats: Stats | None = None
         # The live step of each layer; False: the whole layer was computed by the prefill path.

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from specmoe_compile import backend
-from specmoe_compile.generation import attach_session
+from specmoe_compile.generation import attach_session, cache_argument
 from specmoe_compile.ops import _IMPLEMENTATIONS
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
@@ -139,7 +139,7 @@ class FakeRun:
     def step(self, batch: int, tokens: int, cache: StaticCache) -> Tensor:
         """Logits of a step, [batch, tokens, vocabulary]."""
         ids = torch.zeros(batch, tokens, dtype=torch.int64, device=CUDA)
-        logits: Tensor = self._compiled(ids, past_key_values=cache).logits
+        logits: Tensor = self._compiled(ids, **cache_argument(self._compiled, cache)).logits
         return logits
 
     def lower(

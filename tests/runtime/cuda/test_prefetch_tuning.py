@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from specmoe_compile.kernels.tune_prefetch.reference import HOLD, LAST, SHORTEST
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.step_trial import COMPARED_STEPS, WARM_STEPS
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
@@ -105,3 +107,43 @@ def test_nothing_is_tried_where_the_number_is_given_or_must_not_depend_on_times(
             session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
         assert session.prefetch_records is None
         assert int(session._budget._state.abs().sum()) == 0
+
+
+@pytest.mark.parametrize(("slower", "goes_on"), [(3.0, False), (0.5, True)])
+def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster(
+    slower: float, goes_on: bool
+) -> None:
+    now_s = [0.0]
+    with opened(transfer="copy") as session:
+        budget = session._budget
+        budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
+
+        def prefetches() -> bool:
+            came = one_step(session, (5, 6)) != [0, 0, 0]
+            now_s[0] += 0.01 * (slower if came else 1.0)
+            return came
+
+        tried = [prefetches() for _ in range(WARM_STEPS + 2 * COMPARED_STEPS + 1)]
+        assert tried.count(True) in range(len(tried) // 2 - 2, len(tried) // 2 + 3)
+        assert {prefetches() for _ in range(20)} == {goes_on}
+        session.configure(SpeculationConfig(transfer="copy", auto_off=False))
+        assert all(prefetches() for _ in range(8))
+
+
+def test_time_beside_steps_is_no_steps() -> None:
+    now_s, copied = [0.0], [0]
+    trial = HostTrial(lambda: copied[0], lambda: now_s[0])
+    seen: list[tuple[float, int]] = []
+    trial._trial.end = lambda ms, lacked: seen.append((round(ms, 3), lacked))  # type: ignore[method-assign]
+    for pause, taken_s, lacked in ((False, 0.01, 5), (True, 9.0, 5), (False, 0.02, 7)):
+        trial.begin_step()
+        now_s[0] += taken_s
+        copied[0] += lacked
+        if pause:
+            trial.pause()
+    copied[0] = 0  # the counters were reset
+    trial.begin_step()
+    assert seen == [(10.0, 5)]
+    now_s[0] += 0.03
+    trial.begin_step()
+    assert seen == [(10.0, 5), (30.0, 0)]
