@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.speculation_report_timing import medians_text
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS
 from specmoe_compile.runtime.sizes import format_bytes
@@ -129,23 +130,23 @@ def _verdict(found: Result) -> str:
 
 
 def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str:
-    """The fastest of a group, and whether all repeats agree."""
+    """The fastest of a group, and whether all rounds agree."""
     ratios = {name: ratios_to(timing, name, default) for name in others}
     fastest = min(others, key=lambda name: median(ratios[name]))
     best, size = ratios[fastest], timing["repeats"]
     where = _where(timing)
     if median(best) >= 1.0:
-        return f"By time, {where}, none of the others is faster in the median of {size} repeats."
+        return f"By time, {where}, none of the others is faster in the median of {size} rounds."
     faster = sum(ratio < 1.0 for ratio in best)
     told = "in all of them" if faster == size else f"in {faster} of {size}: not told apart"
     return (
         f"By time, {where}, `{fastest}` takes {median(best):.3f} of its time in the median of"
-        f" {size} repeats, and is faster {told}."
+        f" {size} rounds, and is faster {told}."
     )
 
 
 def ratios_to(timing: Result, name: str, base: str) -> list[float]:
-    """By repeat: the median over tokens of an arm's time over another's for the same token."""
+    """By round: the median over tokens of an arm's time over another's for the same token."""
     arms = timing["arms"]
     pairs = zip(arms[name]["samples_ms"], arms[base]["samples_ms"], strict=True)
     return [median([a / b for a, b in zip(own, other, strict=True)]) for own, other in pairs]
@@ -205,7 +206,7 @@ def _traffic(timing: Result) -> str:
         rows.append(
             (
                 f"`{name}`",
-                ", ".join(f"{ms:.1f}" for ms in arm["medians_ms"]),
+                medians_text(arm["medians_ms"]),
                 _to_default(timing, name),
                 "-" if arm["recall"] is None else f"{100 * arm['recall']:.1f} %",
                 f"{100 * arm['predicted_share']:.0f} %",
@@ -227,11 +228,12 @@ def _traffic(timing: Result) -> str:
         + f"\n\nThe widened reference model ({timing['model']['expert_bytes'] / 1e6:.0f} MB of"
         f" experts on disk), policy `exact`;"
         f" {timing['prompts']} prompts, {timing['new_tokens']} greedy tokens each,"
-        f" {timing['repeats']} repeats, interleaved back and forth, each in a process of its own."
+        f" {timing['repeats']} rounds of turns, forth and back, after one that is not counted, each"
+        " arm in a live process of its own."
         f" Tokens: {same}. ms/token is the median over all tokens (in the table above with the"
         f" 20th and 80th percentile); x `{DEFAULT_PREDICTOR}` is the median over tokens of a"
-        " token's time over that of the same token in the same repeat: median, lowest and highest"
-        " of the repeats."
+        " token's time over that of the same token in the same round: median, lowest and highest"
+        " of the rounds."
     )
 
 
