@@ -41,11 +41,11 @@ from benchmarks.reference_model.data import (
     training_files,
 )
 from benchmarks.reference_model.tokenizer import PAD_ID
-from benchmarks.turns import run_turns
 from specmoe_compile.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
+from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
@@ -75,7 +75,7 @@ class Place:
         self.windows: int = arguments.windows
         self.held_out: int = arguments.held_out
         self.epochs: int = arguments.epochs
-        self.rounds: int = arguments.rounds
+        self.repeats: int = arguments.repeats
         self.new_tokens: int = arguments.new_tokens
         self.auto_off: bool = arguments.auto_off
 
@@ -194,7 +194,7 @@ def _recall(result: Calibration, name: str) -> dict[str, Any]:
 
 
 def run_timing(place: Place, phase: str) -> None:
-    """Time per token with each predictor and without any, in turns."""
+    """Time per token with each predictor and without any, repeats interleaved."""
     without, predicting = ARMS[phase]
     prompts = held_out_prompts(3)
     _write_widened_artefact(place)
@@ -217,7 +217,14 @@ def run_timing(place: Place, phase: str) -> None:
                 options=options,
                 work_dir=work,
             )
-        runs = run_turns(jobs, place.rounds)
+        runs: dict[str, list[ArmRun]] = {name: [] for name in jobs}
+        for repeat in range(place.repeats):
+            # Back and forth, so that a drift of the machine hits neighbours alike.
+            for name in jobs if repeat % 2 == 0 else reversed(jobs):
+                run = run_worker(jobs[name])
+                runs[name].append(run)
+                median = quantile(run.tpot_samples_ms, 0.5)
+                print(f"{repeat + 1}/{place.repeats} {name}: {median:.2f} ms", flush=True)
     tokens = {json.dumps(run.tokens) for done in runs.values() for run in done}
     place.write(
         phase if place.auto_off else f"{phase}_always",
@@ -228,7 +235,7 @@ def run_timing(place: Place, phase: str) -> None:
             "prompts": len(prompts),
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": place.new_tokens,
-            "repeats": place.rounds,
+            "repeats": place.repeats,
             "different_token_lists": len(tokens) - 1,
             "arms": {name: _arm(done) for name, done in runs.items()},
         },
@@ -276,8 +283,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=128, help=f"of {WINDOW} training tokens")
     parser.add_argument("--held-out", type=int, default=64, help="windows to measure on")
     parser.add_argument("--epochs", type=int, default=10, help="of the networks")
-    parser.add_argument("--rounds", type=int, default=8, help="of timing")
-    parser.add_argument("--new-tokens", type=int, default=32, help="per prompt of timing")
+    parser.add_argument("--repeats", type=int, default=3, help="of timing")
+    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt of timing")
     parser.add_argument(
         "--auto-off",
         action=argparse.BooleanOptionalAction,

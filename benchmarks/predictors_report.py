@@ -130,23 +130,23 @@ def _verdict(found: Result) -> str:
 
 
 def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str:
-    """The fastest of a group, and whether all rounds agree."""
+    """The fastest of a group, and whether all repeats agree."""
     ratios = {name: ratios_to(timing, name, default) for name in others}
     fastest = min(others, key=lambda name: median(ratios[name]))
     best, size = ratios[fastest], timing["repeats"]
     where = _where(timing)
     if median(best) >= 1.0:
-        return f"By time, {where}, none of the others is faster in the median of {size} rounds."
+        return f"By time, {where}, none of the others is faster in the median of {size} repeats."
     faster = sum(ratio < 1.0 for ratio in best)
     told = "in all of them" if faster == size else f"in {faster} of {size}: not told apart"
     return (
         f"By time, {where}, `{fastest}` takes {median(best):.3f} of its time in the median of"
-        f" {size} rounds, and is faster {told}."
+        f" {size} repeats, and is faster {told}."
     )
 
 
 def ratios_to(timing: Result, name: str, base: str) -> list[float]:
-    """By round: the median over tokens of an arm's time over another's for the same token."""
+    """By repeat: the median over tokens of an arm's time over another's for the same token."""
     arms = timing["arms"]
     pairs = zip(arms[name]["samples_ms"], arms[base]["samples_ms"], strict=True)
     return [median([a / b for a, b in zip(own, other, strict=True)]) for own, other in pairs]
@@ -228,12 +228,11 @@ def _traffic(timing: Result) -> str:
         + f"\n\nThe widened reference model ({timing['model']['expert_bytes'] / 1e6:.0f} MB of"
         f" experts on disk), policy `exact`;"
         f" {timing['prompts']} prompts, {timing['new_tokens']} greedy tokens each,"
-        f" {timing['repeats']} rounds of turns, forth and back, after one that is not counted, each"
-        " arm in a live process of its own."
+        f" {timing['repeats']} repeats, interleaved back and forth, each in a process of its own."
         f" Tokens: {same}. ms/token is the median over all tokens (in the table above with the"
         f" 20th and 80th percentile); x `{DEFAULT_PREDICTOR}` is the median over tokens of a"
-        " token's time over that of the same token in the same round: median, lowest and highest"
-        " of the rounds."
+        " token's time over that of the same token in the same repeat: median, lowest and highest"
+        " of the repeats."
     )
 
 

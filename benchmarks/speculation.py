@@ -34,13 +34,12 @@ from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fide
 from benchmarks.speculation_exact import BATCHES, merged, run_exact
 from benchmarks.speculation_report import write_report
 from benchmarks.speculation_report_timing import AGAIN
-from benchmarks.turns import run_turns
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
 from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, arm_record, quantile, spread
+from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.runtime.machine import cache_folder
 
@@ -87,7 +86,6 @@ class Place:
         self.folder: Path = arguments.folder
         self.results: Path = arguments.results
         self.repeats: int = arguments.repeats
-        self.rounds: int = arguments.rounds
         self.prompts: int = arguments.prompts
         self.new_tokens: int = arguments.new_tokens
         self.timed_prompts: int = arguments.timed_prompts
@@ -142,11 +140,18 @@ def run_prepare(place: Place) -> None:
 
 
 def run_timing(place: Place) -> None:
-    """Time per token of every cell, in turns."""
+    """Time per token of every cell, repeats interleaved."""
+    # As many tokens as prompts and repeats allow: speculation needs some steps to learn what pays.
     prompts = held_out_prompts(place.timed_prompts)
+    runs: dict[str, list[ArmRun]] = {cell.name: [] for cell in place.cells}
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
-        jobs = {cell.name: place.job(cell, work, prompts) for cell in place.cells}
-        runs = run_turns(jobs, place.rounds)
+        for repeat in range(place.repeats):
+            # Back and forth, so that a drift of the machine hits neighbours alike.
+            for cell in place.cells if repeat % 2 == 0 else reversed(place.cells):
+                run = run_worker(place.job(cell, work, prompts))
+                runs[cell.name].append(run)
+                median = quantile(run.tpot_samples_ms, 0.5)
+                print(f"{repeat + 1}/{place.repeats} {cell.name}: {median:.2f} ms", flush=True)
     records = []
     for cell in place.cells:
         record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
@@ -163,8 +168,8 @@ def run_timing(place: Place) -> None:
         "new_tokens": place.new_tokens,
         "prompts": len(prompts),
         "prompt_tokens": PROMPT_TOKENS,
-        "repeats": place.rounds,
-        "order": "in turns, every second round backwards, after one that is not counted",
+        "repeats": place.repeats,
+        "order": "interleaved, every second time backwards",
         "seed": 0,
     }
     place.write("timing", {"arms": records, "settings": settings})
@@ -216,8 +221,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--repeats", type=int, default=4, help="of compile")
-    parser.add_argument("--rounds", type=int, default=12, help="of timing")
+    parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
     names = [cell.name for cell in CELLS]
     parser.add_argument("--cells", nargs="+", choices=names, default=names, help="of timing")
     parser.add_argument("--timed-prompts", type=int, default=4, help="per run of timing")

@@ -232,5 +232,4 @@ _NOTES = """## How to read this
 - A prefetch can hide reading behind computing, and no more than there is of either. On two cores
   the readers, the lookahead and the experts share the same cores; where reads take most of a token,
   a wrong guess delays a right one. `auto_off` measures both sides per layer and per rank of guess,
-  and stops predicting where it does not pay. Since 37d94fb it also compares whole steps with and
-  without predictions (docs/runtime.md), since 8615ade predicting has to make them 2 % faster."""
+  and stops predicting where it does not pay."""

@@ -105,10 +105,10 @@ def _timing(faster: float, samples: list[float]) -> dict[str, Any]:
     [
         (
             0.9,
-            "without a cache, `residual` takes 0.950 of its time in the median of 2 rounds, and",
+            "without a cache, `residual` takes 0.950 of its time in the median of 2 repeats, and",
         ),
         (0.9, "is faster in 1 of 2: not told apart"),
-        (1.1, "By time, without a cache, none of the others is faster in the median of 2 rounds."),
+        (1.1, "By time, without a cache, none of the others is faster in the median of 2 repeats."),
     ],
 )
 def test_who_is_faster_is_said_token_by_token(tmp_path: Path, faster: float, said: str) -> None:
