@@ -131,6 +131,15 @@ def _verdict(found: Result) -> str:
 
 def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str:
     """The fastest of a group, and whether all repeats agree."""
+    if not _has_samples(timing):
+        p50 = {name: timing["arms"][name]["tpot_ms"]["p50"] for name in (default, *others, "none")}
+        fastest = min((default, *others), key=lambda name: p50[name])
+        return (
+            f"By time, {_where(timing)}, `{fastest}` comes first with {p50[fastest]:.1f} ms,"
+            f" against {p50[default]:.1f} of `{default}` and {p50['none']:.1f} without a prefetch;"
+            f" a run of {timing['repeats']} repeats that kept no single tokens, so nothing says"
+            " whether they are told apart."
+        )
     ratios = {name: ratios_to(timing, name, default) for name in others}
     fastest = min(others, key=lambda name: median(ratios[name]))
     best, size = ratios[fastest], timing["repeats"]
@@ -143,6 +152,10 @@ def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str
         f"By time, {where}, `{fastest}` takes {median(best):.3f} of its time in the median of"
         f" {size} repeats, and is faster {told}."
     )
+
+
+def _has_samples(timing: Result) -> bool:
+    return all("samples_ms" in arm for arm in timing["arms"].values())
 
 
 def ratios_to(timing: Result, name: str, base: str) -> list[float]:
@@ -237,6 +250,8 @@ def _traffic(timing: Result) -> str:
 
 
 def _to_default(timing: Result, name: str) -> str:
+    if not _has_samples(timing):
+        return NOT_MEASURED
     ratios = ratios_to(timing, name, DEFAULT_PREDICTOR)
     return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 

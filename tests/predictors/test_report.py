@@ -119,3 +119,13 @@ def test_who_is_faster_is_said_token_by_token(tmp_path: Path, faster: float, sai
     text = document.read_text()
     assert said in text
     assert "## When used, without a cache, `auto_off` as by default" in text
+
+
+def test_a_result_without_single_tokens_is_shown_without_a_verdict(tmp_path: Path) -> None:
+    result, document = tmp_path / "r.json", tmp_path / "r.md"
+    found = {**_result(), "timing": _timing(0.9, [5.0])}
+    for arm in found["timing"]["arms"].values():
+        del arm["samples_ms"]
+    result.write_text(json.dumps(found))
+    write_report(result, document)
+    assert "2 repeats that kept no single tokens" in document.read_text()
