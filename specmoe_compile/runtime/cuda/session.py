@@ -145,7 +145,7 @@ class DeviceSession:
             finally:
                 self._finalizer()
                 # They hold views of the store, which would keep its memory mapped.
-                del self._decoders, self._prefill, self.cache
+                del self._decoders, self._prefill, self.cache, self._budget
                 self._supply = None
 
     @property
@@ -162,6 +162,7 @@ class DeviceSession:
     @property
     def prefetch_records(self) -> int | None:
         """Records per layer fetched ahead now, if found by trying; waits for the device."""
+        self._check_open()
         return self._budget.records
 
     @property

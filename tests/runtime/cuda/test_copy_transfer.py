@@ -21,7 +21,7 @@ from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.test_session import make_session
 
-COPY = SpeculationConfig(transfer="copy")
+COPY = SpeculationConfig(transfer="copy", auto_off=False)
 NEVER = 10**9
 
 

@@ -44,7 +44,7 @@ def test_without_a_budget_only_what_can_be_cancelled_is_fetched_in_number(
     streams = StreamModel()
     _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
     with session:
-        session.configure(SpeculationConfig(transfer=transfer))
+        session.configure(SpeculationConfig(transfer=transfer, auto_off=False))
         session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
         streams.finish()
         decoder: Any = session._decoder
