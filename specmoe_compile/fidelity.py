@@ -278,10 +278,11 @@ class Evaluator:
 
         context = window[: self._context]
         cache = StaticCache(config=self._model.config, max_cache_len=len(window))
+        kept = cache_argument(self._model, cache)
         everything = torch.arange(len(window))
         self._model(
             input_ids=context[None],
-            **cache_argument(self._model, cache),
+            **kept,
             position_ids=everything[None, : len(context)],
             cache_position=everything[: len(context)],
         )
@@ -290,7 +291,7 @@ class Evaluator:
         for place in range(len(context), len(window) - 1):
             out = self._compiled(
                 input_ids=window[None, place : place + 1],
-                **cache_argument(self._model, cache),
+                **kept,
                 position_ids=everything[None, place : place + 1],
                 cache_position=everything[place : place + 1],
             )

@@ -135,8 +135,7 @@ def _stalled_ms(stats: Sequence[LayerStats]) -> float:
 
 
 def _lacked_bytes(stats: Sequence[LayerStats]) -> int:
-    """What was needed and had to be read, on demand or ahead."""
-    return sum(layer.demand_bytes + layer.useful_speculative_bytes for layer in stats)
+    return sum(layer.lacked_bytes for layer in stats)
 
 
 def _gains(

@@ -57,6 +57,11 @@ class LayerStats:
         return self.hits / max(1, self.hits + self.misses)
 
     @property
+    def lacked_bytes(self) -> int:
+        """What was needed and had to be fetched, on demand or ahead."""
+        return self.demand_bytes + self.useful_speculative_bytes
+
+    @property
     def recall(self) -> float:
         """Share of the wanted experts that were predicted; 0 before the first prediction."""
         return self.recalled / max(1, self.needed)

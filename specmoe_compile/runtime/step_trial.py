@@ -38,8 +38,7 @@ class StepTrial:
         """Begin with a trial."""
         self.predicts = True
         self.is_trying = True
-        self._hold_steps = FIRST_HOLD_STEPS
-        self._decisions = 0
+        self._hold_steps = 0  # until there is a decision
         self._begun = 0
         self._warm = WARM_STEPS
         # Of steps without and with predictions: bytes that they lacked, and milliseconds.
@@ -80,9 +79,8 @@ class StepTrial:
         slope = _slope(without, predicting)
         worth_ms = WORTH * median(ms for _, ms in without)
         decision = _rest_ms(without, slope) - _rest_ms(predicting, slope) > worth_ms
-        same = self._decisions > 0 and decision == self.predicts
+        same = self._hold_steps > 0 and decision == self.predicts
         self._hold_steps = min(MAX_HOLD_STEPS, 2 * self._hold_steps) if same else FIRST_HOLD_STEPS
-        self._decisions += 1
         self.predicts = decision
         self.is_trying = False
         self._begun = 0

@@ -182,7 +182,7 @@ class CopyDecoder(Decoder):
 
     def lacked_bytes(self) -> int:
         """What was needed so far and had to be copied, on demand or ahead; host counters."""
-        return sum(c.demand_bytes + c.useful_speculative_bytes for c in self._counters)
+        return sum(counters.lacked_bytes for counters in self._counters)
 
     def issue_guesses(self) -> None:
         """Start copies of predicted records, as far as they are known and the link is free."""

@@ -61,7 +61,6 @@ class PrefetchBudget:
         self._streams = streams
         self._config = SpeculationConfig()
         self._transfer: Literal["copy", "gather"] = "gather"
-        self._tries_on_host = False
         amounts = amounts_to_try(top_k)
         self._amounts = torch.tensor(amounts, dtype=torch.int32, device=device)
         self._state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
@@ -84,12 +83,14 @@ class PrefetchBudget:
             config.auto_off and config.policy == "exact" and config.prefetch_budget_bytes is None
         )
         self.limit = self._limit if tries and transfer == "gather" else None
-        self._tries_on_host = tries and transfer == "copy"
+        on_host = tries and transfer == "copy"
+        self._host_trial = HostTrial(self._lacked_bytes) if on_host else None
         self.restart()
 
     def restart(self) -> None:
         """Begin the trials again."""
-        self._host_trial = HostTrial(self._lacked_bytes) if self._tries_on_host else None
+        if self._host_trial is not None:
+            self._host_trial = HostTrial(self._lacked_bytes)
         with self._streams.on("compute"):
             self._state.zero_()
 
