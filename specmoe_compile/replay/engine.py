@@ -327,7 +327,6 @@ class _Run:
         prediction = self._predictor(self._steps, step, target)
         if prediction is None:
             return
-        self._speculator.lookahead_s = self._link.now_s()
         self._link.advance(self._compute.prediction_ms * 1e-3)
         tickets[target] = self._speculator.start(target, *prediction)
 

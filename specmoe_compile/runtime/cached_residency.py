@@ -6,7 +6,7 @@ Shape letters: E experts, L MoE layers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
@@ -58,10 +58,8 @@ class CachedResidency(Residency):
         self._pending: list[dict[int, _Pending]] = [{} for _ in range(max(memory.bank_of) + 1)]
         # Prefetched experts that no step has used yet.
         self._unused: list[set[int]] = [set() for _ in memory.bank_of]
-        # Rank of the useless guess that pushed an expert out, and what such ranks cost since.
-        self._pushed_out: list[dict[int, int]] = [{} for _ in memory.bank_of]
-        self._regret_s: list[dict[int, float]] = [{} for _ in memory.bank_of]
-        self._s_per_byte = 0.0
+        # Experts that a useless guess pushed out, until they are read again.
+        self._pushed_out: list[set[int]] = [set() for _ in memory.bank_of]
         # Begin and end of the last waits, as far back as a prediction may have begun.
         self._stalls: deque[tuple[float, float]] = deque(maxlen=_STALLS_KEPT)
 
@@ -97,8 +95,7 @@ class CachedResidency(Residency):
             misses = len(plan.fills) + len(plan.bypassed)
             stats.misses += misses
             stats.demand_bytes += misses * self._record_bytes[layer]
-            if self._pushed_out[layer]:
-                self._count_regret(layer, plan)
+            self._count_pushed_out(layer, [*(expert for expert, _ in plan.fills), *plan.bypassed])
             with layer_range(layer, "fetch"):
                 self._fill(step, plan.fills)
                 step.deferred.extend(plan.bypassed)
@@ -120,7 +117,6 @@ class CachedResidency(Residency):
             self._stalls.append((started_s, ended_s))
         expert = read.expert
         del step.waiting[expert]
-        self._note_speed(read)
         self._stats[step.layer].stall_bytes += self._stalled_bytes(read)
         slot = step.places.pop(expert, None)
         if slot is None:
@@ -173,6 +169,7 @@ class CachedResidency(Residency):
             self._count_use(layer, plan)
         if not plan.fills:
             return Issued({}, plan.evicted)
+        self._count_pushed_out(layer, [expert for expert, _ in plan.fills])
         requests = [(e, self._memory.record(layer, slot)) for e, slot in plan.fills]
         ticket = self.transfer.start(layer, requests, speculative=True)
         for expert, slot in plan.fills:
@@ -183,10 +180,8 @@ class CachedResidency(Residency):
         stats.speculative_bytes += len(plan.fills) * size_bytes
         return Issued(ticket.reads, plan.evicted)
 
-    def read_s(self, layer: int) -> float:
-        return self._s_per_byte * self._record_bytes[layer]
-
-    def stalled_s(self, start_s: float, end_s: float) -> float:
+    def _stalled_s(self, start_s: float, end_s: float) -> float:
+        """Return for how much of a time the caller had nothing to do but wait."""
         stalled_s = 0.0
         for start, end in reversed(self._stalls):  # in order of time
             if end <= start_s:
@@ -194,10 +189,8 @@ class CachedResidency(Residency):
             stalled_s += max(0.0, min(end_s, end) - max(start_s, start))
         return stalled_s
 
-    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
-        lost_s, self._regret_s[layer] = self._regret_s[layer], {}
-        self._pushed_out[layer].update(victims)
-        return lost_s
+    def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
+        self._pushed_out[layer].update(experts)
 
     def settle(self, layer: int, wanted: Collection[int]) -> None:
         pending = self._pending[self._memory.bank_of[layer]]
@@ -210,16 +203,18 @@ class CachedResidency(Residency):
                     self.transfer.cancel(entry.ticket, (read.expert,))
             if read.final:
                 del pending[slot]
-                if read.state == DONE:
-                    self._note_speed(read)
-                else:
+                if read.state != DONE:
                     self._drop(slot, entry)
 
     def _drop(self, slot: int, entry: _Pending) -> None:
         """Forget an expert whose read brought nothing, and take its bytes off the books."""
         layer, expert = entry.read.layer, entry.read.expert
         if self.table.slot(layer, expert) == slot:
-            self.table.forget(layer, expert)
+            # A read that never began left the slot as it was, unless it was poisoned.
+            if entry.read.state == CANCELLED and entry.speculative and not self._memory.poison:
+                self._pushed_out[layer].discard(self.table.take_back(layer, expert))
+            else:
+                self.table.forget(layer, expert)
         stats = self._stats[layer]
         if entry.speculative:
             self._unused[layer].discard(expert)
@@ -244,26 +239,22 @@ class CachedResidency(Residency):
                 unused.remove(expert)
                 stats.wasted_speculative_bytes += size_bytes
 
-    def _count_regret(self, layer: int, plan: CachePlan) -> None:
-        """Book the reads of experts that useless guesses had pushed out."""
-        for expert in (*(expert for expert, _ in plan.fills), *plan.bypassed):
-            rank = self._pushed_out[layer].pop(expert, None)
-            if rank is not None:
-                lost = self._regret_s[layer]
-                lost[rank] = lost.get(rank, 0.0) + self.read_s(layer)
+    def _count_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
+        """Book those of the experts, which are read now, that useless guesses had pushed out."""
+        pushed_out = self._pushed_out[layer]
+        if not pushed_out:
+            return
+        again = pushed_out.intersection(experts)
+        pushed_out -= again
+        self._stats[layer].pushed_out_bytes += len(again) * self._record_bytes[layer]
 
     def _stalled_bytes(self, read: Read) -> int:
         """Bytes of a read that came while the caller waited, as if it had run evenly."""
         duration_s = read.finished_s - read.started_s
         if read.state != DONE or duration_s <= 0:
             return 0
-        stalled_s = self.stalled_s(read.started_s, read.finished_s)
+        stalled_s = self._stalled_s(read.started_s, read.finished_s)
         return round(read.destination.numel() * stalled_s / duration_s)
-
-    def _note_speed(self, read: Read) -> None:
-        """Keep a running mean of the time that a read takes, over about 16 reads."""
-        pace = (read.finished_s - read.started_s) / read.destination.numel()
-        self._s_per_byte += (pace - self._s_per_byte) / (16 if self._s_per_byte else 1)
 
     def _fill(self, step: Step, fills: Sequence[tuple[int, int]]) -> None:
         """Read misses into their slots."""

@@ -90,6 +90,11 @@ class DoubleBuffers:
         if self._owner[bank] == layer:
             self._slot_of[bank].pop(expert, None)
 
+    def take_back(self, layer: int, expert: int) -> int:
+        """Undo a speculative fill; nobody had its slot before, see `ExpertCache.take_back`."""
+        self.forget(layer, expert)
+        return _NOBODY
+
     def release(self, layer: int) -> None:
         """Give the layer's bank up after its step."""
         bank = self._bank_of[layer]

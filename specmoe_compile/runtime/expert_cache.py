@@ -80,6 +80,8 @@ class ExpertCache:
         self.last_use = [[0] * count for count in slots]
         self.count = [[0] * count for count in slots]
         self.clock = [0] * len(slots)
+        # Of slots that a guess got: the expert before, its last use and its count.
+        self._before: list[dict[int, tuple[int, int, int]]] = [{} for _ in slots]
         self._ageing_period = ageing_period
 
     def slot(self, layer: int, expert: int) -> int:
@@ -93,6 +95,23 @@ class ExpertCache:
             self.slot_of[layer][expert] = NOBODY
             self.expert_of[layer][slot] = NOBODY
             self.last_use[layer][slot] = self.count[layer][slot] = 0
+            self._before[layer].pop(slot, None)
+
+    def take_back(self, layer: int, expert: int) -> int:
+        """Undo a speculative fill that nothing was read for.
+
+        Returns:
+            The expert that has its slot again, -1 if there is none.
+        """
+        slot = self.slot_of[layer][expert]
+        previous, last_use, count = self._before[layer].get(slot, (NOBODY, 0, 0))
+        self.forget(layer, expert)
+        if previous == NOBODY or self.slot_of[layer][previous] != NOBODY:
+            return NOBODY
+        self.slot_of[layer][previous] = slot
+        self.expert_of[layer][slot] = previous
+        self.last_use[layer][slot], self.count[layer][slot] = last_use, count
+        return previous
 
     def plan(
         self,
@@ -136,8 +155,12 @@ class ExpertCache:
         if not missing:
             return plan
         victims = self._victims(layer, taken, empty_only=bypass)
+        before = self._before[layer]
         for expert, slot in zip(missing, victims, strict=False):
             previous = expert_of[slot]
+            before.pop(slot, None)
+            if speculative:
+                before[slot] = (previous, last_use[slot], count[slot])
             if previous != NOBODY:
                 slot_of[previous] = NOBODY
                 plan.evicted.append(previous)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
@@ -114,23 +114,12 @@ class Residency(ABC):
         """Make a layer's reads follow what is wanted: promote those, cancel the others."""
 
     @abstractmethod
-    def read_s(self, layer: int) -> float:
-        """Return how long reading a record of this layer takes lately, in seconds."""
-
-    def stalled_s(self, start_s: float, end_s: float) -> float:
-        """Return for how much of a time, by `now_s`, the caller had nothing to do but wait."""
-        return 0.0
-
-    @abstractmethod
-    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
-        """Remember experts that useless guesses pushed out; return what such ones cost so far.
+    def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
+        """Count it in `LayerStats.pushed_out_bytes` when such experts have to be read again.
 
         Args:
             layer: MoE layer ordinal.
-            victims: expert -> rank of the guess that pushed it out.
-
-        Returns:
-            Rank -> seconds of reading, since the last call, that went to experts of earlier calls.
+            experts: what useless guesses pushed out of their slots.
         """
 
 
@@ -184,8 +173,5 @@ class InPlaceResidency(Residency):
     def settle(self, layer: int, wanted: Collection[int]) -> None:
         pass
 
-    def read_s(self, layer: int) -> float:
-        return 0.0
-
-    def take_regret(self, layer: int, victims: Mapping[int, int]) -> dict[int, float]:
-        return {}
+    def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
+        pass

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -292,7 +291,6 @@ class Session:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
             self._lookahead.open(layer, "lookahead")
-            self._speculator.lookahead_s = time.perf_counter()
             return self.default_vectors.blend(layer, ids, weights, like)
 
     def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -302,8 +300,6 @@ class Session:
             SpecMoEError: the layer has no trained network.
         """
         with self._lock, layer_range(layer, "predict"):
-            if not self.predictions.reads_default_vectors:
-                self._speculator.lookahead_s = time.perf_counter()
             return self.predictions.predict(layer, state, width)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:

@@ -18,13 +18,6 @@ TRIAL_STEPS = 16
 OFF_STEPS = 256
 """Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
-LAYER_MARGIN = 1.5
-"""A layer has to save this many times what it costs: the time that its reads took before they were
-needed is an upper bound of what they saved, since the experts that are there hide reads too."""
-RARE_MARGIN = 4.0
-"""The same where a step lacks less than one of a layer's experts on average: what reads ahead slow
-down, computing beside them and the reads that were missed, is counted in part only, and weighs
-most where there is little to save (docs/results/speculation.md)."""
 _DECAY = 1.0 / TRIAL_STEPS
 
 
@@ -84,22 +77,19 @@ class SpeculationConfig:
 
 
 class PrefetchGate:
-    """Turns one thing off while it costs more time than it saves, or saves less than a margin.
+    """Turns one kind of guess off while more of its reads are useless than useful.
 
-    Saved: reading time of useful records that had passed when they were needed, and that the host
-    did not spend waiting for others. Lost: reading time of useless records beside something else
-    that was waited for, reads of experts that useless records had pushed out, and for a layer the
-    time that predicting it takes the host. Both are averaged over about TRIAL_STEPS steps. After a
-    while off, it is tried again.
+    A useful record saves at most the time of its read, and a useless one costs at most as much.
+    Both are averaged over about TRIAL_STEPS steps. After a while off, it is tried again.
     """
 
-    __slots__ = ("_lost_ms", "_off_for", "_off_next", "_saved_ms", "_steps", "closures")
+    __slots__ = ("_off_for", "_off_next", "_steps", "_useful", "_useless", "closures")
 
     def __init__(self) -> None:
         """Start open."""
         self._steps = 0
-        self._saved_ms = 0.0
-        self._lost_ms = 0.0
+        self._useful = 0.0
+        self._useless = 0.0
         self._off_for = 0
         self._off_next = OFF_STEPS
         self.closures = 0
@@ -121,19 +111,19 @@ class PrefetchGate:
         self._off_for -= 1
         return False
 
-    def measure(self, saved_ms: float, lost_ms: float, *, margin: float = 1.0) -> None:
-        """Take in what one step saved and lost; it must save `margin` times its losses."""
+    def measure(self, useful: int, useless: int) -> None:
+        """Take in how many records one step read of either kind."""
         self._steps += 1
         rate = max(_DECAY, 1.0 / self._steps)
-        self._saved_ms += rate * (saved_ms - self._saved_ms)
-        self._lost_ms += rate * (lost_ms - self._lost_ms)
+        self._useful += rate * (useful - self._useful)
+        self._useless += rate * (useless - self._useless)
         if self._steps < TRIAL_STEPS:
             return
-        if self._saved_ms >= margin * self._lost_ms:
+        if self._useful >= self._useless:
             self._off_next = OFF_STEPS
             return
         self.closures += 1
         self._off_for = self._off_next
         self._off_next = min(MAX_OFF_STEPS, 2 * self._off_next)
         self._steps = 0
-        self._saved_ms = self._lost_ms = 0.0
+        self._useful = self._useless = 0.0

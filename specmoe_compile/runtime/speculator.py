@@ -24,7 +24,6 @@ from specmoe_compile.runtime.prefetch_judge import PrefetchJudge
 from specmoe_compile.runtime.residency import Issued, Residency, Step
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.stats import LayerStats
-from specmoe_compile.runtime.transfer.base import DONE
 
 PREFILL_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
@@ -37,7 +36,7 @@ _CURRENT = -1
 class _Prediction:
     """What `start` was told about a layer, in values of our own: graphs reuse their buffers."""
 
-    __slots__ = ("host_ms", "issued", "number", "ranks", "rows", "weights")
+    __slots__ = ("issued", "number", "ranks", "rows", "weights")
 
     def __init__(self, number: int, rows: list[list[int]], weights: Tensor | None) -> None:
         self.number = number
@@ -45,7 +44,6 @@ class _Prediction:
         self.weights = weights
         self.issued: Issued | None = None
         self.ranks: dict[int, int] | None = None
-        self.host_ms = 0.0
 
 
 class _State:
@@ -101,8 +99,6 @@ class Speculator:
         self._predictions: list[_Prediction | None] = [None] * len(runners)
         # Whether the next prediction of a layer is wanted; None where nobody asked.
         self._asked: list[bool | None] = [None] * len(runners)
-        # When the lookahead that is under way began; 0 if there is none.
-        self.lookahead_s = 0.0
         self._learning_turn = 0
         self._state: _State | None = None
 
@@ -144,8 +140,7 @@ class Speculator:
         for source, target in zip(edges[::2], edges[1::2], strict=True):
             if self._asked[target]:
                 busy.update((source, target))
-        asked = sum(bool(self._asked[target]) for target in targets)
-        self.judge.begin_step(asked, self._stats)
+        self.judge.begin_step(self._stats)
         return [layer in busy for layer in layers]
 
     def _end_step(self, layer: int) -> None:
@@ -159,7 +154,6 @@ class Speculator:
         asked, self._asked[layer] = self._asked[layer], None
         if not 0 < ids.shape[0] <= PREFILL_TOKENS:
             return number
-        started_s = self.residency.now_s()
         if not (self._wants(layer) if asked is None else asked):
             return number
         config = self.config
@@ -176,27 +170,16 @@ class Speculator:
         prediction.issued = self.residency.prefetch(
             layer, admitted, predicted=experts, budget_bytes=config.prefetch_budget_bytes
         )
-        if not self._is_reading():
-            begun_s = self.lookahead_s or started_s
-            prediction.host_ms = (self.residency.now_s() - begun_s) * 1e3
-        self.lookahead_s = 0.0
         return number
 
     def _is_judged(self) -> bool:
         # What is committed to is never read in vain; and off, a step would have to be exact.
         return self.config.auto_off and self.config.policy != "commit"
 
-    def _is_reading(self) -> bool:
-        """Whether the live step still waits for reads, so that the host had nothing else to do."""
-        step = self._state.step if self._state is not None else None
-        if step is None:
-            return False
-        return bool(step.deferred) or any(r.state != DONE for r in step.waiting.values())
-
     def _wants(self, layer: int) -> bool:
         if layer in self.config.skip_layers:
             return False
-        return not self._is_judged() or self.judge.layers[layer].admits()
+        return not self._is_judged() or self.judge.predicts(layer)
 
     def settle(self, number: int, layer: int, ids: Tensor) -> int:
         """Meet a prediction with the true ids [T, K]; returns the number of the step.
@@ -222,8 +205,7 @@ class Speculator:
                     prediction.issued,
                     prediction.ranks,
                     set(needed),
-                    host_ms=prediction.host_ms,
-                    residency=self.residency,
+                    self.residency,
                 )
             if commits and prediction.weights is not None and prediction.weights.numel():
                 state.prediction = prediction

@@ -31,6 +31,9 @@ class LayerStats:
     """the part that was needed before it lost its slot."""
     wasted_speculative_bytes: int = 0
     """the part that was read and then evicted, dropped or found wrong before any use."""
+    pushed_out_bytes: int = 0
+    """read, on demand or ahead, because a useless guess had pushed the expert out of the cache. Not
+    counted on a GPU, nor without `auto_off`."""
     stall_ms: float = 0.0
     """time in which the caller had nothing to compute and waited for reads."""
     stall_bytes: int = 0

@@ -4,7 +4,9 @@ What one prefetch saves can only be estimated, since the reads of a step hold ea
 step takes is a fact. But steps take longer the more bytes they lack, whatever is predicted, and by
 far more than predicting changes. So steps are compared at the same number of bytes: the slope of
 time over bytes is fitted within both ways of running, and what is left of a step's time once it is
-subtracted is compared by medians, which a disturbed step does not move.
+subtracted is compared by medians, which a disturbed step does not move. One thing that predicting
+does falls on later steps of both ways: an expert that a useless guess pushed out of the cache is
+read again. It is taken off where it falls and charged to predicting.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from statistics import median
 BLOCK_STEPS = 2
 """Steps in a row that are run the same way: what a step leaves behind hits its own way too."""
 WARM_STEPS = 32
-"""Steps that are not compared the first time: slots fill, and rules about single guesses learn."""
-COMPARED_STEPS = 24
+"""Steps that predict and are not compared, at first: slots fill, and gates learn what is right."""
+COMPARED_STEPS = 32
 """Steps of each way that are compared."""
 WORTH = 0.02
-"""Share of a step's time that predicting has to save: two dozen steps cannot tell less apart."""
+"""Share of a step's time that predicting has to save: so few steps cannot tell less apart."""
 FIRST_HOLD_STEPS = 512
 """Steps that a decision holds at first; each time in a row that it is the same doubles it."""
 MAX_HOLD_STEPS = 8192
@@ -43,14 +45,15 @@ class StepTrial:
         self._warm = WARM_STEPS
         # Of steps without and with predictions: bytes that they lacked, and milliseconds.
         self._steps: tuple[list[tuple[int, float]], ...] = ([], [])
+        self._pushed_out_bytes = 0
         self._way = True
 
     def begin(self) -> bool:
         """Whether the step that begins may predict."""
         if self.is_trying:
             # Without, with, with, without: a drift hits both alike.
-            block = self._begun // BLOCK_STEPS
-            self._way = block % 4 in (1, 2)
+            block = (self._begun - self._warm) // BLOCK_STEPS
+            self._way = self._begun < self._warm or block % 4 in (1, 2)
         else:
             self._way = self.predicts
             if self._begun >= self._hold_steps:
@@ -59,18 +62,20 @@ class StepTrial:
         self._begun += 1
         return self._way
 
-    def end(self, ms: float, lacked_bytes: int) -> None:
+    def end(self, ms: float, lacked_bytes: int, pushed_out_bytes: int = 0) -> None:
         """Take in the step that began last.
 
         Args:
             ms: how long it took.
             lacked_bytes: what it needed and had to be read, on demand or ahead.
+            pushed_out_bytes: the part of it that useless guesses had pushed out of the cache.
         """
         if not self.is_trying or self._begun <= self._warm:
             return
         steps = self._steps[self._way]
         if len(steps) < COMPARED_STEPS:
             steps.append((lacked_bytes, ms))
+            self._pushed_out_bytes += pushed_out_bytes
         if min(len(steps) for steps in self._steps) >= COMPARED_STEPS:
             self._decide()
 
@@ -78,7 +83,9 @@ class StepTrial:
         without, predicting = self._steps
         slope = _slope(without, predicting)
         worth_ms = WORTH * median(ms for _, ms in without)
-        decision = _rest_ms(without, slope) - _rest_ms(predicting, slope) > worth_ms
+        pushed_out_ms = slope * self._pushed_out_bytes / len(predicting)
+        saved_ms = _rest_ms(without, slope) - _rest_ms(predicting, slope) - pushed_out_ms
+        decision = saved_ms > worth_ms
         same = self._hold_steps > 0 and decision == self.predicts
         self._hold_steps = min(MAX_HOLD_STEPS, 2 * self._hold_steps) if same else FIRST_HOLD_STEPS
         self.predicts = decision
@@ -87,7 +94,7 @@ class StepTrial:
 
     def _restart(self) -> None:
         self.is_trying = True
-        self._begun = self._warm = 0
+        self._begun = self._warm = self._pushed_out_bytes = 0
         self._steps = ([], [])
 
 

@@ -142,3 +142,32 @@ def test_no_policy_beats_belady(steps: list[set[int]], slots: int) -> None:
 def test_belady_of_a_known_sequence() -> None:
     # Two slots: 0 1 fill; 2 replaces 1, which is needed later than 0; 0 hits; 1 replaces 2.
     assert belady_hits([[0], [1], [2], [0], [1]], 2) == 1
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_guess_that_is_taken_back_leaves_the_cache_as_it_was(policy: Any) -> None:
+    table = cache(policy=policy)
+    for experts in ([0, 1], [2], [1]):
+        table.plan(0, experts)
+    tables = (table.slot_of, table.expert_of, table.last_use, table.count)
+    before = [[list(row) for row in table] for table in tables]
+    plan = table.plan(0, [5, 6], speculative=True)
+    assert plan.evicted == [0, 2]
+    assert [table.take_back(0, expert) for expert in (6, 5)] == [2, 0]
+    assert [[list(row) for row in table] for table in tables] == before
+
+
+def test_a_slot_is_not_given_back_to_what_is_elsewhere_or_was_no_guess() -> None:
+    table = cache(2)
+    table.plan(0, [0, 1])
+    (_, slot), *_ = table.plan(0, [5], speculative=True).fills
+    table.plan(0, [0], pinned_slots=[slot])  # it takes the other slot
+    assert table.take_back(0, 5) == -1
+    assert table.slot(0, 5) == -1 and table.expert_of[0][slot] == -1
+    table.plan(0, [6], speculative=True)
+    assert table.take_back(0, 6) == -1, "it was empty"
+    table.plan(0, [6], speculative=True)
+    table.plan(0, [3, 4])  # a demand fill is what the slots hold since
+    table.forget(0, 3)
+    assert table.slot(0, 4) >= 0 and table.slot(0, 6) == -1
+    assert table.take_back(0, 4) == -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from specmoe_compile.errors import StoreError, TransferError
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.speculation import SpeculationConfig as Config
-from tests.runtime.fakes import K, L, reference, token_batch
+from tests.runtime.fakes import K, L, SlowStore, ram_store, reference, token_batch
 from tests.runtime.split_path import (  # noqa: F401
     hold_readers,
     open_session,
@@ -18,7 +19,15 @@ from tests.runtime.split_path import (  # noqa: F401
     reads,
     step,
 )
-from tests.runtime.test_session import CACHES, MODULES, RECORD, in_time, make_session, poison
+from tests.runtime.test_session import (
+    CACHES,
+    LAYERS,
+    MODULES,
+    RECORD,
+    in_time,
+    make_session,
+    poison,
+)
 
 PREDICTORS = ["right", "wrong", "random", "empty", "wide", "late", "absent"]
 
@@ -106,6 +115,56 @@ def test_wrong_prediction_is_taken_back_before_it_starts(session: Session) -> No
     out = in_time(lambda: session.correct_experts(0, partial, x, ids, weights, state))
     assert torch.equal(out, reference(MODULES[0], *batch))
     assert {expert for layer, expert in reads(session) if layer == 0} == set(ids[0].tolist())
+
+
+def test_experts_that_made_room_for_a_cancelled_guess_are_still_there() -> None:
+    generator = random.Random(0)
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
+        session.configure(Config())
+        batch = x, ids, weights = token_batch(0, 1)
+        step(session, 0, batch, -1)
+        blocked = hold_readers(session)
+        ticket = session.start_prefetch(0, *predict("wrong", batch, generator))
+        assert session.cache is not None and session.cache.slot(0, int(ids[0, 0])) == -1
+        state = session.wait_prefetch(ticket, 0, ids)
+        partial = session.run_resident_experts(0, x, ids, weights, state)
+        out = in_time(lambda: session.correct_experts(0, partial, x, ids, weights, state))
+        blocked.set()
+        assert torch.equal(out, reference(MODULES[0], *batch))
+        layer = session.stats.layers[0]
+        assert (layer.hits, layer.misses, layer.cancelled_prefetches) == (K, K, K)
+        assert layer.pushed_out_bytes == layer.speculative_bytes == 0
+
+
+@pytest.mark.parametrize("cache", ["one_token", "half"])
+def test_slots_that_are_given_back_hold_what_they_say(cache: str) -> None:
+    """Without poison, which would spoil them; readers are slow, so that guesses are cancelled."""
+    generator = random.Random(cache)
+    store = SlowStore(ram_store(LAYERS), delay_s=lambda: generator.choice([0.0, 0.002]))
+    with make_session(cache, store=store, reader_threads=1) as session:
+        session.configure(Config(auto_off=False))
+        for token in range(60):
+            for layer in range(L):
+                batch = token_batch(7 * token + layer, generator.choice([1, 1, 2]))
+                kind = generator.choice(["wrong", "random", "wide"])
+                ticket = session.start_prefetch(layer, *predict(kind, batch, generator))
+                out = step(session, layer, batch, ticket)
+                assert torch.equal(out, reference(MODULES[layer], *batch))
+        assert session.stats.total.cancelled_prefetches > 15, "else nothing is tested"
+
+
+def test_what_useless_guesses_push_out_is_counted_when_it_is_read_again() -> None:
+    generator = random.Random(0)
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
+        session.configure(Config())
+        batch = token_batch(0, 1)
+        step(session, 0, batch, -1)
+        ticket = session.start_prefetch(0, *predict("wrong", batch, generator))
+        assert session._transfer is not None
+        while session._transfer.busy_ms == 0.0 or len(reads(session)) < 2 * K:
+            time.sleep(0.001)
+        step(session, 0, batch, ticket)
+        assert session.stats.layers[0].pushed_out_bytes == K * RECORD
 
 
 def test_budget_limits_speculative_bytes(session: Session) -> None:
