@@ -29,6 +29,7 @@ from torch import Tensor
 import specmoe_compile
 from benchmarks.command import explains_errors
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
+from benchmarks.paired import PairedArm, run_paired
 from benchmarks.predictors_cost import measure_cost
 from benchmarks.predictors_report import write_report
 from benchmarks.reference_model import CHECKPOINT_DIR
@@ -45,9 +46,8 @@ from specmoe_compile.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
-from specmoe_compile.cli.measure.live_worker import run_worker
 from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
+from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.generation import session_of
 from specmoe_compile.predictors.registry import PREDICTORS
@@ -194,7 +194,7 @@ def _recall(result: Calibration, name: str) -> dict[str, Any]:
 
 
 def run_timing(place: Place, phase: str) -> None:
-    """Time per token with each predictor and without any, repeats interleaved."""
+    """Time per token with each predictor and without any, in turns within this process."""
     without, predicting = ARMS[phase]
     prompts = held_out_prompts(3)
     _write_widened_artefact(place)
@@ -217,15 +217,7 @@ def run_timing(place: Place, phase: str) -> None:
                 options=options,
                 work_dir=work,
             )
-        runs: dict[str, list[ArmRun]] = {name: [] for name in jobs}
-        for repeat in range(place.repeats):
-            # Back and forth, so that a drift of the machine hits neighbours alike.
-            for name in jobs if repeat % 2 == 0 else reversed(jobs):
-                run = run_worker(jobs[name])
-                runs[name].append(run)
-                median = quantile(run.tpot_samples_ms, 0.5)
-                print(f"{repeat + 1}/{place.repeats} {name}: {median:.2f} ms", flush=True)
-    tokens = {json.dumps(run.tokens) for done in runs.values() for run in done}
+        arms, different = run_paired(jobs, place.repeats)
     place.write(
         phase if place.auto_off else f"{phase}_always",
         {
@@ -236,8 +228,8 @@ def run_timing(place: Place, phase: str) -> None:
             "prompt_tokens": PROMPT_TOKENS,
             "new_tokens": place.new_tokens,
             "repeats": place.repeats,
-            "different_token_lists": len(tokens) - 1,
-            "arms": {name: _arm(done) for name, done in runs.items()},
+            "different_token_lists": different,
+            "arms": {name: _arm(arm) for name, arm in arms.items()},
         },
     )
 
@@ -258,17 +250,17 @@ def _write_widened_artefact(place: Place) -> None:
     replace(Calibration.load(place.artefact), fingerprint=name).save(place.widened_artefact)
 
 
-def _arm(runs: Sequence[ArmRun]) -> dict[str, Any]:
-    totals = [run.decode["total"] for run in runs if run.decode is not None]
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
+def _arm(arm: PairedArm) -> dict[str, Any]:
+    total = {key: sum(t[key] for t in arm.totals) for key in arm.totals[0]}
+    samples = arm.samples_ms
     return {
-        "tpot_ms": spread([ms for run in runs for ms in run.tpot_samples_ms]),
-        "medians_ms": [quantile(run.tpot_samples_ms, 0.5) for run in runs],
-        "samples_ms": [[round(ms, 2) for ms in run.tpot_samples_ms] for run in runs],
+        "tpot_ms": spread([ms for round_ms in samples for ms in round_ms]),
+        "medians_ms": [quantile(round_ms, 0.5) for round_ms in samples],
+        "samples_ms": [[round(ms, 2) for ms in round_ms] for round_ms in samples],
         "recall": total["recalled"] / total["needed"] if total["needed"] else None,
         "predicted_share": total["needed"] / max(1, total["hits"] + total["misses"]),
         "total": total,
-        "notes": sorted({note for run in runs for note in run.notes if "graphs were" in note}),
+        "notes": [],
     }
 
 

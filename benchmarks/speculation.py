@@ -7,6 +7,8 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
 
 - prepare      widen, pack, compile once
 - timing       time per token of every arm and cache size, A B C C B A; needs a quiet machine
+- paired       the claims about time: the arms they compare in turns within one process, so that
+               neither the machine's drift nor a process that is slow for life counts
 - exact        64 prompts x 64 tokens against the unmodified model, with sabotaged predictors; takes
                half the time with the store in memory (--folder on a tmpfs)
 - eval         what each policy costs in output, on the model as trained, with every list of
@@ -30,9 +32,11 @@ from typing import Any
 
 from benchmarks.command import explains_errors
 from benchmarks.end_to_end import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, RESULTS, held_out_prompts
+from benchmarks.paired import run_paired
 from benchmarks.speculation_eval import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
 from benchmarks.speculation_exact import BATCHES, merged, run_exact
 from benchmarks.speculation_report import write_report
+from benchmarks.speculation_report_paired import NO_CACHE
 from benchmarks.speculation_report_timing import AGAIN
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
@@ -46,7 +50,7 @@ from specmoe_compile.runtime.machine import cache_folder
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"
 FIDELITY = REPORT.with_name("fidelity.md")
-PHASES = ("prepare", "timing", "exact", "eval", "eval_wide", "compile", "report")
+PHASES = ("prepare", "timing", "paired", "exact", "eval", "eval_wide", "compile", "report")
 DTYPE = "float32"
 WIDE_PROMPTS = 4
 
@@ -77,6 +81,18 @@ CELLS = (
     Cell(name="commit 25%", arm="commit"),
     Cell(name="resident", arm="resident"),
 )
+
+PAIRS = {
+    NO_CACHE: {
+        "on_demand": "on_demand",
+        "prefetch": "prefetch",
+        "on_demand again": "on_demand",
+        "resident": "resident",
+    },
+    "25%": {"cache": "cache 25%", "specmoe": "specmoe 25%", "cache again": "cache 25%"},
+    "50%": {"cache": "cache 50%", "specmoe": "specmoe 50%", "cache again": "cache 50%"},
+}
+"""By group: arms of phase `paired` and the cells that they run."""
 
 
 class Place:
@@ -175,6 +191,29 @@ def run_timing(place: Place) -> None:
     place.write("timing", {"arms": records, "settings": settings})
 
 
+def run_pairs(place: Place) -> None:
+    """Time per token of the arms that are compared, each group in turns within this process."""
+    prompts = held_out_prompts(place.timed_prompts)
+    groups: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=place.folder) as work:
+        run_pack(str(place.model()), str(place.store_dir()), DTYPE, cap=None, work_dir=work)
+        cells = {cell.name: cell for cell in CELLS}
+        for group, names in PAIRS.items():
+            print(f"= {group}", flush=True)
+            jobs = {name: place.job(cells[cell], work, prompts) for name, cell in names.items()}
+            arms, different = run_paired(jobs, place.repeats)
+            records = {name: arm.record() for name, arm in arms.items()}
+            groups[group] = {"arms": records, "different_token_lists": different}
+    settings = {
+        "new_tokens": place.new_tokens,
+        "prompts": len(prompts),
+        "prompt_tokens": PROMPT_TOKENS,
+        "rounds": place.repeats,
+        "seed": 0,
+    }
+    place.write("paired", {"groups": groups, "settings": settings})
+
+
 def medians_by_token(repeats: Sequence[Sequence[float]]) -> list[float]:
     """Median of each token's times over the repeats, which generate the same tokens.
 
@@ -253,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     phases: dict[str, Callable[[], None]] = {
         "prepare": lambda: run_prepare(place),
         "timing": lambda: run_timing(place),
+        "paired": lambda: run_pairs(place),
         "exact": lambda: run_exact(
             place.model(),
             place.store_dir(),

@@ -231,5 +231,5 @@ _NOTES = """## How to read this
   the paper (arXiv 2603.19289).
 - A prefetch can hide reading behind computing, and no more than there is of either. On two cores
   the readers, the lookahead and the experts share the same cores; where reads take most of a token,
-  a wrong guess delays a right one. `auto_off` measures both sides per layer and per rank of guess,
-  and stops predicting where it does not pay."""
+  a wrong guess delays a right one. `auto_off` reads only guesses that are right more often than not,
+  and compares whole steps with and without them; where they are not 2 % faster it stops predicting."""

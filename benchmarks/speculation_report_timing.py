@@ -113,10 +113,8 @@ def other_runs(timings: Sequence[Result]) -> str:
         "### Other runs\n\n"
         + markdown_table(head, rows)
         + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
-        " judged by the run above. In run 330a403 one process per arm took ten turns: two processes"
-        " of the same arm stayed 5 % apart over most of them, and `prefetch` was 7 % faster than"
-        " `on_demand` although 6 % of its steps were predicted. What a process is given (memory,"
-        " for one) it keeps: differences of that size need many processes to be told."
+        " judged by the run above. Two processes of the same arm can stay 5 % apart for as long as"
+        " they live, so differences of that size need many processes to be told."
     )
 
 
