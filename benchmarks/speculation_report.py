@@ -8,6 +8,7 @@ from statistics import median
 
 from benchmarks.end_to_end_report import Claim
 from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
+from benchmarks.speculation_report_paired import paired_claims, paired_section
 from benchmarks.speculation_report_timing import (
     Result,
     other_runs,
@@ -26,6 +27,7 @@ MOST_LOSS_NATS = 0.02
 
 _PHASES = {
     "timing": "time per token",
+    "paired": "time per token, arms in turns within one process",
     "exact": "tokens of policy exact",
     "eval": "recall by layer and fidelity of the policies on the model as trained",
     "eval_wide": "the same on the widened model",
@@ -37,7 +39,8 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
     """Write the document; returns whether every claim that could be judged holds.
 
     Args:
-        found: result of each phase that there is: timing, exact, compile, eval.
+        found: result of each phase that there is: timing, paired, exact, compile, eval. What must
+            hold about time is judged by `paired`, and by `timing` where there is no other.
         path: the document.
         others: results of phase timing at other commits.
 
@@ -50,7 +53,8 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
     sections = [_head(found)]
     for name, judge, section in (
         ("exact", exact_claims, _exact_section),
-        ("timing", timing_claims, timing_section),
+        ("paired", paired_claims, paired_section),
+        ("timing", _no_claims if "paired" in found else timing_claims, timing_section),
         ("eval", eval_claims, _no_section),
         ("eval_wide", eval_claims, _no_section),
         ("compile", compile_claims, _compile_section),
@@ -221,6 +225,11 @@ def _compile_section(found: Result) -> str:
     )
 
 
+def _no_claims(result: Result) -> list[Claim]:
+    """Judge nothing."""
+    return []
+
+
 def _no_section(found: Result) -> str:
     return ""
 
@@ -231,5 +240,6 @@ _NOTES = """## How to read this
   the paper (arXiv 2603.19289).
 - A prefetch can hide reading behind computing, and no more than there is of either. On two cores
   the readers, the lookahead and the experts share the same cores; where reads take most of a token,
-  a wrong guess delays a right one. `auto_off` reads only guesses that are right more often than not,
-  and compares whole steps with and without them; where they are not 2 % faster it stops predicting."""
+  a wrong guess delays a right one. `auto_off` reads only guesses that are right more often than
+  not, and compares whole steps with and without them; where they are not 2 % faster it stops
+  predicting."""

@@ -77,13 +77,14 @@ def paired_section(paired: Result) -> str:
         "## Time per token, arms in turns within one process\n\n"
         + markdown_table(head, rows)
         + f"\n\n{settings['prompts']} prompts of {settings['prompt_tokens']} tokens,"
-        f" {settings['new_tokens']} greedy tokens each, {settings['rounds']} rounds, back and forth;"
-        " a turn is one prompt, two tokens of each are left out. A ratio is the mean over turns of"
-        " the medians' ratio, with its standard error. The arms of a group live in one process, so"
-        " that neither the machine's drift nor a process that is slow for life counts. An arm"
+        f" {settings['new_tokens']} greedy tokens each, {settings['rounds']} rounds, back and"
+        " forth; a turn is one prompt, two tokens of each are left out. A ratio is the mean over"
+        " turns of the medians' ratio, with its standard error. The arms of a group live in one"
+        " process, so that neither the machine's drift nor a process that is slow for life counts."
+        " An arm"
         " `again` is the same arm with memory of its own: how far two equal ones are apart."
-        " Pushed out: read again because a useless guess had taken the slot. Predicted: the share of"
-        " layer steps in which `auto_off` let the lookahead run, its trials included."
+        " Pushed out: read again because a useless guess had taken the slot. Predicted: the share"
+        " of layer steps in which `auto_off` let the lookahead run, its trials included."
         f" Tokens: {same}. Commit: {str(paired['commit'])[:12]}."
     )
 

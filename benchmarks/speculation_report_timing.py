@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.end_to_end_report import Claim
+from benchmarks.speculation_report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES
 from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
 
-HIDDEN_SHARE = 0.8
-CACHE_FACTOR = 1.02
 AGAIN = "cache 50% again"
 """The same arm once more: what a difference between two arms has to be compared with."""
-SIZES = ("25%", "50%")
 
 Result = Mapping[str, Any]
 
@@ -113,8 +111,9 @@ def other_runs(timings: Sequence[Result]) -> str:
         "### Other runs\n\n"
         + markdown_table(head, rows)
         + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
-        " judged by the run above. Two processes of the same arm can stay 5 % apart for as long as"
-        " they live, so differences of that size need many processes to be told."
+        " judged by arms in turns within one process, where that was measured. Two"
+        " processes of the same arm can stay 5 % apart for as long as they live, so differences of"
+        " that size need many processes to be told."
     )
 
 

@@ -16,6 +16,7 @@ from benchmarks.speculation_report import (
     exact_claims,
     write_report,
 )
+from benchmarks.speculation_report_paired import paired_claims
 from benchmarks.speculation_report_timing import timing_claims
 
 
@@ -95,6 +96,61 @@ _ABOUT = {
 )
 def test_timing_is_judged_by_medians(p50: dict[str, float], holds: list[bool]) -> None:
     assert [claim.holds for claim in timing_claims(_timing(**p50))] == holds
+
+
+def _paired(**medians: float) -> dict[str, Any]:
+    """A result of phase paired; every second turn takes twice as long, whatever the arm."""
+
+    def arms(**ms: float) -> dict[str, Any]:
+        total = {"steps": 80, "hits": 300, "misses": 20, "demand_bytes": 10 << 20, "needed": 160}
+        total |= {"speculative_bytes": 4 << 20, "useful_speculative_bytes": 3 << 20}
+        total |= {"pushed_out_bytes": 10 << 20, "stall_ms": 50.0}
+        return {
+            "different_token_lists": 0,
+            "arms": {
+                name.replace("_again", " again"): {
+                    "tpot_ms": {"p50": medians.get(name, value)},
+                    "turns_ms": [medians.get(name, value), 2.0 * medians.get(name, value)],
+                    "totals": [total],
+                }
+                for name, value in ms.items()
+            },
+        }
+
+    return {
+        **_ABOUT,
+        "groups": {
+            "no cache": arms(on_demand=40.0, prefetch=35.0, on_demand_again=40.0, resident=5.0),
+            "25%": arms(cache=20.0, specmoe=20.0, cache_again=20.0),
+            "50%": arms(cache=10.0, specmoe=10.0, cache_again=10.0),
+        },
+        "settings": {"prompts": 1, "prompt_tokens": 1, "new_tokens": 1, "rounds": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("medians", "holds"),
+    [
+        ({}, [True, True, True]),
+        ({"prefetch": 36.1}, [False, True, True]),
+        ({"specmoe": 20.5}, [True, False, False]),
+        ({"specmoe": 10.1}, [True, True, True]),
+    ],
+)
+def test_arms_in_turns_are_compared_turn_by_turn(
+    medians: dict[str, float], holds: list[bool]
+) -> None:
+    assert [claim.holds for claim in paired_claims(_paired(**medians))] == holds
+
+
+def test_time_is_judged_by_arms_in_turns_where_there_are_any(tmp_path: Path) -> None:
+    slow = {**_full_timing(), "commit": "slow"}
+    next(a for a in slow["arms"] if a["name"] == "specmoe 50%")["tpot_ms"]["p50"] = 99.0
+    assert not write_report({"timing": slow}, tmp_path / "report.md")
+    assert write_report({"timing": slow, "paired": _paired()}, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "| 25% | cache | 20.0 | - | 1.0 MiB |" in text
+    assert "1.000 +- 0.000 x (the same arm twice: 1.000 +- 0.000)" in text
 
 
 def _eval(*curve: tuple[float, float], recall: float = 0.0) -> dict[str, Any]:
