@@ -7,11 +7,15 @@ time over bytes is fitted within both ways of running, and what is left of a ste
 subtracted is compared by medians, which a disturbed step does not move. One thing that predicting
 does falls on later steps of both ways: an expert that a useless guess pushed out of the cache is
 read again. It is taken off where it falls and charged to predicting.
+
+What is left still scatters by more than predicting changes, where steps differ much. So the trial
+goes on until the difference is clear of its own error, up to a limit.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -20,12 +24,20 @@ BLOCK_STEPS = 2
 WARM_STEPS = 32
 """Steps that predict and are not compared, at first: slots fill, and gates learn what is right."""
 COMPARED_STEPS = 32
-"""Steps of each way that are compared."""
-WORTH = 0.02
-"""Share of a step's time that predicting has to save: so few steps cannot tell less apart."""
+"""Steps of each way that are compared at least."""
+MOST_COMPARED_STEPS = 160
+"""Steps of each way that are compared at most."""
+CLEAR = 2.0
+"""Standard errors that the difference has to be from `WORTH`, before that."""
+WORTH = 0.01
+"""Share of a step's time that predicting has to save."""
 FIRST_HOLD_STEPS = 512
 """Steps that a decision holds at first; each time in a row that it is the same doubles it."""
 MAX_HOLD_STEPS = 8192
+BETWEEN_LOOKS = 16
+"""Steps of each way between two looks at the difference."""
+_MAD_TO_SIGMA = 1.4826  # of normal noise
+_MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean
 
 
 class StepTrial:
@@ -46,6 +58,7 @@ class StepTrial:
         # Of steps without and with predictions: bytes that they lacked, and milliseconds.
         self._steps: tuple[list[tuple[int, float]], ...] = ([], [])
         self._pushed_out_bytes = 0
+        self._compare_at = COMPARED_STEPS
         self._way = True
 
     def begin(self) -> bool:
@@ -73,19 +86,25 @@ class StepTrial:
         if not self.is_trying or self._begun <= self._warm:
             return
         steps = self._steps[self._way]
-        if len(steps) < COMPARED_STEPS:
-            steps.append((lacked_bytes, ms))
-            self._pushed_out_bytes += pushed_out_bytes
-        if min(len(steps) for steps in self._steps) >= COMPARED_STEPS:
-            self._decide()
+        steps.append((lacked_bytes, ms))
+        self._pushed_out_bytes += pushed_out_bytes
+        fewest = min(len(steps) for steps in self._steps)
+        if fewest >= self._compare_at:
+            self._compare_at = fewest + BETWEEN_LOOKS
+            self._decide(fewest >= MOST_COMPARED_STEPS)
 
-    def _decide(self) -> None:
+    def _decide(self, is_last: bool) -> None:
+        """Decide if the difference is clear, or if there is no more time."""
         without, predicting = self._steps
         slope = _slope(without, predicting)
         worth_ms = WORTH * median(ms for _, ms in without)
         pushed_out_ms = slope * self._pushed_out_bytes / len(predicting)
-        saved_ms = _rest_ms(without, slope) - _rest_ms(predicting, slope) - pushed_out_ms
-        decision = saved_ms > worth_ms
+        rest_ms, error_ms = _rest_ms(without, slope)
+        predicting_ms, other_error_ms = _rest_ms(predicting, slope)
+        gain_ms = rest_ms - predicting_ms - pushed_out_ms - worth_ms
+        if not is_last and abs(gain_ms) < CLEAR * math.hypot(error_ms, other_error_ms):
+            return
+        decision = gain_ms > 0.0
         same = self._hold_steps > 0 and decision == self.predicts
         self._hold_steps = min(MAX_HOLD_STEPS, 2 * self._hold_steps) if same else FIRST_HOLD_STEPS
         self.predicts = decision
@@ -96,6 +115,7 @@ class StepTrial:
         self.is_trying = True
         self._begun = self._warm = self._pushed_out_bytes = 0
         self._steps = ([], [])
+        self._compare_at = COMPARED_STEPS
 
 
 def _slope(*groups: Sequence[tuple[int, float]]) -> float:
@@ -109,6 +129,9 @@ def _slope(*groups: Sequence[tuple[int, float]]) -> float:
     return median(slopes) if slopes else 0.0
 
 
-def _rest_ms(steps: Sequence[tuple[int, float]], slope: float) -> float:
-    """Median of what steps took beyond reading what they lacked."""
-    return median(ms - slope * lacked for lacked, ms in steps)
+def _rest_ms(steps: Sequence[tuple[int, float]], slope: float) -> tuple[float, float]:
+    """Median of what steps took beyond reading what they lacked, and its standard error."""
+    rest_ms = [ms - slope * lacked for lacked, ms in steps]
+    middle_ms = median(rest_ms)
+    scatter_ms = _MAD_TO_SIGMA * median(abs(ms - middle_ms) for ms in rest_ms)
+    return middle_ms, _MEDIAN_ERROR * scatter_ms / math.sqrt(len(steps))

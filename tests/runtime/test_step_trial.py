@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from specmoe_compile.runtime.step_trial import (
+    BETWEEN_LOOKS,
     BLOCK_STEPS,
     COMPARED_STEPS,
     FIRST_HOLD_STEPS,
+    MOST_COMPARED_STEPS,
     WARM_STEPS,
     WORTH,
     StepTrial,
@@ -18,6 +20,7 @@ from specmoe_compile.runtime.step_trial import (
 
 RECORD = 3 << 20
 TRIAL = WARM_STEPS + 2 * COMPARED_STEPS
+LONGEST_TRIAL = WARM_STEPS + 2 * MOST_COMPARED_STEPS
 
 
 class Machine:
@@ -38,18 +41,40 @@ class Machine:
             self.trial.end(ms * (1.0 + predicts * self.effect), records * RECORD)
             yield predicts
 
+    def trial_steps(self) -> list[bool]:
+        """Run steps until there is a decision."""
+        ways: list[bool] = []
+        while self.trial.is_trying:
+            ways += self.steps(1)
+        return ways
+
 
 @pytest.mark.parametrize("effect", [-0.05, 0.05])
 def test_the_faster_way_is_found_among_steps_that_differ_by_far_more(effect: float) -> None:
     found = []
     for seed in range(40):
         machine = Machine(effect, seed=seed, noise=1.0)
-        ways = list(machine.steps(TRIAL))
-        assert sum(ways[WARM_STEPS:]) == COMPARED_STEPS
-        assert not machine.trial.is_trying
+        ways = machine.trial_steps()
+        assert TRIAL <= len(ways) <= LONGEST_TRIAL
+        assert abs(2 * sum(ways[WARM_STEPS:]) - len(ways[WARM_STEPS:])) <= BLOCK_STEPS
         found.append(machine.trial.predicts)
         assert set(machine.steps(50)) == {machine.trial.predicts}
     assert found.count(effect < 0) >= 38
+
+
+def test_a_trial_takes_as_long_as_it_has_to() -> None:
+    """Little noise is told apart at the first look, much of it later, and no difference never."""
+    lengths = {
+        (effect, noise): [
+            len(Machine(effect, seed=seed, noise=noise).trial_steps()) for seed in range(20)
+        ]
+        for effect, noise in ((-0.3, 0.1), (-0.08, 4.0), (-0.01, 4.0))
+    }
+    assert set(lengths[-0.3, 0.1]) == {TRIAL}
+    assert len(set(lengths[-0.08, 4.0])) > 2
+    looks = range(COMPARED_STEPS, MOST_COMPARED_STEPS + 1, BETWEEN_LOOKS)
+    assert set(lengths[-0.08, 4.0]) <= {WARM_STEPS + 2 * look for look in looks}
+    assert lengths[-0.01, 4.0].count(LONGEST_TRIAL) > 10
 
 
 def test_a_trial_goes_there_and_back_so_that_a_drift_hits_both_ways() -> None:
@@ -63,18 +88,20 @@ def test_a_trial_goes_there_and_back_so_that_a_drift_hits_both_ways() -> None:
 
 def test_a_decision_holds_longer_each_time_that_it_is_the_same() -> None:
     machine = Machine(0.2)
-    list(machine.steps(TRIAL))
+    machine.trial_steps()
     for times in (1, 2, 4):
         assert not any(machine.steps(times * FIRST_HOLD_STEPS))
         assert sum(machine.steps(2 * COMPARED_STEPS)) == COMPARED_STEPS, "it is tried again"
+        machine.trial_steps()
     machine.effect = -0.2
-    list(machine.steps(8 * FIRST_HOLD_STEPS + 2 * COMPARED_STEPS))
+    list(machine.steps(8 * FIRST_HOLD_STEPS + 1))
+    machine.trial_steps()
     assert machine.trial.predicts, "what pays now is found"
     assert all(machine.steps(FIRST_HOLD_STEPS))
     assert not all(machine.steps(2 * COMPARED_STEPS))
 
 
-@pytest.mark.parametrize("effect", [-0.1, -0.015, 0.0, 0.1])
+@pytest.mark.parametrize("effect", [-0.1, -0.015, -0.005, 0.0, 0.1])
 def test_a_gain_too_small_to_tell_is_no_gain(effect: float) -> None:
     trial = StepTrial()
     for _ in range(TRIAL):
