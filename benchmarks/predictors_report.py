@@ -122,11 +122,27 @@ def _verdict(found: Result) -> str:
             f"- {what}: the default is `{default}`. The highest recall is `{best}`'s,"
             f" {recall[best]:.3f} against {recall[default]:.3f} of `{default}`."
         )
+        same = [name for name in others if _same_networks(seen[name], seen[default])]
+        rivals = [name for name in others if name not in same]
         for phase in TIMINGS[:2]:
             if phase in found:
-                line += " " + _verdict_by_time(found[phase], default, others)
+                line += " " + _verdict_by_time(found[phase], default, rivals)
+                if _has_samples(found[phase]):
+                    for name in same:
+                        line += (
+                            f" `{name}` is the same network in every layer here: that it takes"
+                            f" {median(ratios_to(found[phase], name, default)):.3f} of the time is"
+                            " how far two equal arms are apart."
+                        )
         lines.append(line)
     return "\n".join(lines)
+
+
+def _same_networks(one: Result, other: Result) -> bool:
+    """Whether two predictors are one network in every layer, as the hybrid can be."""
+    parameters = one["network_parameters"]
+    same = parameters == other["network_parameters"] and one["recall"] == other["recall"]
+    return bool(parameters and same)
 
 
 def _verdict_by_time(timing: Result, default: str, others: Sequence[str]) -> str:

@@ -129,3 +129,16 @@ def test_a_result_without_single_tokens_is_shown_without_a_verdict(tmp_path: Pat
     result.write_text(json.dumps(found))
     write_report(result, document)
     assert "2 repeats that kept no single tokens" in document.read_text()
+
+
+def test_one_network_under_two_names_does_not_compete_with_itself(tmp_path: Path) -> None:
+    result, document = tmp_path / "r.json", tmp_path / "r.md"
+    found = {**_result(), "no_cache": _timing(1.0, [5.0])}
+    for name in ("estimator", "hybrid"):
+        found["recall"]["predictors"][name]["network_parameters"] = 7
+    found["no_cache"]["arms"]["estimator"]["samples_ms"] = [[4.0], [9.0]]
+    result.write_text(json.dumps(found))
+    write_report(result, document)
+    text = document.read_text()
+    assert "`estimator` is the same network in every layer here: that it takes 0.850 of" in text
+    assert "`estimator` takes" not in text
