@@ -7,52 +7,61 @@ leave both out of a comparison. What remains is shown by an arm that is there tw
 
 from __future__ import annotations
 
-import itertools
-import json
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
-from specmoe_compile.cli.measure.arm import LoadedArm
-from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
-
-SKIPPED_TOKENS = 2
-"""First tokens of a turn that are not timed: another arm had the processor's cache before them."""
+from benchmarks.traffic import counted
+from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
+from specmoe_compile.cli.measure.worker import Measurement
 
 
-@dataclass
 class PairedArm:
-    """What an arm did, by rounds over all prompts.
+    """What an arm did: `rounds` of turns, one turn for each prompt."""
 
-    Attributes:
-        rounds: per round, per prompt, milliseconds of each token timed.
-        totals: counters of the session per round, prefill left out, with `read_busy_ms`.
-    """
-
-    rounds: list[list[list[float]]] = field(default_factory=list)
-    totals: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.rounds: list[list[ArmRun]] = []
 
     @property
     def turns_ms(self) -> list[float]:
         """Median of each turn."""
-        return [quantile(turn, 0.5) for turns in self.rounds for turn in turns]
+        return [quantile(turn.tpot_samples_ms, 0.5) for turns in self.rounds for turn in turns]
 
     @property
     def samples_ms(self) -> list[list[float]]:
         """Per round, its tokens."""
-        return [[ms for turn in turns for ms in turn] for turns in self.rounds]
+        return [[ms for turn in turns for ms in turn.tpot_samples_ms] for turns in self.rounds]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """What each turn generated."""
+        return [tokens for turns in self.rounds for turn in turns for tokens in turn.tokens]
+
+    @property
+    def tpot_ms(self) -> dict[str, float]:
+        """Quantiles over all tokens."""
+        return spread([ms for samples in self.samples_ms for ms in samples])
+
+    @property
+    def total(self) -> dict[str, float]:
+        """The session's counters over all turns, prefill left out, with `read_busy_ms`."""
+        return counted([turn for turns in self.rounds for turn in turns])
+
+    @property
+    def notes(self) -> list[str]:
+        """What spoils the times: graphs that were compiled during a turn."""
+        runs = (turn for turns in self.rounds for turn in turns)
+        return sorted({note for run in runs for note in run.notes if "graphs were" in note})
 
     def record(self) -> dict[str, Any]:
         """As plain numbers, for a result file."""
         return {
-            "tpot_ms": spread([ms for samples in self.samples_ms for ms in samples]),
+            "tpot_ms": self.tpot_ms,
             "turns_ms": [round(ms, 3) for ms in self.turns_ms],
-            "totals": self.totals,
+            "totals": [self.total],
+            "notes": self.notes,
         }
 
 
@@ -67,34 +76,10 @@ class Ratio:
         return f"{self.mean:.3f} +- {self.error:.3f}"
 
 
-def ratio(ours_ms: list[float], base_ms: list[float]) -> Ratio:
+def ratio(ours_ms: Sequence[float], base_ms: Sequence[float]) -> Ratio:
     """Compare the medians of turns that had the same prompt in the same round."""
     ratios = [ours / base for ours, base in zip(ours_ms, base_ms, strict=True)]
     return Ratio(fmean(ratios), stdev(ratios) / len(ratios) ** 0.5)
-
-
-class _Clock:
-    """A streamer that notes when each token came, and the counters when decoding began."""
-
-    def __init__(self, arm: LoadedArm) -> None:
-        self.times_s: list[float] = []
-        self.tokens: list[int] = []
-        self.before: dict[str, Any] = {}
-        self._arm = arm
-
-    def put(self, value: torch.Tensor) -> None:
-        if len(self.times_s) == 1:  # after the prompt, the first token: prefill is over
-            self.before = _counters(self._arm)
-        self.times_s.append(time.perf_counter())
-        self.tokens.extend(value.flatten().tolist())
-
-    def steps_ms(self) -> list[float]:
-        """Milliseconds of each decode step."""
-        times_s = self.times_s[1:]
-        return [(end - begin) * 1e3 for begin, end in itertools.pairwise(times_s)]
-
-    def end(self) -> None:
-        pass
 
 
 def run_paired(jobs: Mapping[str, ArmJob], rounds: int) -> tuple[dict[str, PairedArm], int]:
@@ -107,49 +92,19 @@ def run_paired(jobs: Mapping[str, ArmJob], rounds: int) -> tuple[dict[str, Paire
     Returns:
         The arms by name; and how many of them gave other tokens than the first one.
     """
-    loaded = {name: ARMS[job.arm].load(job, ARMS[job.arm]) for name, job in jobs.items()}
+    warm = {name: Measurement(job, emit=lambda *_, **__: None) for name, job in jobs.items()}
     arms = {name: PairedArm() for name in jobs}
-    tokens: dict[str, list[list[int]]] = {name: [] for name in jobs}
-    prompts = next(iter(jobs.values())).prompts
-    for name, job in jobs.items():  # what compiles, compiles here
-        _turn(loaded[name], job, prompts[0])
     for number in range(rounds):
         for arm in arms.values():
             arm.rounds.append([])
-            arm.totals.append({})
-        for place, prompt in enumerate(prompts):
+        for place, prompt in enumerate(next(iter(jobs.values())).prompts):
             forth = (number + place) % 2 == 0
             for name in jobs if forth else reversed(jobs):
-                clock = _turn(loaded[name], jobs[name], prompt)
-                tokens[name].append(clock.tokens)
-                arms[name].rounds[-1].append(clock.steps_ms()[SKIPPED_TOKENS:])
-                total = arms[name].totals[-1]
-                for key, value in _counters(loaded[name]).items():
-                    total[key] = total.get(key, 0) + value - clock.before[key]
+                arms[name].rounds[-1].append(warm[name].turn(warm_up=False, prompts=[prompt]))
         for name, arm in arms.items():
             print(
                 f"{number + 1}/{rounds} {name}: {quantile(arm.samples_ms[-1], 0.5):.2f} ms",
                 flush=True,
             )
-    first = json.dumps(next(iter(tokens.values())))
-    return arms, sum(json.dumps(found) != first for found in tokens.values())
-
-
-def _turn(arm: LoadedArm, job: ArmJob, prompt: list[int]) -> _Clock:
-    clock = _Clock(arm)
-    arm.model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=job.new_tokens,
-        min_new_tokens=job.new_tokens,
-        do_sample=False,
-        streamer=clock,
-    )
-    return clock
-
-
-def _counters(arm: LoadedArm) -> dict[str, Any]:
-    assert arm.read_stats is not None, "arms of specmoe count"
-    stats = arm.read_stats()
-    numbers: dict[str, Any] = stats.total.as_dict()
-    del numbers["hit_rate"], numbers["recall"]
-    return {**numbers, "read_busy_ms": stats.read_busy_ms}
+    first = next(iter(arms.values())).tokens
+    return arms, sum(arm.tokens != first for arm in arms.values())

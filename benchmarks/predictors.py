@@ -42,12 +42,13 @@ from benchmarks.reference_model.data import (
     training_files,
 )
 from benchmarks.reference_model.tokenizer import PAD_ID
+from benchmarks.traffic import predicted_share
 from specmoe_compile.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
 from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, quantile, spread
+from specmoe_compile.cli.measure.records import ArmJob, quantile
 from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.generation import session_of
 from specmoe_compile.predictors.registry import PREDICTORS
@@ -251,16 +252,15 @@ def _write_widened_artefact(place: Place) -> None:
 
 
 def _arm(arm: PairedArm) -> dict[str, Any]:
-    total = {key: sum(t[key] for t in arm.totals) for key in arm.totals[0]}
-    samples = arm.samples_ms
+    total, samples = arm.total, arm.samples_ms
     return {
-        "tpot_ms": spread([ms for round_ms in samples for ms in round_ms]),
+        "tpot_ms": arm.tpot_ms,
         "medians_ms": [quantile(round_ms, 0.5) for round_ms in samples],
         "samples_ms": [[round(ms, 2) for ms in round_ms] for round_ms in samples],
         "recall": total["recalled"] / total["needed"] if total["needed"] else None,
-        "predicted_share": total["needed"] / max(1, total["hits"] + total["misses"]),
+        "predicted_share": predicted_share(total),
         "total": total,
-        "notes": [],
+        "notes": arm.notes,
     }
 
 

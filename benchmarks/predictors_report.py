@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speculation_report_timing import medians_text
+from benchmarks.traffic import TRAFFIC_HEAD, traffic_cells
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS
 from specmoe_compile.runtime.sizes import format_bytes
@@ -229,9 +230,6 @@ def _layers(recall: Result) -> str:
 def _traffic(timing: Result) -> str:
     rows = []
     for name, arm in timing["arms"].items():
-        total = arm["total"]
-        tokens = total["steps"] / timing["model"]["moe_layers"]
-        ahead = total["speculative_bytes"]
         rows.append(
             (
                 f"`{name}`",
@@ -239,15 +237,11 @@ def _traffic(timing: Result) -> str:
                 _to_default(timing, name),
                 "-" if arm["recall"] is None else f"{100 * arm['recall']:.1f} %",
                 f"{100 * arm['predicted_share']:.0f} %",
-                format_bytes(round(total["demand_bytes"] / tokens)),
-                format_bytes(round(ahead / tokens)),
-                f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
-                f"{total['stall_ms'] / tokens:.1f} ms",
+                *traffic_cells(arm["total"], timing["model"]["moe_layers"]),
             )
         )
     heads = ("arm", "ms/token of each run", f"x `{DEFAULT_PREDICTOR}`", "recall")
-    heads = (*heads, "steps predicted", "on demand/token")
-    table = markdown_table((*heads, "ahead/token", "of it useful", "stall/token"), rows)
+    table = markdown_table((*heads, "steps predicted", *TRAFFIC_HEAD), rows)
     different = timing["different_token_lists"]
     same = "the same in all runs" if different == 0 else f"**in {different + 1} versions**"
     off = "as by default" if timing["auto_off"] else "off, so that every step is predicted"
@@ -258,7 +252,7 @@ def _traffic(timing: Result) -> str:
         f" experts on disk), policy `exact`;"
         f" {timing['prompts']} prompts, {timing['new_tokens']} greedy tokens each,"
         f" {timing['repeats']} repeats, all arms in turns within one process, a prompt each, back"
-        " and forth; two tokens of each turn are left out."
+        " and forth; the first tokens of each turn are left out."
         f" Tokens: {same}. ms/token is the median over all tokens (in the table above with the"
         f" 20th and 80th percentile); x `{DEFAULT_PREDICTOR}` is the median over tokens of a"
         " token's time over that of the same token in the same repeat: median, lowest and highest"

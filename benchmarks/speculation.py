@@ -38,6 +38,7 @@ from benchmarks.speculation_exact import BATCHES, merged, run_exact
 from benchmarks.speculation_report import write_report
 from benchmarks.speculation_report_paired import NO_CACHE
 from benchmarks.speculation_report_timing import AGAIN
+from benchmarks.traffic import counted
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.measure.harness import run_pack
@@ -175,9 +176,9 @@ def run_timing(place: Place) -> None:
             medians_by_token([run.tpot_samples_ms for run in runs[cell.name]])
         )
         record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
-        decodes = [run.decode for run in runs[cell.name] if run.decode]
-        record["totals"] = [{**d["total"], "read_busy_ms": d["read_busy_ms"]} for d in decodes]
-        record["layers"] = decodes[0]["layers"] if decodes else None
+        decoded = [run for run in runs[cell.name] if run.decode]
+        record["totals"] = [counted([run]) for run in decoded]
+        record["layers"] = decoded[0].decode["layers"] if decoded else None
         del record["tokens"], record["runs"]
         records.append(record)
     settings = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.end_to_end_report import Claim
 from benchmarks.paired import ratio
+from benchmarks.traffic import TRAFFIC_HEAD, predicted_share, summed, traffic_cells
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
 
@@ -68,8 +69,8 @@ def paired_section(paired: Result) -> str:
                     *_traffic(arm["totals"], layers),
                 )
             )
-    head = ("cache", "arm", "ms/token", "x the first of its group", "on demand/token")
-    head = (*head, "ahead/token", "of it useful", "pushed out/token", "stall/token", "predicted")
+    head = ("cache", "arm", "ms/token", "x the first of its group")
+    head = (*head, *TRAFFIC_HEAD, "pushed out/token", "predicted")
     settings = paired["settings"]
     different = sum(found["different_token_lists"] for found in paired["groups"].values())
     same = "the same in all arms of a group" if not different else f"**{different} arms differ**"
@@ -78,7 +79,7 @@ def paired_section(paired: Result) -> str:
         + markdown_table(head, rows)
         + f"\n\n{settings['prompts']} prompts of {settings['prompt_tokens']} tokens,"
         f" {settings['new_tokens']} greedy tokens each, {settings['rounds']} rounds, back and"
-        " forth; a turn is one prompt, two tokens of each are left out. A ratio is the mean over"
+        " forth; a turn is one prompt, its first tokens are left out. A ratio is the mean over"
         " turns of the medians' ratio, with its standard error. The arms of a group live in one"
         " process, so that neither the machine's drift nor a process that is slow for life counts."
         " An arm"
@@ -90,15 +91,9 @@ def paired_section(paired: Result) -> str:
 
 
 def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
-    tokens = total["steps"] / layers
-    ahead = total["speculative_bytes"]
-    used = max(1, total["hits"] + total["misses"])
+    total = summed(totals)
     return (
-        format_bytes(round(total["demand_bytes"] / tokens)),
-        format_bytes(round(ahead / tokens)),
-        f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
-        format_bytes(round(total["pushed_out_bytes"] / tokens)),
-        f"{total['stall_ms'] / tokens:.1f} ms",
-        f"{100 * total['needed'] / used:.0f} %",
+        *traffic_cells(total, layers),
+        format_bytes(round(total["pushed_out_bytes"] * layers / total["steps"])),
+        f"{100 * predicted_share(total):.0f} %",
     )

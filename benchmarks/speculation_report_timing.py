@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.end_to_end_report import Claim
 from benchmarks.speculation_report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES
+from benchmarks.traffic import predicted_share, summed, traffic_cells
 from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.sizes import format_bytes
@@ -173,7 +174,7 @@ def _account(timing: Result, size: str) -> str:
 
 def _per_token(totals: Sequence[Mapping[str, Any]], layers: int) -> dict[str, float]:
     """Bytes read and time waited per token, and bytes per second of reading."""
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
+    total = summed(totals)
     tokens = total["steps"] / layers
     read = total["demand_bytes"] + total["speculative_bytes"]
     return {
@@ -187,15 +188,9 @@ def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...
     """Hits, bytes and stalls per token over all runs of an arm."""
     if not totals:
         return ("-",) * 6
-    total = {key: sum(t[key] for t in totals) for key in totals[0]}
-    tokens = total["steps"] / layers
-    used = total["hits"] + total["misses"]
-    ahead = total["speculative_bytes"]
+    total = summed(totals)
     return (
-        f"{100 * total['hits'] / max(1, used):.0f} %",
-        format_bytes(round(total["demand_bytes"] / tokens)),
-        format_bytes(round(ahead / tokens)),
-        f"{100 * total['useful_speculative_bytes'] / ahead:.0f} %" if ahead else "-",
-        f"{total['stall_ms'] / tokens:.1f} ms",
-        f"{100 * total['needed'] / max(1, used):.0f} %",
+        f"{100 * total['hits'] / max(1, total['hits'] + total['misses']):.0f} %",
+        *traffic_cells(total, layers),
+        f"{100 * predicted_share(total):.0f} %",
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paired import SKIPPED_TOKENS, ratio, run_paired
+from benchmarks.paired import ratio, run_paired
+from benchmarks.traffic import counted, summed
 from specmoe_compile.cli.measure.records import ArmJob
 from tests.runtime import tiny_checkpoints
 
@@ -38,13 +39,17 @@ def test_turns_alternate_and_only_decode_steps_are_counted(
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"{number}/2 {name}" for number in (1, 2) for name in jobs
     ]
-    for arm in arms.values():
-        steps = NEW_TOKENS - 1 - SKIPPED_TOKENS
-        assert [[len(turn) for turn in turns] for turns in arm.rounds] == [[steps] * 2] * 2
-        layers = [total["steps"] / (len(PROMPTS) * (NEW_TOKENS - 1)) for total in arm.totals]
+    for name, arm in arms.items():
+        steps = NEW_TOKENS - 1 - jobs[name].skip_tokens
+        turns = [[len(turn.tpot_samples_ms) for turn in turns] for turns in arm.rounds]
+        assert turns == [[steps] * 2] * 2
+        totals = [counted(turns) for turns in arm.rounds]
+        layers = [total["steps"] / (len(PROMPTS) * (NEW_TOKENS - 1)) for total in totals]
         assert len(set(layers)) == 1 and layers[0] == int(layers[0]), "a prefill would add steps"
-    assert arms["without"].totals[0]["hits"] == 0 < arms["cached"].totals[0]["hits"]
-    assert arms["without"].totals[0]["needed"] == 0 < arms["with"].totals[0]["needed"]
+        assert arm.total == summed(totals)
+        assert arm.notes == [], "every turn runs the graphs of the warm-up"
+    assert arms["without"].total["hits"] == 0 < arms["cached"].total["hits"]
+    assert arms["without"].total["needed"] == 0 < arms["with"].total["needed"]
     assert len(arms["with"].record()["turns_ms"]) == 2 * len(PROMPTS)
 
 

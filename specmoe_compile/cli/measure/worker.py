@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -104,18 +104,19 @@ class Measurement:
     def _timer(self) -> _Timer:
         return _Timer(self._job, self._generator, self._loaded.read_stats)
 
-    def turn(self, *, warm_up: bool) -> ArmRun:
+    def turn(self, *, warm_up: bool, prompts: Sequence[list[int]] | None = None) -> ArmRun:
         """Time the generation of the job's prompts.
 
         Args:
             warm_up: repeat the warm-up first, for a process that has been idle.
+            prompts: those of this turn; None for all.
         """
         job, arm, loaded = self._job, self._arm, self._loaded
         timer = self._timer()
         if warm_up:
             timer.warm_up(job.started_s)
         graphs_before = _graph_count()
-        decode, prefill = timer.run(self._emit)
+        decode, prefill = timer.run(job.prompts if prompts is None else prompts, self._emit)
         notes = list(loaded.notes)
         if _graph_count() != graphs_before:
             notes.append(
@@ -188,15 +189,17 @@ class _Timer:
         )
         return first_s[0]
 
-    def run(self, emit: Callable[..., None]) -> tuple[Counters | None, Counters | None]:
-        """Generate every prompt; returns the session's counters while decoding and prefilling."""
+    def run(
+        self, prompts: Sequence[list[int]], emit: Callable[..., None]
+    ) -> tuple[Counters | None, Counters | None]:
+        """Generate each prompt; returns the session's counters while decoding and prefilling."""
         job = self._job
         laps = CounterLaps(self._read_stats) if self._read_stats is not None else None
         decode: Counters | None = None
         prefill: Counters | None = None
         read_before: int | None = None
         told_s = 0.0
-        for index, prompt in enumerate(job.prompts):
+        for index, prompt in enumerate(prompts):
 
             def on_token(count: int, index: int = index) -> None:
                 nonlocal prefill, told_s, read_before
