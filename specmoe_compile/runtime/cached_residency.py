@@ -95,7 +95,9 @@ class CachedResidency(Residency):
             misses = len(plan.fills) + len(plan.bypassed)
             stats.misses += misses
             stats.demand_bytes += misses * self._record_bytes[layer]
-            self._count_pushed_out(layer, [*(expert for expert, _ in plan.fills), *plan.bypassed])
+            if self._pushed_out[layer]:
+                read = {*plan.bypassed, *(expert for expert, _ in plan.fills)}
+                self._count_pushed_out(layer, read)
             with layer_range(layer, "fetch"):
                 self._fill(step, plan.fills)
                 step.deferred.extend(plan.bypassed)
@@ -169,7 +171,8 @@ class CachedResidency(Residency):
             self._count_use(layer, plan)
         if not plan.fills:
             return Issued({}, plan.evicted)
-        self._count_pushed_out(layer, [expert for expert, _ in plan.fills])
+        if self._pushed_out[layer]:
+            self._count_pushed_out(layer, {expert for expert, _ in plan.fills})
         requests = [(e, self._memory.record(layer, slot)) for e, slot in plan.fills]
         ticket = self.transfer.start(layer, requests, speculative=True)
         for expert, slot in plan.fills:
@@ -239,13 +242,10 @@ class CachedResidency(Residency):
                 unused.remove(expert)
                 stats.wasted_speculative_bytes += size_bytes
 
-    def _count_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
+    def _count_pushed_out(self, layer: int, experts: set[int]) -> None:
         """Book those of the experts, which are read now, that useless guesses had pushed out."""
-        pushed_out = self._pushed_out[layer]
-        if not pushed_out:
-            return
-        again = pushed_out.intersection(experts)
-        pushed_out -= again
+        again = self._pushed_out[layer] & experts
+        self._pushed_out[layer] -= again
         self._stats[layer].pushed_out_bytes += len(again) * self._record_bytes[layer]
 
     def _stalled_bytes(self, read: Read) -> int:

@@ -34,23 +34,21 @@ class PrefetchJudge:
         self._now_s = now_s
         self._began: tuple[float, int, int] | None = None
 
-    def begin_step(self, stats: Sequence[LayerStats]) -> None:
-        """Time a step from here to `end_step`."""
-        self._began = (self._now_s(), *_read_bytes(stats))
+    def begin_step(self, stats: Sequence[LayerStats]) -> bool:
+        """Whether the step that begins may predict; while steps are compared, it is timed."""
+        predicts = self.trial.begin()
+        self._began = (self._now_s(), *_read_bytes(stats)) if self.trial.is_trying else None
+        return predicts
 
     def end_step(self, stats: Sequence[LayerStats]) -> None:
-        """Take in how long the step took that began, if one did."""
+        """Take in how long the step took that is timed, if one is."""
         began, self._began = self._began, None
         if began is None:
             return
-        started_s, lacked_bytes, pushed_out_bytes = began
-        lacks_bytes, pushes_out_bytes = _read_bytes(stats)
-        if lacks_bytes >= lacked_bytes:  # the counters were not reset
-            self.trial.end(
-                (self._now_s() - started_s) * 1e3,
-                lacks_bytes - lacked_bytes,
-                pushes_out_bytes - pushed_out_bytes,
-            )
+        ended = (self._now_s(), *_read_bytes(stats))
+        seconds, lacked_bytes, pushed_out_bytes = (b - a for a, b in zip(began, ended, strict=True))
+        if lacked_bytes >= 0:  # the counters were not reset
+            self.trial.end(seconds * 1e3, int(lacked_bytes), int(pushed_out_bytes))
 
     def predicts(self, layer: int) -> bool:
         """Whether a layer is to be predicted in this step; asked once per step."""

@@ -133,18 +133,17 @@ class Speculator:
             edges: pairs in one list: a layer, and one that can be predicted from it.
         """
         busy: set[int] = set()
-        predicts = not self._is_judged() or self.judge.trial.begin()
+        predicts = not self._is_judged() or self.judge.begin_step(self._stats)
         targets = set(edges[1::2])
         for target in targets:
             self._asked[target] = predicts and self._wants(target)
         for source, target in zip(edges[::2], edges[1::2], strict=True):
             if self._asked[target]:
                 busy.update((source, target))
-        self.judge.begin_step(self._stats)
         return [layer in busy for layer in layers]
 
     def _end_step(self, layer: int) -> None:
-        if layer == len(self._runners) - 1:
+        if layer == len(self._runners) - 1 and self._is_judged():
             self.judge.end_step(self._stats)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:

@@ -106,6 +106,7 @@ def test_a_gain_too_small_to_tell_is_no_gain(effect: float) -> None:
     trial = StepTrial()
     for _ in range(TRIAL):
         trial.end(5.0 * (1.0 + trial.begin() * effect), 0)
+    assert not trial.is_trying
     assert trial.predicts == (effect < -WORTH)
 
 
@@ -119,7 +120,7 @@ def test_what_useless_guesses_push_out_is_charged_to_predicting(
     """
     trial = StepTrial()
     places = random.Random(0)
-    for _ in range(TRIAL):
+    while trial.is_trying:
         saved_ms = 1.5 * trial.begin()
         again = places.random() < pushed_out
         records = places.choice([2, 5, 9]) + again
