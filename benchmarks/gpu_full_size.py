@@ -222,6 +222,7 @@ class Benchmark:
 
     def arms(self, name: str, trace: RoutingTrace) -> None:
         """Phase `arms` of one model."""
+        config = SHAPES[name].configured(self.args.layers)
         todo = [
             (context, group, mode)
             for context in self.args.contexts
@@ -229,6 +230,8 @@ class Benchmark:
             for group in sharing_groups(
                 [arm for arm in self.args.arms if not self._has(name, context, "trace", arm, mode)],
                 mode,
+                experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
             )
         ]
         if not todo or not self.in_time(f"{len(todo)} groups of arms of {name}"):

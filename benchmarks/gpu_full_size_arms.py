@@ -133,17 +133,25 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def sharing_groups(names: Sequence[str], mode: Mode) -> list[list[str]]:
+def sharing_groups(
+    names: Sequence[str], mode: Mode, *, experts: int, top_k: int
+) -> list[list[str]]:
     """Arms that one compiled graph serves: those with the same options, with CUDA graphs.
 
-    Elsewhere the host keeps the tables, and each arm has a session of its own.
+    Elsewhere the host keeps the tables, and each arm has a session of its own. So has an arm that
+    speculates with less than 2 K slots: a session of that size waits for a prefetch before it plans
+    what is demanded, since slots under transfer are no victims and the others might not do. The
+    graph of a larger session does not wait, and would take slots that are not the arm's.
     """
     if mode != "graph":
         return [[name] for name in names]
     groups: dict[str, list[str]] = {}
     for name in names:
         arm = ARMS[name]
-        groups.setdefault(repr((sorted(arm.options.items()), arm.ahead)), []).append(name)
+        slots = arm.slots(experts, top_k)
+        tight = arm.speculates and slots < min(2 * top_k, experts)
+        shared = (sorted(arm.options.items()), arm.ahead, slots if tight else None)
+        groups.setdefault(repr(shared), []).append(name)
     return list(groups.values())
 
 

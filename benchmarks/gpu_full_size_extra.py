@@ -93,7 +93,9 @@ def check_tokens(
     want = _eager_tokens(bench, context)
     rows: list[dict[str, Any]] = []
     for mode in modes:
-        for names in sharing_groups(arms, mode):
+        for names in sharing_groups(
+            arms, mode, experts=bench.store.num_experts[0], top_k=bench.store.top_k
+        ):
             for found in measure_arms(bench, names, mode, context, ("trace", "router")):
                 rows += [_compared(row, want[routing]) for routing, row in found.items()]
     return rows

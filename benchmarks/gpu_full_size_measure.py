@@ -27,6 +27,7 @@ from benchmarks.gpu_full_size_arms import (
     SlotLimit,
     fill_slots,
     free_memory,
+    sharing_groups,
 )
 from benchmarks.gpu_full_size_model import FilledCache, random_tokens
 from benchmarks.gpu_full_size_profile import profile_steps
@@ -181,6 +182,10 @@ def _measured(
     if not names:
         return
     arms = [ARMS[name] for name in names]
+    experts, top_k = bench.store.num_experts[0], bench.store.top_k
+    groups = sharing_groups(names, mode, experts=experts, top_k=top_k)
+    if len(groups) > 1:
+        raise ValueError(f"these arms cannot share a graph: {groups}; measure them one by one.")
     steps = bench.steps
     options: dict[str, Any] = {"lowering": bench.lowering, "strict": True, **arms[0].options}
     if arms[0].ahead is not None:

@@ -141,7 +141,8 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
 
 def test_arms_that_share_a_graph_measure_what_they_would_alone(qwen: Bench) -> None:
     names = ["on_demand", "cache_25", "cache_50", "resident"]
-    assert sharing_groups([*names, "specmoe_25"], "graph") == [names, ["specmoe_25"]]
+    sizes = {"experts": EXPERTS * 2, "top_k": TOP_K}
+    assert sharing_groups([*names, "specmoe_25"], "graph", **sizes) == [names, ["specmoe_25"]]
 
     def figures(row: dict[str, Any]) -> list[Any]:
         return [row[name] for name in ("arm", "slots", "hit_rate", "missed_bytes", "tokens")]
@@ -154,6 +155,17 @@ def test_arms_that_share_a_graph_measure_what_they_would_alone(qwen: Bench) -> N
         assert figures(rows["trace"]) == figures(alone["trace"])
     assert [rows["trace"]["hit_rate"] for rows in shared][::3] == [0.0, 1.0]
     assert 0 < shared[1]["trace"]["hit_rate"] < shared[2]["trace"]["hit_rate"] < 1
+
+
+def test_an_arm_with_less_than_two_k_slots_has_a_graph_of_its_own(qwen: Bench) -> None:
+    names = ["specmoe_50", "specmoe_10"]
+    sizes = {"experts": EXPERTS * 2, "top_k": TOP_K}
+    assert sharing_groups(names, "graph", **sizes) == [["specmoe_50"], ["specmoe_10"]]
+    for rows in measure_arms(qwen, names, "graph", CONTEXT, ("trace",)):
+        assert "cannot share a graph" in rows["trace"]["not_run"]
+    (rows,) = measure_arms(qwen, ["specmoe_10"], "graph", CONTEXT, ("trace",))
+    assert rows["trace"]["slots"] == rows["trace"]["slots_allocated"] < 2 * TOP_K
+    assert rows["trace"]["tokens"] == _eager_tokens(qwen, CONTEXT)["trace"]
 
 
 def test_a_dry_run_writes_rows_resumes_and_reports(tmp_path: Path) -> None:
