@@ -19,8 +19,8 @@ from specmoe_compile.runtime.step_trial import (
 )
 
 RECORD = 3 << 20
-TRIAL = WARM_STEPS + 2 * COMPARED_STEPS
-LONGEST_TRIAL = WARM_STEPS + 2 * MOST_COMPARED_STEPS
+TRIAL = WARM_STEPS + COMPARED_STEPS
+LONGEST_TRIAL = WARM_STEPS + MOST_COMPARED_STEPS
 
 
 class Machine:
@@ -56,7 +56,7 @@ def test_the_faster_way_is_found_among_steps_that_differ_by_far_more(effect: flo
         machine = Machine(effect, seed=seed, noise=1.0)
         ways = machine.trial_steps()
         assert TRIAL <= len(ways) <= LONGEST_TRIAL
-        assert abs(2 * sum(ways[WARM_STEPS:]) - len(ways[WARM_STEPS:])) <= BLOCK_STEPS
+        assert sum(ways[WARM_STEPS:TRIAL]) == COMPARED_STEPS // 2
         found.append(machine.trial.predicts)
         assert set(machine.steps(50)) == {machine.trial.predicts}
     assert found.count(effect < 0) >= 38
@@ -73,7 +73,7 @@ def test_a_trial_takes_as_long_as_it_has_to() -> None:
     assert set(lengths[-0.3, 0.1]) == {TRIAL}
     assert len(set(lengths[-0.08, 4.0])) > 2
     looks = range(COMPARED_STEPS, MOST_COMPARED_STEPS + 1, BETWEEN_LOOKS)
-    assert set(lengths[-0.08, 4.0]) <= {WARM_STEPS + 2 * look for look in looks}
+    assert set(lengths[-0.08, 4.0]) <= {WARM_STEPS + look for look in looks}
     assert lengths[-0.01, 4.0].count(LONGEST_TRIAL) > 10
 
 
@@ -86,19 +86,32 @@ def test_a_trial_goes_there_and_back_so_that_a_drift_hits_both_ways() -> None:
     assert [any(block) for block in blocks] == [False, True, True, False] * 2
 
 
+@pytest.mark.parametrize(("effect", "leads"), [(-0.05, True), (0.05, False)])
+def test_what_looks_better_gets_three_steps_of_four_until_it_is_clear(
+    effect: float, leads: bool
+) -> None:
+    shares, leaning = [], 16
+    for seed in range(60):
+        ways = Machine(effect, seed=seed, noise=4.0).trial_steps()[TRIAL:]
+        shares += [ways[i : i + leaning] for i in range(0, len(ways), leaning)]
+    assert len(shares) > 60
+    assert {sum(share) for share in shares} == {4, 12}, "a part of 16 steps leans one way"
+    assert sum(sum(share) == (12 if leads else 4) for share in shares) > 0.8 * len(shares)
+
+
 def test_a_decision_holds_longer_each_time_that_it_is_the_same() -> None:
     machine = Machine(0.2)
     machine.trial_steps()
     for times in (1, 2, 4):
         assert not any(machine.steps(times * FIRST_HOLD_STEPS))
-        assert sum(machine.steps(2 * COMPARED_STEPS)) == COMPARED_STEPS, "it is tried again"
+        assert sum(machine.steps(COMPARED_STEPS)) == COMPARED_STEPS // 2, "it is tried again"
         machine.trial_steps()
     machine.effect = -0.2
     list(machine.steps(8 * FIRST_HOLD_STEPS + 1))
     machine.trial_steps()
     assert machine.trial.predicts, "what pays now is found"
     assert all(machine.steps(FIRST_HOLD_STEPS))
-    assert not all(machine.steps(2 * COMPARED_STEPS))
+    assert not all(machine.steps(COMPARED_STEPS))
 
 
 @pytest.mark.parametrize("effect", [-0.1, -0.015, -0.005, 0.0, 0.1])
