@@ -244,6 +244,12 @@ def run_compile(place: Place) -> None:
     place.write("compile", {"pairs": pairs})
 
 
+def other_commits(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Results of a phase that were kept under their commit, oldest names first."""
+    kept = sorted(folder.glob(f"speculation_{name}_*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in kept]
+
+
 def read_or_none(folder: Path, name: str) -> dict[str, Any] | None:
     """The result file of a phase, if there is one."""
     path = folder / f"speculation_{name}.json"
@@ -331,9 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {name: result for name, result in every.items() if result is not None}
         if "eval" in found:
             write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
-        kept = sorted(place.results.glob("speculation_timing_*.json"))
-        others = [json.loads(path.read_text(encoding="utf-8")) for path in kept]
-        return 0 if write_report(found, arguments.report, others) else 1
+        timing, paired = (other_commits(place.results, name) for name in ("timing", "paired"))
+        return 0 if write_report(found, arguments.report, timing, paired_before=paired) else 1
     return 0
 
 

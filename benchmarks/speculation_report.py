@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.end_to_end_report import Claim
 from benchmarks.speculation_exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
-from benchmarks.speculation_report_paired import paired_claims, paired_section
+from benchmarks.speculation_report_paired import other_pairs, paired_claims, paired_section
 from benchmarks.speculation_report_timing import (
     Result,
     other_runs,
@@ -35,7 +35,13 @@ _PHASES = {
 }
 
 
-def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Result] = ()) -> bool:
+def write_report(
+    found: Mapping[str, Result],
+    path: Path,
+    others: Sequence[Result] = (),
+    *,
+    paired_before: Sequence[Result] = (),
+) -> bool:
     """Write the document; returns whether every claim that could be judged holds.
 
     Args:
@@ -43,6 +49,7 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
             hold about time is judged by `paired`, and by `timing` where there is no other.
         path: the document.
         others: results of phase timing at other commits.
+        paired_before: results of phase paired at other commits.
 
     Raises:
         FileNotFoundError: there is no result at all.
@@ -65,6 +72,8 @@ def write_report(found: Mapping[str, Result], path: Path, others: Sequence[Resul
             sections.append(section(found[name]))
             if name == "timing":
                 sections.append(other_runs(others))
+            if name == "paired":
+                sections.append(other_pairs(paired_before))
     rows = [(c.text, c.measured, "yes" if c.holds else "**no**") for c in claims]
     sections.insert(
         1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)

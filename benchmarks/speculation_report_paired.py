@@ -89,6 +89,19 @@ def paired_section(paired: Result) -> str:
     )
 
 
+def other_pairs(others: Sequence[Result]) -> str:
+    """Each other run's measurements of the claims; "" where there is none."""
+    if not others:
+        return ""
+    judged = [(run, paired_claims(run)) for run in others]
+    rows = [
+        (str(run["commit"])[:12], str(run["settings"]["rounds"]), *(c.measured for c in claims))
+        for run, claims in judged
+    ]
+    head = ("commit", "rounds", *(claim.text for claim in judged[0][1]))
+    return "### Other runs of the same\n\n" + markdown_table(head, rows)
+
+
 def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:
     total = summed(totals)
     return (
