@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run in so many processes; each takes about 0.6 GB.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint format bench peers publish clean
@@ -25,7 +27,7 @@ demo: $(STAMP)  ## Watch a real MoE generate with its experts on disk (a few min
 	$(BIN)/specmoe demo
 
 test: $(STAMP)  ## The fast tests, without a GPU.
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)  ## Lint, format and types.
 	$(BIN)/ruff check .
