@@ -24,6 +24,7 @@ from benchmarks.gpu_full_size_model import (
 )
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
 from specmoe_compile.generation import attach_session
+from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
 Routing = Literal["trace", "router"]
@@ -139,9 +140,9 @@ def sharing_groups(
     """Arms that one compiled graph serves: those with the same options, with CUDA graphs.
 
     Elsewhere the host keeps the tables, and each arm has a session of its own. So has an arm that
-    speculates with less than 2 K slots: a session of that size waits for a prefetch before it plans
-    what is demanded, since slots under transfer are no victims and the others might not do. The
-    graph of a larger session does not wait, and would take slots that are not the arm's.
+    speculates with so few slots that a session of that size waits for a prefetch before it plans
+    what is demanded: the graph of a larger session does not wait, and would take slots that are not
+    the arm's.
     """
     if mode != "graph":
         return [[name] for name in names]
@@ -149,8 +150,8 @@ def sharing_groups(
     for name in names:
         arm = ARMS[name]
         slots = arm.slots(experts, top_k)
-        tight = arm.speculates and slots < min(2 * top_k, experts)
-        shared = (sorted(arm.options.items()), arm.ahead, slots if tight else None)
+        waits = arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts)
+        shared = (sorted(arm.options.items()), arm.ahead, slots if waits else None)
         groups.setdefault(repr(shared), []).append(name)
     return list(groups.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -90,16 +90,31 @@ def paired_section(paired: Result) -> str:
 
 
 def other_pairs(others: Sequence[Result]) -> str:
-    """Each other run's measurements of the claims; "" where there is none."""
+    """What other runs measured of the claims; "" where there is none."""
     if not others:
         return ""
-    judged = [(run, paired_claims(run)) for run in others]
+    return "### Other runs of the same\n\n" + claims_by_run(others, paired_claims, "rounds")
+
+
+def claims_by_run(
+    runs: Sequence[Result], judge: Callable[[Result], Sequence[Claim]], repeated: str
+) -> str:
+    """A table of runs and what each measured of the claims about time.
+
+    Args:
+        runs: results of one phase. judge: its claims.
+        repeated: the setting that says how often it was repeated.
+    """
     rows = [
-        (str(run["commit"])[:12], str(run["settings"]["rounds"]), *(c.measured for c in claims))
-        for run, claims in judged
+        (
+            str(run["commit"])[:12],
+            str(run["settings"][repeated]),
+            *(claim.measured for claim in judge(run)),
+        )
+        for run in runs
     ]
-    head = ("commit", "rounds", *(claim.text for claim in judged[0][1]))
-    return "### Other runs of the same\n\n" + markdown_table(head, rows)
+    head = ("commit", repeated, "gain without a cache", *(f"cache of {size}" for size in SIZES))
+    return markdown_table(head, rows)
 
 
 def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.end_to_end_report import Claim
-from benchmarks.speculation_report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES
+from benchmarks.speculation_report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES, claims_by_run
 from benchmarks.traffic import predicted_share, summed, traffic_cells
 from specmoe_compile.cli.measure.records import quantile
 from specmoe_compile.cli.tables import markdown_table
@@ -99,18 +99,9 @@ def other_runs(timings: Sequence[Result]) -> str:
     """The timing claims of other runs, which show how far runs are apart; nothing for none."""
     if not timings:
         return ""
-    rows = [
-        (
-            str(run["commit"])[:12],
-            str(run["settings"]["repeats"]),
-            *(claim.measured for claim in timing_claims(run)),
-        )
-        for run in timings
-    ]
-    head = ("commit", "repeats", "gain without a cache", *(f"cache of {size}" for size in SIZES))
     return (
         "### Other runs\n\n"
-        + markdown_table(head, rows)
+        + claims_by_run(timings, timing_claims, "repeats")
         + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
         " judged by arms in turns within one process, where that was measured. Two"
         " processes of the same arm can stay 5 % apart for as long as they live, so differences of"

@@ -39,6 +39,18 @@ class _Fetch(NamedTuple):
     experts: int
 
 
+def waits_for_prefetch(slots: int, needed: int, ahead: int, experts: int) -> bool:
+    """Whether a layer's demand has to wait for its prefetch before it is planned.
+
+    Slots under transfer are no victims, and the others might not do.
+
+    Args:
+        slots: S. experts: E.
+        needed: most experts that are demanded. ahead: most that the prefetch brings.
+    """
+    return slots < min(needed + ahead, experts)
+
+
 class GatherDecoder(Decoder):
     """Decodes without the host.
 
@@ -88,8 +100,7 @@ class GatherDecoder(Decoder):
         early = self._prefetched[layer]
         slots, experts = self._cache.slots[layer], self._num_experts[layer]
         needed = min(ids.numel(), experts)
-        if early is not None and slots < min(needed + early.experts, experts):
-            # Slots under transfer are no victims, and the others might not do.
+        if early is not None and waits_for_prefetch(slots, needed, early.experts, experts):
             self._wait(self._prefetched, layer)
             with self._streams.on("compute"):
                 self._cache.tables[layer].pending.zero_()
