@@ -3,6 +3,8 @@
     python -m benchmarks.gpu_full_size --out full.json --only trace        # needs no GPU
     python -m benchmarks.gpu_full_size --out full.json --resume            # ten minutes of it
     python -m benchmarks.gpu_full_size --out full.json --resume            # the next ten
+    python -m benchmarks.gpu_full_size --out full.json --resume --only arms \\
+        --pieces 4096:graph:trace,router:specmoe_10                        # some rows only
     python -m benchmarks.gpu_full_size --out dry.json --dry                # tiny, on the CPU
 
 Phases: `trace` (records the routing that drives the routers), `check` (tokens against the
@@ -31,7 +33,6 @@ from benchmarks.gpu_full_size_arms import (
     Bench,
     Steps,
     learn_vectors,
-    sharing_groups,
 )
 from benchmarks.gpu_full_size_extra import (
     CHECKED_ARMS,
@@ -48,6 +49,7 @@ from benchmarks.gpu_full_size_model import (
     Shape,
     build_skeleton,
 )
+from benchmarks.gpu_full_size_pieces import Piece, grouped, pieces_of
 from benchmarks.gpu_full_size_profile import draw_layer, one_layer, read_trace
 from benchmarks.gpu_full_size_report import row_key, write_markdown
 from benchmarks.gpu_full_size_trace import (
@@ -84,6 +86,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:2]))
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--contexts", nargs="+", type=int)
+    parser.add_argument(
+        "--pieces",
+        nargs="+",
+        type=Piece.parse,
+        metavar="CONTEXT:MODE:ROUTINGS:ARMS",
+        help="in this order, instead of --contexts, --modes, --routings and --arms",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")
     parser.add_argument(
@@ -223,13 +232,13 @@ class Benchmark:
     def arms(self, name: str, trace: RoutingTrace) -> None:
         """Phase `arms` of one model."""
         config = SHAPES[name].configured(self.args.layers)
+        args = self.args
+        pieces = args.pieces or pieces_of(args.contexts, args.modes, args.routings, args.arms)
         todo = [
-            (context, group, mode)
-            for context in self.args.contexts
-            for mode in self.args.modes
-            for group in sharing_groups(
-                [arm for arm in self.args.arms if not self._has(name, context, "trace", arm, mode)],
-                mode,
+            part
+            for piece in pieces
+            for part in grouped(
+                piece.without(lambda *place: self._has(name, *place)),
                 experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
             )
@@ -250,25 +259,24 @@ class Benchmark:
             "link": measure_link(bench),
         }
         print(json.dumps(self.result["models"][name]), flush=True)
-        for context, group, mode in todo:
-            if self.in_time(f"{name}, {context} tokens, {' '.join(group)}, {mode}"):
-                self._group(bench, name, context, group, mode)
+        for piece in todo:
+            if self.in_time(f"{name}, {piece}"):
+                self._group(bench, name, piece)
         bench.store.give_back()
 
     def _has(self, *place: Any) -> bool:
         return "|".join(str(part) for part in place) in self.result["rows"]
 
-    def _group(
-        self, bench: Bench, name: str, context: int, group: Sequence[str], mode: Any
-    ) -> None:
+    def _group(self, bench: Bench, name: str, piece: Piece) -> None:
         started = time.monotonic()
+        context, mode = piece.context, piece.mode
 
         def trace_file(arm: str, routing: str) -> Path | None:
             wanted = arm in TRACED_ARMS and routing == "trace" and context == self.args.contexts[0]
             return self.args.out.with_suffix(f".{name}.{arm}.{mode}.json.gz") if wanted else None
 
         for rows in measure_arms(
-            bench, group, mode, context, tuple(self.args.routings), trace_file=trace_file
+            bench, piece.arms, mode, context, piece.routings, trace_file=trace_file
         ):
             for row in rows.values():
                 self.result["rows"][row_key(name, row)] = row

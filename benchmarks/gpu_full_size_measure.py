@@ -37,9 +37,9 @@ from specmoe_compile.cli.output import sentence, user_error_or_none
 from specmoe_compile.generation import cache_argument
 from specmoe_compile.runtime.cuda.session import DeviceSession
 
-TRIAL_PASSES = 3
-"""How often a run goes through its steps before, where the session finds out by trying how many
-records to fetch ahead: that is over after 289 steps."""
+MOST_TRIAL_PASSES = 9
+"""How often a run goes through its steps before, at most, where the session finds out by trying how
+many records to fetch ahead. Most trials are over after 200 to 400 steps, the longest after 1009."""
 
 
 class Run:
@@ -64,7 +64,7 @@ class Run:
 
     def start(self, driven: bool, arm: Arm | None = None) -> None:
         """Begin again, with the slots of an arm: empty, unless the arm has all experts."""
-        bench, _, session, routing, filled = self._parts
+        bench, _, session, _, _ = self._parts
         self._empties = None
         if session is not None and arm is not None:
             limit = SlotLimit(session, bench.slots(arm))
@@ -72,6 +72,11 @@ class Run:
             if arm.full:
                 fill_slots(session)
             self._empties = None if arm.keeps else limit
+        self.rewind(driven)
+
+    def rewind(self, driven: bool) -> None:
+        """Go back to the first token; slots keep what they hold, as between two texts."""
+        *_, routing, filled = self._parts
         filled.rewind()
         routing.start(driven)
         self.chosen = []
@@ -230,10 +235,7 @@ def _timed(
     """Warm up, time and profile one arm under one routing."""
     steps = bench.steps
     session.restart_trials()
-    for _ in range(TRIAL_PASSES if arm.tries else 0):
-        run.start(kind == "trace", arm)
-        for _ in range(steps.total):
-            run.step()
+    trial_steps = _try_amounts(run, session, kind, arm, steps.total) if arm.tries else 0
     run.start(kind == "trace", arm)
     started = time.perf_counter()
     for _ in range(steps.warm_up):
@@ -253,7 +255,23 @@ def _timed(
         "warm_up_s": warm_up_s,
         "steps": [steps.warm_up, steps.timed, steps.profiled],
         "prefetch_records": session.prefetch_records if arm.speculates else None,
+        "trial_steps": trial_steps,
     }
+
+
+def _try_amounts(run: Run, session: DeviceSession, kind: Routing, arm: Arm, count: int) -> int:
+    """Go through the `count` steps until a trial has ended; how many steps that took."""
+    run.start(kind == "trace", arm)
+    steps = 0
+    for _ in range(MOST_TRIAL_PASSES):
+        # A cache that is empty again would slow down the amounts that are tried next.
+        run.rewind(kind == "trace")
+        for _ in range(count):
+            run.step()
+        steps += count
+        if session.prefetch_found:
+            break
+    return steps
 
 
 def _counters(session: DeviceSession, steps: int) -> dict[str, Any]:

@@ -197,6 +197,46 @@ def test_a_dry_run_writes_rows_resumes_and_reports(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pieces_measure_the_rows_asked_for_and_no_others(tmp_path: Path) -> None:
+    out, trace = tmp_path / "dry.json", tmp_path / "trace.safetensors"
+    made_trace().save(trace)
+    command = ["--out", str(out), "--dry", "--resume", "--lowering", "eager", "--trace", str(trace)]
+    command += ["--only", "arms", "--models", "tiny-qwen3", "--pieces"]
+    assert gpu_full_size.main([*command, "40:eager:trace,router:cache_25"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    first = [f"tiny-qwen3|40|{routing}|cache_25|eager" for routing in ("trace", "router")]
+    assert list(rows) == first
+    # What there is stays; what is new is added, in the order asked for.
+    more = ["32:eager:router:cache_10", "40:eager:trace:cache_25,cache_50"]
+    assert gpu_full_size.main([*command, *more]) == 0
+    again = json.loads(out.read_text())["rows"]
+    new = ["tiny-qwen3|32|router|cache_10|eager", "tiny-qwen3|40|trace|cache_50|eager"]
+    assert list(again) == first + new
+    assert {key: again[key] for key in first} == rows
+    assert again[new[0]]["tpot_ms"]["p50"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1024:graph:trace", "expected CONTEXT:MODE:ROUTINGS:ARMS"),
+        ("1k:graph:trace:cache_10", "expected CONTEXT:MODE:ROUTINGS:ARMS"),
+        ("1024:fast:trace:cache_10", "names the mode 'fast', expected one of graph, compiled"),
+        ("1024:graph:both:cache_10", "names the routing 'both', expected one of trace, router"),
+        ("1024:graph:trace:cache_7", "names the arm 'cache_7', expected one of resident"),
+    ],
+)
+def test_a_wrong_piece_is_refused_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    out = tmp_path / "dry.json"
+    with pytest.raises(SystemExit) as caught:
+        gpu_full_size.main(["--out", str(out), "--dry", "--pieces", text])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_the_reference_models_trace_is_predicted_and_local() -> None:
     trace = record_reference(2, 64)
     assert trace.ids.shape == (8, 2, 64, 4)

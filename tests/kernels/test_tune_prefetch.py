@@ -16,6 +16,7 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
     BLOCK_STEPS,
     FIRST_HOLD,
     HOLD,
+    HOLDS,
     LAST,
     ROUNDS,
     SHORTEST,
@@ -62,6 +63,15 @@ class Machine:
             took_ms = self.step_ms[amount] * self.random.gauss(1.0, self.noise) + self.extra_ms
             self.now_ns += max(1, int(took_ms * 1e6))
 
+    def trial(self) -> list[int]:
+        """Run until the next trial has ended; the amounts of its steps and of those before."""
+        amounts: list[int] = []
+        holds = max(1, int(self.state[HOLDS]))
+        while int(self.state[HOLDS]) <= holds:
+            amounts += self.steps(1)
+            assert len(amounts) <= 8 * FIRST_HOLD + LONGEST_TRIAL
+        return amounts
+
 
 @pytest.mark.parametrize(
     ("step_ms", "best"),
@@ -75,40 +85,53 @@ class Machine:
 )
 def test_the_fastest_amount_is_found_and_kept(step_ms: dict[int, float], best: int) -> None:
     machine = Machine(step_ms, noise=0.05)
-    amounts = list(machine.steps(LONGEST_TRIAL + FIRST_HOLD // 2))
+    amounts = machine.trial()
+    assert len(amounts) <= LONGEST_TRIAL
     assert set(amounts[:WARM_STEPS]) == {AMOUNTS[0]}
     first_round = amounts[WARM_STEPS : WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS]
     assert first_round == [amount for amount in AMOUNTS for _ in range(BLOCK_STEPS)]
-    assert set(amounts[LONGEST_TRIAL:]) == {best}
-    assert int(machine.limit) == best
+    assert set(machine.steps(FIRST_HOLD - 1)) == {best}
 
 
 def test_a_change_of_the_machine_is_noticed_after_a_hold() -> None:
     machine = Machine({1: 10.0, 2: 12.0, 4: 14.0, 8: 18.0, 0: 11.0})
-    list(machine.steps(LONGEST_TRIAL))
+    machine.trial()
     assert int(machine.limit) == 1
     machine.step_ms = {1: 20.0, 2: 18.0, 4: 15.0, 8: 16.0, 0: 22.0}
-    amounts = list(machine.steps(FIRST_HOLD + LONGEST_TRIAL))
-    assert set(amounts) == set(AMOUNTS) and amounts[-BLOCK_STEPS:] == [4] * BLOCK_STEPS
+    amounts = machine.trial()
+    assert set(amounts[: FIRST_HOLD - 1]) == {1} and set(amounts) == set(AMOUNTS)
+    assert int(machine.limit) == 4
     # The second choice in a row stays longer than the first.
     assert set(machine.steps(FIRST_HOLD)) == {4}
 
 
 def test_clearly_slower_amounts_are_left_out_early() -> None:
-    machine = Machine({1: 10.0, 2: 10.1, 4: 17.0, 8: 40.0, 0: 10.2})
-    amounts = list(machine.steps(LONGEST_TRIAL))
-    # After one round 80 % above the best are allowed, after two 40 %.
+    machine = Machine({1: 10.0, 2: 10.1, 4: 19.0, 8: 40.0, 0: 10.2})
+    amounts = machine.trial()
+    # After one round 160 % above the best are allowed, after two 80 %.
     ends = [WARM_STEPS + len(AMOUNTS) * BLOCK_STEPS]
     ends.append(ends[0] + (len(AMOUNTS) - 1) * BLOCK_STEPS)
     assert 8 in amounts[: ends[0]] and 8 not in amounts[ends[0] :]
     assert 4 in amounts[ends[0] : ends[1]] and 4 not in amounts[ends[1] :]
 
 
+def test_steps_that_scatter_do_not_leave_out_the_best_amount() -> None:
+    """Steps of GPT-OSS-20B with half of its experts: 21 to 31 ms by what they happen to miss."""
+    found = []
+    for seed in range(40):
+        machine = Machine({1: 24.4, 2: 26.2, 4: 26.6, 8: 26.6, 0: 22.4}, noise=0.25, seed=seed)
+        machine.trial()
+        found.append(int(machine.limit))
+    assert found.count(0) >= 36, found  # with half of the margin 33
+
+
 def test_a_cache_that_fills_does_not_favour_the_amounts_tried_last() -> None:
     machine = Machine({1: 10.0, 2: 10.5, 4: 11.0, 8: 12.0, 0: 10.5})
     for place, _ in enumerate(machine.steps(LONGEST_TRIAL)):
         machine.extra_ms = 30.0 * 0.95**place
-    assert int(machine.limit) == 1
+        if int(machine.state[HOLDS]) > 1:
+            break
+    assert int(machine.state[HOLDS]) > 1 and int(machine.limit) == 1
 
 
 def test_pauses_do_not_count() -> None:
@@ -116,7 +139,9 @@ def test_pauses_do_not_count() -> None:
     for place, amount in enumerate(machine.steps(LONGEST_TRIAL)):
         # A text ends now and then while the best amount is in use, and the next begins later.
         machine.extra_ms = 5000.0 if amount == 1 and place % 10 == 4 else 0.0
-    assert int(machine.limit) == 1
+        if int(machine.state[HOLDS]) > 1:
+            break
+    assert int(machine.state[HOLDS]) > 1 and int(machine.limit) == 1
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -127,7 +152,8 @@ def test_kernel_keeps_the_same_books_as_plain_python(seed: int) -> None:
         return Machine(step_ms, noise=0.1, seed=seed, **options)
 
     plain, kernel = machine(), machine(device=DEVICE, launch=launch_tune)
-    pairs = zip(plain.steps(LONGEST_TRIAL + 40), kernel.steps(LONGEST_TRIAL + 40), strict=True)
+    count = 300  # most of these trials end before; one goes on
+    pairs = zip(plain.steps(count), kernel.steps(count), strict=True)
     for place, (expected, got) in enumerate(pairs):
         assert got == expected, place
         assert kernel.state.tolist() == plain.state.tolist(), place

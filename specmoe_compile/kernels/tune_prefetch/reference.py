@@ -23,13 +23,16 @@ are tried last."""
 BLOCK_STEPS = 2
 """Steps in a row with one amount. Longer blocks would give each amount other parts of the text, and
 what the amount before has left in the cache; with one step nobody pays for what he pushes out."""
-ROUNDS = 24
+ROUNDS = 96
+"""At most. The last rounds cost little: what is left by then is about as fast as the best."""
 FIRST_HOLD = 1024
 MAX_DOUBLINGS = 3
 OUTLIER = 4
 """Times the shortest step of the trial beyond which a step does not count."""
-FIRST_MARGIN, LEAST_MARGIN = 80, 2
-"""Percent: after round r an amount stays within max(LEAST_MARGIN, FIRST_MARGIN / r) of the best."""
+FIRST_MARGIN, LEAST_MARGIN = 160, 1
+"""Percent: after round r an amount stays within max(LEAST_MARGIN, FIRST_MARGIN / r) of the best.
+With a cache the steps of one amount differ by a third; half of the margin left the best amount out
+in one of four trials of GPT-OSS-20B, simulated (docs/results/full_size.md)."""
 
 
 def tune_prefetch_reference(state: Tensor, limit: Tensor, amounts: Tensor, *, now_ns: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
-from specmoe_compile.kernels.tune_prefetch.reference import LAST, MAX_AMOUNTS, STATE_WORDS
+from specmoe_compile.kernels.tune_prefetch.reference import HOLDS, LAST, MAX_AMOUNTS, STATE_WORDS
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.expert_store import ExpertStore
@@ -71,6 +71,11 @@ class PrefetchBudget:
     def records(self) -> int | None:
         """The amount in use by the trials; None where nothing is tried. Waits for the device."""
         return None if self.limit is None else int(self.limit)
+
+    @property
+    def found(self) -> bool:
+        """Whether a trial has ended on the device, or none is made there. Waits for the device."""
+        return self.limit is None or int(self._state[HOLDS]) > 1
 
     def use(self, config: SpeculationConfig, transfer: Literal["copy", "gather"]) -> None:
         """Take the options and the transfer from now on; trials begin again.

@@ -166,6 +166,12 @@ class DeviceSession:
         return self._budget.records
 
     @property
+    def prefetch_found(self) -> bool:
+        """Whether a trial has ended, or none is made; waits for the device."""
+        self._check_open()
+        return self._budget.found
+
+    @property
     def _decoder(self) -> Decoder:
         return self._decoders.active
 

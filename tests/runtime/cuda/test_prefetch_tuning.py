@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.kernels.tune_prefetch.reference import HOLD, LAST, SHORTEST
+from specmoe_compile.kernels.tune_prefetch.reference import (
+    BLOCK_STEPS,
+    HOLD,
+    LAST,
+    ROUND,
+    ROUNDS,
+    SHORTEST,
+)
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.cuda.session import DeviceSession
@@ -70,6 +77,24 @@ def test_trials_begin_again_when_told_to() -> None:
         session.restart_trials()
         one_step(session, (5, 6))
         assert session.prefetch_records == 1
+
+
+def test_a_session_says_when_a_trial_has_ended() -> None:
+    with opened() as session:
+        skip_warm_up(session)
+        state = session._budget._state
+        for _ in range(5 * BLOCK_STEPS):
+            one_step(session, (5, 6))
+        assert not session.prefetch_found
+        # The next round is the last.
+        state[ROUND] = ROUNDS - 1
+        for _ in range(4 * BLOCK_STEPS):
+            one_step(session, (5, 6))
+        assert session.prefetch_found and int(state[HOLD]) > 0
+        session.restart_trials()
+        assert not session.prefetch_found
+    with opened(auto_off=False) as session:
+        assert session.prefetch_found
 
 
 def test_a_prefill_is_not_measured() -> None:
