@@ -53,24 +53,41 @@ def choices_of(tables: Tensor, top_k: int, which: int) -> Choices:
     return found
 
 
-def step_times(
-    true: Choices, predicted: Choices, machine: Machine, *, experts: int, arm: Arm, amount: int
-) -> Iterator[float]:
-    """Simulated ms of each token of a trace.
+class Decoding:
+    """A trace decoded token by token, over and over, on a simulated machine."""
 
-    Args:
-        true, predicted: what each layer needs, and what is predicted for it from the layer before.
-        machine: how long things take.
-        experts: E.
-        arm: says how many slots a layer has, and whether they keep what they hold.
-        amount: records fetched ahead for a layer at most.
-    """
-    layers, top_k = len(true), len(true[0][0])
-    sizes = {"num_experts": [experts] * layers, "slots": [arm.slots(experts, top_k)] * layers}
-    cache = ExpertCache(**sizes, policy="lru")
-    for token in range(len(true[0])):
-        if not arm.keeps:
-            cache = ExpertCache(**sizes, policy="lru")
+    def __init__(
+        self, true: Choices, predicted: Choices, machine: Machine, *, experts: int, arm: Arm
+    ) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            true, predicted: what each layer needs, and what is predicted for it from the layer
+                before.
+            machine: how long things take.
+            experts: E.
+            arm: says how many slots a layer has, and whether they keep what they hold.
+        """
+        self._choices, self._machine, self._keeps = (true, predicted), machine, arm.keeps
+        layers = len(true)
+        self._sizes = {
+            "num_experts": [experts] * layers,
+            "slots": [arm.slots(experts, len(true[0][0]))] * layers,
+        }
+        self._cache = self._empty()
+        self.token = 0
+
+    def _empty(self) -> ExpertCache:
+        return ExpertCache(**self._sizes, policy="lru")
+
+    def step(self, amount: int) -> float:
+        """Simulated ms of the next token, with `amount` records ahead for a layer at most."""
+        true, predicted = self._choices
+        layers, token = len(true), self.token % len(true[0])
+        self.token += 1
+        if not self._keeps:
+            self._cache = self._empty()
+        cache, machine = self._cache, self._machine
         total_ms = ahead_ms = 0.0
         for layer in range(layers):
             total_ms += max(machine.layer_ms, ahead_ms)
@@ -82,7 +99,16 @@ def step_times(
                 absent = [e for e in predicted[layer + 1][token] if held[e] < 0]
                 cache.plan(layer + 1, absent[:amount], speculative=True)
                 ahead_ms = len(absent[:amount]) * machine.record_ms
-        yield total_ms
+        return total_ms
+
+
+def step_times(
+    true: Choices, predicted: Choices, machine: Machine, *, experts: int, arm: Arm, amount: int
+) -> Iterator[float]:
+    """Simulated ms of each token of a trace, see `Decoding`."""
+    decoding = Decoding(true, predicted, machine, experts=experts, arm=arm)
+    for _ in range(len(true[0])):
+        yield decoding.step(amount)
 
 
 def fastest(
@@ -97,6 +123,43 @@ def fastest(
     return min((mean_ms(amount), amount) for amount in amounts_to_try(len(true[0][0])))
 
 
+def read_models(
+    result: Path, trace_file: Path
+) -> Iterator[tuple[str, Results, tuple[Choices, Choices]]]:
+    """Name, results, true and predicted choices of each model of a result file.
+
+    Raises:
+        ValueError: the trace is not the one that drove the run.
+    """
+    data: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    trace = RoutingTrace.load(trace_file)
+    for model, about in data["models"].items():
+        if about["trace"]["digest"] != trace.digest:
+            raise ValueError(
+                f"{trace_file} is not the trace of {result}: its digest is {trace.digest},"
+                f" expected {about['trace']['digest']}. Give the trace that drove the run."
+            )
+        sizes = {"layers": about["layers"], "experts": about["experts"], "top_k": about["top_k"]}
+        tables = map_trace(trace, **sizes)
+        chosen = choices_of(tables, about["top_k"], 0), choices_of(tables, about["top_k"], 1)
+        yield model, Results(data, model), chosen
+
+
+def gathering_machine(results: Results, context: int, layers: int) -> Machine:
+    """The measured machine: records at the rate of the in-graph gather."""
+    resident_ms = results.p50("resident", "graph", context)
+    assert resident_ms is not None, "the caller asks for contexts with a resident arm"
+    record_mb = float(results.about["record_bytes"]) / 1e6
+    link = results.about["link"]
+    return Machine(record_mb / float(link["gather_in_graph_gbps"]), resident_ms / layers)
+
+
+def contexts_of(results: Results) -> list[int]:
+    """Contexts that have a resident arm, which says how long a layer computes."""
+    contexts = sorted({int(row["context"]) for row in results.rows})
+    return [c for c in contexts if results.row("resident", "graph", c) is not None]
+
+
 def row_of(
     results: Results, true: Choices, predicted: Choices, context: int, share: int
 ) -> tuple[str, ...]:
@@ -106,9 +169,10 @@ def row_of(
     assert resident_ms is not None, "the caller asks for contexts with a resident arm"
     name = f"specmoe_{share}" if share else "prefetch_no_cache"
     measured, arm = results.fastest(name, "graph", context), ARMS[name]
-    record_mb, layer_ms = float(about["record_bytes"]) / 1e6, resident_ms / len(true)
-    gathering = Machine(record_mb / float(link["gather_in_graph_gbps"]), layer_ms)
-    copying = Machine(record_mb / float(link["copy_gbps"]), layer_ms)
+    gathering = gathering_machine(results, context, len(true))
+    copying = gathering._replace(
+        record_ms=float(about["record_bytes"]) / 1e6 / float(link["copy_gbps"])
+    )
     ours_ms, amount = fastest(true, predicted, gathering, experts=experts, arm=arm)
     perfect_ms, _ = fastest(true, true, copying, experts=experts, arm=arm)
     nothing = [[[] for _ in layer] for layer in true]
@@ -133,22 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("result", type=Path, help="JSON file of benchmarks.gpu_full_size")
     parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
     args = parser.parse_args(arguments)
-    data: Mapping[str, Any] = json.loads(args.result.read_text(encoding="utf-8"))
-    trace = RoutingTrace.load(args.trace)
-    for model, about in data["models"].items():
-        results = Results(data, model)
-        if about["trace"]["digest"] != trace.digest:
-            raise ValueError(
-                f"{args.trace} is not the trace of {args.result}: its digest is {trace.digest},"
-                f" expected {about['trace']['digest']}. Give the trace that drove the run."
-            )
-        sizes = {"layers": about["layers"], "experts": about["experts"], "top_k": about["top_k"]}
-        tables = map_trace(trace, **sizes)
-        true, predicted = (choices_of(tables, about["top_k"], which) for which in (0, 1))
+    for model, results, (true, predicted) in read_models(args.result, args.trace):
         rows = [
             row_of(results, true, predicted, context, share)
-            for context in sorted({int(row["context"]) for row in results.rows})
-            if results.row("resident", "graph", context) is not None
+            for context in contexts_of(results)
             for share in SHARES
         ]
         print(f"\n{model}, simulated, not measured, but for the column that says so:\n")

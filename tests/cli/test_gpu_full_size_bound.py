@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_full_size_arms import ARMS
-from benchmarks.gpu_full_size_bound import Machine, fastest, main, step_times
+from benchmarks.gpu_full_size_bound import Decoding, Machine, fastest, main, step_times
+from benchmarks.gpu_full_size_trials import row_of, trial
 
 ARM_OF = {0: ARMS["prefetch_no_cache"], 50: ARMS["specmoe_50"]}
 MACHINE = Machine(record_ms=2.0, layer_ms=3.0)
@@ -43,6 +44,18 @@ def test_a_cache_keeps_what_the_next_token_needs() -> None:
 def test_the_best_amount_is_found() -> None:
     many = [layer * 60 for layer in TRUE]
     assert fastest(many, many, MACHINE, experts=4, arm=ARM_OF[0]) == (15.0, 2)
+
+
+def test_a_trial_ends_with_the_best_amount_of_the_simulated_machine() -> None:
+    def begin() -> Decoding:
+        return Decoding(TRUE, TRUE, MACHINE, experts=4, arm=ARM_OF[0])
+
+    # 15 ms a token with two ahead, 17 with one, 21 with none.
+    found = trial(begin(), [1, 2, 0], seed=0)
+    assert found.amount == 2 and found.steps < 300
+    best, share, slower, loss, _ = row_of(begin, [1, 2, 0], trials=3, tokens=2)
+    assert (best, share, loss) == ("2", "3 of 3", "0.0%, 0.0%")
+    assert slower == "1: 13.3%, 2: 0.0%, 0: 40.0%"
 
 
 def test_another_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

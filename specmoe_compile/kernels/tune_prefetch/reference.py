@@ -39,12 +39,13 @@ def tune_prefetch_reference(state: Tensor, limit: Tensor, amounts: Tensor, *, no
     """Change state and limit as `tune_prefetch` does; waits for the device."""
     words: list[int] = state.tolist()
     arms = amounts.shape[0]
-    _advance(words, arms, now_ns)
+    advance(words, arms, now_ns)
     state.copy_(state.new_tensor(words))
     limit.fill_(int(amounts[words[ARM]]))
 
 
-def _advance(words: list[int], arms: int, now_ns: int) -> None:
+def advance(words: list[int], arms: int, now_ns: int) -> None:
+    """Take in that a step ended at `now_ns` and choose for the next, among `arms` amounts."""
     took_ns = now_ns - words[LAST] if words[LAST] else 0
     words[LAST] = now_ns
     if not words[HOLDS]:
