@@ -98,6 +98,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget-s", type=float, default=560.0, help="end before this many seconds"
     )
+    parser.add_argument(
+        "--turns", type=Path, help="file that all processes name which measure beside this one"
+    )
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     args = parser.parse_args(arguments)
     args.models = args.models or (list(DRY_SHAPES) if args.dry else ["Qwen3-30B-A3B"])
@@ -201,6 +204,7 @@ class Benchmark:
             steps=steps,
             lowering=self.args.lowering,
             layers=layers,
+            turns=self.args.turns,
         )
         learn_vectors(bench, 32 if self.args.dry else VECTOR_TOKENS)
         return bench

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -181,6 +182,7 @@ class Bench:
         lowering: of the backend.
         layers: number of layers, None for the model's own.
         vectors: default vectors of every layer; None while they are learned.
+        turns: file by which several processes of one host measure in turn; None for one process.
     """
 
     shape: Shape
@@ -191,6 +193,7 @@ class Bench:
     lowering: str = "inductor"
     layers: int | None = None
     vectors: list[Tensor] | None = None
+    turns: Path | None = None
 
     @contextmanager
     def opened(self, slots: int) -> Iterator[tuple[Any, DeviceSession, TracedRouting]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,23 @@ from specmoe_compile.runtime.cuda.session import DeviceSession
 MOST_TRIAL_PASSES = 9
 """How often a run goes through its steps before, at most, where the session finds out by trying how
 many records to fetch ahead. Most trials are over after 200 to 400 steps, the longest after 1009."""
+
+
+COMPILING_STEPS = 4
+"""After which a step is compiled and captured."""
+
+
+@contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """Wait until no other process that names the file is in its turn; None: do not wait."""
+    if file is None:
+        yield
+        return
+    import fcntl
+
+    with file.open("w") as held:  # closing gives the turn away
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 class Run:
@@ -212,12 +230,20 @@ def _measured(
             wanted = routings if arm.keeps or arm.speculates else routings[:1]
             rows: dict[Routing, dict[str, Any]] = {}
             for kind in wanted:
+                if bench.turns is not None:
+                    run.start(kind == "trace", arm)
+                    for _ in range(COMPILING_STEPS):
+                        run.step()
+                    _synchronise(bench.device)
+                with turn(bench.turns):
+                    timed = _timed(bench, run, session, kind, arm, trace_file(name, kind))
+                    _synchronise(bench.device)
                 rows[kind] = {
                     **_head(name, mode, context, kind),
                     "slots": bench.slots(arm),
                     "slots_allocated": slots,
                     "policy": arm.options.get("policy", "exact"),
-                    **_timed(bench, run, session, kind, arm, trace_file(name, kind)),
+                    **timed,
                     "transfer": session.transfer,
                     "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
                 }

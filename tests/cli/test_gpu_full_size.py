@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import GptOssConfig
 from benchmarks import gpu_full_size
 from benchmarks.gpu_full_size_arms import Bench, Steps, sharing_groups
 from benchmarks.gpu_full_size_extra import _eager_tokens
-from benchmarks.gpu_full_size_measure import measure_arms
+from benchmarks.gpu_full_size_measure import measure_arms, turn
 from benchmarks.gpu_full_size_model import SHAPES, FilledCache, RandomStore, build_skeleton
 from benchmarks.gpu_full_size_profile import (
     read_trace,
@@ -214,6 +215,23 @@ def test_pieces_measure_the_rows_asked_for_and_no_others(tmp_path: Path) -> None
     assert list(again) == first + new
     assert {key: again[key] for key in first} == rows
     assert again[new[0]]["tpot_ms"]["p50"] > 0
+
+
+def test_processes_that_name_one_file_measure_in_turn(
+    qwen: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "turn"
+    monkeypatch.setattr(qwen, "turns", file)
+    seen: list[Any] = []
+    start = threading.Thread(
+        target=lambda: seen.extend(measure_arms(qwen, ["cache_25"], "eager", 32, ("trace",)))
+    )
+    with turn(file):
+        start.start()
+        start.join(timeout=4)
+        assert start.is_alive() and not seen  # ready long before, were it not for the other's turn
+    start.join()
+    assert seen[0]["trace"]["tpot_ms"]["p50"] > 0
 
 
 @pytest.mark.parametrize(
