@@ -90,3 +90,9 @@ class _StoreSource:
 
     def fill(self, layer: int, expert: int, record: torch.Tensor) -> None:
         self._store.read_into(layer, expert, record)
+
+
+def all_records(store: ExpertStore) -> list[torch.Tensor]:
+    """Records of each layer, [E, record_bytes] uint8, of a store that is in RAM."""
+    assert isinstance(store, RamStore), "a store on disk needs a supply"
+    return [store.layer_records(layer) for layer in range(len(store.layouts))]

@@ -35,7 +35,7 @@ from specmoe_compile.runtime.expert_store import ExpertStore
 from specmoe_compile.runtime.experts_module import ExpertsLayer
 from specmoe_compile.runtime.memory import slots_per_layer
 from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.ram_store import all_records
 from specmoe_compile.runtime.session import _check_store, _sessions, register_session
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from specmoe_compile.runtime.speculator import PREFILL_TOKENS
@@ -101,7 +101,7 @@ class DeviceSession:
         self._streams = streams if streams is not None else CudaStreams(device)
         parts = DecoderParts.for_layers(self.layers, slots, self._streams, device)
         self.cache = parts.cache
-        records = _pinned_records(store) if supply is None else []
+        records = all_records(store) if supply is None else []
         self._prefill = PrefillBuffers(parts, records, device, supply=supply)
         if measure is None and device.type == "cuda":
             measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
@@ -391,11 +391,6 @@ class DeviceSession:
     def _check_open(self) -> None:
         if self.closed:
             raise SpecMoEError("The session is closed: load the model again.")
-
-
-def _pinned_records(store: ExpertStore) -> list[Tensor]:
-    assert isinstance(store, RamStore), "a store on disk needs a supply"
-    return [store.layer_records(layer) for layer in range(len(store.layouts))]
 
 
 def _close_parts(handle: int, release: Callable[[], None] | None, store: ExpertStore) -> None:
