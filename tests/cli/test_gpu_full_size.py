@@ -197,7 +197,6 @@ def test_a_dry_run_writes_rows_resumes_and_reports(tmp_path: Path) -> None:
     assert kept.with_suffix("").with_suffix(".png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_pieces_measure_the_rows_asked_for_and_no_others(tmp_path: Path) -> None:
     out, trace = tmp_path / "dry.json", tmp_path / "trace.safetensors"
     made_trace().save(trace)
@@ -255,6 +254,7 @@ def test_a_wrong_piece_is_refused_with_status_2(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_reference_models_trace_is_predicted_and_local() -> None:
     trace = record_reference(2, 64)
     assert trace.ids.shape == (8, 2, 64, 4)
