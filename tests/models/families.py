@@ -126,6 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config": {"mlp_layer_types": _SPARSE, "qk_rope_head_dim": 0}},
     "granitemoehybrid": {"layer_types": _LINEAR},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": EXPERTS, "moe_topk": TOP_K},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [2, 1, 1]}}},
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
     "kimi_linear": {"layer_types": _LINEAR},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
