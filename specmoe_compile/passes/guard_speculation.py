@@ -20,10 +20,12 @@ Shape letters: P predicted experts per token, T tokens.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
+from torch._inductor import inductor_prims
+from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Graph, GraphModule, Node
 
 from specmoe_compile.passes.fx_utils import (
@@ -98,8 +100,9 @@ def _guard(graph: Graph, layer: MoELayer, answer: Node) -> None:
     assert owner is not None
     inner = _inner(layer)
     outputs = [correct, *layer.tickets]
-    operands = list(dict.fromkeys(n for node in inner for n in node.all_input_nodes))
-    operands = [node for node in operands if node not in inner]
+    used = dict.fromkeys(n for node in inner for n in node.all_input_nodes)
+    with graph.inserting_before(correct):
+        operands = {node: _contiguous(node) for node in used if node not in inner}
     branches = []
     for name, branch in (
         (f"speculate_{layer.index}", _speculate(operands, inner, outputs)),
@@ -110,7 +113,7 @@ def _guard(graph: Graph, layer: MoELayer, answer: Node) -> None:
             branches.append(graph.get_attr(name))
     with graph.inserting_before(correct):
         chosen = graph.call_function(
-            torch.ops.higher_order.cond, (answer, *branches, tuple(operands))
+            torch.ops.higher_order.cond, (answer, *branches, tuple(operands.values()))
         )
     chosen.meta["val"] = tuple(value_of(node) for node in outputs)
     taken: list[Node] = []
@@ -155,25 +158,57 @@ def _is_branch(node: Node) -> bool:
     )
 
 
-def _placeholders(branch: Graph, operands: Sequence[Node]) -> dict[Node, Node]:
+def _contiguous(node: Node) -> Node:
+    """The node, made contiguous at the graph's insertion point if it is computed.
+
+    Inductor lays out what it computes as it likes, but expects the operands of a condition with the
+    strides that eager PyTorch gives them, and asserts that when the model runs. Where the layout is
+    still open, this settles it, and nothing is copied. Views of inputs stay what they are.
+    """
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or _views_input(node):
+        return node
+    settled = node.graph.call_function(
+        inductor_prims.force_stride_order, (node, make_contiguous_strides_for(value.shape))
+    )
+    set_value(settled)
+    return settled
+
+
+def _views_input(node: Node) -> bool:
+    while getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node.op != "call_function"
+
+
+def _placeholders(branch: Graph, operands: Mapping[Node, Node]) -> dict[Node, Node]:
     copies: dict[Node, Node] = {}
-    for place, operand in enumerate(operands):
+    for place, (operand, passed) in enumerate(operands.items()):
         copies[operand] = branch.placeholder(f"operand_{place}")
-        copies[operand].meta = copied_meta(operand)
+        copies[operand].meta = copied_meta(passed)
     return copies
 
 
-def _speculate(operands: Sequence[Node], inner: Sequence[Node], outputs: Sequence[Node]) -> Graph:
+def _speculate(
+    operands: Mapping[Node, Node], inner: Sequence[Node], outputs: Sequence[Node]
+) -> Graph:
     branch = Graph()
     copies = _placeholders(branch, operands)
+    strides_differ = any(
+        value_of(operand).stride() != value_of(passed).stride()
+        for operand, passed in operands.items()
+        if operand is not passed
+    )
     for node in inner:
         copies[node] = branch.node_copy(node, lambda n: copies[n])
         copies[node].meta = copied_meta(node)
+        if strides_differ and copies[node].all_input_nodes:
+            set_value(copies[node])
     branch.output(tuple(copies[node] for node in outputs))
     return branch
 
 
-def _demand(operands: Sequence[Node], layer: MoELayer, outputs: Sequence[Node]) -> Graph:
+def _demand(operands: Mapping[Node, Node], layer: MoELayer, outputs: Sequence[Node]) -> Graph:
     branch = Graph()
     copies = _placeholders(branch, operands)
     made = [

@@ -9,10 +9,21 @@ import torch
 
 from specmoe_compile.errors import InvariantError
 from specmoe_compile.passes.check_invariants import check_invariants
-from specmoe_compile.passes.manager import run_passes
+from specmoe_compile.passes.manager import SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
-from tests.passes.graphs import OPS, calls, inputs, plain_block, trace, use_session
+from tests.passes.families import compile_with
+from tests.passes.graphs import (
+    EXPERTS,
+    HIDDEN,
+    OPS,
+    attention,
+    calls,
+    inputs,
+    plain_block,
+    trace,
+    use_session,
+)
 
 GUARDED = PassConfig(conditional=True)
 SPLIT_OPS = ("wait_prefetch", "start_prefetch", "run_resident_experts", "correct_experts")
@@ -77,6 +88,56 @@ def test_what_is_not_wanted_is_not_computed(
         source = max(0, layer - lookahead)
         assert session.at("wait", source) < session.at("start", layer) < session.at("run", source)
         assert session.at("start", layer) < session.at("wait", layer)
+
+
+class Transposed(torch.nn.Module):
+    """Blocks whose residual is the transpose of what is computed, as behind a convolution."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.gates = torch.nn.Parameter(torch.randn(layers, EXPERTS, HIDDEN))
+
+    def forward(self, r: torch.Tensor) -> torch.Tensor:
+        for layer, gate in enumerate(self.gates):
+            r = torch.nn.functional.silu(attention(r).t().contiguous()).t() * 1.5
+            r = plain_block(r, gate, layer)
+        return r
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unwanted", [set(), {1, 2}], ids=["speculate", "demand"])
+def test_inductor_takes_operands_that_are_not_contiguous(
+    monkeypatch: Any, unwanted: set[int]
+) -> None:
+    session = use_session(monkeypatch)
+    model, r = Transposed(3), inputs(3)[0]
+    want = model(r)
+    session.events.clear()
+    session.unwanted = unwanted
+    speculation = SpeculationPass(GUARDED)
+    got = compile_with(model, speculation)(r)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert any(name == "correct" for name, _ in session.events) == (not unwanted)
+
+
+def test_operands_are_contiguous_but_for_views_of_inputs() -> None:
+    def transposed(r: torch.Tensor, gate: torch.Tensor, layer: int) -> torch.Tensor:
+        return plain_block(r.t().contiguous().t() if layer == 1 else r, gate, layer)
+
+    gm = trace(transposed, layers=3)
+    run_passes(gm, GUARDED, check_each=True)
+    views = 0
+    for condition in _conditions(gm):
+        speculate, demand = _branches(gm, condition)
+        operands = [n for n in condition.args[3] if isinstance(n.meta["val"], torch.Tensor)]
+        views += sum(not node.meta["val"].is_contiguous() for node in operands)
+        for node in operands:
+            assert node.meta["val"].is_contiguous() or node.args[0].op == "placeholder"
+        for branch in (speculate, demand):
+            inside = [n.meta["val"] for n in branch.find_nodes(op="placeholder")]
+            outside = [n.meta["val"] for n in condition.args[3]]
+            assert [v.stride() for v in inside] == [v.stride() for v in outside]
+    assert views, "the routers of the lookahead are transposed views"
 
 
 def test_twice_is_once() -> None:
