@@ -97,20 +97,27 @@ def test_every_forward_step_of_generate_is_compiled(
     assert counts["calls"] == NEW_TOKENS
 
 
-@pytest.mark.parametrize(("batch", "cache"), [(2, "dynamic"), (3, "static"), (4, "dynamic")])
+@pytest.mark.parametrize(
+    ("batch", "cache", "lowering"),
+    [
+        (2, "dynamic", "eager"),
+        (3, "static", "inductor"),
+        pytest.param(4, "dynamic", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_batches_with_left_padding_match(
-    batch: int, cache: str, plain: Any, offloaded: Any
+    batch: int, cache: str, lowering: str, plain: Any, offloaded: Any
 ) -> None:
     inputs = left_padded(batch, 8)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     want = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    compiled = torch.compile(offloaded, backend="specmoe")
+    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": lowering})
     got = compiled.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
     assert torch.equal(got, want)
 
 
 def test_sampling_draws_the_same_tokens(plain: Any, offloaded: Any) -> None:
-    compiled = torch.compile(offloaded, backend="specmoe")
+    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": "eager"})
     outputs = []
     for model in (plain, compiled):
         torch.manual_seed(7)
@@ -143,7 +150,7 @@ def test_eager_lowering_matches(plain: Any, offloaded: Any) -> None:
 def test_generate_of_the_inner_model_stays_eager(
     offloaded: Any, counts: collections.Counter[str]
 ) -> None:
-    compiled = torch.compile(offloaded, backend="specmoe")
+    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": "eager"})
     greedy(compiled, prompts(1, 5), 2)
     counts.clear()
     greedy(offloaded, prompts(1, 5), 2)
@@ -151,7 +158,7 @@ def test_generate_of_the_inner_model_stays_eager(
     assert compiled._orig_mod is offloaded
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_plain_model_compiled_in_place_matches(
     cache: str, checkpoint: Path, plain: Any, counts: collections.Counter[str]
 ) -> None:

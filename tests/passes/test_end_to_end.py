@@ -25,7 +25,7 @@ def _generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Any]:
     return tokens, specmoe_compile.stats(model)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_control_reads_full_recall(tmp_path: Path, lowering: str) -> None:
     tokens, stats = _generated(tmp_path, control=True, lowering=lowering)
     assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 12))
