@@ -123,6 +123,16 @@ def fastest(
     return min((mean_ms(amount), amount) for amount in amounts_to_try(len(true[0][0])))
 
 
+def result_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a simulation: a result file and the trace that drove it."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("result", type=Path, help="JSON file of benchmarks.gpu_full_size")
+    parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
+    return parser
+
+
 def read_models(
     result: Path, trace_file: Path
 ) -> Iterator[tuple[str, Results, tuple[Choices, Choices]]]:
@@ -191,12 +201,7 @@ def row_of(
 @explains_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for every model and context that has a resident arm; returns the status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path, help="JSON file of benchmarks.gpu_full_size")
-    parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
-    args = parser.parse_args(arguments)
+    args = result_parser(__doc__).parse_args(arguments)
     for model, results, (true, predicted) in read_models(args.result, args.trace):
         rows = [
             row_of(results, true, predicted, context, share)

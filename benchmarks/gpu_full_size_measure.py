@@ -289,15 +289,14 @@ def _try_amounts(run: Run, session: DeviceSession, kind: Routing, arm: Arm, coun
     """Go through the `count` steps until a trial has ended; how many steps that took."""
     run.start(kind == "trace", arm)
     steps = 0
-    for _ in range(MOST_TRIAL_PASSES):
-        # A cache that is empty again would slow down the amounts that are tried next.
-        run.rewind(kind == "trace")
+    while True:
         for _ in range(count):
             run.step()
         steps += count
-        if session.prefetch_found:
-            break
-    return steps
+        if session.prefetch_found or steps == MOST_TRIAL_PASSES * count:
+            return steps
+        # A cache that is empty again would slow down the amounts that are tried next.
+        run.rewind(kind == "trace")
 
 
 def _counters(session: DeviceSession, steps: int) -> dict[str, Any]:

@@ -10,12 +10,10 @@ begins at another token. What is best says a long run with each number.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,6 +25,7 @@ from benchmarks.gpu_full_size_bound import (
     contexts_of,
     gathering_machine,
     read_models,
+    result_parser,
 )
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.kernels.tune_prefetch import reference
@@ -86,11 +85,7 @@ def row_of(begin: Begin, amounts: Sequence[int], trials: int, tokens: int) -> tu
 @explains_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for each model; returns the status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path, help="JSON file of benchmarks.gpu_full_size")
-    parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
+    parser = result_parser(__doc__)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=reference.ROUNDS)
     margins = (reference.FIRST_MARGIN, reference.LEAST_MARGIN)

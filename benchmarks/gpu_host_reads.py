@@ -10,7 +10,6 @@ median of replayed CUDA graphs of twelve launches over random records. Under a m
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_first_run import Rig
 from specmoe_compile.cli.measure.machine import provenance
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.kernels.gather_experts.op import gather_experts
@@ -29,7 +29,7 @@ SEED = 0
 HOST_BYTES = 4 << 30  # far more than a host's caches
 CASES = ((9437184, 1), (9437184, 2), (9437184, 8), (49807360, 1), (49807360, 4))
 """Bytes of a record and records per launch: Qwen3-30B-A3B and GPT-OSS-20B."""
-LAUNCHES, REPLAYS = 12, 6
+LAUNCHES, REPLAYS = 12, 5
 GRIDS = (8, 16, 32, 64, 132)
 HINTS = {
     "ld.global.v4": "ld.global.v4.u32",
@@ -111,22 +111,10 @@ Launch = Callable[[int], object]
 
 def rate_gbps(launch: Launch, moved_bytes: int) -> float:
     """Median over replays of a graph of `LAUNCHES` launches."""
-    launch(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
-            launch(i)
-    times: list[float] = []
-    for replay in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if replay:
-            times.append(start.elapsed_time(end))
-    return LAUNCHES * moved_bytes / statistics.median(times) / 1e6
+    launch(0)  # compiled before it is captured
+    rig = Rig()
+    replay = rig.captured(lambda: [launch(i) for i in range(LAUNCHES)])
+    return LAUNCHES * moved_bytes / rig.median_ms(replay, REPLAYS) / 1e6
 
 
 def ways(

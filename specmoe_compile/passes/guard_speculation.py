@@ -51,7 +51,7 @@ def guard_speculation(graph: Graph, config: PassConfig, plan: SpeculationPlan) -
     Args:
         graph: aten graph, changed in place.
         config: `conditional`; where a layer predicts itself its prefetch starts in front of its
-            attention, and nothing is guarded.
+            attention, and nothing is guarded. `inductor`: the operands' layout is settled.
         plan: its layers are split.
     """
     report = PassReport("guard_speculation")
@@ -70,7 +70,7 @@ def guard_speculation(graph: Graph, config: PassConfig, plan: SpeculationPlan) -
             with graph.inserting_after(wanted):
                 answer = graph.call_function(torch.ops.aten.select.int, (wanted, 0, place))
             set_value(answer)
-            _guard(graph, layer, answer)
+            _guard(graph, layer, answer, settle=config.inductor)
             report.matches += 1
     return report
 
@@ -95,14 +95,16 @@ def _plan_step(graph: Graph, layers: Sequence[MoELayer]) -> Node:
         )
 
 
-def _guard(graph: Graph, layer: MoELayer, answer: Node) -> None:
+def _guard(graph: Graph, layer: MoELayer, answer: Node, *, settle: bool) -> None:
     owner, correct = graph.owning_module, layer.parts[-1]
     assert owner is not None
     inner = _inner(layer)
     outputs = [correct, *layer.tickets]
     used = dict.fromkeys(n for node in inner for n in node.all_input_nodes)
-    with graph.inserting_before(correct):
-        operands = {node: _contiguous(node) for node in used if node not in inner}
+    operands = {node: node for node in used if node not in inner}
+    if settle:
+        with graph.inserting_before(correct):
+            operands = {node: _contiguous(node) for node in operands}
     branches = []
     for name, branch in (
         (f"speculate_{layer.index}", _speculate(operands, inner, outputs)),

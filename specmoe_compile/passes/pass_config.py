@@ -46,6 +46,9 @@ class PassConfig:
     conditional: bool = False
     """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
 
+    inductor: bool = True
+    """Inductor compiles the rewritten graph, which then settles what Inductor would leave open."""
+
     def __post_init__(self) -> None:
         if self.lookahead < 1:
             raise ValueError(f"lookahead={self.lookahead}: expected an integer >= 1")
@@ -101,6 +104,7 @@ class PassConfig:
             predictor=without_auto(options.predictor),
             network_layers=network_layers,
             conditional=conditional,
+            inductor=options.lowering == "inductor",
         )
 
     def key(self) -> str:

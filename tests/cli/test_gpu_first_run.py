@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_host_reads
 from benchmarks.gpu_first_run import GATHERED, GRIDS, RECORDS, TOKENS, Rig, main
 from specmoe_compile.kernels.compile_spec import MODEL_SHAPES
 
@@ -33,4 +34,6 @@ def test_without_a_gpu_it_names_the_dry_run(
 ) -> None:
     assert main(["--out", str(tmp_path / "gpu.json")]) == 2
     assert "--dry" in capsys.readouterr().err
+    assert gpu_host_reads.main(["--out", str(tmp_path / "gpu.json")]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()

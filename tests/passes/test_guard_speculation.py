@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import inductor_prims
 
 from specmoe_compile.errors import InvariantError
 from specmoe_compile.passes.check_invariants import check_invariants
@@ -138,6 +139,14 @@ def test_operands_are_contiguous_but_for_views_of_inputs() -> None:
             outside = [n.meta["val"] for n in condition.args[3]]
             assert [v.stride() for v in inside] == [v.stride() for v in outside]
     assert views, "the routers of the lookahead are transposed views"
+
+
+def test_a_graph_that_inductor_does_not_compile_pays_for_no_layout() -> None:
+    for inductor in (True, False):
+        gm = trace(plain_block, layers=3)
+        run_passes(gm, PassConfig(conditional=True, inductor=inductor), check_each=True)
+        settled = [n for n in gm.graph.nodes if n.target is inductor_prims.force_stride_order]
+        assert bool(settled) == inductor
 
 
 def test_twice_is_once() -> None:
