@@ -17,6 +17,7 @@ from specmoe_compile.kernels.expert_mlp.op import run_resident_experts
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda.parts import DecoderParts
+from specmoe_compile.runtime.cuda.streams import StreamName
 from specmoe_compile.runtime.stats import LayerStats
 
 
@@ -39,7 +40,16 @@ class DecodeStep(NamedTuple):
 
 
 class Decoder(ABC):
-    """Plans, fetches, runs and corrects the layers of decode steps."""
+    """Plans, fetches, runs and corrects the layers of decode steps.
+
+    Attributes:
+        computes_on: stream of `run`, `correct` and `normed`. If it is not compute, `correct` may
+            be called right after `run`, and compute has to `join` before it reads what they return.
+    """
+
+    @property
+    def computes_on(self) -> StreamName:
+        return "compute"
 
     def __init__(self, parts: DecoderParts) -> None:
         """Tie the parts together; none is owned."""
@@ -85,11 +95,11 @@ class Decoder(ABC):
 
     @abstractmethod
     def wait(self, layer: int, step: DecodeStep) -> None:
-        """Make compute wait for what `step.late` needs."""
+        """Make `computes_on` wait for what `step.late` needs."""
 
     @abstractmethod
     def join(self, layer: int) -> None:
-        """Make compute wait for what is in flight into a layer's slots."""
+        """Make compute wait for what is in flight into a layer's slots, and for its experts."""
 
     @abstractmethod
     def stats(self) -> tuple[LayerStats, ...]:
@@ -105,19 +115,21 @@ class Decoder(ABC):
 
     @abstractmethod
     def _slots_were_read(self, layer: int) -> None:
-        """Take note that work which reads a layer's slots was issued on compute."""
+        """Take note that work which reads a layer's slots was issued on `computes_on`."""
 
     def normed(self, layer: int, y: Tensor) -> Tensor:
         """Experts' outputs, [..., H], as the model weighs them: past a norm of their own."""
         norm = self._norms[layer]
         if norm is None:
             return y
-        with self._streams.on("compute"):
+        with self._streams.on(self.computes_on):
             return norm(y)
 
     def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
         """Unweighted outputs of the experts that are there, before a norm, [T, K, H]."""
-        with self._streams.on("compute"):
+        if self.computes_on != "compute":
+            self._streams.wait(self.computes_on, self._streams.record("compute"))
+        with self._streams.on(self.computes_on):
             y = run_resident_experts(
                 x, step.present, weights, self._banks[layer], self._forms[layer]
             )
@@ -147,7 +159,7 @@ class Decoder(ABC):
         if self._norms[layer] is not None:
             out = self._correct_normed(layer, step, partial, x, weights, vectors)
         else:
-            with self._streams.on("compute"):
+            with self._streams.on(self.computes_on):
                 out = correct_experts(
                     partial,
                     x,
@@ -172,10 +184,10 @@ class Decoder(ABC):
     ) -> Tensor:
         """`correct` with a norm between the experts and the sum; transfers are waited for."""
         bank, form = self._banks[layer], self._forms[layer]
-        with self._streams.on("compute"):
+        with self._streams.on(self.computes_on):
             y = run_resident_experts(x, step.late, weights, bank, form, partial)
         y = self.normed(layer, y)
-        with self._streams.on("compute"):
+        with self._streams.on(self.computes_on):
             if step.skipped is not None:
                 means = vectors[step.skipped.clamp(min=0).long()].to(y.dtype)
                 y = torch.where((step.skipped >= 0).unsqueeze(-1), means, y)
