@@ -57,7 +57,7 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
 
     def quasi(state: Tensor, layer: int) -> Tensor:
         blend = ops.blend_default_vectors(
-            ids, weights, state.view(1, hidden), session.handle, layer - 1, []
+            ids, weights, state.view(1, hidden), session.handle, layer - 1
         )
         return state + blend.view_as(state)
 

@@ -121,11 +121,7 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         session.configure(SpeculationConfig.from_options(config))
     conditional = all(session.plans_steps for session in sessions)
     return SpeculationPass.from_options(
-        config,
-        offloaded=offloaded,
-        conditional=conditional,
-        experts_first=all(session.computes_aside for session in sessions),
-        network_layers=network_layers,
+        config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
     )
 
 

@@ -233,7 +233,7 @@ class _ProbeInterpreter(Interpreter):
             x, ids, weights, _, layer = args
             return probe.experts(x, ids, weights, layer)
         if target is ops.blend_default_vectors.default:
-            ids, weights, like, _, layer, _ = args
+            ids, weights, like, _, layer = args
             return probe.blend(ids, weights, like, layer)
         if target is ops.start_prefetch.default:
             probe.predict(args[0], args[1], args[3])
@@ -244,7 +244,7 @@ class _ProbeInterpreter(Interpreter):
         if target is ops.run_resident_experts.default:
             return args[0]
         if target is ops.correct_experts.default:
-            _, x, ids, weights, _, _, layer, _ = args
+            _, x, ids, weights, _, _, layer = args
             return probe.experts(x, ids, weights, layer)
         return super().call_function(target, args, kwargs)
 

@@ -26,8 +26,7 @@ _LIBRARY = torch.library.Library("specmoe", "DEF")  # type: ignore[no-untyped-ca
 _SCHEMAS = {
     "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
     "blend_default_vectors": (
-        "(Tensor ids, Tensor weights, Tensor like, int session, int layer, Tensor[] after)"
-        " -> Tensor"
+        "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
     ),
     "predict_experts": ("(Tensor state, int session, int layer, int width) -> (Tensor, Tensor)"),
     "start_prefetch": (
@@ -41,7 +40,7 @@ _SCHEMAS = {
     ),
     "correct_experts": (
         "(Tensor partial, Tensor x, Tensor ids, Tensor weights, Tensor state, int session,"
-        " int layer, Tensor[] after) -> Tensor"
+        " int layer) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -93,29 +92,12 @@ def _experts_fake(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: 
     return x.new_empty(x.shape)
 
 
-def _blend(
-    ids: Tensor,
-    weights: Tensor,
-    like: Tensor,
-    session: int,
-    layer: int,
-    after: Sequence[Tensor],
-) -> Tensor:
-    """Weighted sum of the experts' default vectors, [T,K], [T,K] -> [T,H] in `like`'s dtype.
-
-    `after` holds what must have been issued first.
-    """
+def _blend(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
+    """Weighted sum of the experts' default vectors, [T,K], [T,K] -> [T,H] in `like`'s dtype."""
     return get_session(session).blend_default_vectors(layer, ids, weights, like)
 
 
-def _blend_fake(
-    ids: Tensor,
-    weights: Tensor,
-    like: Tensor,
-    session: int,
-    layer: int,
-    after: Sequence[Tensor],
-) -> Tensor:
+def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
     _check_routing("blend_default_vectors", ids, weights)
     return like.new_empty(like.shape)
 
@@ -138,8 +120,7 @@ def _start(
 ) -> Tensor:
     """Start fetching predicted experts; returns a ticket, int64 [1] on the device of `ids`.
 
-    `after` holds states of layers whose misses must have been requested first, and outputs of
-    experts that must have been issued first.
+    `after` holds states of layers whose misses must have been requested first.
     """
     return _token(get_session(session).start_prefetch(layer, ids, weights), ids)
 
@@ -214,12 +195,8 @@ def _correct(
     state: Tensor,
     session: int,
     layer: int,
-    after: Sequence[Tensor],
 ) -> Tensor:
-    """Run the experts that arrived late, blend skipped ones, reduce over K: [T,H].
-
-    `after` holds tickets of prefetches that must have been issued first.
-    """
+    """Run the experts that arrived late, blend skipped ones, reduce over K: [T,H]."""
     return get_session(session).correct_experts(layer, partial, x, ids, weights, _number(state))
 
 
@@ -231,7 +208,6 @@ def _correct_fake(
     state: Tensor,
     session: int,
     layer: int,
-    after: Sequence[Tensor],
 ) -> Tensor:
     _check_tokens("correct_experts", x, ids, weights)
     return x.new_empty(x.shape)

@@ -66,7 +66,7 @@ def _insert(graph: Graph, layer: MoELayer) -> str | None:
         blend = call_op(
             graph,
             specmoe_ops().blend_default_vectors.default,
-            (layer.ids, layer.weights, layer.x, layer.session, layer.index, []),
+            (layer.ids, layer.weights, layer.x, layer.session, layer.index),
             like=anchor,
         )
     copies = clone_nodes(graph, layer.update, {layer.experts: blend}, anchor)

@@ -158,7 +158,7 @@ def _clone_update(
         blend = call_op(
             graph,
             specmoe_ops().blend_default_vectors.default,
-            (ids, weights, source.x, layer.session, layer.index, []),
+            (ids, weights, source.x, layer.session, layer.index),
             like=layer.experts,
         )
     replaced = {layer.residual: state, layer.experts: blend}

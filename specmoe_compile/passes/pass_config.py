@@ -46,9 +46,6 @@ class PassConfig:
     conditional: bool = False
     """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
 
-    experts_first: bool = False
-    """Issue a layer's experts before what predicts the next; where they run beside it."""
-
     inductor: bool = True
     """Inductor compiles the rewritten graph, which then settles what Inductor would leave open."""
 
@@ -83,7 +80,6 @@ class PassConfig:
         *,
         offloaded: bool = True,
         conditional: bool = False,
-        experts_first: bool = False,
         network_layers: tuple[int, ...] = (),
     ) -> PassConfig:
         """Take the fields of a compile's options.
@@ -93,7 +89,6 @@ class PassConfig:
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
             conditional: whether the sessions can answer `plan_step`.
-            experts_first: whether the sessions compute experts aside.
             network_layers: layers that a hybrid predictor predicts with their networks.
         """
         from specmoe_compile.runtime.speculator import PREFILL_TOKENS
@@ -109,7 +104,6 @@ class PassConfig:
             predictor=without_auto(options.predictor),
             network_layers=network_layers,
             conditional=conditional,
-            experts_first=experts_first,
             inductor=options.lowering == "inductor",
         )
 

@@ -32,7 +32,6 @@ class LiveSession:
     """
 
     plans_steps = False
-    computes_aside = False
 
     def __init__(self) -> None:
         self.handle = register_session(self)

@@ -95,12 +95,9 @@ class Session:
         observer: is told every routing and prediction; None for nobody.
         predictions: trained networks and past choices, for predictors that are no router.
         plans_steps: whether it answers `plan_step`, which a graph may then branch on.
-        computes_aside: whether experts are computed beside what is issued behind them: they are
-            not, one thread issues and computes.
     """
 
     plans_steps = True
-    computes_aside = False
 
     def __init__(
         self,

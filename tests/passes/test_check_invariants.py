@@ -80,7 +80,7 @@ def _refill_before_last_use(graph: Graph) -> None:
 
 def _run_whole_as_well(graph: Graph) -> None:
     correct = calls(graph, "correct_experts")[0]
-    _, x, ids, weights, _, session, layer, _ = correct.args
+    _, x, ids, weights, _, session, layer = correct.args
     with graph.inserting_after(correct):
         call_op(graph, OPS.experts.default, (x, ids, weights, session, layer), like=correct)
 

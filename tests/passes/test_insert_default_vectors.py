@@ -38,7 +38,7 @@ def test_blend_reads_the_layers_own_routing() -> None:
     report = insert_default_vectors(gm.graph, CONFIG, plan)
     assert report.matches == 2 and not report.skipped
     for blend, layer in zip(calls(gm.graph, "blend_default_vectors"), plan.layers[:2], strict=True):
-        assert blend.args == (layer.ids, layer.weights, layer.x, 0, layer.index, [])
+        assert blend.args == (layer.ids, layer.weights, layer.x, 0, layer.index)
         assert blend.meta["val"].shape == layer.x.meta["val"].shape
     check_invariants(gm.graph, complete=False)
 

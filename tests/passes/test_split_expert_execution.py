@@ -62,43 +62,9 @@ def test_split_passes_tickets_states_and_control_edges() -> None:
             assert ticket is starts[position - 1]
         assert wait.args[1:] == (layer.ids, 0, layer.index)
         assert run.args == (layer.x, layer.ids, layer.weights, wait, 0, layer.index, here)
-        assert correct.args == (run, layer.x, layer.ids, layer.weights, wait, 0, layer.index, [])
+        assert correct.args == (run, layer.x, layer.ids, layer.weights, wait, 0, layer.index)
         for start in here:
             assert start.args[4] == [wait]
-
-
-def test_experts_first_changes_the_control_edges_only() -> None:
-    gm, plan, _ = _prefetched(PassConfig())
-    split_expert_execution(gm.graph, PassConfig(experts_first=True), plan)
-    runs, starts = calls(gm.graph, "run_resident_experts"), calls(gm.graph, "start_prefetch")
-    waits, blends = calls(gm.graph, "wait_prefetch"), calls(gm.graph, "blend_default_vectors")
-    assert len(starts) == len(blends) == 2
-    for layer, wait, run in zip(plan.layers, waits, runs, strict=True):
-        assert run.args == (layer.x, layer.ids, layer.weights, wait, 0, layer.index, [])
-    corrects = calls(gm.graph, "correct_experts")
-    assert [correct.args[7] for correct in corrects] == [[starts[0]], [starts[1]], []]
-    for wait, run, blend, start in zip(waits, runs, blends, starts, strict=False):
-        assert wait < run < blend < start
-        assert blend.args[5] == [run] and start.args[4] == [wait, run]
-
-
-@pytest.mark.parametrize("lookahead", [1, 2])
-def test_inductor_issues_experts_before_what_predicts(monkeypatch: Any, lookahead: int) -> None:
-    session = use_session(monkeypatch)
-    gm = trace(plain_block, layers=4)
-    want = gm(*inputs(4))
-    config = PassConfig(experts_first=True, lookahead=lookahead)
-    assert run_passes(gm, config, check_each=True).reason is None
-    gm.recompile()
-    compiled = torch._inductor.compile(gm, inputs(4))
-    session.events.clear()
-    torch.testing.assert_close(compiled(*inputs(4)), want)
-    for layer in range(1, 4):
-        source = max(0, layer - lookahead)
-        assert session.at("wait", source) < session.at("run", source) < session.at("start", layer)
-        assert session.at("start", layer) < session.at("correct", source)
-        blends = [place for place, event in enumerate(session.events) if event == ("blend", source)]
-        assert max(blends) > session.at("run", source)  # its own, not one for a layer before
 
 
 def test_split_twice_is_once() -> None:
@@ -124,8 +90,6 @@ def test_layer_without_prefetch_on_either_side_is_left_whole() -> None:
         PassConfig(prefetch_width=4),
         PassConfig(skip_layers=(2,)),
         PassConfig(control=True),
-        PassConfig(experts_first=True),
-        PassConfig(experts_first=True, lookahead=2),
         PassConfig(conditional=True),
         PassConfig(conditional=True, lookahead=2),
         PassConfig(conditional=True, control=True),
@@ -148,9 +112,6 @@ def test_values_and_order_of_execution(monkeypatch: Any, config: PassConfig) -> 
         assert session.at("start", layer) < session.at("wait", layer) < session.at("run", layer)
         if not config.control:
             assert session.at("wait", source) < session.at("start", layer)
-            first, second = ("run", source), ("start", layer)
-            if not config.experts_first:
-                first, second = second, first
-            assert session.at(*first) < session.at(*second)
+            assert session.at("start", layer) < session.at("run", source)
     if config.control:
         assert session.recall == {1: [1.0], 2: [1.0], 3: [1.0]}

@@ -2,11 +2,8 @@
 
 Nothing waits on the host, and nothing that the host does depends on a routing: a CUDA graph can
 capture the step. A gather waits for an event recorded after its plan, which comes after all earlier
-readers of the layer's slots; a layer's correction waits for every gather of the layer, and compute
-for the correction, so that nothing of a layer is in flight between its steps.
-
-In a CUDA graph that predicts, experts are computed on a stream of their own: what compute is given
-between running and correcting them, the next layer's prediction, goes on beside them.
+readers of the layer's slots; compute waits for every gather of a layer before its correction, so
+that nothing of a layer is in flight between its steps.
 
 Shape letters: T tokens, E experts, K top-k, P predicted per token, S slots.
 """
@@ -23,7 +20,6 @@ from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES, CachePlanTensors,
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
-from specmoe_compile.runtime.cuda.streams import StreamName
 from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
 from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.stats import LayerStats
@@ -34,8 +30,7 @@ class _Fetch(NamedTuple):
 
     Attributes:
         event: reached when it has ended.
-        plan: its lists; kept until compute waited, since the allocator would give their memory
-            to what compute is given next.
+        plan: its lists; kept until compute waited, since the allocator knows one stream only.
         experts: most experts that it brings.
     """
 
@@ -62,7 +57,6 @@ class GatherDecoder(Decoder):
     Attributes:
         captured: whether a CUDA graph holds steps that use the tables.
         limit: [1] int32 on the device, records that a prefetch may bring; None for no limit.
-        predicts: whether compute has predictions to make while experts run.
     """
 
     def __init__(
@@ -78,21 +72,11 @@ class GatherDecoder(Decoder):
         super().__init__(parts)
         self.captured = False
         self.limit: Tensor | None = None
-        self.predicts = False
         self._records = records
         self._policy = policy
         self._prefetched: list[_Fetch | None] = [None] * len(records)
         self._demanded: list[_Fetch | None] = [None] * len(records)
         self._last_demand: Any = None
-        # Of layers that `experts` computes: an event behind the last op, and what compute waits for
-        # with it.
-        self._running: list[Any] = [None] * len(records)
-        self._arrived: list[list[_Fetch]] = [[] for _ in records]
-
-    @property
-    def computes_on(self) -> StreamName:
-        # Without a graph the host's time is most of a step, and events take more of it.
-        return "experts" if self.predicts and self._streams.capturing else "compute"
 
     def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
         self.join(layer)
@@ -126,22 +110,11 @@ class GatherDecoder(Decoder):
         return DecodeStep(fetch.plan.present, fetch.plan.late, skipped)
 
     def wait(self, layer: int, step: DecodeStep) -> None:
-        if self.computes_on == "compute":
-            self.join(layer)
-            return
-        for fetches in (self._demanded, self._prefetched):
-            fetch, fetches[layer] = fetches[layer], None
-            if fetch is not None:
-                self._streams.wait("experts", fetch.event)
-                self._arrived[layer].append(fetch)
+        self.join(layer)
 
     def join(self, layer: int) -> None:
         self._wait(self._demanded, layer)
         self._wait(self._prefetched, layer)
-        event, self._running[layer] = self._running[layer], None
-        if event is not None:
-            self._streams.wait("compute", event)
-        self._arrived[layer].clear()
 
     def stats(self) -> tuple[LayerStats, ...]:
         return layer_stats(self._cache, self._record_bytes)
@@ -155,9 +128,7 @@ class GatherDecoder(Decoder):
         self._cache.forget()
 
     def _slots_were_read(self, layer: int) -> None:
-        # A later gather waits for all that compute has got until then, and waited for.
-        if self.computes_on == "experts":
-            self._running[layer] = self._streams.record("experts")
+        pass  # a later gather waits for all that compute has got until then
 
     def _wait(self, fetches: list[_Fetch | None], layer: int) -> None:
         fetch, fetches[layer] = fetches[layer], None

@@ -17,7 +17,6 @@ from specmoe_compile.kernels.expert_mlp.op import run_resident_experts
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda.parts import DecoderParts
-from specmoe_compile.runtime.cuda.streams import StreamName
 from specmoe_compile.runtime.stats import LayerStats
 
 
@@ -40,16 +39,7 @@ class DecodeStep(NamedTuple):
 
 
 class Decoder(ABC):
-    """Plans, fetches, runs and corrects the layers of decode steps.
-
-    Attributes:
-        computes_on: stream of `run`, `correct` and `normed`. If it is not compute, `correct` may
-            be called right after `run`, and compute has to `join` before it reads what they return.
-    """
-
-    @property
-    def computes_on(self) -> StreamName:
-        return "compute"
+    """Plans, fetches, runs and corrects the layers of decode steps."""
 
     def __init__(self, parts: DecoderParts) -> None:
         """Tie the parts together; none is owned."""
@@ -95,11 +85,11 @@ class Decoder(ABC):
 
     @abstractmethod
     def wait(self, layer: int, step: DecodeStep) -> None:
-        """Make `computes_on` wait for what `step.late` needs."""
+        """Make compute wait for what `step.late` needs."""
 
     @abstractmethod
     def join(self, layer: int) -> None:
-        """Make compute wait for what is in flight into a layer's slots, and for its experts."""
+        """Make compute wait for what is in flight into a layer's slots."""
 
     @abstractmethod
     def stats(self) -> tuple[LayerStats, ...]:
@@ -115,21 +105,19 @@ class Decoder(ABC):
 
     @abstractmethod
     def _slots_were_read(self, layer: int) -> None:
-        """Take note that work which reads a layer's slots was issued on `computes_on`."""
+        """Take note that work which reads a layer's slots was issued on compute."""
 
     def normed(self, layer: int, y: Tensor) -> Tensor:
         """Experts' outputs, [..., H], as the model weighs them: past a norm of their own."""
         norm = self._norms[layer]
         if norm is None:
             return y
-        with self._streams.on(self.computes_on):
+        with self._streams.on("compute"):
             return norm(y)
 
     def run(self, layer: int, step: DecodeStep, x: Tensor, weights: Tensor) -> Tensor:
         """Unweighted outputs of the experts that are there, before a norm, [T, K, H]."""
-        if self.computes_on != "compute":
-            self._streams.wait(self.computes_on, self._streams.record("compute"))
-        with self._streams.on(self.computes_on):
+        with self._streams.on("compute"):
             y = run_resident_experts(
                 x, step.present, weights, self._banks[layer], self._forms[layer]
             )
@@ -159,7 +147,7 @@ class Decoder(ABC):
         if self._norms[layer] is not None:
             out = self._correct_normed(layer, step, partial, x, weights, vectors)
         else:
-            with self._streams.on(self.computes_on):
+            with self._streams.on("compute"):
                 out = correct_experts(
                     partial,
                     x,
@@ -184,10 +172,10 @@ class Decoder(ABC):
     ) -> Tensor:
         """`correct` with a norm between the experts and the sum; transfers are waited for."""
         bank, form = self._banks[layer], self._forms[layer]
-        with self._streams.on(self.computes_on):
+        with self._streams.on("compute"):
             y = run_resident_experts(x, step.late, weights, bank, form, partial)
         y = self.normed(layer, y)
-        with self._streams.on(self.computes_on):
+        with self._streams.on("compute"):
             if step.skipped is not None:
                 means = vectors[step.skipped.clamp(min=0).long()].to(y.dtype)
                 y = torch.where((step.skipped >= 0).unsqueeze(-1), means, y)

@@ -103,11 +103,6 @@ class Decoders:
         if self._gather is not None:
             self._gather.limit = limit
 
-    def predict(self, predicts: bool) -> None:
-        """Take note whether graphs predict experts, which `gather` then computes beside that."""
-        if self._gather is not None:
-            self._gather.predicts = predicts
-
     def copied_bytes(self) -> int:
         """What was needed so far and came by `copy`, on demand or ahead; waits for nothing."""
         return 0 if self._copy is None else self._copy.lacked_bytes()

@@ -55,8 +55,6 @@ class DeviceSession:
         default_vectors: mean outputs of the experts, learned while running.
         predictions: trained networks, for predictors that are no router.
         plans_steps: False: the host does not know what pays, and a captured graph has no branches.
-        computes_aside: whether experts are computed beside what is issued between running and
-            correcting them.
     """
 
     plans_steps = False
@@ -119,8 +117,6 @@ class DeviceSession:
         # The live step of each layer; False: the whole layer was computed by the prefill path.
         self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(self.layers)
         self._waited: list[DecodeStep | None] = [None] * len(self.layers)
-        # What was corrected right after it ran, and what that read, until compute joins.
-        self._corrected: list[tuple[Tensor, ...] | None] = [None] * len(self.layers)
         self._lock = threading.RLock()
         self._lookahead = nvtx.OpenRange()
         self.handle = register_session(self)  # type: ignore[arg-type]
@@ -176,10 +172,6 @@ class DeviceSession:
         return self._budget.found
 
     @property
-    def computes_aside(self) -> bool:
-        return self._config.captures and self._config.prefetch
-
-    @property
     def _decoder(self) -> Decoder:
         return self._decoders.active
 
@@ -225,7 +217,6 @@ class DeviceSession:
             self._commitments.use(speculation)
             self._budget.use(speculation, self._decoders.name)
             self._decoders.limit_prefetch(self._budget.limit)
-            self._decoders.predict(self.computes_aside)
             self.predictions.use(speculation.predictor)
             self._learns_from_decode = speculation.prefetch
             if speculation.nvtx:
@@ -273,8 +264,7 @@ class DeviceSession:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
             self._lookahead.open(layer, "lookahead")
-            with self._streams.on("compute"):
-                return self.default_vectors.blend(layer, ids, weights, like)
+            return self.default_vectors.blend(layer, ids, weights, like)
 
     def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Predict a layer with its network: [T, H] -> ids and weights [T, P], for a prefetch."""
@@ -324,13 +314,7 @@ class DeviceSession:
         """
         with self._lock, layer_range(layer, "resident"):
             self._check_open()
-            x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
-            partial = self._run(layer, x, ids, weights)
-            step = self._steps[layer]
-            if step and self._decoder.computes_on != "compute":
-                out = self._correct(layer, step, partial, x, weights)
-                self._corrected[layer] = (out, x, ids, weights)
-            return partial
+            return self._run(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
 
     def correct_experts(
         self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
@@ -340,15 +324,9 @@ class DeviceSession:
             self._check_open()
             x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
             step, self._steps[layer] = self._steps[layer], None
-            corrected, self._corrected[layer] = self._corrected[layer], None
-            if corrected is not None:
-                self._join_experts(layer)
-                return corrected[0]
             if step is None:
                 return self._demand(layer, x, ids, weights)
-            out = self._correct(layer, step, partial.contiguous(), x, weights)
-            self._join_experts(layer)
-            return out
+            return self._correct(layer, step, partial.contiguous(), x, weights)
 
     def _demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self._commitments.drop(layer)
@@ -357,9 +335,7 @@ class DeviceSession:
         partial = self._run(layer, x, ids, weights)
         step, self._steps[layer] = self._steps[layer], None
         assert step is not None, "running a layer leaves a step"
-        out = self._correct(layer, step, partial, x, weights)
-        self._join_experts(layer)
-        return out
+        return self._correct(layer, step, partial, x, weights)
 
     def _run(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         step, self._waited[layer] = self._waited[layer], None
@@ -401,11 +377,6 @@ class DeviceSession:
         vectors = self.default_vectors.tables[layer]
         return self._decoder.correct(layer, step, partial, x, weights, vectors)
 
-    def _join_experts(self, layer: int) -> None:
-        """Let compute wait for a layer that was computed aside."""
-        if self._decoder.computes_on != "compute":
-            self._decoder.join(layer)
-
     def _fills_defaults(self, layer: int) -> bool:
         # In a layer that never speculates every miss is fetched.
         return self._config.policy == "default_vector" and layer not in self._config.skip_layers
@@ -416,9 +387,6 @@ class DeviceSession:
     def _forget_step(self, layer: int) -> None:
         """Drop a step of this layer that was never corrected."""
         self._steps[layer] = self._waited[layer] = None
-        if self._corrected[layer] is not None:
-            self._join_experts(layer)
-            self._corrected[layer] = None
 
     def _check_open(self) -> None:
         if self.closed:

@@ -1,8 +1,7 @@
-"""The streams of a device session, behind an interface that tests can model on the CPU.
+"""The three streams of a device session, behind an interface that tests can model on the CPU.
 
 `compute` is the caller's current stream, `demand` carries records that a step waits for, `prefetch`
-those that it may need later, and `experts` computes a layer beside what predicts the next. Side
-streams are forked from compute and joined to it within a step,
+those that it may need later. Side streams are forked from compute and joined to it within a step,
 so that a CUDA graph can capture the step.
 """
 
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-StreamName = Literal["compute", "experts", "demand", "prefetch"]
+StreamName = Literal["compute", "demand", "prefetch"]
 
 _LOW_PRIORITY = 0
 _HIGH_PRIORITY = -1
@@ -63,7 +62,6 @@ class CudaStreams:
         self._side = {
             "demand": torch.cuda.Stream(device, priority=_HIGH_PRIORITY),  # type: ignore[no-untyped-call]
             "prefetch": torch.cuda.Stream(device, priority=_LOW_PRIORITY),  # type: ignore[no-untyped-call]
-            "experts": torch.cuda.Stream(device, priority=_LOW_PRIORITY),  # type: ignore[no-untyped-call]
         }
 
     @property

@@ -1,8 +1,7 @@
 """A model of CUDA streams for CPU tensors: late execution, poisoned destinations, and a record.
 
-Work on a side stream runs only when compute waits for an event recorded after it, or for one behind
-such a wait of another side stream; until then the bytes that it will write are NaNs. Every op is
-recorded with the bytes that it read and wrote.
+Work on a side stream runs only when compute waits for an event recorded after it; until then the
+bytes that it will write are NaNs. Every op is recorded with the bytes that it read and wrote.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ _BY_SLOT = {
 
 _GARBAGE = 0
 """What the host reads where it does not wait: an expert, but not the right one."""
-
-SIDE_STREAMS = ("demand", "prefetch", "experts")
 
 Span = tuple[int, int]
 
@@ -59,8 +56,9 @@ class StreamModel:
             stream.
         late: run side streams as late as possible; else at once.
         patience: how often the host has to ask for an event until it is reached.
-        capturing: what the session is told.
     """
+
+    capturing = False
 
     def __init__(
         self,
@@ -68,9 +66,7 @@ class StreamModel:
         drops: Callable[[str, str], bool] = lambda waiter, source: False,
         late: bool = True,
         patience: int = 3,
-        capturing: bool = False,
     ) -> None:
-        self.capturing = capturing
         self.ops: list[Op] = []
         self.waits: list[tuple[str, str]] = []
         self._drops = drops
@@ -80,9 +76,9 @@ class StreamModel:
         # Values on their way to the host: when they were issued, where they go, what they are.
         self._to_host: list[tuple[int, Tensor, Tensor]] = []
         self._known_to_host: dict[str, int] = {}
-        self._clocks: dict[str, dict[str, int]] = {s: {} for s in ("compute", *SIDE_STREAMS)}
-        self._queues: dict[str, list[Callable[[], None]]] = {s: [] for s in SIDE_STREAMS}
-        self._done = dict.fromkeys(SIDE_STREAMS, 0)
+        self._clocks: dict[str, dict[str, int]] = {s: {} for s in ("compute", "demand", "prefetch")}
+        self._queues: dict[str, list[Callable[[], None]]] = {"demand": [], "prefetch": []}
+        self._done = {"demand": 0, "prefetch": 0}
 
     def restart(self, drops: Callable[[str, str], bool] = lambda waiter, source: False) -> None:
         """Forget what was recorded, and leave out these waits from now on."""
@@ -100,12 +96,8 @@ class StreamModel:
         if self._drops(stream, event.stream):
             return
         _merge(self._clocks[stream], event.clock)
-        if event.stream == "compute":
-            return  # its work has run
-        if stream == "compute":
+        if stream == "compute" and event.stream != "compute":
             self._run_until(event)
-        else:
-            self.defer(stream, lambda: self._run_until(event))
 
     @contextlib.contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -203,27 +195,11 @@ class _Issue(TorchDispatchMode):
         op = Op(str(func), self._stream, self._model.tick(self._stream))
         if self._stream == "compute" or self._at_once:
             return _execute(self._model, op, func, args, kwargs)
-        if self._stream == "experts":
-            return self._compute_late(op, func, args, kwargs)
         assert func in (_GATHER, _COPY), f"{func} is no transfer"
         if self._model._late:
             _poison(func, args)
         self._model.defer(self._stream, lambda: _execute(self._model, op, func, args, kwargs))
         return args[0] if func is _COPY else None
-
-    def _compute_late(self, op: Op, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Return NaNs, which the values replace when they are computed."""
-        with _disable_current_modes():
-            out: Tensor = torch.full_like(func(*args, **kwargs), torch.nan)
-
-        def compute() -> None:
-            value = _execute(self._model, op, func, args, kwargs)
-            with _disable_current_modes():
-                out.copy_(value)
-            op.writes = [_span(out)]  # on a device it is the value's own memory
-
-        self._model.defer("experts", compute)
-        return out
 
 
 def _execute(model: StreamModel, op: Op, func: Any, args: Any, kwargs: Any) -> Any:

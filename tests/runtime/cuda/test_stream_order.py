@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -16,10 +15,9 @@ from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
-from tests.runtime.cuda.stream_model import Op, StreamModel
+from tests.runtime.cuda.stream_model import StreamModel
 
 GATHER, COPY = SpeculationConfig(transfer="gather"), SpeculationConfig(transfer="copy")
-CAPTURED = SpeculationConfig(transfer="gather", captures=True)
 DECODE, PREFILL = Prompt(), Prompt(length=20, new_tokens=2)
 
 
@@ -96,32 +94,6 @@ def test_default_vectors_leave_no_unordered_pair(
     assert torch.equal(tokens[1], tokens[2])
 
 
-def test_experts_run_beside_predictions(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(plain, monkeypatch, mode="reduce-overhead")
-    layers = plain.config.num_hidden_layers
-    for slots, policy in ((2, "exact"), (4, "exact"), (4, "commit"), (4, "default_vector")):
-        config = replace(CAPTURED, policy=policy)
-        streams = StreamModel(capturing=True)
-        with recorder.session(streams, config=config, slots=slots) as opened:
-            tokens = recorder.run(DECODE, opened)
-        assert not unordered_pairs(streams.ops), policy
-        if policy == "exact":
-            assert torch.equal(tokens, DECODE.generate(plain)), slots
-        runs = [op for op in streams.ops if op.stream == "experts" and "resident" in op.name]
-        blends = [op for op in streams.ops if "blend_default_vectors" in op.name]
-        beside = [op for op in blends if any(_beside(op, run) for run in runs)]
-        # The last layer predicts none.
-        assert len(beside) * layers == len(runs) * (layers - 1) > 0, policy
-
-
-def _beside(one: Op, other: Op) -> bool:
-    """Whether no event orders the two, and they may run at the same time."""
-    return all(
-        later.clock.get(earlier.stream, 0) < earlier.clock[earlier.stream]
-        for later, earlier in ((one, other), (other, one))
-    )
-
-
 def dropping(waiter: str, source: str) -> Callable[[str, str], bool]:
     return lambda one, other: (one, other) == (waiter, source)
 
@@ -134,27 +106,6 @@ MISSING_WAITS = {
     "a prefill buffer is refilled before its last reader": (PREFILL, "demand", "compute"),
     "a prefill layer is computed before its copy ended": (PREFILL, "compute", "demand"),
 }
-
-
-CAPTURED_WAITS = {
-    "experts are computed before their input": ("experts", "compute"),
-    "the correction aside does not wait for its demanded records": ("experts", "demand"),
-    "the correction aside does not wait for predicted records": ("experts", "prefetch"),
-    "compute does not wait for the experts": ("compute", "experts"),
-}
-
-
-def test_every_missing_wait_aside_is_seen(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(plain, monkeypatch, mode="reduce-overhead")
-    for bug, (waiter, source) in CAPTURED_WAITS.items():
-        with recorder.session(StreamModel(capturing=True), config=CAPTURED) as opened:
-            recorder.run(DECODE, opened)
-            assert (waiter, source) in recorder.streams.waits, bug
-            assert not unordered_pairs(recorder.streams.ops), bug
-            recorder.streams.restart(dropping(waiter, source))
-            recorder.run(DECODE, opened)
-            pairs = unordered_pairs(recorder.streams.ops)
-            assert any({one.stream, other.stream} == {waiter, source} for one, other in pairs), bug
 
 
 def test_every_missing_wait_is_seen(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
