@@ -200,37 +200,42 @@ def down_kernel(
     token = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
     choices = token * K + ks
-    # Masks, not a branch, keep absent choices from being read.
+    # Masks, not a branch, keep absent choices from being read; with none, nothing is to be summed.
     slot = tl.load(slots + choices, mask=ks < K, other=-1).to(tl.int64)
     base = tl.maximum(slot, 0) * down_stride
     outputs = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     active = slot >= 0
+    any_active = tl.max(slot, axis=0) >= 0
 
     if TRANSPOSED:
         columns = base[:, None, None] + outputs[None, None, :]  # [BLOCK_K, 1, BLOCK_OUT]
         column_mask = active[:, None, None] & (outputs < H)[None, None, :]
         acc = tl.zeros([BLOCK_K, BLOCK_IN, BLOCK_OUT], tl.float32)
-        for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
-            inputs = start + tl.arange(0, BLOCK_IN)
-            v_mask = active[:, None] & (inputs < I)[None, :]
-            v_at = choices[:, None] * I + inputs[None, :]
-            v = tl.load(intermediate + v_at, mask=v_mask, other=0.0).to(tl.float32)
-            w_mask = column_mask & (inputs < I)[None, :, None]
-            w_at = columns + (inputs * H)[None, :, None]
-            w = tl.load(down + w_at, mask=w_mask, other=0.0)
-            acc += w.to(tl.float32) * v[:, :, None]
+        if any_active:
+            for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
+                inputs = start + tl.arange(0, BLOCK_IN)
+                v_mask = active[:, None] & (inputs < I)[None, :]
+                v_at = choices[:, None] * I + inputs[None, :]
+                v = tl.load(intermediate + v_at, mask=v_mask, other=0.0).to(tl.float32)
+                w_mask = column_mask & (inputs < I)[None, :, None]
+                w_at = columns + (inputs * H)[None, :, None]
+                w = tl.load(down + w_at, mask=w_mask, other=0.0)
+                acc += w.to(tl.float32) * v[:, :, None]
         computed = tl.trans(tl.sum(acc, axis=1))
     else:
         rows = base[None, :, None] + (outputs * I)[:, None, None]  # [BLOCK_OUT, BLOCK_K, 1]
         row_mask = active[None, :, None] & (outputs < H)[:, None, None]
         acc = tl.zeros([BLOCK_OUT, BLOCK_K, BLOCK_IN], tl.float32)
-        for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
-            inputs = start + tl.arange(0, BLOCK_IN)[None, None, :]
-            v_mask = active[None, :, None] & (inputs < I)
-            v = tl.load(intermediate + choices[None, :, None] * I + inputs, mask=v_mask, other=0.0)
-            w_mask = row_mask & (inputs < I)
-            w = tl.load(down + rows + inputs, mask=w_mask, other=0.0)
-            acc += w.to(tl.float32) * v.to(tl.float32)
+        if any_active:
+            for start in tl.range(0, I, BLOCK_IN, num_stages=NUM_STAGES):
+                inputs = start + tl.arange(0, BLOCK_IN)[None, None, :]
+                v_mask = active[None, :, None] & (inputs < I)
+                v = tl.load(
+                    intermediate + choices[None, :, None] * I + inputs, mask=v_mask, other=0.0
+                )
+                w_mask = row_mask & (inputs < I)
+                w = tl.load(down + rows + inputs, mask=w_mask, other=0.0)
+                acc += w.to(tl.float32) * v.to(tl.float32)
         computed = tl.sum(acc, axis=2)  # [BLOCK_OUT, BLOCK_K]
 
     # From here on, tiles are [BLOCK_OUT, BLOCK_K].
