@@ -8,7 +8,9 @@
                                          ids', w' = router of l+1 (r')
 
 The clone is made of the model's own nodes, so sigmoid routers, group limits, biases and scaling
-need no code of their own. With a lookahead of n the step is repeated: q becomes l+1's output with
+need no code of their own. But for one: on a GPU its `topk` becomes `specmoe_kernels::top_k`, one
+launch in the place of two; of equal scores it may take others, which no prediction minds. With a
+lookahead of n the step is repeated: q becomes l+1's output with
 default vectors for the predicted experts, then l+2's, and so on. With `prefetch_width` the clone's
 last top-k takes more candidates.
 Shape letters: T tokens, K top-k, P predicted experts per token, H hidden.
@@ -22,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from specmoe_compile.kernels.checks import FLOAT_DTYPES
+from specmoe_compile.kernels.top_k.op import MAX_K, MAX_SCORES
 from specmoe_compile.passes.fx_utils import (
     call_op,
     clone_nodes,
@@ -83,7 +87,7 @@ def _predict(graph: Graph, config: PassConfig, path: Sequence[MoELayer], state: 
     for layer in path[1:-1]:
         ids, weights = _clone_router(graph, layer, state, anchor)
         state = _clone_update(graph, layer, (state, ids, weights), source)
-    ids, weights = _clone_router(graph, target, state, anchor, width=config.prefetch_width)
+    ids, weights = _clone_router(graph, target, state, anchor, predicting=config)
     source.predictions.append((target, ids, weights))
     return None
 
@@ -113,31 +117,51 @@ def _why_not(layer: MoELayer, target: MoELayer, state: Node, anchor: Node) -> st
 
 
 def _clone_router(
-    graph: Graph, layer: MoELayer, state: Node, anchor: Node, *, width: int | None = None
+    graph: Graph,
+    layer: MoELayer,
+    state: Node,
+    anchor: Node,
+    *,
+    predicting: PassConfig | None = None,
 ) -> tuple[Node, Node]:
-    """Insert the layer's router on `state`; returns ids [T, P] and weights [T, P]."""
+    """Insert the layer's router on `state`; returns ids [T, P] and weights [T, P].
+
+    Args:
+        graph, layer, state, anchor: what to clone where.
+        predicting: options, where the ids are the prediction; None for a layer in between.
+    """
     assert layer.residual is not None
     known = [layer.residual, *layer.router]
     hoist(context_after(layer.router, anchor, known, wanted=[layer.ids]), anchor)
     copies = clone_nodes(graph, layer.router, {layer.residual: state}, anchor)
     # Hashed routing chooses by the token: its ids are what they are.
     ids, weights = copies.get(layer.ids, layer.ids), copies[layer.weights]
-    if width is not None:
-        _widen(ids, width, [copies[n] for n in layer.router])
+    clones = [copies[n] for n in layer.router]
+    top_k = _last_top_k_or_none(ids, clones)
+    if predicting is not None and top_k is not None:
+        if predicting.prefetch_width is not None:
+            _widen(top_k, predicting.prefetch_width, clones)
+        if not predicting.control and _is_small(top_k):
+            top_k.target = torch.ops.specmoe_kernels.top_k.default
+            top_k.args = top_k.args[:2]
     return ids, weights
 
 
-def _widen(ids: Node, width: int, clones: Sequence[Node]) -> None:
-    """Let the top-k that `ids` comes from take `width` candidates, at most all of them."""
+def _last_top_k_or_none(ids: Node, clones: Sequence[Node]) -> Node | None:
+    """The cloned `topk` that `ids` comes from."""
     node = ids
     while is_same_value(node):
         node = node.all_input_nodes[0]
     if not is_call(node, (operator.getitem,)):
-        return
-    top_k = node.args[0]
-    if top_k not in clones or not is_call(top_k, (torch.ops.aten.topk.default,)):
-        return
-    assert isinstance(top_k, Node) and isinstance(top_k.args[0], Node)
+        return None
+    top_k = node.all_input_nodes[0]
+    is_clone = top_k in clones and is_call(top_k, (torch.ops.aten.topk.default,))
+    return top_k if is_clone else None
+
+
+def _widen(top_k: Node, width: int, clones: Sequence[Node]) -> None:
+    """Let a cloned top-k take `width` candidates, at most all of them."""
+    assert isinstance(top_k.args[0], Node)
     candidates = value_of(top_k.args[0]).shape[-1]
     if width <= top_k.args[1]:  # type: ignore[operator]
         return
@@ -145,6 +169,25 @@ def _widen(ids: Node, width: int, clones: Sequence[Node]) -> None:
     for clone in clones:
         if clone >= top_k:
             set_value(clone)
+
+
+def _is_small(top_k: Node) -> bool:
+    """Whether an `aten.topk` is one on a GPU that `specmoe_kernels::top_k` can do."""
+    scores, k, dim, largest = (*top_k.args, *(None, None, -1, True)[len(top_k.args) :])[:4]
+    assert isinstance(scores, Node)
+    value = value_of(scores)
+    count = value.shape[-1]
+    return (
+        value.is_cuda
+        and value.dtype in FLOAT_DTYPES
+        and value.dim() == 2
+        and dim in (-1, 1)
+        and largest is True
+        and isinstance(count, int)
+        and count <= MAX_SCORES
+        and isinstance(k, int)
+        and k <= MAX_K
+    )
 
 
 def _clone_update(

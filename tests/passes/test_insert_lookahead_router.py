@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import specmoe_compile.passes.insert_lookahead_router as module
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
@@ -129,6 +130,41 @@ def test_lookahead_of_two_repeats_the_step(monkeypatch: Any) -> None:
     next_state = q + session.blend_default_vectors(1, i1, w1, x)
     want = route(norm(next_state), inputs()[3])
     torch.testing.assert_close([i2, w2], list(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [None, 5])
+def test_our_top_k_predicts_the_same_experts(monkeypatch: Any, width: int | None) -> None:
+    use_session(monkeypatch)
+    # On a GPU it says so of this graph's topk: tests/runtime/cuda/test_fake_device.py.
+    found = []
+    for is_small in (False, True):
+        monkeypatch.setattr(module, "_is_small", lambda top_k, answer=is_small: answer)
+        gm = trace(plain_block)
+        plan, _ = _predicted(gm, PassConfig(prefetch_width=width))
+        assert len(_top_ks(gm)) == (2 if is_small else 0)
+        outputs = [
+            part for layer in plan.layers for _, *parts in layer.predictions for part in parts
+        ]
+        found.append(_run(gm, [*outputs, plan.layers[2].ids]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_control_keeps_the_models_own_top_k(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_is_small", lambda top_k: True)
+    gm = trace(plain_block)
+    _predicted(gm, PassConfig(control=True))
+    assert not _top_ks(gm)
+
+
+def test_a_top_k_on_the_cpu_is_not_ours() -> None:
+    gm = trace(plain_block)
+    _predicted(gm)
+    assert not _top_ks(gm)
+
+
+def _top_ks(gm: GraphModule) -> list[Node]:
+    target = torch.ops.specmoe_kernels.top_k.default
+    return list(gm.graph.find_nodes(op="call_function", target=target))
 
 
 def test_width_predicts_more_experts_than_the_model_uses() -> None:

@@ -52,6 +52,9 @@ def check_graph(run: FakeRun, layers: int, *, decodes: bool) -> None:
         assert {tensor.device for tensor in tensors} == {CUDA}, "CUDA graphs hold no other device"
     predicted = len(list(find_calls(graph, specmoe_ops().start_prefetch.default)))
     assert predicted == (layers - 1 if decodes else 0)
+    ours, models = torch.ops.specmoe_kernels.top_k.default, torch.ops.aten.topk.default
+    assert len(list(find_calls(graph, ours))) == predicted
+    assert len(list(find_calls(graph, models))) == layers
     assert run.ran["start_prefetch"] == run.ran["blend_default_vectors"] == predicted
     assert run.ran["experts"] + run.ran["correct_experts"] == layers
     assert run.ran["wait_prefetch"] == run.ran["run_resident_experts"] == run.ran["correct_experts"]
