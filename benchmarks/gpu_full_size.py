@@ -40,7 +40,7 @@ from benchmarks.gpu_full_size_extra import (
     measure_accelerate,
     measure_link,
 )
-from benchmarks.gpu_full_size_measure import measure_arms
+from benchmarks.gpu_full_size_measure import measure_arms, turn
 from benchmarks.gpu_full_size_model import (
     DRY_SHAPES,
     SEED,
@@ -251,6 +251,8 @@ class Benchmark:
             return
         bench = self.bench(SHAPES[name], self.steps, trace, self.args.layers)
         top_k = bench.store.top_k
+        with turn(args.turns):
+            link = measure_link(bench)
         self.result["models"][name] = {
             "layers": len(bench.store.layers),
             "layers_of_model": SHAPES[name].configured().num_hidden_layers,
@@ -260,7 +262,7 @@ class Benchmark:
             "record_bytes": bench.store.layouts[0].record_bytes,
             "store_bytes": bench.store.total_bytes,
             "trace": {**describe_tables(bench.tables.cpu(), top_k), "digest": trace.digest},
-            "link": measure_link(bench),
+            "link": link,
         }
         print(json.dumps(self.result["models"][name]), flush=True)
         for piece in todo:
@@ -307,14 +309,15 @@ class Benchmark:
             ):
                 continue
             started = time.monotonic()
-            row = measure_accelerate(
-                SHAPES[name],
-                self.device,
-                context,
-                layers=SHAPES[name].configured(self.args.layers).num_hidden_layers,
-                warm_up=2,
-                timed=2 if self.args.dry else 10,
-            )
+            with turn(self.args.turns):
+                row = measure_accelerate(
+                    SHAPES[name],
+                    self.device,
+                    context,
+                    layers=SHAPES[name].configured(self.args.layers).num_hidden_layers,
+                    warm_up=2,
+                    timed=2 if self.args.dry else 10,
+                )
             # All experts of a layer move whatever the routing is.
             row["routing"] = "trace"
             self.result["rows"][row_key(name, row)] = row

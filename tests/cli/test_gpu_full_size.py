@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,31 @@ def test_processes_that_name_one_file_measure_in_turn(
         assert start.is_alive() and not seen  # ready long before, were it not for the other's turn
     start.join()
     assert seen[0]["trace"]["tpot_ms"]["p50"] > 0
+
+
+def test_link_and_accelerate_are_measured_in_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, trace, asked = tmp_path / "turn", tmp_path / "made.trace.safetensors", []
+    made_trace().save(trace)
+
+    def in_turn(what: str, result: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+        def measure(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            with file.open("w") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            asked.append(what)
+            return result
+
+        return measure
+
+    row = {"arm": "accelerate", "mode": "eager", "context": 32, "tpot_ms": {"p50": 1.0}}
+    monkeypatch.setattr(gpu_full_size, "measure_link", in_turn("link", {"copy_gbps": 1.0}))
+    monkeypatch.setattr(gpu_full_size, "measure_accelerate", in_turn("accelerate", row))
+    command = ["--out", str(tmp_path / "dry.json"), "--dry", "--lowering", "eager"]
+    command += ["--trace", str(trace), "--turns", str(file), "--models", "tiny-qwen3"]
+    command += ["--only", "arms", "accelerate", "--pieces", "32:eager:trace:cache_25"]
+    assert gpu_full_size.main(command) == 0
+    assert asked == ["link", "accelerate"]
 
 
 @pytest.mark.parametrize(
