@@ -76,12 +76,17 @@ def is_pure(node: Node) -> bool:
 
 def _drops_nothing(node: Node) -> bool:
     """Whether `node` could draw random numbers, but only for a dropout of probability 0."""
-    assert isinstance(node.target, torch._ops.OpOverload), "only operators have tags"
+    return bool(argument_of(node, "dropout_p") == 0.0)
+
+
+def argument_of(node: Node, name: str) -> Any:
+    """What a call of an operator passes by a name, or the default; None if it has no such one."""
+    assert isinstance(node.target, torch._ops.OpOverload), "only operators have a schema"
     for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
+        if argument.name == name:
             given = dict(enumerate(node.args)).get(position, argument.default_value)
-            return bool(node.kwargs.get(argument.name, given) == 0.0)
-    return False
+            return node.kwargs.get(name, given)
+    return None
 
 
 def value_of(node: Node) -> Any:

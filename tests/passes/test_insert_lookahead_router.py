@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 
 import specmoe_compile.passes.insert_lookahead_router as module
 from specmoe_compile.passes.check_invariants import check_invariants
@@ -160,6 +161,31 @@ def test_a_top_k_on_the_cpu_is_not_ours() -> None:
     gm = trace(plain_block)
     _predicted(gm)
     assert not _top_ks(gm)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "named", "ours"),
+    [
+        ((2, 64), (8,), {}, True),
+        ((2, 64), (8, 1, True, False), {}, True),
+        ((2, 64), (), {"k": 8, "dim": -1}, True),
+        ((2, 64), (8,), {"largest": False}, False),
+        ((2, 64), (2, 0), {}, False),
+        ((2, 64), (2,), {"dim": 0}, False),
+        ((2, 64), (40,), {}, False),
+        ((2, 600), (8,), {}, False),
+        ((2, 4, 64), (8,), {}, False),
+    ],
+)
+def test_which_top_k_on_a_gpu_is_ours(
+    shape: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any], ours: bool
+) -> None:
+    graph = Graph()
+    scores = graph.placeholder("scores")
+    with FakeTensorMode():
+        scores.meta["val"] = torch.empty(shape, device="cuda")
+    node = graph.call_function(torch.ops.aten.topk.default, (scores, *arguments), named)
+    assert module._is_small(node) == ours
 
 
 def _top_ks(gm: GraphModule) -> list[Node]:
