@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,35 @@ def test_committed_tokens_depend_on_no_transfer_and_no_graph(plain: Any) -> None
     assert left_out[0] == left_out[1] == left_out[2] > 0
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_experts_on_disk_give_the_plain_models_tokens(
+    prefetch: bool, batch: int, plain: Any, tmp_path: Path
+) -> None:
+    plain.save_pretrained(tmp_path / "model")
+    ids = prompts(batch, 40).cuda()
+    expected = greedy(plain, ids, 16, cache_implementation="static")
+    model = specmoe_compile.from_pretrained(
+        str(tmp_path / "model"),
+        device="cuda",
+        store="disk",
+        store_dir=tmp_path / "store",
+        expert_cache="50%",
+        progress=False,
+    )
+    session: Any = session_of(model)
+    for bank in session.cache.banks:
+        bank.fill_(255)
+    compiled = torch.compile(
+        model, backend="specmoe", options={"prefetch": prefetch, "auto_off": False}
+    )
+    for _ in range(2):
+        assert torch.equal(greedy(compiled, ids, 16, cache_implementation="static"), expected)
+    assert session.transfer == "copy"
+    total = session.stats.total
+    assert total.hits > 0
+    assert total.demand_bytes > 0
+    assert (total.speculative_bytes > 0) == prefetch
+    specmoe_compile.close(model)
