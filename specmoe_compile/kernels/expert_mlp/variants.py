@@ -178,8 +178,9 @@ def down_traffic(shape: ModelShape, config: GemvConfig, tokens: int, late: int) 
     token_bytes = late * shape.intermediate * shape.itemsize
     earlier_bytes = tokens * (shape.top_k - late) * shape.hidden * shape.itemsize
     routing_bytes = shape.top_k * (SLOT_BYTES + shape.itemsize)
-    # Slots are read before the products and after.
-    read_routing_bytes = routing_bytes + shape.top_k * SLOT_BYTES
+    # Slots are read before the products and after; transposed, once more before the first.
+    more_reads = 2 if shape.transposed and late else 1
+    read_routing_bytes = routing_bytes + more_reads * shape.top_k * SLOT_BYTES
     return count_traffic(
         [
             Operand(
