@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
 from specmoe_compile.cli.options import (
     COMPILE_OPTION,
     DEBUG,
@@ -102,6 +103,12 @@ def generate(
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
+    )
+    options = with_cuda_graphs(
+        options,
+        device=inner.device,
+        store=specmoe_compile.stats(inner).store,
+        kv_cache=kv_cache,
     )
     runner = torch.compile(inner, backend="specmoe", options=options) if compile else inner
     settings: dict[str, Any] = {"do_sample": temperature > 0.0}

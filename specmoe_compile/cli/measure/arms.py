@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
 from specmoe_compile.cli.measure.arm import Arm, LoadedArm
 from specmoe_compile.cli.measure.hf_arms import (
     device_of,
@@ -42,8 +43,11 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
         store_dir=job.store_dir,
         progress=False,
     )
-    model: Any = torch.compile(inner, backend="specmoe", options=options)
     stats = specmoe_compile.stats(inner)
+    options = with_cuda_graphs(
+        options, device=inner.device, store=stats.store, kv_cache=job.kv_cache
+    )
+    model: Any = torch.compile(inner, backend="specmoe", options=options)
     kept = stats.store_bytes if expert_cache == "100%" else stats.fast_tier_bytes
     return LoadedArm(
         model=model,

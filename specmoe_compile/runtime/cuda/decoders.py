@@ -50,6 +50,7 @@ class Decoders:
         self._make_copy = make_copy
         self._copy: CopyDecoder | None = None
         self._measure = measure
+        self._told = False
         self.rates: TransferRates | None = None
         self.active: Decoder
         if gather is None:
@@ -78,6 +79,13 @@ class Decoders:
                     " or use transfer='copy' and another mode."
                 )
             return
+        if not captures and transfer != "copy" and not self._told:
+            self._told = True
+            logger.warning(
+                "Decode steps on the GPU are compiled without CUDA graphs, and what the host does"
+                " for each kernel is then most of a token's time: give torch.compile"
+                " options={'mode': 'reduce-overhead'}, and generate cache_implementation='static'."
+            )
         chosen: TransferName = "gather"
         if transfer != "auto":
             chosen = transfer

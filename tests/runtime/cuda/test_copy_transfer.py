@@ -296,3 +296,21 @@ def test_rates_count_the_bytes_of_the_records_over_the_median_time() -> None:
     assert rates.copy_gbps == pytest.approx(2 * 4096 / 1e9 / 1e-3)
     assert rates.gather_gbps == pytest.approx(2 * 4096 / 1e9 / 4e-3)
     assert rates.faster == "copy"
+
+
+@pytest.mark.parametrize(
+    ("configs", "times"),
+    [
+        ([SpeculationConfig(), SpeculationConfig(transfer="gather")], 1),
+        ([SpeculationConfig(captures=True)], 0),
+        ([COPY], 0),
+    ],
+)
+def test_one_hint_says_that_a_gpu_wants_graphs(
+    configs: list[SpeculationConfig], times: int, plain: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, session = on_device(plain, StreamModel(), slots=4)
+    with session:
+        for config in configs:
+            session.configure(config)
+    assert caplog.text.count("without CUDA graphs") == times

@@ -1,0 +1,43 @@
+"""Commands decode in CUDA graphs where that is possible and nobody said otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
+from specmoe_compile.config import CompileOptions
+
+GRAPHS = {"mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"prefetch": False}, {"transfer": "gather"}, {"transfer": "auto"}]
+)
+def test_on_a_gpu_with_experts_in_ram(given: dict[str, Any]) -> None:
+    options = with_cuda_graphs(
+        given, device=torch.device("cuda", 0), store="ram", kv_cache="static"
+    )
+    assert options == {**given, **GRAPHS}
+    assert CompileOptions.from_kwargs(options).mode == "reduce-overhead"
+
+
+@pytest.mark.parametrize(
+    "given", [{"mode": "default"}, {"transfer": "copy"}, {"lowering": "eager"}, GRAPHS]
+)
+def test_what_was_asked_for_stays(given: dict[str, Any]) -> None:
+    kept = with_cuda_graphs(given, device=torch.device("cuda"), store="ram", kv_cache="static")
+    assert kept == given
+
+
+@pytest.mark.parametrize(
+    ("device", "store", "kv_cache"),
+    [("cpu", "ram", "static"), ("cuda", "disk", "static"), ("cuda", "ram", "dynamic")],
+)
+def test_where_no_graph_is_possible(device: str, store: str, kv_cache: str) -> None:
+    options = with_cuda_graphs(
+        {"prefetch": True}, device=torch.device(device), store=store, kv_cache=kv_cache
+    )
+    assert options == {"prefetch": True}
