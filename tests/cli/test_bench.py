@@ -26,6 +26,8 @@ from specmoe_compile.generation import session_of
 from tests.cli.test_records import SCHEMA_KEYS
 from tests.helpers import save_tiny
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -94,7 +96,10 @@ def test_the_document_names_the_model_but_no_folder(
     assert str(checkpoint.parent) not in json.dumps(result)
 
 
-@pytest.mark.parametrize("name", ["prefetch", "specmoe", "default_vector", "commit"])
+@pytest.mark.parametrize(
+    "name",
+    ["specmoe", "commit", *(pytest.param(n, marks=SLOW) for n in ("prefetch", "default_vector"))],
+)
 def test_speculating_arms_prefetch_under_their_policy(
     name: str, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -144,7 +144,9 @@ def test_pauses_do_not_count() -> None:
     assert int(machine.state[HOLDS]) > 1 and int(machine.limit) == 1
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+)
 def test_kernel_keeps_the_same_books_as_plain_python(seed: int) -> None:
     step_ms = {amount: random.Random(seed).uniform(5, 15) for amount in AMOUNTS}
 

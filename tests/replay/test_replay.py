@@ -129,7 +129,7 @@ def test_right_predictions_replay_as_they_ran(size: str | int, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (0, {}),
+        pytest.param(0, {}, marks=SLOW),
         ("25%", {}),
         pytest.param("50%", {}, marks=SLOW),
         pytest.param("40%", {"lookahead": 2}, marks=SLOW),
