@@ -324,7 +324,7 @@ def calibrate(
         return probe.layers
 
     run(windows)
-    means, samples = probe.means(), tuple(count.clone() for count in probe.counts)
+    means, samples = probe.means(), tuple(count.to("cpu", copy=True) for count in probe.counts)
     probe.learns = False
     without = run(held_out)
     probe.vectors = means
@@ -334,7 +334,7 @@ def calibrate(
     layers = run(held_out, None if recordings is None else recordings[1])
     return Calibration(
         fingerprint=fingerprint(session),
-        default_vectors=tuple(means),
+        default_vectors=tuple(mean.cpu() for mean in means),
         samples=samples,
         layers=tuple(_worth(a, b) for a, b in zip(layers, without, strict=True)),
         tokens=windows.numel(),

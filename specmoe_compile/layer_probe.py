@@ -82,7 +82,8 @@ class LayerProbe:
     """Measures an offloaded model's layers; what it saw accumulates until `reset`.
 
     Attributes:
-        vectors: default vectors to predict with, [E, H] float32 of each layer; zero at first.
+        vectors: default vectors to predict with, [E, H] float32 of each layer, on the session's
+            device; zero at first.
         sums: sum of each expert's outputs, [E, H] float32 of each layer.
         counts: samples in `sums`, [E] int64 of each layer.
         layers: per MoE layer, what its predictions were worth.
@@ -98,9 +99,10 @@ class LayerProbe:
         """
         self.session = session
         shapes = [tuple(table.shape) for table in session.default_vectors.tables]
-        self.vectors = [torch.zeros(shape) for shape in shapes]
-        self.sums = [torch.zeros(shape) for shape in shapes]
-        self.counts = [torch.zeros(shape[0], dtype=torch.int64) for shape in shapes]
+        with session.device:
+            self.vectors = [torch.zeros(shape) for shape in shapes]
+            self.sums = [torch.zeros(shape) for shape in shapes]
+            self.counts = [torch.zeros(shape[0], dtype=torch.int64) for shape in shapes]
         self.layers = [LayerMeasure() for _ in shapes]
         self.learns = True
         self.recording: Recording | None = None
@@ -124,11 +126,11 @@ class LayerProbe:
 
     @torch.no_grad()
     def run(self, window: Tensor) -> None:
-        """Run one batch of windows, [B, W] int64 token ids."""
+        """Run one batch of windows, [B, W] int64 token ids on any device."""
         self._window = window.shape
         if self.recording is not None:
             self.recording.begin(window.numel())
-        self._run(input_ids=window, use_cache=False)
+        self._run(input_ids=window.to(self.session.device), use_cache=False)
 
     def _backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
@@ -168,13 +170,13 @@ class LayerProbe:
         if self.learns:
             flat = ids.reshape(-1).long()
             self.sums[layer].index_add_(0, flat, y.float())
-            self.counts[layer] += torch.bincount(flat, minlength=len(self.counts[layer]))
+            self.counts[layer].index_add_(0, flat, torch.ones_like(flat))
         return reduce_experts(y.view(tokens, top_k, -1), weights, x)
 
     def blend(self, ids: Tensor, weights: Tensor, like: Tensor, layer: int) -> Tensor:
         """Blend `vectors`: [T, K], [T, K] -> [T, H] in the dtype of `like`."""
         table = self.vectors[layer]
-        dense = torch.zeros(ids.shape[0], table.shape[0])
+        dense = table.new_zeros(ids.shape[0], table.shape[0])
         dense.scatter_add_(1, ids.long(), weights.float())
         return (dense @ table).to(like.dtype)
 

@@ -118,7 +118,9 @@ def generate(
         settings["cache_implementation"] = "static"
     torch.manual_seed(seed)
     recorder = _recorder(inner) if trace is not None else None
-    result = stream(runner, tokenizer, ids, max_new_tokens, settings, compiled=compile)
+    result = stream(
+        runner, tokenizer, ids.to(inner.device), max_new_tokens, settings, compiled=compile
+    )
     if recorder is not None and trace is not None:
         recorder.trace(model).save(trace.expanduser())
     stats = specmoe_compile.stats(inner)

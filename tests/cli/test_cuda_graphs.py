@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import specmoe_compile
+from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.cli import generate as command
 from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
 from specmoe_compile.config import CompileOptions
+from tests.helpers import save_tiny
 
 GRAPHS = {"mode": "reduce-overhead"}
 
@@ -41,3 +47,22 @@ def test_where_no_graph_is_possible(device: str, store: str, kv_cache: str) -> N
         {"prefetch": True}, device=torch.device(device), store=store, kv_cache=kv_cache
     )
     assert options == {"prefetch": True}
+
+
+def test_a_prompt_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tensor without contents stands for one on a GPU."""
+    build_tokenizer(256).save_pretrained(save_tiny(tmp_path))
+    inner = SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr(specmoe_compile, "from_pretrained", lambda *_, **__: inner)
+    monkeypatch.setattr(specmoe_compile, "stats", lambda _: SimpleNamespace(store="ram"))
+
+    class StreamedError(Exception):
+        pass
+
+    def stream(_: Any, __: Any, ids: torch.Tensor, *___: Any, **____: Any) -> None:
+        assert ids.device == inner.device and ids.shape == (1, 5)
+        raise StreamedError
+
+    monkeypatch.setattr(command, "stream", stream)
+    with pytest.raises(StreamedError):
+        command.generate(str(tmp_path), prompt="HELLO", compile=False)

@@ -106,6 +106,7 @@ class FakeRun:
     """A compiled model, its session, and the graphs that were compiled.
 
     Attributes:
+        model: as Hugging Face made it, its experts in the session's store.
         session: real, on fake tensors.
         graphs: rewritten, in the order of compiling.
         decodes: of each graph, whether CUDA graphs would capture it.
@@ -117,7 +118,7 @@ class FakeRun:
         self.graphs: list[GraphModule] = []
         self.decodes: list[bool] = []
         self.ran: Counter[str] = Counter()
-        self._model = model
+        self.model = model
         self._streams = streams
         self._captures = False
         self._compiled: Any = None
@@ -125,11 +126,11 @@ class FakeRun:
     def compile(self, **options: Any) -> None:
         """Compile for CUDA graphs."""
         options = {"mode": "reduce-overhead", "lowering": "eager", **options}
-        self._compiled = torch.compile(self._model, backend="specmoe", options=options)
+        self._compiled = torch.compile(self.model, backend="specmoe", options=options)
 
     def cache(self, length: int, *, batch: int | None = None) -> StaticCache:
         """Keys and values of so many tokens; set up by the first step if no batch is given."""
-        config = self._model.config
+        config = self.model.config
         cache = StaticCache(config=config, max_cache_len=length)
         if batch is not None:
             sizes = (batch, config.num_key_value_heads, config.head_dim)

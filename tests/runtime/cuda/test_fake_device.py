@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from benchmarks.gpu_full_size_model import SHAPES
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.cli.doctor import find_compiler_or_none
+from specmoe_compile.layer_probe import LayerMeasure, LayerProbe
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.runtime.cuda import decoder
@@ -136,3 +138,19 @@ def test_values_that_are_not_what_passes_wrote_are_seen(monkeypatch: pytest.Monk
             clone.meta["val"] = clone.meta["val"].cpu()
         with pytest.raises(AssertionError, match=f"{clone.name} is not what the graph promises"):
             run.step(1, 1, cache)
+
+
+def test_calibration_computes_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[Tensor, ...]] = []
+    # They read values for the host's sums, which fake tensors do not have.
+    monkeypatch.setattr(
+        LayerMeasure, "add", lambda _, predicted, true: met.append((predicted, true))
+    )
+    monkeypatch.setattr(LayerProbe, "compare", lambda _, *states: met.append(states[:2]))
+    config = reference_model()
+    with fake_run(config, monkeypatch) as run:
+        probe = LayerProbe(run.model, run.session)
+        probe.run(torch.zeros(1, 40, dtype=torch.int64))
+        tables = [*probe.vectors, *probe.sums, *probe.counts, *probe.means()]
+        assert len(met) >= 2 * (config.num_hidden_layers - 1)
+        assert {tensor.device for tensor in (*tables, *itertools.chain(*met))} == {CUDA}
