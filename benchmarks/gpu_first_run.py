@@ -254,7 +254,7 @@ def run_sanitizer(rig: Rig) -> dict[str, Any]:
     return found
 
 
-def _banks(rig: Rig, shape: ModelShape, form: ExpertForm) -> list[ExpertBank]:
+def make_banks(rig: Rig, shape: ModelShape, form: ExpertForm) -> list[ExpertBank]:
     """Banks of random experts that together pass the L2 many times."""
     name = "gate_up_proj"
     up = (shape.hidden, shape.up_rows) if shape.transposed else (shape.up_rows, shape.hidden)
@@ -293,7 +293,7 @@ def measure_experts(rig: Rig, bandwidth_gbps: float) -> list[dict[str, Any]]:
             interleaved=shape.interleaved,
             transposed=shape.transposed,
         )
-        banks = _banks(rig, shape, form)
+        banks = make_banks(rig, shape, form)
         slots_per_bank = banks[0].up.shape[0]
         for tokens in TOKENS:
             x = torch.randn(tokens, shape.hidden, device=rig.device).bfloat16()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_host_reads
+from benchmarks import gpu_down_kernel, gpu_host_reads
 from benchmarks.gpu_first_run import GATHERED, GRIDS, RECORDS, TOKENS, Rig, main
 from specmoe_compile.kernels.compile_spec import MODEL_SHAPES
 
@@ -36,4 +36,20 @@ def test_without_a_gpu_it_names_the_dry_run(
     assert "--dry" in capsys.readouterr().err
     assert gpu_host_reads.main(["--out", str(tmp_path / "gpu.json")]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+    assert gpu_down_kernel.main(["--out", str(tmp_path / "gpu.json")]) == 2
+    assert "--dry" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_down_projection_is_timed_by_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "down.json"
+    assert gpu_down_kernel.main(["--dry", "--out", str(out)]) == 0
+    assert "not a GPU's" in capsys.readouterr().out
+    found = json.loads(out.read_text(encoding="utf-8"))["launch_us"]
+    for shape in MODEL_SHAPES:
+        assert set(map(int, found[shape.name])) == {0, 1, shape.top_k // 2, shape.top_k}
+    slots = gpu_down_kernel.slots_of(2, 4, 9)
+    assert sorted(slots[0].tolist())[:2] == [-1, -1] and len(set(slots[0].tolist())) == 3
