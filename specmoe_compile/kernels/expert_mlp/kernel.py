@@ -204,7 +204,7 @@ def down_kernel(
     outputs = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     # Where nothing is to be computed, no row is walked. How that is said decides how fast the other
     # launches are. On an H200 a branch around the loop makes GPT-OSS's, which are transposed, 15 %
-    # slower and Qwen3's 2 %; leaving at once GPT-OSS's 12 % faster and Qwen3's 7 to 17 % slower.
+    # slower and Qwen3's 2 to 4 %, leaving at once GPT-OSS's 12 % faster, Qwen3's 7 to 17 % slower.
     if TRANSPOSED:
         asked = tl.load(slots + choices, mask=ks < K, other=-1, cache_modifier=".ca")
         if tl.max(asked, axis=0) < 0:
