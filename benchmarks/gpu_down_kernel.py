@@ -42,7 +42,7 @@ def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
     from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
 
     form = form_of_shape(shape)
-    banks = make_banks(rig, shape, form)
+    banks = make_banks(rig, shape)
     top_k = shape.top_k
 
     def random(*sizes: int) -> torch.Tensor:

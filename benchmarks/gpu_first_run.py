@@ -254,7 +254,7 @@ def run_sanitizer(rig: Rig) -> dict[str, Any]:
     return found
 
 
-def make_banks(rig: Rig, shape: ModelShape, form: ExpertForm) -> list[ExpertBank]:
+def make_banks(rig: Rig, shape: ModelShape) -> list[ExpertBank]:
     """Banks of random experts that together pass the L2 many times."""
     name = "gate_up_proj"
     up = (shape.hidden, shape.up_rows) if shape.transposed else (shape.up_rows, shape.hidden)
@@ -284,16 +284,12 @@ def make_banks(rig: Rig, shape: ModelShape, form: ExpertForm) -> list[ExpertBank
 
 def measure_experts(rig: Rig, bandwidth_gbps: float) -> list[dict[str, Any]]:
     """Decode kernels at model shapes: time in a replayed graph of many calls, over the floor."""
+    from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
+
     rows: list[dict[str, Any]] = []
     for shape in rig.shapes:
-        form = ExpertForm(
-            activation=shape.activation,
-            alpha=shape.alpha,
-            limit=shape.limit,
-            interleaved=shape.interleaved,
-            transposed=shape.transposed,
-        )
-        banks = make_banks(rig, shape, form)
+        form = form_of_shape(shape)
+        banks = make_banks(rig, shape)
         slots_per_bank = banks[0].up.shape[0]
         for tokens in TOKENS:
             x = torch.randn(tokens, shape.hidden, device=rig.device).bfloat16()
