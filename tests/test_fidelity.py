@@ -31,15 +31,15 @@ _RUNS = {
 }
 
 
-def _evaluator(folder: Path, layers: int = 3, **kwargs: Any) -> Evaluator:
+def _evaluator(folder: Path, **kwargs: Any) -> Evaluator:
     model = specmoe_compile.offload(
-        tiny_qwen3_moe(layers=layers), store="disk", store_dir=folder, expert_cache="40%"
+        tiny_qwen3_moe(), store="disk", store_dir=folder, expert_cache="40%"
     )
     sizes = {"windows": prompts(2, WINDOW), "prompts": prompts(3, 20, seed=1)} | kwargs
     return Evaluator(
         model,
         session_of(model),
-        tiny_qwen3_moe(layers=layers),
+        tiny_qwen3_moe(),
         context=CONTEXT,
         new_tokens=NEW_TOKENS,
         options=CompileOptions(lowering="eager"),
@@ -110,7 +110,7 @@ def test_every_layer_skipped_is_exact(results: Results, name: str) -> None:
 
 
 def test_compiling_meanwhile_voids_the_measurement(tmp_path: Path) -> None:
-    evaluator = _evaluator(tmp_path, layers=1)
+    evaluator = _evaluator(tmp_path)
     evaluator.prepare()
     torch._dynamo.reset()
     with pytest.raises(CompileError, match="the measurement is void"):

@@ -44,7 +44,7 @@ def test_kernels_match_the_reference(form: Any, bias: bool, dtype: torch.dtype) 
     [
         {"tokens": 1, "hidden": 33, "inner": 17},
         {"tokens": 5, "hidden": 7, "inner": 3, "top_k": 3},
-        {"tokens": 1, "hidden": 600, "inner": 300},
+        {"tokens": 2, "hidden": 600, "inner": 300},
         {"tokens": 16, "hidden": 16, "inner": 8, "top_k": 1},
         {"tokens": 2, "hidden": 16, "inner": 8, "top_k": 5},
     ],

@@ -19,7 +19,7 @@ def main() -> None:
     """Run once; the caller sets TORCHINDUCTOR_CACHE_DIR."""
     session = RecordingSession(hidden=HIDDEN, experts=EXPERTS)
     specmoe_compile.ops.get_session = lambda handle: session  # type: ignore[assignment, return-value]
-    model, _ = tiny("qwen3_moe", num_hidden_layers=2)
+    model, _ = tiny("qwen3_moe", num_hidden_layers=3)
     speculation = SpeculationPass(PassConfig())
     compile_with(model, speculation)(torch.arange(1, 6)[None], use_cache=False)
     found = {

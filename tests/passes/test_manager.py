@@ -184,8 +184,8 @@ def _compile_in_a_process(cache: Path) -> dict[str, int]:
 def test_second_process_hits_the_graph_cache(tmp_path: Path) -> None:
     first = _compile_in_a_process(tmp_path)
     second = _compile_in_a_process(tmp_path)
-    assert first == {"hits": 0, "misses": 1, "passes": 1, "prefetches": 1}
-    assert second == {"hits": 1, "misses": 0, "passes": 0, "prefetches": 1}
+    assert first == {"hits": 0, "misses": 1, "passes": 1, "prefetches": 2}
+    assert second == {"hits": 1, "misses": 0, "passes": 0, "prefetches": 2}
 
 
 def test_plain_model_is_not_predicted() -> None:
