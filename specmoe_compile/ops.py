@@ -32,7 +32,7 @@ _SCHEMAS = {
     "start_prefetch": (
         "(Tensor ids, Tensor weights, int session, int layer, Tensor[] after) -> Tensor"
     ),
-    "plan_step": "(Tensor like, int session, int[] layers, int[] edges) -> Tensor",
+    "plan_step": "(Tensor ids, int session, int[] layers, int[] edges) -> Tensor",
     "wait_prefetch": "(Tensor ticket, Tensor ids, int session, int layer) -> Tensor",
     "run_resident_experts": (
         "(Tensor x, Tensor ids, Tensor weights, Tensor state, int session, int layer,"
@@ -141,21 +141,22 @@ def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
     return ids.new_empty(1, dtype=torch.int64)
 
 
-def _plan_step(like: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]) -> Tensor:
-    """Which of `layers` speculate in this step, bool [len(layers)]; on the CPU only.
+def _plan_step(ids: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]) -> Tensor:
+    """Which of `layers` speculate in this step, bool [len(layers)]; on the CPU, whatever `ids` are.
 
-    `edges` holds pairs: a layer, and one that can be predicted from it.
+    `edges` holds pairs: a layer, and one that can be predicted from it. `ids`, [T, K], are the
+    experts of the first layer.
     """
-    answers = get_session(session).plan_step(layers, edges)
+    answers = get_session(session).plan_step(layers, edges, ids)
     if all(answer == answers[0] for answer in answers):
         return torch.full((len(answers),), answers[0])  # the usual case, and much cheaper
     return torch.tensor(answers)
 
 
 def _plan_step_fake(
-    like: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]
+    ids: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]
 ) -> Tensor:
-    return like.new_empty(len(layers), dtype=torch.bool)
+    return torch.empty(len(layers), dtype=torch.bool)
 
 
 def _run_resident(

@@ -11,8 +11,9 @@
 
 `speculate` holds all of that; `demand` is `experts` alone, with a ticket of -1. In front of the
 first layer the session says which layers take part in this step: those that it wants predicted, and
-those that these are predicted from. On a GPU the host does not know what pays, and a captured graph
-has no branches: there the graph stays as it is.
+those that these are predicted from. On a GPU that is so where the host starts copies (transfer
+`copy`) and tries what pays; a captured graph has no branches, and with `gather` the GPU tries:
+there the graph stays as it is.
 
 Shape letters: P predicted experts per token, T tokens.
 """

@@ -320,12 +320,13 @@ class Session:
                 self.observer.predicted(layer, ids, weights)
             return self._speculator.start(layer, ids, weights)
 
-    def plan_step(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         """Decide which of `layers` speculate in the step that begins.
 
         Args:
             layers: MoE layer ordinals.
             edges: pairs in one list: a layer, and one that can be predicted from it.
+            ids: [T, K], the experts of the first of `layers`.
         """
         with self._lock:
             self._check_open()

@@ -5,6 +5,7 @@ Shape letters: T tokens, K top-k, L MoE layers.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,19 @@ OFF_STEPS = 256
 """Steps that it stays off the first time; each time in a row doubles it."""
 MAX_OFF_STEPS = 8192
 _DECAY = 1.0 / TRIAL_STEPS
+
+
+def take_part(layers: Sequence[int], edges: Sequence[int], wanted: Collection[int]) -> list[bool]:
+    """Which layers take part in a step: those to predict, and those they are predicted from.
+
+    Args:
+        layers: MoE layer ordinals.
+        edges: pairs in one list: a layer, and one that can be predicted from it.
+        wanted: layers to predict.
+    """
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    busy = {layer for pair in pairs if pair[1] in wanted for layer in pair}
+    return [layer in busy for layer in layers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

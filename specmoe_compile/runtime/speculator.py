@@ -22,7 +22,7 @@ from specmoe_compile.runtime.cpu_experts import ExpertRunner, Routing, reduce_ex
 from specmoe_compile.runtime.default_vectors import DefaultVectors
 from specmoe_compile.runtime.prefetch_judge import PrefetchJudge
 from specmoe_compile.runtime.residency import Issued, Residency, Step
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.speculation import SpeculationConfig, take_part
 from specmoe_compile.runtime.stats import LayerStats
 
 PREFILL_TOKENS = 16
@@ -132,15 +132,11 @@ class Speculator:
             layers: MoE layer ordinals.
             edges: pairs in one list: a layer, and one that can be predicted from it.
         """
-        busy: set[int] = set()
         predicts = not self._is_judged() or self.judge.begin_step(self._stats)
         targets = set(edges[1::2])
         for target in targets:
             self._asked[target] = predicts and self._wants(target)
-        for source, target in zip(edges[::2], edges[1::2], strict=True):
-            if self._asked[target]:
-                busy.update((source, target))
-        return [layer in busy for layer in layers]
+        return take_part(layers, edges, {target for target in targets if self._asked[target]})
 
     def _end_step(self, layer: int) -> None:
         if layer == len(self._runners) - 1 and self._is_judged():

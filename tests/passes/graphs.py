@@ -73,7 +73,7 @@ class RecordingSession:
         self.tickets[layer] = 10 + layer
         return 10 + layer
 
-    def plan_step(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         self.events.append(("plan", -1))
         pairs = list(zip(edges[::2], edges[1::2], strict=True))
         return [any(n in pair and pair[1] not in self.unwanted for pair in pairs) for n in layers]

@@ -55,7 +55,7 @@ def test_wrong_predictions_turn_a_layer_off() -> None:
             step(session, 0, batch, ticket)
         assert session.stats.layers[0].prefetches <= K * (TRIAL_STEPS + 1)
         assert session.stats.layers[0].needed < 4 * TRIAL_STEPS * K, "and is predicted no more"
-        assert session.plan_step([0, 1], [1, 0]) == [False, False]
+        assert session.plan_step([0, 1], [1, 0], torch.tensor([[0, 1]])) == [False, False]
 
 
 def test_right_predictions_keep_a_layer_on() -> None:

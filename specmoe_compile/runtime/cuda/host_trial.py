@@ -30,6 +30,11 @@ class HostTrial:
         self._now_s = now_s
         self._last: tuple[float, int] | None = None
 
+    @property
+    def is_trying(self) -> bool:
+        """Whether steps with and without predictions are being compared."""
+        return self._trial.is_trying
+
     def begin_step(self) -> None:
         """End the step before, if it is known when it began, and begin one."""
         began = (self._now_s(), self._lacked_bytes())

@@ -74,8 +74,15 @@ class PrefetchBudget:
 
     @property
     def found(self) -> bool:
-        """Whether a trial has ended on the device, or none is made there. Waits for the device."""
+        """Whether a trial has ended, or none is made; one on the device is waited for."""
+        if self._host_trial is not None:
+            return not self._host_trial.is_trying
         return self.limit is None or int(self._state[HOLDS]) > 1
+
+    @property
+    def tries_on_host(self) -> bool:
+        """Whether the host knows in front of a step if anything is fetched ahead in it."""
+        return self._host_trial is not None
 
     def use(self, config: SpeculationConfig, transfer: Literal["copy", "gather"]) -> None:
         """Take the options and the transfer from now on; trials begin again.
@@ -107,12 +114,22 @@ class PrefetchBudget:
             prefill: nothing will be fetched, and the time until the next step is no step's.
         """
         begins_step, self._last_layer = layer <= self._last_layer, layer
-        if begins_step and self._host_trial is not None:
+        if begins_step:
+            self._begin_step(prefill)
+
+    def plan_step(self, *, prefill: bool) -> bool:
+        """Begin a step that asks in front of its layers; returns whether they may predict."""
+        self._last_layer = -1  # no layer of this step begins another
+        self._begin_step(prefill)
+        return self._host_trial is None or (self._host_trial.predicts and not prefill)
+
+    def _begin_step(self, prefill: bool) -> None:
+        if self._host_trial is not None:
             if prefill:
                 self._host_trial.pause()
             else:
                 self._host_trial.begin_step()
-        if not begins_step or self.limit is None:
+        if self.limit is None:
             return
         with self._streams.on("compute"):
             if prefill:

@@ -37,7 +37,7 @@ from specmoe_compile.runtime.memory import slots_per_layer
 from specmoe_compile.runtime.nvtx import layer_range
 from specmoe_compile.runtime.ram_store import all_records
 from specmoe_compile.runtime.session import _check_store, _sessions, register_session
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.speculation import SpeculationConfig, take_part
 from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.stats import Stats
 
@@ -54,10 +54,7 @@ class DeviceSession:
         top_k: K, the most experts of a token.
         default_vectors: mean outputs of the experts, learned while running.
         predictions: trained networks, for predictors that are no router.
-        plans_steps: False: the host does not know what pays, and a captured graph has no branches.
     """
-
-    plans_steps = False
 
     def __init__(
         self,
@@ -147,6 +144,11 @@ class DeviceSession:
                 # They hold views of the store, which would keep its memory mapped.
                 del self._decoders, self._prefill, self.cache, self._budget
                 self._supply = None
+
+    @property
+    def plans_steps(self) -> bool:
+        """Whether a graph may branch on `plan_step`: where the host finds out what pays."""
+        return self._budget.tries_on_host
 
     @property
     def transfer(self) -> str:
@@ -270,6 +272,14 @@ class DeviceSession:
         """Predict a layer with its network: [T, H] -> ids and weights [T, P], for a prefetch."""
         with self._lock, layer_range(layer, "predict"), self._streams.on("compute"):
             return self.predictions.predict(layer, state, width)
+
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
+        """Decide which of `layers` speculate in the step that begins, see `Session.plan_step`."""
+        with self._lock:
+            self._check_open()
+            predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
+            wanted = set(edges[1::2]).difference(self._config.skip_layers) if predicts else set()
+            return take_part(layers, edges, wanted)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""

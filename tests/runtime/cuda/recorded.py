@@ -50,7 +50,9 @@ class Recorder:
 
     def __init__(self, plain: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.prefetches = 0
-        """`start_prefetch` nodes of the rewritten graphs so far."""
+        """`start_prefetch` nodes of the rewritten graphs so far, outside branches."""
+        self.branches = 0
+        """Layers of theirs that stand in branches."""
         self.graphs = 0
         self.streams = StreamModel()
         self._plain = plain
@@ -63,6 +65,7 @@ class Recorder:
                 self.graphs += 1
                 started = find_calls(graph, specmoe_ops().start_prefetch.default)
                 self.prefetches += len(list(started))
+                self.branches += len(list(find_calls(graph, torch.ops.higher_order.cond)))
 
             compiled = lower(gm, inputs, counted)
 

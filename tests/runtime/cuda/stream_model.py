@@ -179,6 +179,8 @@ def _merge(clock: dict[str, int], other: dict[str, int]) -> None:
 class _Issue(TorchDispatchMode):
     """Records ops; on a side stream, puts transfers off and poisons what they will write."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: StreamModel, stream: str, *, at_once: bool = False) -> None:
         super().__init__()
         self._at_once = at_once
@@ -187,6 +189,11 @@ class _Issue(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.higher_order.cond:
+            chosen, speculate, demand, operands = args  # the host knows it
+            branch = speculate if chosen.item() else demand
+            with self:
+                return branch(*operands)
         if func.namespace == "specmoe" or (
             func.namespace == "aten" and getattr(func, "is_view", False)
         ):

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specmoe_compile.config import CompileOptions
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime.cuda.decode_copy import GUESSES_IN_FLIGHT, CopyDecoder
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.speculation import SpeculationConfig
-from tests.helpers import tiny_qwen3_moe
+from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
@@ -314,3 +316,24 @@ def test_one_hint_says_that_a_gpu_wants_graphs(
         for config in configs:
             session.configure(config)
     assert caplog.text.count("without CUDA graphs") == times
+
+
+def test_compiled_steps_leave_out_what_the_host_finds_slower(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", False))
+    ids = prompts(1, 5)
+    expected = greedy(plain, ids, 8)
+    model, session = on_device(plain, StreamModel(late=False), slots=4)
+    with session:
+        compiled = torch.compile(model, backend="specmoe", options={"transfer": "copy"})
+        assert torch.equal(greedy(compiled, ids, 2), expected[:, :7])
+        session.start_prefetch = None  # type: ignore[assignment,method-assign]
+        assert torch.equal(greedy(compiled, ids, 8), expected)
+
+
+def test_a_graph_knows_that_the_answer_of_a_device_is_on_the_host() -> None:
+    with FakeTensorMode():
+        ids = torch.empty(1, 2, dtype=torch.int64, device="cuda")
+        answer = torch.ops.specmoe.plan_step(ids, 0, [0, 1], [0, 1])
+    assert (answer.device.type, answer.dtype, answer.shape) == ("cpu", torch.bool, (2,))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from specmoe_compile.kernels.tune_prefetch.reference import (
     BLOCK_STEPS,
@@ -153,6 +154,44 @@ def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster
         assert {prefetches() for _ in range(20)} == {goes_on}
         session.configure(SpeculationConfig(transfer="copy", auto_off=False))
         assert all(prefetches() for _ in range(8))
+
+
+def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pay() -> None:
+    now_s = [0.0]
+    layers, edges, ids = [0, 1, 2], [0, 1, 1, 2], torch.tensor([[5, 6]])
+    with opened(transfer="copy") as session:
+        assert session.plans_steps
+        budget = session._budget
+        budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
+
+        def speculates(ids: Tensor = ids) -> bool:
+            answers = session.plan_step(layers, edges, ids)
+            if any(answers):
+                assert one_step(session, (5, 6)) != [0, 0, 0], "it begins no step of its own"
+            now_s[0] += 0.03 if any(answers) else 0.01
+            assert answers in ([True] * 3, [False] * 3)
+            return answers[0]
+
+        assert not session.prefetch_found
+        tried = [speculates() for _ in range(WARM_STEPS + COMPARED_STEPS + 1)]
+        assert abs(tried.count(True) - (WARM_STEPS + COMPARED_STEPS // 2)) <= 2
+        assert not any(speculates() for _ in range(20))
+        assert session.prefetch_found
+        session.restart_trials()
+        assert not speculates(torch.zeros(400, 2, dtype=torch.int64)), "a prefill predicts nothing"
+        session.configure(SpeculationConfig(transfer="copy", skip_layers=(1,)))
+        assert session.plan_step(layers, edges, ids) == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"transfer": "copy", "auto_off": False}, {"transfer": "copy", "policy": "commit"}],
+)
+def test_no_graph_branches_where_the_host_does_not_try(options: dict[str, Any]) -> None:
+    with opened(**options) as session:
+        assert not session.plans_steps
+        # One that was compiled with other options does, and speculates.
+        assert session.plan_step([0, 1], [0, 1], torch.tensor([[5, 6]])) == [True, True]
 
 
 def test_time_beside_steps_is_no_steps() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import specmoe_compile
 from specmoe_compile.generation import session_of
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,26 @@ def test_tokens_are_those_of_the_plain_model(
     assert region.is_pinned()
     specmoe_compile.close(model)
     assert not region.is_pinned()
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_copied_steps_in_branches_give_the_plain_models_tokens(
+    pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", pays))
+    ids = prompts(1, 5).cuda()
+    expected = greedy(plain, ids, 16)
+    model = specmoe_compile.offload(
+        copy.deepcopy(plain), device="cuda", store="ram", expert_cache="50%", progress=False
+    )
+    session: Any = session_of(model)
+    compiled = torch.compile(model, backend="specmoe", options={"transfer": "copy"})
+    greedy(compiled, ids, 2)
+    assert session.plans_steps
+    session.reset_stats()
+    assert torch.equal(greedy(compiled, ids, 16), expected)
+    assert (session.stats.total.speculative_bytes > 0) == pays
+    specmoe_compile.close(model)
 
 
 def test_committed_tokens_depend_on_no_transfer_and_no_graph(plain: Any) -> None:

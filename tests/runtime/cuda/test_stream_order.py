@@ -11,6 +11,8 @@ import torch
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda import decoders
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder, _Fetch
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
+from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
@@ -92,6 +94,25 @@ def test_default_vectors_leave_no_unordered_pair(
         assert not unordered_pairs(streams.ops)
     # What `gather` skips does not depend on time; what `copy` skips does.
     assert torch.equal(tokens[1], tokens[2])
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_branches_of_copied_steps_have_no_unordered_pair(
+    pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", pays))
+    recorder = Recorder(plain, monkeypatch, transfer="copy")
+    blended: list[int] = []
+    blend = DeviceVectors.blend
+
+    def counted(vectors: DeviceVectors, layer: int, ids: Any, *others: Any) -> torch.Tensor:
+        blended.append(len(ids))
+        return blend(vectors, layer, ids, *others)
+
+    monkeypatch.setattr(DeviceVectors, "blend", counted)
+    check(recorder, plain, DECODE, COPY, slots=3)
+    assert recorder.branches > 0
+    assert (1 in blended) == pays, "tokens of one step"
 
 
 def dropping(waiter: str, source: str) -> Callable[[str, str], bool]:
