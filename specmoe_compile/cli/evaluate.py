@@ -46,7 +46,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="exact, default_vector=THRESHOLD, commit or commit=true. Repeatable.",
-            metavar="POLICY",
+            metavar="NAME",
             show_default=False,
         ),
     ] = None,

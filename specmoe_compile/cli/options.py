@@ -18,11 +18,11 @@ MODEL = Annotated[
     ),
 ]
 DEVICE = Annotated[
-    str, typer.Option(help="Where the model computes: auto, cpu or cuda.", metavar="DEVICE")
+    str, typer.Option(help="Where the model computes: auto, cpu or cuda.", metavar="NAME")
 ]
 DTYPE = Annotated[
     str,
-    typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", metavar="DTYPE"),
+    typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", metavar="NAME"),
 ]
 STORE = Annotated[
     str,

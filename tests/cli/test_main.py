@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from specmoe_compile import __version__
-from specmoe_compile.cli.main import run
+from specmoe_compile.cli.main import app, run
 from tests.helpers import save_tiny
 
 COMMANDS = ("demo", "generate", "bench", "pack", "replay", "doctor")
@@ -43,6 +44,14 @@ def test_help_of_each_command_shows_examples_and_debug(
     assert f"specmoe {command}" in text
     assert "--debug" in text
     assert "--json" in text
+
+
+def test_no_option_is_described_by_its_own_name() -> None:
+    """Typer 0.27.2 would call it by that: `--DEVICE` instead of `--device`."""
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            if option.opts[0].startswith("-"):
+                assert option.metavar != option.name.upper(), (name, option.name)
 
 
 def test_without_a_command_the_list_of_commands_is_shown(
