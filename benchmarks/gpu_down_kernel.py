@@ -63,7 +63,8 @@ def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
                 launch_down(intermediate, slots, weights, bank, form, out, y=y)
 
         run()
-        found[str(count)] = rig.median_ms(rig.captured(run), REPEATS) / len(calls) * 1e3
+        repeats = 1 if rig.dry else REPEATS
+        found[str(count)] = rig.median_ms(rig.captured(run), repeats) / len(calls) * 1e3
     return found
 
 

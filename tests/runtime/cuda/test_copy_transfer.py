@@ -318,6 +318,7 @@ def test_one_hint_says_that_a_gpu_wants_graphs(
     assert caplog.text.count("without CUDA graphs") == times
 
 
+@pytest.mark.slow
 def test_compiled_steps_leave_out_what_the_host_finds_slower(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

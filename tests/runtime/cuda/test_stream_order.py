@@ -96,7 +96,7 @@ def test_default_vectors_leave_no_unordered_pair(
     assert torch.equal(tokens[1], tokens[2])
 
 
-@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("pays", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_branches_of_copied_steps_have_no_unordered_pair(
     pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
