@@ -88,7 +88,7 @@ class PassConfig:
             options: options of `torch.compile`; `skip_layers="auto"`, if it was not resolved to
                 layers, skips none here.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
-            conditional: whether the sessions can answer `plan_step`.
+            conditional: whether the graph may branch on the sessions' `plan_step`.
             network_layers: layers that a hybrid predictor predicts with their networks.
         """
         from specmoe_compile.runtime.speculator import PREFILL_TOKENS

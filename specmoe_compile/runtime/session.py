@@ -94,7 +94,7 @@ class Session:
         default_vectors: mean outputs of the experts, learned while running.
         observer: is told every routing and prediction; None for nobody.
         predictions: trained networks and past choices, for predictors that are no router.
-        plans_steps: whether it answers `plan_step`, which a graph may then branch on.
+        plans_steps: whether a graph may branch on `plan_step`.
     """
 
     plans_steps = True

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 
 from specmoe_compile.generation import attach_session
+from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
 from specmoe_compile.runtime.module_source import ModuleSource
@@ -31,6 +33,15 @@ def open_session(
         streams=streams,
         **kwargs,
     )
+
+
+def decide_trials(monkeypatch: pytest.MonkeyPatch, *, predicts: bool) -> None:
+    """Let trials on the host give the same answer in every step, whatever steps take."""
+
+    def begin_step(trial: HostTrial) -> None:
+        trial.predicts = predicts
+
+    monkeypatch.setattr(HostTrial, "begin_step", begin_step)
 
 
 def on_device(plain: Any, streams: Any, *, slots: int, **kwargs: Any) -> tuple[Any, DeviceSession]:

@@ -13,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from specmoe_compile.config import CompileOptions
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime.cuda.decode_copy import GUESSES_IN_FLIGHT, CopyDecoder
-from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
-from tests.runtime.cuda.device_models import on_device
+from tests.runtime.cuda.device_models import decide_trials, on_device
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.test_session import make_session
@@ -322,7 +321,7 @@ def test_one_hint_says_that_a_gpu_wants_graphs(
 def test_compiled_steps_leave_out_what_the_host_finds_slower(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", False))
+    decide_trials(monkeypatch, predicts=False)
     ids = prompts(1, 5)
     expected = greedy(plain, ids, 8)
     model, session = on_device(plain, StreamModel(late=False), slots=4)

@@ -11,8 +11,8 @@ import torch
 
 import specmoe_compile
 from specmoe_compile.generation import session_of
-from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
+from tests.runtime.cuda.device_models import decide_trials
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_the_plain_model(
 def test_copied_steps_in_branches_give_the_plain_models_tokens(
     pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", pays))
+    decide_trials(monkeypatch, predicts=pays)
     ids = prompts(1, 5).cuda()
     expected = greedy(plain, ids, 16)
     model = specmoe_compile.offload(

@@ -11,10 +11,10 @@ import torch
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cuda import decoders
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder, _Fetch
-from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
+from tests.runtime.cuda.device_models import decide_trials
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
 from tests.runtime.cuda.stream_model import StreamModel
@@ -100,7 +100,7 @@ def test_default_vectors_leave_no_unordered_pair(
 def test_branches_of_copied_steps_have_no_unordered_pair(
     pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostTrial, "begin_step", lambda trial: setattr(trial, "predicts", pays))
+    decide_trials(monkeypatch, predicts=pays)
     recorder = Recorder(plain, monkeypatch, transfer="copy")
     blended: list[int] = []
     blend = DeviceVectors.blend
