@@ -46,10 +46,10 @@ from benchmarks.cpu_disk_setup import DTYPE, READER_THREADS, Bench, prepare, ref
 from benchmarks.cpu_disk_turns import Timed, Turns, cell_record
 from benchmarks.end_to_end import PROMPT_TOKENS, RESULTS
 from benchmarks.reference_model.data import HELD_OUT_FILES, default_source
+from specmoe_compile.bench.child import run_python
 from specmoe_compile.cli.demo import repository_root
-from specmoe_compile.cli.measure.child import run_python
 from specmoe_compile.cli.output import quiet_transformers
-from specmoe_compile.runtime.machine import cache_folder
+from specmoe_compile.system.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "cpu-disk.md"
 TIMED = ("tight", "roomy", "uncapped")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.bench.records import quantile
 
 TIMED = ("tight", "roomy", "uncapped")
 GOAL = 1.10

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specmoe_compile.runtime.sizes import parse_size
+from specmoe_compile.system.sizes import parse_size
 
 SIZES = ("5%", "10%", "25%", "50%", "100%")
 OURS = ("cache", "specmoe")

@@ -19,11 +19,11 @@ from benchmarks.cpu_disk_figures import (
 )
 from benchmarks.cpu_disk_notes import NOTES, PEER_REASONS
 from benchmarks.cpu_disk_plots import draw_all
+from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.cli.fidelity_report import HEAD as POLICY_HEAD
 from specmoe_compile.cli.fidelity_report import policy_rows
-from specmoe_compile.cli.measure.arms import ARMS
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 Found = Mapping[str, Record]
 

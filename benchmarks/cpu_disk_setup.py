@@ -15,18 +15,18 @@ from typing import Any
 from benchmarks.cpu_disk_figures import SCHEMA
 from benchmarks.cpu_disk_plan import BASE_CAP_BYTES, SLOW_TOKENS, Cell
 from benchmarks.end_to_end import RECORD_MIB, held_out_prompts
+from specmoe_compile.bench.arms import ARMS
+from specmoe_compile.bench.child import ArmFailedError, ArmInputError
+from specmoe_compile.bench.harness import cap_or_nothing, run_pack, with_peer_file
+from specmoe_compile.bench.live_worker import LiveWorker
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.memory_cap import MemoryCap
+from specmoe_compile.bench.probes import file_gbps
+from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.bench import describe_model, permitted_cap
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError
-from specmoe_compile.cli.measure.harness import cap_or_nothing, run_pack, with_peer_file
-from specmoe_compile.cli.measure.live_worker import LiveWorker
-from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.memory_cap import MemoryCap
-from specmoe_compile.cli.measure.probes import file_gbps
-from specmoe_compile.cli.measure.records import ArmJob
 from specmoe_compile.cli.output import write_json
-from specmoe_compile.runtime.store_header import RECORDS_NAME
+from specmoe_compile.runtime.store.header import RECORDS_NAME
 
 DTYPE = "float32"
 DRY_RECORD_MIB = 0.1875

@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks.cpu_disk_plan import SLOW_TOKENS, Cell
 from benchmarks.cpu_disk_setup import Bench, Started, groups
-from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError
-from specmoe_compile.cli.measure.live_worker import IdleWatch
-from specmoe_compile.cli.measure.records import ArmRun, arm_record, quantile, spread, tokens_sha256
-from specmoe_compile.runtime.machine import available_ram_bytes
+from specmoe_compile.bench.child import ArmFailedError, ArmInputError
+from specmoe_compile.bench.live_worker import IdleWatch
+from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
+from specmoe_compile.system.machine import available_ram_bytes
 
 RESERVE_BYTES = 1 << 30
 """Left free besides three times the experts: for a peer that has a process for each turn."""

@@ -36,15 +36,15 @@ from benchmarks.end_to_end_report import write_readme_section, write_report
 from benchmarks.end_to_end_tokens import CONTROL, compare_generations
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
+from specmoe_compile.bench.harness import run_pack
+from specmoe_compile.bench.live_worker import run_worker
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.records import ArmJob, spread
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
-from specmoe_compile.cli.measure.harness import run_pack
-from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
-from specmoe_compile.runtime.machine import cache_folder
+from specmoe_compile.system.machine import cache_folder
 
 RESULTS = repository_root() / "benchmarks" / "results"
 REPORT = repository_root() / "docs" / "results" / "end_to_end.md"

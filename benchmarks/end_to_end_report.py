@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks.claims import Claim
 from benchmarks.end_to_end_tokens import token_claims
-from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.bench.records import quantile
 from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 DTYPES = ("float32", "bfloat16")
 RSS_ALLOWANCE_BYTES = 700_000_000

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.claims import Claim
-from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.bench.records import quantile
 
 CONTROL = "eager_loop"
 LOGIT_FACTOR = 2.0

@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
-from specmoe_compile.cli.measure.machine import provenance
+from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.output import write_json
-from specmoe_compile.generation import _mark_static, cache_argument, session_of
+from specmoe_compile.hf.attach import _mark_static, cache_argument, session_of
 
 CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 20, 48

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_first_run import Rig, make_banks
-from specmoe_compile.cli.measure.machine import provenance
+from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.kernels.compile_spec import ModelShape
 

@@ -59,7 +59,7 @@ from benchmarks.gpu_full_size_trace import (
     record_reference,
     texts_needed,
 )
-from specmoe_compile.cli.measure.machine import provenance
+from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.output import USER_ERRORS, sentence, write_json
 
 PHASES = ("trace", "check", "arms", "accelerate", "report")

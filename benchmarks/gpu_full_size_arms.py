@@ -24,7 +24,7 @@ from benchmarks.gpu_full_size_model import (
     random_tokens,
 )
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
-from specmoe_compile.generation import attach_session
+from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
 from specmoe_compile.runtime.cuda.session import DeviceSession
 

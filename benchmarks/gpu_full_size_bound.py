@@ -32,8 +32,8 @@ from benchmarks.gpu_full_size_arms import ARMS, Arm
 from benchmarks.gpu_full_size_report import Results
 from benchmarks.gpu_full_size_trace import RoutingTrace, map_trace
 from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
-from specmoe_compile.runtime.expert_cache import ExpertCache
 
 SHARES = (0, 10, 25, 50)
 Choices = Sequence[Sequence[Sequence[int]]]

@@ -18,10 +18,10 @@ from benchmarks.gpu_full_size_arms import Bench, Mode, free_memory, sharing_grou
 from benchmarks.gpu_full_size_measure import Run, measure_arms, step_times_ms
 from benchmarks.gpu_full_size_model import FilledCache, Shape, build_skeleton
 from benchmarks.gpu_full_size_routing import install_routing
-from specmoe_compile.cli.measure.records import quantile
-from specmoe_compile.generation import cache_argument
+from specmoe_compile.bench.records import quantile
+from specmoe_compile.hf.attach import cache_argument
 from specmoe_compile.kernels.gather_experts.op import gather_experts
-from specmoe_compile.runtime.module_source import restore_experts
+from specmoe_compile.runtime.store.module_source import restore_experts
 
 _LINK_BYTES = 1 << 30
 _REPEATS = 10

@@ -39,7 +39,7 @@ from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_rout
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
 from specmoe_compile.passes.report import PassReport
-from specmoe_compile.runtime.experts_module import ExpertsLayer
+from specmoe_compile.runtime.experts.module import ExpertsLayer
 
 
 class _Traced(nn.Module):

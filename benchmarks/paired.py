@@ -13,8 +13,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.traffic import counted
-from specmoe_compile.cli.measure.records import ArmJob, ArmRun, quantile, spread
-from specmoe_compile.cli.measure.worker import Measurement
+from specmoe_compile.bench.records import ArmJob, ArmRun, quantile, spread
+from specmoe_compile.bench.worker import Measurement
 
 
 class PairedArm:

@@ -43,17 +43,17 @@ from benchmarks.reference_model.data import (
 )
 from benchmarks.reference_model.tokenizer import PAD_ID
 from benchmarks.traffic import predicted_share
-from specmoe_compile.calibration import Calibration, calibrate, fingerprint
+from specmoe_compile.bench.harness import run_pack
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.records import ArmJob, quantile
+from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.harness import run_pack
-from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, quantile
 from specmoe_compile.cli.output import quiet_transformers, write_json
-from specmoe_compile.generation import session_of
-from specmoe_compile.predictors.registry import PREDICTORS
-from specmoe_compile.predictors.training import TrainingConfig
-from specmoe_compile.runtime.machine import cache_folder
+from specmoe_compile.hf.attach import session_of
+from specmoe_compile.predict.registry import PREDICTORS
+from specmoe_compile.predict.training import TrainingConfig
+from specmoe_compile.system.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "predictors.md"
 PHASES = ("recall", "cost", "timing", "no_cache", "report")

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.speculation_report_timing import medians_text
 from benchmarks.traffic import TRAFFIC_HEAD, traffic_cells
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.predictors.registry import DEFAULT_PREDICTOR, PREDICTORS
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.predict.registry import DEFAULT_PREDICTOR, PREDICTORS
+from specmoe_compile.system.sizes import format_bytes
 
 Result = Mapping[str, Any]
 NOT_MEASURED = "not measured"

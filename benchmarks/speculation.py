@@ -39,14 +39,14 @@ from benchmarks.speculation_report import write_report
 from benchmarks.speculation_report_paired import NO_CACHE
 from benchmarks.speculation_report_timing import AGAIN
 from benchmarks.traffic import counted
+from specmoe_compile.bench.harness import run_pack
+from specmoe_compile.bench.live_worker import run_worker
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.measure.harness import run_pack
-from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.machine import provenance
-from specmoe_compile.cli.measure.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.output import quiet_transformers, write_json
-from specmoe_compile.runtime.machine import cache_folder
+from specmoe_compile.system.machine import cache_folder
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"

@@ -15,7 +15,7 @@ from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.evaluate import measure
 from specmoe_compile.cli.fidelity_report import HEAD, as_markdown, draw_layers, policy_rows
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Of policy default_vector; the weights of a token's four experts sum to 1."""

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import specmoe_compile
 from benchmarks.end_to_end import EXPERT_CACHE
-from specmoe_compile.generation import session_of
+from specmoe_compile.hf.attach import session_of
+from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.stats import LayerStats, Stats
 
 BATCHES = (1, 4)
 CACHES = ("static", "dynamic")

@@ -16,7 +16,7 @@ from benchmarks.speculation_report_timing import (
     timing_section,
 )
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 EXPECTED_RECALL = (0.76, 0.83, 0.78, 0.79, 0.65, 0.65, 0.68)
 """Recall@4 with default vectors of the second to the last layer, as the design measured it."""

@@ -10,7 +10,7 @@ from benchmarks.end_to_end_report import Claim
 from benchmarks.paired import ratio
 from benchmarks.traffic import TRAFFIC_HEAD, predicted_share, summed, traffic_cells
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 HIDDEN_SHARE = 0.8
 CACHE_FACTOR = 1.02

@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.end_to_end_report import Claim
 from benchmarks.speculation_report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES, claims_by_run
 from benchmarks.traffic import predicted_share, summed, traffic_cells
-from specmoe_compile.cli.measure.records import quantile
+from specmoe_compile.bench.records import quantile
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 AGAIN = "cache 50% again"
 """The same arm once more: what a difference between two arms has to be compared with."""

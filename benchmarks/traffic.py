@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from specmoe_compile.cli.measure.records import ArmRun
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.bench.records import ArmRun
+from specmoe_compile.system.sizes import format_bytes
 
 Total = Mapping[str, float]
 """Counters of `LayerStats` by name, over all layers."""

@@ -15,24 +15,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specmoe_compile.config import CompileOptions as CompileOptions
+    from specmoe_compile.api import from_pretrained as from_pretrained
+    from specmoe_compile.api import offload as offload
     from specmoe_compile.errors import SpecMoEError as SpecMoEError
-    from specmoe_compile.generation import close as close
-    from specmoe_compile.loading import from_pretrained as from_pretrained
-    from specmoe_compile.loading import offload as offload
-    from specmoe_compile.runtime.packing import pack as pack
-    from specmoe_compile.runtime.stats import stats as stats
+    from specmoe_compile.hf.attach import close as close
+    from specmoe_compile.hf.packing import pack as pack
+    from specmoe_compile.options import CompileOptions as CompileOptions
+    from specmoe_compile.runtime.cache.statistics import stats as stats
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CompileOptions": "specmoe_compile.config",
+    "CompileOptions": "specmoe_compile.options",
     "SpecMoEError": "specmoe_compile.errors",
-    "close": "specmoe_compile.generation",
-    "from_pretrained": "specmoe_compile.loading",
-    "offload": "specmoe_compile.loading",
-    "pack": "specmoe_compile.runtime.packing",
-    "stats": "specmoe_compile.runtime.stats",
+    "close": "specmoe_compile.hf.attach",
+    "from_pretrained": "specmoe_compile.api",
+    "offload": "specmoe_compile.api",
+    "pack": "specmoe_compile.hf.packing",
+    "stats": "specmoe_compile.runtime.cache.statistics",
 }
 __all__ = ["__version__", *_PUBLIC]
 

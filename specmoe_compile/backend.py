@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from specmoe_compile.config import CompileOptions
 from specmoe_compile.errors import CompileError
+from specmoe_compile.options import CompileOptions
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def _warn_once(message: str) -> None:
 
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
-    from specmoe_compile.calibration import use_calibration, use_networks
+    from specmoe_compile.calibrate.calibration import use_calibration, use_networks
     from specmoe_compile.passes.manager import SpeculationPass
+    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
     from specmoe_compile.runtime.session import get_session
-    from specmoe_compile.runtime.speculation import SpeculationConfig
 
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def _lower(
 
 def _is_decode(gm: GraphModule) -> bool:
     """Whether every step of the graph is one of decode: a prefill is not worth a capture."""
-    from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+    from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
     steps = [node.args[1].meta["example_value"].shape[0] for node in find_dispatch_nodes(gm.graph)]  # type: ignore[union-attr]
     return all(isinstance(tokens, int) and tokens <= PREFILL_TOKENS for tokens in steps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import specmoe_compile
-from specmoe_compile.calibration import (
+from specmoe_compile.calibrate.calibration import (
     MIN_RECALL,
     Calibration,
     LayerWorth,
@@ -23,7 +23,7 @@ from specmoe_compile.calibration import (
     use_calibration,
 )
 from specmoe_compile.errors import CalibrationError
-from specmoe_compile.generation import session_of
+from specmoe_compile.hf.attach import session_of
 from tests.helpers import prompts, tiny_qwen3_moe
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specmoe_compile.config import CompileOptions
+from specmoe_compile.options import CompileOptions
 
 
 def test_defaults_are_exact_with_prefetch() -> None:

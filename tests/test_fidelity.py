@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 
 import specmoe_compile
-from specmoe_compile.config import CompileOptions
+from specmoe_compile.calibrate.fidelity import Evaluator, Fidelity, PolicyRun
 from specmoe_compile.errors import CompileError
-from specmoe_compile.fidelity import Evaluator, Fidelity, PolicyRun
-from specmoe_compile.generation import session_of
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.hf.attach import session_of
+from specmoe_compile.options import CompileOptions
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from tests.helpers import prompts, tiny_qwen3_moe
 
 WINDOW, CONTEXT, NEW_TOKENS = 24, 18, 6

@@ -27,7 +27,7 @@ from specmoe_compile.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from specmoe_compile.cli.measure.records import ArmJob
+    from specmoe_compile.bench.records import ArmJob
 
 DEFAULT_ARMS = "accelerate,on_demand,cache,resident"
 DEFAULT_PROMPT = (
@@ -116,9 +116,9 @@ def bench(
 
       specmoe bench ./checkpoint --memory-cap 700MiB --dtype bfloat16
     """
-    from specmoe_compile.cli.measure.arms import checked_arms
+    from specmoe_compile.bench.arms import checked_arms
     from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
-    from specmoe_compile.runtime.sizes import parse_size
+    from specmoe_compile.system.sizes import parse_size
 
     names = checked_arms(arms)
     check_dtype(dtype)
@@ -189,8 +189,8 @@ def measure(
         repeats: times that each arm runs.
         save_logits: file for the logits, by arm.
     """
-    from specmoe_compile.cli.measure import harness
-    from specmoe_compile.cli.measure.records import ArmJob
+    from specmoe_compile.bench import harness
+    from specmoe_compile.bench.records import ArmJob
 
     memory_cap_bytes = permitted_cap(memory_cap_bytes)
     folder = None if store_dir is None else str(store_dir.expanduser())
@@ -219,7 +219,7 @@ def measure(
 
 def reads_store(arm: str) -> bool:
     """Whether an arm may run from a store on disk: all of specmoe's but `resident`."""
-    from specmoe_compile.cli.measure.arms import ARMS
+    from specmoe_compile.bench.arms import ARMS
 
     return ARMS[arm].policy is not None and ARMS[arm].capped
 
@@ -228,7 +228,7 @@ def _pack(job: ArmJob, memory_cap_bytes: int | None) -> dict[str, Any]:
     """Pack the store under the cap, so that no arm's loading includes it; returns the report."""
     from rich.console import Console
 
-    from specmoe_compile.cli.measure import harness
+    from specmoe_compile.bench import harness
 
     status = Console(stderr=True).status("Packing the expert store ...")
     with status, harness.cap_or_nothing(memory_cap_bytes) as cap:
@@ -247,10 +247,10 @@ def run_jobs(
 
     `memory_cap_bytes` must be one that `permitted_cap` returned.
     """
-    from specmoe_compile.cli.measure import harness
-    from specmoe_compile.cli.measure.machine import provenance
-    from specmoe_compile.cli.measure.progress import BenchProgress
-    from specmoe_compile.cli.measure.records import SCHEMA
+    from specmoe_compile.bench import harness
+    from specmoe_compile.bench.machine import provenance
+    from specmoe_compile.bench.progress import BenchProgress
+    from specmoe_compile.bench.records import SCHEMA
 
     with BenchProgress(jobs, repeats) as progress:
         results = harness.run_arms(
@@ -271,7 +271,7 @@ def run_jobs(
 
 def permitted_cap(memory_cap_bytes: int | None) -> int | None:
     """Return the cap if it can be kept here; otherwise say why not and return None."""
-    from specmoe_compile.cli.measure.memory_cap import why_not_permitted
+    from specmoe_compile.bench.memory_cap import why_not_permitted
 
     if memory_cap_bytes is None:
         return None
@@ -325,9 +325,9 @@ def describe_model(model: str, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from specmoe_compile.cli.measure.hf_arms import meta_model
-    from specmoe_compile.runtime.checkpoint import check_checkpoint_folder
-    from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
+    from specmoe_compile.bench.hf_arms import meta_model
+    from specmoe_compile.hf.checkpoint import check_checkpoint_folder
+    from specmoe_compile.runtime.experts.module import find_experts_layers, find_top_k
 
     if Path(model).is_dir():
         check_checkpoint_folder(Path(model))
@@ -372,7 +372,7 @@ def _ram_bytes() -> int:
 
 def _work_parent(store_dir: str | None) -> str | None:
     """Where temporary files go: beside the store, so that all arms use the same disk."""
-    from specmoe_compile.runtime.machine import cache_folder
+    from specmoe_compile.system.machine import cache_folder
 
     parent = cache_folder() if store_dir is None else Path(store_dir).parent
     parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from specmoe_compile.cli.options import (
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
 if TYPE_CHECKING:
-    from specmoe_compile.calibration import Calibration
+    from specmoe_compile.calibrate.calibration import Calibration
 
 _HELD_OUT_SHARE = 4  # of the windows, every fourth is measured on and not learned from
 
@@ -82,9 +82,9 @@ def calibrate(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     import specmoe_compile
-    from specmoe_compile.calibration import calibrate as run
+    from specmoe_compile.calibrate.calibration import calibrate as run
     from specmoe_compile.cli.generate import load_tokenizer
-    from specmoe_compile.predictors.training import TrainingConfig
+    from specmoe_compile.predict.training import TrainingConfig
 
     if threads is not None:
         torch.set_num_threads(threads)

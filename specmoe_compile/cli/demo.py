@@ -61,8 +61,8 @@ def demo(
     from rich.console import Console
 
     from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
-    from specmoe_compile.runtime.machine import cache_folder
-    from specmoe_compile.runtime.sizes import parse_size
+    from specmoe_compile.system.machine import cache_folder
+    from specmoe_compile.system.sizes import parse_size
 
     check_writable(json)
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
@@ -175,8 +175,8 @@ def _generate(
     import torch
 
     import specmoe_compile
+    from specmoe_compile.bench.worker import compile_seconds, peak_rss_bytes
     from specmoe_compile.cli.generate import load_tokenizer, stream
-    from specmoe_compile.cli.measure.worker import compile_seconds, peak_rss_bytes
 
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -209,7 +209,7 @@ def _generate(
 
 
 def _report(console: Any, streamed: dict[str, Any], size_bytes: int) -> None:
-    from specmoe_compile.runtime.sizes import format_bytes
+    from specmoe_compile.system.sizes import format_bytes
 
     peak, before = streamed["peak_rss_bytes"], streamed["rss_before_bytes"]
     console.print(
@@ -235,8 +235,8 @@ def _compare(
     work_dir: Path,
 ) -> dict[str, Any]:
     """Run the unmodified model, disk offload and specmoe in processes of their own."""
+    from specmoe_compile.bench.records import ArmJob
     from specmoe_compile.cli.bench import describe_model, permitted_cap, print_table, run_jobs
-    from specmoe_compile.cli.measure.records import ArmJob
     from specmoe_compile.cli.tables import count_differing
 
     lengths = {

@@ -52,8 +52,8 @@ def doctor(
       specmoe doctor --store-dir /data --record-mib 9 --json doctor.json
     """
     from specmoe_compile.cli.output import check_writable, write_json
-    from specmoe_compile.runtime.layout import RECORD_ALIGNMENT, align_up
-    from specmoe_compile.runtime.machine import cache_folder
+    from specmoe_compile.runtime.experts.layout import RECORD_ALIGNMENT, align_up
+    from specmoe_compile.system.machine import cache_folder
 
     check_writable(json)
     folder = cache_folder() if store_dir is None else store_dir.expanduser()
@@ -82,10 +82,10 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     """
     from rich.console import Console
 
-    from specmoe_compile.cli.measure import probes
-    from specmoe_compile.cli.measure.machine import provenance
-    from specmoe_compile.cli.measure.memory_cap import own_memory_group_or_none, why_not_permitted
-    from specmoe_compile.runtime.machine import available_ram_bytes
+    from specmoe_compile.bench import probes
+    from specmoe_compile.bench.machine import provenance
+    from specmoe_compile.bench.memory_cap import own_memory_group_or_none, why_not_permitted
+    from specmoe_compile.system.machine import available_ram_bytes
 
     free_disk = _check_space(folder, record_bytes, file_bytes)
     with Console(stderr=True).status("Looking at the machine ...") as status:
@@ -132,7 +132,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
 
 def _check_space(folder: Path, record_bytes: int, file_bytes: int) -> int:
     """Free bytes of a folder's disk; raises `OSError` where the measurement's file does not fit."""
-    from specmoe_compile.cli.measure import probes
+    from specmoe_compile.bench import probes
 
     free_bytes = shutil.disk_usage(folder).free
     needed = max(file_bytes, record_bytes * max(_THREADS)) + _DISK_MARGIN_BYTES
@@ -192,7 +192,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from specmoe_compile.runtime.sizes import format_bytes
+    from specmoe_compile.system.sizes import format_bytes
 
     machine, disk, memory = result["machine"], result["disk"], result["memory"]
     gpu = machine["gpu"]

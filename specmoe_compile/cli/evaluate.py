@@ -25,8 +25,8 @@ from specmoe_compile.cli.options import (
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
 if TYPE_CHECKING:
-    from specmoe_compile.calibration import Calibration
-    from specmoe_compile.fidelity import PolicyRun
+    from specmoe_compile.calibrate.calibration import Calibration
+    from specmoe_compile.calibrate.fidelity import PolicyRun
 
 DEFAULT_POLICIES = (
     "exact",
@@ -170,10 +170,10 @@ def measure(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     import specmoe_compile
-    from specmoe_compile.calibration import calibrate
-    from specmoe_compile.config import CompileOptions
-    from specmoe_compile.fidelity import Evaluator
-    from specmoe_compile.generation import session_of
+    from specmoe_compile.calibrate.calibration import calibrate
+    from specmoe_compile.calibrate.fidelity import Evaluator
+    from specmoe_compile.hf.attach import session_of
+    from specmoe_compile.options import CompileOptions
 
     inner: Any = specmoe_compile.from_pretrained(model, device="cpu", store="disk", **loading)
     plain = _plain_or_none(model, loading["dtype"], reference)
@@ -226,7 +226,7 @@ def parse_policy(text: str) -> PolicyRun:
     Raises:
         ValueError: it is none of them.
     """
-    from specmoe_compile.fidelity import PolicyRun
+    from specmoe_compile.calibrate.fidelity import PolicyRun
 
     name, _, value = text.partition("=")
     if name == "exact" and not value:
@@ -277,7 +277,7 @@ def _plain_or_none(model: str, dtype: str, which: str) -> Any:
     """The untouched model, all weights in memory; None where the offloaded one must do."""
     from transformers import AutoModelForCausalLM
 
-    from specmoe_compile.runtime.machine import available_ram_bytes
+    from specmoe_compile.system.machine import available_ram_bytes
 
     if which == "offloaded":
         return None

@@ -37,7 +37,7 @@ def check_documents(plot: Path | None, markdown: Path | None) -> None:
 
 def policy_rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """One row per policy, under `HEAD`; bytes are against the exact policy if it was measured."""
-    from specmoe_compile.runtime.sizes import format_bytes
+    from specmoe_compile.system.sizes import format_bytes
 
     exact = next((p["bytes_per_token"] for p in policies if p["policy"] == "exact"), None)
     rows: list[tuple[str, ...]] = []

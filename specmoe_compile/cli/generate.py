@@ -152,8 +152,8 @@ def stream(
     from rich.console import Console
     from transformers import TextStreamer
 
-    from specmoe_compile.cli.measure.records import spread
-    from specmoe_compile.cli.measure.timing import TokenClock
+    from specmoe_compile.bench.records import spread
+    from specmoe_compile.bench.timing import TokenClock
 
     what = "Compiling and reading the prompt" if compiled else "Reading the prompt"
     status = Console(stderr=True).status(f"{what} ...")
@@ -190,7 +190,7 @@ def load_tokenizer(model: str) -> Any:
     """Load a model's tokenizer; raises `ValueError` with one sentence if there is none."""
     from transformers import AutoTokenizer
 
-    from specmoe_compile.runtime.checkpoint import check_checkpoint_folder
+    from specmoe_compile.hf.checkpoint import check_checkpoint_folder
 
     loader: Any = AutoTokenizer
     if Path(model).is_dir():
@@ -212,7 +212,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def _recorder(model: Any) -> TraceRecorder:
-    from specmoe_compile.generation import session_of
+    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.replay.recorder import TraceRecorder
 
     return TraceRecorder(session_of(model))

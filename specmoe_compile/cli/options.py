@@ -92,7 +92,7 @@ def compile_options(assignments: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         ValueError: not a pair, an unknown option, or a value that is not valid.
     """
-    from specmoe_compile.config import CompileOptions
+    from specmoe_compile.options import CompileOptions
 
     options: dict[str, Any] = {}
     for assignment in assignments or ():

@@ -35,9 +35,9 @@ def pack(
 
     check_dtype(dtype)
     check_writable(json)
-    from specmoe_compile.cli.measure.worker import peak_rss_bytes
-    from specmoe_compile.runtime.packing import pack as pack_store
-    from specmoe_compile.runtime.sizes import format_bytes
+    from specmoe_compile.bench.worker import peak_rss_bytes
+    from specmoe_compile.hf.packing import pack as pack_store
+    from specmoe_compile.system.sizes import format_bytes
 
     quiet_transformers()
     report = pack_store(model, store_dir, dtype=dtype, verify=verify)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
-    from specmoe_compile.runtime.speculation import SpeculationConfig
+    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 
 LABEL = "replayed on simulated time, not measured"
 
@@ -98,10 +98,10 @@ def replay(
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
     """
     from specmoe_compile.cli.output import check_writable, write_json
-    from specmoe_compile.config import CompileOptions
+    from specmoe_compile.options import CompileOptions
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
-    from specmoe_compile.runtime.speculation import SpeculationConfig
+    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 
     policies = _names("policy", policy, ("lru", "lfu"))
     predictors = None if predictor is None else _names("predictor", predictor, tuple(PREDICTORS))
@@ -156,13 +156,13 @@ def _names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
 
 
 def _check_store(trace: RoutingTrace, folder: Path) -> None:
-    from specmoe_compile.runtime.store_header import read_header
+    from specmoe_compile.runtime.store.header import read_header
 
     trace.check_model(read_header(folder).fingerprint, str(folder))
 
 
 def _is_zero(trace: RoutingTrace, size: str) -> bool:
-    from specmoe_compile.runtime.sizes import parse_size
+    from specmoe_compile.system.sizes import parse_size
 
     return parse_size(size, total_bytes=trace.total_bytes, option="--expert-cache") == 0
 
@@ -228,7 +228,7 @@ def _setting(
     trace: RoutingTrace, size: str, policy: Any, predictor: str, speculation: SpeculationConfig
 ) -> ReplaySetting:
     from specmoe_compile.replay.engine import ReplaySetting
-    from specmoe_compile.runtime.sizes import parse_size
+    from specmoe_compile.system.sizes import parse_size
 
     if predictor == "recorded":
         # What was predicted so many layers ahead is known so many layers ahead.
@@ -342,7 +342,7 @@ def _machine_notes(machine: dict[str, Any]) -> list[str]:
 
 
 def _row(summary: Summary) -> tuple[str, ...]:
-    from specmoe_compile.runtime.sizes import format_bytes
+    from specmoe_compile.system.sizes import format_bytes
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} %"

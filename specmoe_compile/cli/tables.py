@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

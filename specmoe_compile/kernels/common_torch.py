@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_bank, check_tensor
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm, apply_gate
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_gate
 
 # One library per process: each op module defines its own ops in it.
 LIBRARY = torch.library.Library("specmoe_kernels", "FRAGMENT")

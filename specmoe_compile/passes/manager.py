@@ -35,7 +35,7 @@ from specmoe_compile.passes.report import PassReport, PipelineReport
 from specmoe_compile.passes.split_expert_execution import split_expert_execution
 
 if TYPE_CHECKING:
-    from specmoe_compile.config import CompileOptions
+    from specmoe_compile.options import CompileOptions
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class SpeculationPass(CustomGraphPass):
 def _source_hash() -> str:
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    beside = (folder.parent / "ops.py", folder.parent / "predictors" / "registry.py")
+    beside = (folder.parent / "ops.py", folder.parent / "predict" / "registry.py")
     for path in (*sorted(folder.glob("*.py")), *beside):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 import specmoe_compile.ops  # noqa: F401  (registers the ops)
-from specmoe_compile.runtime.live_session import LiveModules
+from specmoe_compile.runtime.cpu.live_session import LiveModules
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from specmoe_compile.predictors.registry import (
+from specmoe_compile.predict.registry import (
     DEFAULT_PREDICTOR,
     PREDICTORS,
     State,
@@ -14,8 +14,8 @@ from specmoe_compile.predictors.registry import (
 )
 
 if TYPE_CHECKING:
-    from specmoe_compile.config import CompileOptions
-    from specmoe_compile.predictors.registry import Source
+    from specmoe_compile.options import CompileOptions
+    from specmoe_compile.predict.registry import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class PassConfig:
             conditional: whether the graph may branch on the sessions' `plan_step`.
             network_layers: layers that a hybrid predictor predicts with their networks.
         """
-        from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+        from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
         given = options.skip_layers
         return cls(

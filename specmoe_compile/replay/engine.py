@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.replay.link import Link, SimulatedLink
 from specmoe_compile.replay.predictors import PREDICTORS, Predictor
 from specmoe_compile.replay.steps import ReplaySteps
-from specmoe_compile.runtime.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu_experts import ExpertRunner, ExpertWeights
-from specmoe_compile.runtime.default_vectors import DefaultVectors
-from specmoe_compile.runtime.expert_cache import ExpertCache, Policy
-from specmoe_compile.runtime.expert_store import ExpertStore, StoreLayer
-from specmoe_compile.runtime.fast_tier import FastTier
-from specmoe_compile.runtime.layout import ExpertLayout
-from specmoe_compile.runtime.residency import Step
-from specmoe_compile.runtime.speculation import SpeculationConfig
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS, Speculator
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy
+from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.cpu.fast_tier import FastTier
+from specmoe_compile.runtime.cpu.residency import Step
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS, Speculator
+from specmoe_compile.runtime.store.base import ExpertStore, StoreLayer
 
 NO_TICKET = -1
 _NO_WEIGHTS = ExpertWeights(torch.empty(0), None, torch.empty(0), None)

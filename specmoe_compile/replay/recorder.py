@@ -15,9 +15,9 @@ from torch import Tensor
 
 from specmoe_compile.errors import TraceError
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.expert_cache import ExpertCache
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 
 Rows = tuple[Tensor, Tensor]
 """Ids [T, K] int16 and weights [T, K] float32 of our own."""

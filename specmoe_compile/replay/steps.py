@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
 Rows = tuple[Tensor, Tensor]
 

@@ -15,7 +15,7 @@ from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, r
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.expert_cache import belady_hits
+from specmoe_compile.runtime.cache.slot_table import belady_hits
 
 PAYS = 0.05
 """A larger cache pays if it takes more than this share off the time per token."""

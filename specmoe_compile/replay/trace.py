@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import TraceError
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
 FORMAT: Final = "specmoe-routing-trace"
 VERSION: Final = 1

@@ -19,25 +19,25 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.predictors.predictions import Predictions
-from specmoe_compile.runtime import nvtx
-from specmoe_compile.runtime.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu_experts import ExpertRunner
-from specmoe_compile.runtime.default_vectors import DefaultVectors
-from specmoe_compile.runtime.double_buffers import DoubleBuffers
-from specmoe_compile.runtime.expert_cache import ExpertCache
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.experts_module import ExpertsLayer
-from specmoe_compile.runtime.fast_tier import FastTier
-from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.residency import InPlaceResidency, Residency
-from specmoe_compile.runtime.speculation import SpeculationConfig
-from specmoe_compile.runtime.speculator import Speculator
-from specmoe_compile.runtime.stats import LayerStats, Stats
+from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
+from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu.experts import ExpertRunner
+from specmoe_compile.runtime.cpu.fast_tier import FastTier
+from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
+from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.speculator import Speculator
+from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
+from specmoe_compile.system import nvtx
+from specmoe_compile.system.nvtx import layer_range
 
 if TYPE_CHECKING:
-    from specmoe_compile.runtime.live_session import LiveSession
+    from specmoe_compile.runtime.cpu.live_session import LiveSession
 
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 

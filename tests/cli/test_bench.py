@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.bench.arms import ARMS
+from specmoe_compile.bench.child import ArmFailedError, ArmInputError, run_python
+from specmoe_compile.bench.harness import run_arms
+from specmoe_compile.bench.live_worker import run_worker
+from specmoe_compile.bench.page_cache import drop_cached_pages
+from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.main import run
-from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.child import ArmFailedError, ArmInputError, run_python
-from specmoe_compile.cli.measure.harness import run_arms
-from specmoe_compile.cli.measure.live_worker import run_worker
-from specmoe_compile.cli.measure.page_cache import drop_cached_pages
-from specmoe_compile.cli.measure.records import ArmJob
-from specmoe_compile.config import Policy
-from specmoe_compile.generation import session_of
+from specmoe_compile.hf.attach import session_of
+from specmoe_compile.options import Policy
 from tests.cli.test_records import SCHEMA_KEYS
 from tests.helpers import save_tiny
 

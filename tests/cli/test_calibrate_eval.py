@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
-from specmoe_compile.calibration import Calibration
+from specmoe_compile.calibrate.calibration import Calibration
 from specmoe_compile.cli.evaluate import parse_policy
 from specmoe_compile.cli.fidelity_report import as_markdown, policy_rows
 from specmoe_compile.cli.main import run

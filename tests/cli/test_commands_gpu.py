@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
-from specmoe_compile.calibration import Calibration
+from specmoe_compile.calibrate.calibration import Calibration
 from specmoe_compile.cli.main import run
 from tests.helpers import greedy, save_tiny
 

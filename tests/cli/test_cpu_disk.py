@@ -28,9 +28,9 @@ from benchmarks.cpu_disk_plan import (
 from benchmarks.cpu_disk_report import write_report
 from benchmarks.cpu_disk_setup import Started
 from benchmarks.cpu_disk_turns import Timed, Turns
-from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.child import ChildPython
-from specmoe_compile.cli.measure.live_worker import LiveWorker
+from specmoe_compile.bench.arms import ARMS
+from specmoe_compile.bench.child import ChildPython
+from specmoe_compile.bench.live_worker import LiveWorker
 
 MODEL = {
     "name": "m",

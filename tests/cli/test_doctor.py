@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from specmoe_compile.bench import probes
 from specmoe_compile.cli.doctor import _print, advice
 from specmoe_compile.cli.main import run
-from specmoe_compile.cli.measure import probes
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from benchmarks.end_to_end_report import (
     write_report,
 )
 from benchmarks.end_to_end_tokens import compare_generations, token_claims
-from specmoe_compile.cli.measure.records import arm_record
+from specmoe_compile.bench.records import arm_record
 from tests.cli.test_records import counters, run_of
 
 MB = 1_000_000

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from specmoe_compile.cli.measure.child import ArmFailedError, ChildPython
-from specmoe_compile.cli.measure.live_worker import IdleWatch, LiveWorker, run_worker
-from specmoe_compile.cli.measure.records import ArmJob
+from specmoe_compile.bench.child import ArmFailedError, ChildPython
+from specmoe_compile.bench.live_worker import IdleWatch, LiveWorker, run_worker
+from specmoe_compile.bench.records import ArmJob
 from tests.helpers import save_tiny
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from specmoe_compile.cli.measure import memory_cap as module
-from specmoe_compile.cli.measure.child import ArmFailedError, run_python
-from specmoe_compile.cli.measure.memory_cap import (
+from specmoe_compile.bench import memory_cap as module
+from specmoe_compile.bench.child import ArmFailedError, run_python
+from specmoe_compile.bench.memory_cap import (
     MemoryCap,
     memory_cap,
     own_memory_group_or_none,

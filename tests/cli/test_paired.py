@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.paired import ratio, run_paired
 from benchmarks.traffic import counted, summed
-from specmoe_compile.cli.measure.records import ArmJob
+from specmoe_compile.bench.records import ArmJob
 from tests.runtime import tiny_checkpoints
 
 NEW_TOKENS = 7

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.cli.measure import peer_files
-from specmoe_compile.cli.measure.arms import ARMS
-from specmoe_compile.cli.measure.hf_generation import HuggingFaceGenerator
-from specmoe_compile.cli.measure.peer_files import peer_file
-from specmoe_compile.cli.measure.records import ArmJob
-from specmoe_compile.cli.measure.timing import TokenClock
-from specmoe_compile.cli.measure.worker import disk_read_bytes_or_none
+from specmoe_compile.bench import peer_files
+from specmoe_compile.bench.arms import ARMS
+from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
+from specmoe_compile.bench.peer_files import peer_file
+from specmoe_compile.bench.records import ArmJob
+from specmoe_compile.bench.timing import TokenClock
+from specmoe_compile.bench.worker import disk_read_bytes_or_none
 from specmoe_compile.errors import SpecMoEError
 from tests.helpers import save_tiny
 
@@ -171,7 +171,7 @@ def test_gguf_of_another_family_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs I/O accounting")
 def test_disk_reads_of_a_process_are_counted(tmp_path: Path) -> None:
     """Only what comes from the disk: the file is written, dropped from the cache, and read."""
-    from specmoe_compile.cli.measure.page_cache import drop_pages
+    from specmoe_compile.bench.page_cache import drop_pages
 
     path = tmp_path / "data"
     path.write_bytes(b"x" * (4 << 20))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from specmoe_compile.cli.measure.counters import CounterLaps, add_counters
-from specmoe_compile.cli.measure.records import ArmRun, arm_record, quantile, spread, tokens_sha256
+from specmoe_compile.bench.counters import CounterLaps, add_counters
+from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
 from specmoe_compile.cli.output import write_json
 from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, count_differing, markdown_table
-from specmoe_compile.runtime.stats import LayerStats, Stats
+from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 
 SCHEMA_KEYS = {
     "name",

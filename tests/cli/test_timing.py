@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from specmoe_compile.cli.measure import timing
-from specmoe_compile.cli.measure.timing import TokenClock
+from specmoe_compile.bench import timing
+from specmoe_compile.bench.timing import TokenClock
 
 
 class FakeTime:

@@ -18,15 +18,15 @@ import torch
 import transformers
 
 import specmoe_compile
-from specmoe_compile import loading
+from specmoe_compile import api as loading
 from specmoe_compile.errors import StoreError, UnsupportedModelError
-from specmoe_compile.generation import session_of
-from specmoe_compile.runtime import module_source
-from specmoe_compile.runtime.disk_store import DiskStore
-from specmoe_compile.runtime.experts_module import find_experts_layers
-from specmoe_compile.runtime.machine import cache_folder
-from specmoe_compile.runtime.packing import pack
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.hf.attach import session_of
+from specmoe_compile.hf.packing import pack
+from specmoe_compile.runtime.experts.module import find_experts_layers
+from specmoe_compile.runtime.store import module_source
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.system.machine import cache_folder
 from tests.runtime import tiny_checkpoints
 from tests.runtime.test_packing import (
     assert_holds_model,

@@ -28,8 +28,8 @@ WRITE = """
 MEASURE = """
     import json, sys, torch
     import specmoe_compile
-    from specmoe_compile.loading import from_pretrained, offload
-    from specmoe_compile.generation import session_of
+    from specmoe_compile.api import from_pretrained, offload
+    from specmoe_compile.hf.attach import session_of
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     def peak(reset=False):

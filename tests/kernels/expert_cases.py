@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
-from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
+from specmoe_compile.runtime.experts.layout import ExpertLayout
 
 # Where Triton kernels run: on the GPU, or in Triton's interpreter (tests/conftest.py).
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ from specmoe_compile.kernels.plan_cache.op import (
     CachePlanTensors,
     CacheTables,
 )
-from specmoe_compile.runtime.expert_cache import ExpertCache
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from tests.kernels.expert_cases import DEVICE
 
 POISON = -77

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from specmoe_compile.errors import UnsupportedModelError
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm, recognise_form
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode, run_resident_experts
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices, run_grouped_experts_
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, recognise_form
 
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 24, 12, 3
 _CONFIG: dict[str, Any] = {

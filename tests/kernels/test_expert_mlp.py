@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode, run_resident_experts
 from specmoe_compile.kernels.expert_mlp.reference import (
     run_experts_decode_reference,
     run_resident_experts_reference,
 )
+from specmoe_compile.runtime.experts.form import ExpertBank
 from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, run_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices, run_grouped_experts_
 from specmoe_compile.kernels.grouped_experts.plan import max_tiles, plan_tiles
@@ -18,6 +17,7 @@ from specmoe_compile.kernels.grouped_experts.reference import (
     reduce_choices_reference,
     run_grouped_experts_reference,
 )
+from specmoe_compile.runtime.experts.form import ExpertBank
 from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, nan_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specmoe_compile.runtime.experts_module import is_experts_module
+from specmoe_compile.runtime.experts.module import is_experts_module
 
 _ROUTING_OPS = {
     "_softmax": "softmax",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from specmoe_compile.cli.measure.machine import commit_or_none, describe_machine, versions
+from specmoe_compile.bench.machine import commit_or_none, describe_machine, versions
 from tests.models.families import families
 from tests.models.rows import Row, cases_of, problems, row_not_run, row_of, row_without_model
 from tests.models.walk import (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.config import CompileOptions
+from specmoe_compile.options import CompileOptions
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.manager import PASSES, SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig

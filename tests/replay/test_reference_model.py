@@ -11,7 +11,7 @@ import specmoe_compile
 from benchmarks.end_to_end import held_out_prompts
 from benchmarks.mapped_trace import SHAPES, mapped_trace
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.generation import session_of
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.replay.engine import replay
 from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps

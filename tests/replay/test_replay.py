@@ -15,9 +15,9 @@ from specmoe_compile.replay.measured import measured, timed_steps
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.summary import Sweep
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.sizes import parse_size
-from specmoe_compile.runtime.speculation import SpeculationConfig
-from specmoe_compile.runtime.stats import Stats
+from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.system.sizes import parse_size
 from tests.replay.real_runs import RealRun, real_run
 
 TOKENS = 24

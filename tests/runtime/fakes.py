@@ -18,10 +18,10 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.experts_module import ExpertsLayer, expert_parameter_names
-from specmoe_compile.runtime.layout import ExpertLayout
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.runtime.experts.module import ExpertsLayer, expert_parameter_names
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.ram import RamStore
 
 E, K, H, INTERMEDIATE, L = 8, 2, 32, 48, 3
 

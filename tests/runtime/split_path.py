@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.speculation import SpeculationConfig
 from tests.runtime.fakes import E, H, K, SlowStore, ram_store
 from tests.runtime.test_session import LAYERS, RECORD, make_session
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specmoe_compile.runtime.expert_store import StoreLayer
-from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.runtime.store.base import StoreLayer
 
 
 class RandomSource:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from specmoe_compile.runtime.cpu_kernels import MIN_WEIGHT_BYTES, one_token_kernel_or_none
+from specmoe_compile.runtime.cpu.kernels import MIN_WEIGHT_BYTES, one_token_kernel_or_none
 
 
 def silu_gate(hidden: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.default_vectors import DefaultVectors
+from specmoe_compile.predict.default_vectors import DefaultVectors
 
 E, K, H = 6, 2, 8
 

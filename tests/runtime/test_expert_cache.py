@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specmoe_compile.runtime.expert_cache import NOBODY, ExpertCache, belady_hits
+from specmoe_compile.runtime.cache.slot_table import NOBODY, ExpertCache, belady_hits
 
 
 def cache(slots: int = 3, experts: int = 8, **kwargs: Any) -> ExpertCache:

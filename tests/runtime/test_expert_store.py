@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.aligned import aligned_empty
-from specmoe_compile.runtime.disk_store import DiskStore
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.ram_store import RamStore
-from specmoe_compile.runtime.sizes import format_bytes, parse_size
-from specmoe_compile.runtime.store_header import record_checksum
-from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.header import record_checksum
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.store.writer import pack_records
+from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.sizes import format_bytes, parse_size
 from tests.runtime.store_helpers import RandomSource, assert_record
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from specmoe_compile.runtime import nvtx
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.system import nvtx
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
@@ -116,7 +116,7 @@ def test_both_can_be_on() -> None:
 
 def test_nsight_turns_them_on() -> None:
     pytest.importorskip("nvtx")
-    code = "from specmoe_compile.runtime import nvtx; print(nvtx.enabled())"
+    code = "from specmoe_compile.system import nvtx; print(nvtx.enabled())"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NSYS")}
     for extra, expected in (({}, "False"), ({"NSYS_PROFILING_SESSION_ID": "1"}, "True")):
         done = subprocess.run(

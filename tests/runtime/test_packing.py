@@ -14,15 +14,15 @@ import transformers
 from safetensors.torch import save_file
 
 from specmoe_compile.errors import CheckpointError, StoreError, UnsupportedModelError
-from specmoe_compile.runtime import checkpoint as checkpoint_module
-from specmoe_compile.runtime.disk_store import DiskStore
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.experts_module import expert_parameter_names, is_experts_module
-from specmoe_compile.runtime.machine import cache_folder
-from specmoe_compile.runtime.model_loader import Skeleton, load_without_experts, read_experts
-from specmoe_compile.runtime.packing import pack
-from specmoe_compile.runtime.ram_store import RamStore
-from specmoe_compile.runtime.store_writer import StoreReport
+from specmoe_compile.hf import checkpoint as checkpoint_module
+from specmoe_compile.hf.model_loader import Skeleton, load_without_experts, read_experts
+from specmoe_compile.hf.packing import pack
+from specmoe_compile.runtime.experts.module import expert_parameter_names, is_experts_module
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.store.writer import StoreReport
+from specmoe_compile.system.machine import cache_folder
 from tests.runtime import tiny_checkpoints
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.runtime.cached_residency import CachedResidency
-from specmoe_compile.runtime.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.residency import InPlaceResidency, Issued
-from specmoe_compile.runtime.speculation import OFF_STEPS, TRIAL_STEPS, PrefetchGate
-from specmoe_compile.runtime.speculation import SpeculationConfig as Config
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Issued
+from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
+from specmoe_compile.runtime.policy.speculation import OFF_STEPS, TRIAL_STEPS, PrefetchGate
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig as Config
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Read
 from tests.runtime.fakes import E, K, SlowStore, ram_store, token_batch
 from tests.runtime.split_path import predict, step

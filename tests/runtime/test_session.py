@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, StoreError, TransferError
-from specmoe_compile.runtime.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.session import Session, get_session
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.transfer.base import DONE, Read
 from tests.runtime.fakes import (
     INTERMEDIATE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
-from specmoe_compile.runtime.stats import LayerStats, Stats
+from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from tests.runtime.fakes import L, token_batch
 from tests.runtime.test_session import make_session
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specmoe_compile.runtime.step_trial import (
+from specmoe_compile.runtime.policy.step_trial import (
     BETWEEN_LOOKS,
     BLOCK_STEPS,
     COMPARED_STEPS,

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime import store_writer
-from specmoe_compile.runtime.disk_store import DiskStore
-from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.store import writer as store_writer
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.writer import pack_records
 from tests.runtime.store_helpers import RandomSource, assert_record
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def start_packing(folder: Path, body: str) -> subprocess.Popen[str]:
         import os, sys, time
         from pathlib import Path
         from tests.runtime.store_helpers import RandomSource
-        from specmoe_compile.runtime.store_writer import pack_records
+        from specmoe_compile.runtime.store.writer import pack_records
 
         class Source(RandomSource):
             def fill(self, layer, expert, record):
@@ -206,7 +206,7 @@ import os
 from pathlib import Path
 from tests.runtime.store_helpers import RandomSource
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.store.writer import pack_records
 folder = Path("{tmp_path}")
 class Source(RandomSource):
     def fill(self, layer, expert, record):
@@ -234,7 +234,7 @@ def test_a_read_only_file_system_is_a_store_error(tmp_path: Path) -> None:
 from pathlib import Path
 from tests.runtime.store_helpers import RandomSource
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.store.writer import pack_records
 for folder in (Path("{tmp_path}"), Path("{tmp_path}") / "store"):
     try:
         pack_records(RandomSource(), folder, progress=False)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 
 def launch_correct(

@@ -21,7 +21,7 @@ from specmoe_compile.kernels.common_torch import (
     form_of,
     reduce_choices,
 )
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 _NAME = "correct_experts"
 LIBRARY.define(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.reference import expert_reference
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 
 def correct_experts_reference(

@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from specmoe_compile.kernels.common import activate, apply_gate
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.config import (
     GemvConfig,
     ceil_div,
@@ -34,6 +33,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.expert_mlp.sum_choices import sum_choices
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 DOWN_FP_FUSION = False
 """The sum over K crosses lanes, and several of them hold the same sum: fused with the product by

@@ -24,7 +24,7 @@ from specmoe_compile.kernels.common_torch import (
     form_of,
     reduce_choices,
 )
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 LIBRARY.define(
     f"run_experts_decode(Tensor x, Tensor slots, Tensor weights, {BANK_SCHEMA}, {FORM_SCHEMA})"

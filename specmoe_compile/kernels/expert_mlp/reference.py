@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm, apply_gate
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_gate
 
 
 def expert_reference(x: Tensor, slot: int, bank: ExpertBank, form: ExpertForm) -> Tensor:

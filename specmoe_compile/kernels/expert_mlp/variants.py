@@ -12,7 +12,6 @@ from specmoe_compile.kernels.compile_spec import (
     Traffic,
     count_traffic,
 )
-from specmoe_compile.kernels.expert_form import ExpertForm
 from specmoe_compile.kernels.expert_mlp.config import (
     GemvConfig,
     ceil_div,
@@ -26,6 +25,7 @@ from specmoe_compile.kernels.expert_mlp.kernel import (
     gate_up_constexprs,
     gate_up_kernel,
 )
+from specmoe_compile.runtime.experts.form import ExpertForm
 
 SLOT_BYTES = 4
 TOKENS = (1, 16)

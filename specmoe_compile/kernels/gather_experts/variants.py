@@ -19,7 +19,7 @@ from specmoe_compile.kernels.gather_experts.kernel import (
     gather_experts_kernel,
 )
 from specmoe_compile.kernels.gather_experts.op import DEFAULT_PROGRAMS
-from specmoe_compile.runtime.layout import RECORD_ALIGNMENT, TENSOR_ALIGNMENT, align_up
+from specmoe_compile.runtime.experts.layout import RECORD_ALIGNMENT, TENSOR_ALIGNMENT, align_up
 
 WORD_BYTES = 4
 

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from specmoe_compile.kernels.common import activate, apply_gate
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
 from specmoe_compile.kernels.expert_mlp.config import ceil_div
 from specmoe_compile.kernels.grouped_experts.config import (
     GroupedConfig,
@@ -31,6 +30,7 @@ from specmoe_compile.kernels.grouped_experts.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.grouped_experts.plan import TilePlan
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 
 @triton.jit

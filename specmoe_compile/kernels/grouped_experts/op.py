@@ -23,7 +23,7 @@ from specmoe_compile.kernels.common_torch import (
     form_of,
 )
 from specmoe_compile.kernels.common_torch import reduce_choices as reduce_choices_torch
-from specmoe_compile.kernels.expert_form import ExpertBank, ExpertForm
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 LIBRARY.define(
     f"run_grouped_experts_(Tensor(a!) y, Tensor x, Tensor slots, {BANK_SCHEMA}, {FORM_SCHEMA})"

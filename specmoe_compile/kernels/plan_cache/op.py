@@ -16,7 +16,7 @@ from torch import Tensor
 from specmoe_compile.kernels.checks import INDEX_DTYPES, check_tensor, require_triton
 from specmoe_compile.kernels.common_torch import LIBRARY
 from specmoe_compile.kernels.plan_cache.reference import plan_cache_reference
-from specmoe_compile.runtime.expert_cache import Policy
+from specmoe_compile.runtime.cache.slot_table import Policy
 
 _NAME = "plan_cache"
 LIBRARY.define(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.expert_cache import NOBODY, CachePlan, ExpertCache, Policy
+from specmoe_compile.runtime.cache.slot_table import NOBODY, CachePlan, ExpertCache, Policy
 
 
 def plan_cache_reference(

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError, TransferError
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Request, Supply
 from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
-from specmoe_compile.runtime.expert_cache import ExpertCache
-from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.system.nvtx import layer_range
 
 GUESSES_IN_FLIGHT = 2
 """Predicted records on the link at once: one moves, the next is ready; no more, since a demanded

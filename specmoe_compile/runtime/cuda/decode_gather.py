@@ -17,12 +17,12 @@ from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES, CachePlanTensors, plan_cache
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
 from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
-from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.system.nvtx import layer_range
 
 
 class _Fetch(NamedTuple):

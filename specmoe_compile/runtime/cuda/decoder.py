@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.correct_experts.op import correct_experts
-from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.expert_mlp.op import run_resident_experts
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.parts import DecoderParts
-from specmoe_compile.runtime.stats import LayerStats
+from specmoe_compile.runtime.experts.form import ExpertBank
 
 
 class DecodeStep(NamedTuple):

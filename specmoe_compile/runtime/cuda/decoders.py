@@ -10,13 +10,13 @@ from typing import Literal
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decode_copy import CopyDecoder
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder
 from specmoe_compile.runtime.cuda.decoder import Decoder
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.rates import TransferRates
 from specmoe_compile.runtime.cuda.supply import PinnedSupply, Supply
-from specmoe_compile.runtime.stats import LayerStats
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from specmoe_compile.errors import UnsupportedModelError
-from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.streams import CudaStreams
 from specmoe_compile.runtime.cuda.supply import StagedSupply, staging_bytes
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.experts_module import ExpertsLayer
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.system.aligned import aligned_empty
 
 
 def open_device_session(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.machine import available_ram_bytes
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.machine import available_ram_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 

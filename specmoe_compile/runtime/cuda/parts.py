@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertForm, recognise_form
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.cuda.tables import DeviceCache
-from specmoe_compile.runtime.experts_module import ExpertsLayer
-from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.experts.form import ExpertForm, recognise_form
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.runtime.experts.module import ExpertsLayer
 
 Norm = Callable[[Tensor], Tensor]
 

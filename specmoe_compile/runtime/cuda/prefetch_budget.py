@@ -22,8 +22,8 @@ from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import HOLDS, LAST, MAX_AMOUNTS, STATE_WORDS
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.streams import Streams
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.runtime.store.base import ExpertStore
 
 UNTUNED_RECORDS = 1
 """Records that `gather` fetches ahead where nothing is tried: with all that are predicted, decoding

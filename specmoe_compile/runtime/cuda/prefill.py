@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_form import ExpertBank
 from specmoe_compile.kernels.grouped_experts.op import run_grouped_experts_
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Supply
+from specmoe_compile.runtime.experts.form import ExpertBank
 
 
 class PrefillBuffers:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
-from specmoe_compile.runtime.sizes import format_bytes
+from specmoe_compile.system.sizes import format_bytes
 
 _RUNS = 7
 _MOST_RECORDS = 4

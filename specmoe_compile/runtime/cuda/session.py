@@ -18,8 +18,9 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
-from specmoe_compile.predictors.predictions import Predictions
-from specmoe_compile.runtime import nvtx
+from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.cpu.memory import slots_per_layer
 from specmoe_compile.runtime.cuda.committed import Commitments, Routing
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
@@ -31,15 +32,14 @@ from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
 from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.cuda.wanted import most_wanted
-from specmoe_compile.runtime.expert_store import ExpertStore
-from specmoe_compile.runtime.experts_module import ExpertsLayer
-from specmoe_compile.runtime.memory import slots_per_layer
-from specmoe_compile.runtime.nvtx import layer_range
-from specmoe_compile.runtime.ram_store import all_records
+from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig, take_part
+from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.session import _check_store, _sessions, register_session
-from specmoe_compile.runtime.speculation import SpeculationConfig, take_part
-from specmoe_compile.runtime.speculator import PREFILL_TOKENS
-from specmoe_compile.runtime.stats import Stats
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.ram import all_records
+from specmoe_compile.system import nvtx
+from specmoe_compile.system.nvtx import layer_range
 
 
 class DeviceSession:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specmoe_compile.kernels.plan_cache.op import COUNTERS
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.tables import DeviceCache
-from specmoe_compile.runtime.stats import LayerStats
 
 
 def layer_stats(cache: DeviceCache, record_bytes: Sequence[int]) -> tuple[LayerStats, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from specmoe_compile.runtime.cuda.streams import Streams
-from specmoe_compile.runtime.expert_store import ExpertStore
+from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import DONE, Read
 from specmoe_compile.runtime.transfer.disk import DiskTransfer, raise_unless_done
 

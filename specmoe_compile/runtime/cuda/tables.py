@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, CacheTables
-from specmoe_compile.runtime.layout import ExpertLayout
+from specmoe_compile.runtime.experts.layout import ExpertLayout
 
 
 class DeviceCache:

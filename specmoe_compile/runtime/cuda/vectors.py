@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.blend_default_vectors.op import blend_default_vectors
-from specmoe_compile.runtime.default_vectors import DECODE_SAMPLES, DefaultVectors
+from specmoe_compile.predict.default_vectors import DECODE_SAMPLES, DefaultVectors
 
 
 class DeviceVectors(DefaultVectors):

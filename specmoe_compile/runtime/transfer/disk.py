@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from specmoe_compile.errors import TransferError
-from specmoe_compile.runtime.expert_store import ExpertStore
+from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import DONE, FAILED, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.read_queue import ReadQueue
 

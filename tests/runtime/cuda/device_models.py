@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.generation import attach_session
+from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.experts_module import find_experts_layers, find_top_k
-from specmoe_compile.runtime.module_source import ModuleSource
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.experts.module import find_experts_layers, find_top_k
+from specmoe_compile.runtime.store.module_source import ModuleSource
+from specmoe_compile.runtime.store.ram import RamStore
 
 
 def open_session(

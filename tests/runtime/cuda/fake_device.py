@@ -23,18 +23,18 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from specmoe_compile import backend
-from specmoe_compile.generation import attach_session, cache_argument
+from specmoe_compile.hf.attach import attach_session, cache_argument
 from specmoe_compile.ops import _IMPLEMENTATIONS
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.experts_module import (
+from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
     find_top_k,
     release_experts,
 )
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.store.ram import RamStore
 
 CUDA = torch.device("cuda", 0)
 

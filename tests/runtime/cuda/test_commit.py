@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder

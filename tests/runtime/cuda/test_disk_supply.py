@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, TransferError
-from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.cuda import opening
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.supply import LEAST_BUFFERS, StagedSupply
-from specmoe_compile.runtime.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.system.aligned import aligned_empty
 from tests.runtime.cuda.fake_cudart import FakeCudart
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel

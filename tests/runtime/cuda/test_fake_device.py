@@ -13,8 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.gpu_full_size_model import SHAPES
 from benchmarks.reference_model import CHECKPOINT_DIR
+from specmoe_compile.calibrate.layer_probe import LayerMeasure, LayerProbe
 from specmoe_compile.cli.doctor import find_compiler_or_none
-from specmoe_compile.layer_probe import LayerMeasure, LayerProbe
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.runtime.cuda import decoder

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from specmoe_compile.errors import StoreError, UnsupportedModelError
-from specmoe_compile.runtime.aligned import aligned_empty
 from specmoe_compile.runtime.cuda import opening, page_lock
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.experts_module import find_experts_layers
-from specmoe_compile.runtime.module_source import ModuleSource
-from specmoe_compile.runtime.numa import node_of_pci_device_or_none, prefer_node
-from specmoe_compile.runtime.ram_store import RamStore
+from specmoe_compile.runtime.experts.module import find_experts_layers
+from specmoe_compile.runtime.store.module_source import ModuleSource
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.numa import node_of_pci_device_or_none, prefer_node
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.fake_cudart import FakeCudart
 from tests.runtime.cuda.stream_model import StreamModel

@@ -21,8 +21,8 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.speculation import SpeculationConfig
-from specmoe_compile.runtime.step_trial import COMPARED_STEPS, WARM_STEPS
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import StoreError, TransferError
-from specmoe_compile.runtime.aligned import aligned_empty
-from specmoe_compile.runtime.disk_store import DiskStore
-from specmoe_compile.runtime.store_writer import pack_records
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.writer import pack_records
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
+from specmoe_compile.system.aligned import aligned_empty
 from tests.runtime.fakes import (
     E,
     K,

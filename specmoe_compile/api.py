@@ -1,0 +1,382 @@
+"""Loading a model with its experts offloaded: `from_pretrained` and `offload`.
+
+The experts go to an expert store (in RAM or on disk), everything else stays an ordinary Hugging
+Face model, and a `Session` ties them together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from specmoe_compile.errors import StoreError, UnsupportedModelError
+from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.hf.model_loader import (
+    Skeleton,
+    checked_dtype,
+    load_without_experts,
+)
+from specmoe_compile.hf.packing import default_store_dir
+from specmoe_compile.runtime.experts.module import (
+    ExpertsLayer,
+    find_experts_layers,
+    find_top_k,
+    release_experts,
+)
+from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.store.base import ExpertStore, RecordSource, StoreLayer
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.header import HEADER_NAME
+from specmoe_compile.runtime.store.module_source import (
+    ModuleSource,
+    expert_devices,
+    move_to_ram,
+    restore_experts,
+)
+from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.store.writer import pack_records
+from specmoe_compile.system.machine import available_ram_bytes
+from specmoe_compile.system.numa import gpu_node_or_none
+from specmoe_compile.system.sizes import format_bytes, parse_size
+
+logger = logging.getLogger(__name__)
+
+StoreKind = Literal["auto", "ram", "disk"]
+CachePolicy = Literal["lru", "lfu"]
+
+_DEFAULT_CACHE = "25%"
+_RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What both entry points take, checked."""
+
+    device: torch.device
+    store: StoreKind
+    expert_cache: int | str | None
+    store_dir: Path | None
+    cache_policy: CachePolicy
+    reader_threads: int
+    verify: bool
+    progress: bool
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
+    store: StoreKind = "auto",
+    expert_cache: int | str | None = None,
+    store_dir: str | os.PathLike[str] | None = None,
+    cache_policy: CachePolicy = "lru",
+    reader_threads: int = 4,
+    verify: bool = False,
+    progress: bool = True,
+    **hf_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a Mixture-of-Experts model with its experts offloaded.
+
+    With `store="disk"` the experts are never all in RAM, not while loading or packing either.
+
+    Args:
+        path_or_id: a local folder, or a model's name on the Hugging Face hub; safetensors.
+        device: where the model computes: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's. Experts are cast when packed.
+        store: "ram" or "disk"; "auto" is RAM if the experts fit in 60 % of what is free.
+        expert_cache: size of the expert cache in the fast tier: bytes, "2GiB", or "25%" of all
+            expert bytes. By default 25 %, or one token's experts if that is more. 0 is no cache:
+            every expert is fetched when it is used. Experts in RAM that compute on the CPU need
+            none, since they are in the fast tier already; the option has no effect then.
+        store_dir: folder of the store on disk; by default one under the user's cache folder, named
+            after the model and its weights, and used again by the next load. With experts in
+            RAM, they are read from it if it holds this model's store, and nothing is written.
+        cache_policy: "lru" or "lfu".
+        reader_threads: threads that read from disk.
+        verify: compare all checksums of a store on disk before using it, not only on reading.
+        progress: show a progress bar.
+        hf_kwargs: options of the Hugging Face loader (`revision`, `cache_dir`, `token`,
+            `local_files_only`, `trust_remote_code`, `attn_implementation`, ...) and fields of the
+            model's configuration.
+
+    Returns:
+        the model in eval mode, frozen, ready for `generate` and `torch.compile`.
+
+    Raises:
+        ValueError, TypeError: an option is unknown or not valid, or the cache is too small.
+        CheckpointError: files are missing or damaged.
+        StoreError: the store cannot be written, or holds something else.
+        UnsupportedModelError: the model has no experts that can be offloaded.
+    """
+    options = _checked(
+        device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
+    )
+    placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
+
+    def place_experts(skeleton: Skeleton) -> None:
+        cache_bytes: int | None = _cache_bytes(options, skeleton.source.layers, skeleton.top_k)
+        kind = _store_kind(options, _total_bytes(skeleton.source.layers))
+        if kind == "ram" and options.device.type == "cpu":
+            cache_bytes = None
+        placed.append((skeleton, _fill_store(skeleton.source, kind, options), cache_bytes))
+
+    try:
+        model = load_without_experts(
+            path_or_id,
+            dtype=checked_dtype(dtype),
+            device=options.device,
+            hf_options=hf_kwargs,
+            place_experts=place_experts,
+        )
+        _to_device(model, options.device)
+        skeleton, expert_store, cache_bytes = placed[0]
+        _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
+    except BaseException:
+        for _, opened, _ in placed:
+            opened.close()
+        raise
+    return model
+
+
+def offload(
+    model: PreTrainedModel,
+    *,
+    device: str | torch.device = "auto",
+    store: StoreKind = "auto",
+    expert_cache: int | str | None = None,
+    store_dir: str | os.PathLike[str] | None = None,
+    cache_policy: CachePolicy = "lru",
+    reader_threads: int = 4,
+    verify: bool = False,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Offload the experts of a model that is already loaded, in place.
+
+    With `store="ram"` each layer's parameters are freed as they are copied; with `store="disk"` all
+    at the end, so that a full disk loses nothing. "auto" counts the memory of the parameters, which
+    is given back, as free. Arguments, result and errors are those of `from_pretrained`.
+    """
+    options = _checked(
+        device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
+    )
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise UnsupportedModelError(
+            f"The model is spread over {', '.join(sorted(places))} by device_map; load it with "
+            "specmoe_compile.from_pretrained instead."
+        )
+    layers = find_experts_layers(model)
+    for layer in layers:
+        if any(getattr(layer.module, spec.name).is_meta for spec in layer.layout.tensors):
+            raise UnsupportedModelError(
+                f"The experts of {layer.name} are not in memory (device_map put them on disk); "
+                "load the model with specmoe_compile.from_pretrained instead."
+            )
+    top_k = find_top_k(model, layers)
+    source = ModuleSource(layers, name=type(model).__name__, top_k=top_k)
+    cache_bytes: int | None = _cache_bytes(options, source.layers, top_k)
+    total_bytes = _total_bytes(source.layers)
+    in_ram = total_bytes if all(source.on_cpu) else 0
+    kind = _store_kind(options, total_bytes, freed_bytes=in_ram)
+    devices = expert_devices(layers)
+    expert_store: ExpertStore
+    if kind == "ram":
+        cache_bytes = None if options.device.type == "cpu" else cache_bytes
+        expert_store = move_to_ram(source, layers, options.device, progress=options.progress)
+    else:
+        expert_store = _fill_store(source, kind, options)
+        for layer in layers:
+            release_experts(layer, options.device)
+    try:
+        _to_device(model, options.device)
+        _attach(model, layers, expert_store, cache_bytes, top_k, options)
+    except BaseException:
+        with contextlib.closing(expert_store):
+            restore_experts(layers, expert_store, devices)
+        raise
+    return model
+
+
+def _to_device(model: torch.nn.Module, device: torch.device) -> None:
+    model.to(device)
+
+
+def _attach(
+    model: PreTrainedModel,
+    layers: Sequence[ExpertsLayer],
+    store: ExpertStore,
+    cache_bytes: int | None,
+    top_k: int,
+    options: _Options,
+) -> None:
+    """Create the session that owns the store, and tie it to the model."""
+    if options.device.type == "cuda":
+        from specmoe_compile.runtime.cuda.opening import open_device_session
+
+        assert cache_bytes is not None, "only experts that stay on the CPU need no cache"
+        on_device = open_device_session(
+            model,
+            layers,
+            store,
+            expert_cache_bytes=cache_bytes,
+            cache_policy=options.cache_policy,
+            top_k=top_k,
+            reader_threads=options.reader_threads,
+        )
+        attach_session(model, cast(Session, on_device))  # answers the same calls
+        return
+    session = Session(
+        layers,
+        store,
+        device=options.device,
+        expert_cache_bytes=cache_bytes,
+        cache_policy=options.cache_policy,
+        reader_threads=options.reader_threads,
+        top_k=top_k,
+    )
+    attach_session(model, session)
+
+
+def _fill_store(
+    source: RecordSource, kind: Literal["ram", "disk"], options: _Options
+) -> ExpertStore:
+    """Open or make the store of a model's experts.
+
+    With `kind="ram"` a folder that the caller named is read if it holds this store, never written.
+    """
+    if kind == "disk":
+        folder = options.store_dir or default_store_dir(source)
+        # A folder of our own naming may be packed anew; one that the caller named is theirs.
+        pack_records(source, folder, progress=options.progress, replace=options.store_dir is None)
+        return DiskStore.open(
+            folder, expected_fingerprint=source.fingerprint, verify=options.verify
+        )
+    _check_ram(_total_bytes(source.layers))
+    node = gpu_node_or_none(options.device)
+    if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
+        packed = DiskStore.open(
+            options.store_dir, expected_fingerprint=source.fingerprint, verify=options.verify
+        )
+        with contextlib.closing(packed):
+            return RamStore.from_store(packed, progress=options.progress, numa_node=node)
+    return RamStore.from_source(source, progress=options.progress, numa_node=node)
+
+
+def _check_ram(total_bytes: int) -> None:
+    available = available_ram_bytes()
+    if total_bytes > available:
+        raise StoreError(
+            f"The experts need {format_bytes(total_bytes)} of RAM, {format_bytes(available)} are "
+            "free. Use store='disk'."
+        )
+
+
+def _store_kind(
+    options: _Options, total_bytes: int, *, freed_bytes: int = 0
+) -> Literal["ram", "disk"]:
+    """Choose the slow tier; "auto" says which one it took."""
+    if options.store != "auto":
+        return options.store
+    available = available_ram_bytes() + freed_bytes
+    kind: Literal["ram", "disk"] = "ram" if total_bytes <= _RAM_SHARE * available else "disk"
+    logger.info(
+        "store='auto' puts %s of experts on %s: %s of RAM are free.",
+        format_bytes(total_bytes),
+        kind,
+        format_bytes(available),
+    )
+    return kind
+
+
+def _total_bytes(layers: Sequence[StoreLayer]) -> int:
+    return sum(layer.total_bytes for layer in layers)
+
+
+def _cache_bytes(options: _Options, layers: Sequence[StoreLayer], top_k: int) -> int:
+    """Return the expert cache's size; raises `ValueError` if one token's experts do not fit."""
+    total_bytes = _total_bytes(layers)
+    # A session gives every layer the same number of slots, or as many as it has experts.
+    slot_bytes = sum(layer.layout.record_bytes for layer in layers)
+    needed = min(top_k, max(layer.num_experts for layer in layers)) * slot_bytes
+    if options.expert_cache is None:
+        return max(needed, parse_size(_DEFAULT_CACHE, total_bytes=total_bytes))
+    size_bytes = parse_size(options.expert_cache, total_bytes=total_bytes)
+    if size_bytes == 0:
+        return 0
+    if size_bytes >= total_bytes:
+        return max(layer.num_experts for layer in layers) * slot_bytes
+    if size_bytes < needed:
+        percent = math.ceil(1000 * needed / total_bytes) / 10
+        raise ValueError(
+            f"expert_cache={options.expert_cache!r} is {format_bytes(size_bytes)}, but one token "
+            f"uses {top_k} experts in each of {len(layers)} layers, {format_bytes(needed)} in all. "
+            f"Give at least {needed} bytes ({percent}% of the experts)."
+        )
+    return size_bytes
+
+
+def _checked(
+    device: str | torch.device,
+    store: str,
+    expert_cache: int | str | None,
+    store_dir: str | os.PathLike[str] | None,
+    cache_policy: str,
+    reader_threads: int,
+    verify: bool,
+    progress: bool,
+) -> _Options:
+    """Check the options that need no model; raises `ValueError` or `TypeError`."""
+    for name, value, kinds in (
+        ("store", store, get_args(StoreKind)),
+        ("cache_policy", cache_policy, get_args(CachePolicy)),
+    ):
+        if value not in kinds:
+            raise ValueError(
+                f"{name}={value!r} is not valid: choose {', '.join(map(repr, kinds))}."
+            )
+    if isinstance(reader_threads, bool) or not isinstance(reader_threads, int):
+        raise TypeError(f"reader_threads={reader_threads!r} must be an int.")
+    if reader_threads < 1:
+        raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
+    if expert_cache is not None:
+        parse_size(expert_cache, total_bytes=1 << 40)
+    return _Options(
+        device=_checked_device(device),
+        store=store,  # type: ignore[arg-type]
+        expert_cache=expert_cache,
+        store_dir=None if store_dir is None else Path(store_dir).expanduser(),
+        cache_policy=cache_policy,  # type: ignore[arg-type]
+        reader_threads=reader_threads,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    """Resolve "auto" and check that the device is there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not a device: give 'auto', 'cpu' or 'cuda'."
+        ) from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not supported: give 'auto', 'cpu' or 'cuda'.")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} is not possible: PyTorch sees no CUDA device here. Use "
+            "device='cpu'."
+        )
+    return resolved

@@ -1,0 +1,181 @@
+"""The ways of running a model that `specmoe bench` compares.
+
+Each arm loads the same checkpoint in its own way and hands back a model whose `generate` is then
+timed. Arms without specmoe run Hugging Face as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specmoe_compile.bench.arm import Arm, LoadedArm
+from specmoe_compile.bench.hf_arms import (
+    device_of,
+    load_accelerate,
+    load_accelerate_auto,
+    load_accelerate_cpu,
+    load_eager,
+    load_eager_loop,
+    load_mmap,
+)
+from specmoe_compile.bench.llama_cpp_arm import load_llama_cpp
+from specmoe_compile.bench.records import ArmJob
+from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
+
+_NO_PREFETCH: Mapping[str, Any] = {"prefetch": False}
+
+
+def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) -> LoadedArm:
+    import torch
+
+    import specmoe_compile
+
+    # options that are not valid should fail before minutes of loading
+    options = {**(arm.options or {}), **job.options}
+    specmoe_compile.CompileOptions.from_kwargs(options)
+    inner = specmoe_compile.from_pretrained(
+        job.model,
+        device=job.device,
+        dtype=job.dtype,
+        store=job.store or store,  # type: ignore[arg-type]
+        expert_cache=expert_cache,
+        store_dir=job.store_dir,
+        progress=False,
+    )
+    stats = specmoe_compile.stats(inner)
+    options = with_cuda_graphs(
+        options, device=inner.device, store=stats.store, kv_cache=job.kv_cache
+    )
+    model: Any = torch.compile(inner, backend="specmoe", options=options)
+    kept = stats.store_bytes if expert_cache == "100%" else stats.fast_tier_bytes
+    return LoadedArm(
+        model=model,
+        inner=inner,
+        fast_tier_bytes=kept,
+        read_stats=lambda: specmoe_compile.stats(inner),
+        notes=[f"store on {stats.store}, {stats.store_bytes} bytes; options {options}"],
+    )
+
+
+def _load_on_demand(job: ArmJob, arm: Arm) -> LoadedArm:
+    loaded = _load_specmoe(job, arm, 0, "disk" if device_of(job) == "cpu" else "ram")
+    loaded.notes.append("no expert cache: every expert is fetched for every token")
+    return loaded
+
+
+def _load_cache(job: ArmJob, arm: Arm) -> LoadedArm:
+    return _load_specmoe(job, arm, job.expert_cache, "disk" if device_of(job) == "cpu" else "ram")
+
+
+def _load_resident(job: ArmJob, arm: Arm) -> LoadedArm:
+    return _load_specmoe(job, arm, "100%", "ram")
+
+
+ARMS: Mapping[str, Arm] = {
+    "eager": Arm(
+        summary="Hugging Face, unmodified, all experts in memory: the reference for tokens",
+        policy=None,
+        capped=False,
+        load=load_eager,
+    ),
+    "eager_loop": Arm(
+        summary="the same with the loop over experts: how far another order of sums goes",
+        policy=None,
+        capped=False,
+        load=load_eager_loop,
+    ),
+    "accelerate": Arm(
+        summary="Hugging Face device_map disk offload, untouched, every decoder layer on disk",
+        policy=None,
+        capped=True,
+        load=load_accelerate,
+    ),
+    "accelerate_auto": Arm(
+        summary="the same with device_map='auto' and as much memory as the expert cache",
+        policy=None,
+        capped=True,
+        load=load_accelerate_auto,
+    ),
+    "accelerate_cpu": Arm(
+        summary="Hugging Face device_map CPU offload: every decoder layer in RAM",
+        policy=None,
+        capped=False,
+        load=load_accelerate_cpu,
+    ),
+    "mmap": Arm(
+        summary="Hugging Face, unmodified, parameters mapped from a file: the page cache caches",
+        policy=None,
+        capped=True,
+        load=load_mmap,
+    ),
+    "llama_cpp": Arm(
+        summary="llama.cpp through llama-cpp-python, mapped from a GGUF of the same weights",
+        policy=None,
+        capped=True,
+        load=load_llama_cpp,
+        uses_torch=False,
+    ),
+    "on_demand": Arm(
+        summary="specmoe without an expert cache: every expert is fetched when it is needed",
+        policy="exact",
+        capped=True,
+        load=_load_on_demand,
+        options=_NO_PREFETCH,
+    ),
+    "cache": Arm(
+        summary="specmoe with an expert cache (--expert-cache), no speculation",
+        policy="exact",
+        capped=True,
+        load=_load_cache,
+        options=_NO_PREFETCH,
+    ),
+    "prefetch": Arm(
+        summary="on_demand and prefetch: no cache beyond the buffers of two layers",
+        policy="exact",
+        capped=True,
+        load=_load_on_demand,
+        options={},
+    ),
+    "specmoe": Arm(
+        summary="specmoe as it comes: expert cache and prefetch, exact",
+        policy="exact",
+        capped=True,
+        load=_load_cache,
+        options={},
+    ),
+    "default_vector": Arm(
+        summary="the same; a light expert that is missing gets its default vector (approximate)",
+        policy="default_vector",
+        capped=True,
+        load=_load_cache,
+        options={"policy": "default_vector"},
+    ),
+    "commit": Arm(
+        summary="the same; predicted experts are executed, never corrected (approximate)",
+        policy="commit",
+        capped=True,
+        load=_load_cache,
+        options={"policy": "commit"},
+    ),
+    "resident": Arm(
+        summary="specmoe with all experts in memory",
+        policy="exact",
+        capped=False,
+        load=_load_resident,
+        options=_NO_PREFETCH,
+    ),
+}
+
+
+def checked_arms(names: str) -> list[str]:
+    """Split a comma-separated list of arms; raises `ValueError` naming the valid ones."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"--arms names no arm: choose from {', '.join(ARMS)}.")
+    for name in wanted:
+        if name not in ARMS:
+            raise ValueError(f"There is no arm {name!r}: choose from {', '.join(ARMS)}.")
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"--arms={names!r} names an arm twice.")
+    return wanted

@@ -1,0 +1,1 @@
+"""Learning default vectors, probing layers, and what a policy costs in output."""

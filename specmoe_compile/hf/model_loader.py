@@ -1,0 +1,379 @@
+"""Loading a model with the Hugging Face loader, but without its experts.
+
+transformers builds the model on the meta device, resolves the checkpoint's files, and then calls
+one static method, `_load_pretrained_model`, to read the weights. We load through a subclass that
+has another one: it takes the experts' tensors out, hands them over as records, leaves empty
+parameters in their place and lets the original method read the rest. Everything else (download,
+configuration, conversion, tied weights, data types, generation settings) is the loader's own. The
+model gets its real class back afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from specmoe_compile.errors import CheckpointError, SpecMoEError, UnsupportedModelError
+from specmoe_compile.hf.checkpoint import Checkpoint, check_checkpoint_folder
+from specmoe_compile.hf.conversion import CheckpointSource, assign_checkpoint_keys
+from specmoe_compile.runtime.experts.module import (
+    ExpertsLayer,
+    expert_parameter_names,
+    find_experts_layers,
+    find_top_k,
+    is_experts_module,
+    release_experts,
+)
+
+logger = logging.getLogger(__name__)
+
+# What callers may add, for the message about an unknown option.
+_OWN_OPTIONS = (
+    "device",
+    "dtype",
+    "store",
+    "expert_cache",
+    "store_dir",
+    "cache_policy",
+    "reader_threads",
+    "verify",
+    "progress",
+)
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+_LOADER_OPTIONS = (
+    "attn_implementation",
+    "code_revision",
+    "config",
+    "generation_config",
+    "key_mapping",
+    "trust_remote_code",
+    "variant",
+)
+_REFUSED_OPTIONS = {
+    "device_map": "use device=",
+    "max_memory": "use expert_cache=",
+    "offload_folder": "use store_dir=",
+    "torch_dtype": "use dtype=",
+    "quantization_config": "specmoe loads experts in float32, bfloat16 or float16",
+    "experts_implementation": "an offloaded model runs specmoe's own",
+    "state_dict": "load the model with transformers and use specmoe_compile.offload",
+    "gguf_file": "specmoe reads safetensors",
+    "distributed_config": "specmoe runs on one device",
+    "tp_plan": "specmoe runs on one device",
+    "tp_size": "specmoe runs on one device",
+}
+# Block formats that transformers unpacks while it loads, expert by expert.
+_DEQUANTISED_METHODS = ("mxfp4", "fp8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A model whose parameters are still on the meta device, and the records of its experts."""
+
+    model: PreTrainedModel
+    layers: list[ExpertsLayer]
+    source: CheckpointSource
+    top_k: int
+
+
+class _Finished(Exception):
+    """Ends loading once the experts are placed, for those who want nothing else."""
+
+
+def load_without_experts(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    hf_options: Mapping[str, Any],
+    place_experts: Callable[[Skeleton], None],
+) -> PreTrainedModel:
+    """Load a model; its experts go to `place_experts`, and its modules get empty parameters.
+
+    Args:
+        path_or_id: a local folder, or a model's name on the Hugging Face hub.
+        dtype: a torch dtype, or "auto" for the checkpoint's.
+        device: where the parameters that are not experts go.
+        hf_options: options of the Hugging Face loader, and fields of the configuration.
+        place_experts: called once, before any weight is read.
+
+    Raises:
+        CheckpointError: files are missing, truncated, or do not fit the configuration.
+        UnsupportedModelError: the model is not a MoE that can be offloaded.
+        ValueError: an unknown option.
+    """
+    options = _checked_options(hf_options)
+    if str(path_or_id).startswith("~"):
+        path_or_id = Path(path_or_id).expanduser()
+    _check_local_folder(path_or_id, options)
+    hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    config = _load_config(path_or_id, options, hub_options)
+    _dequantise(config)
+    model_class = _model_class(path_or_id, config, options, hub_options)
+    called: list[bool] = []
+
+    def load_weights(
+        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        called.append(True)
+        if not files:
+            raise CheckpointError(f"{path_or_id} has no safetensors weights.")
+        with Checkpoint(files) as checkpoint:
+            resident, experts = _take_experts(
+                model, checkpoint, load_config, str(path_or_id), device, place_experts
+            )
+            # Weights go straight to the device; the loader's own option would need accelerate.
+            load_config = dataclasses.replace(load_config, device_map={"": device})
+            read = super(loader_class, loader_class)._load_pretrained_model
+            info, index = read(model, resident, None, load_config, *args)
+        info.missing_keys -= experts
+        return info, index
+
+    loader_class: Any = type(
+        model_class.__name__,
+        (model_class,),
+        {
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "_load_pretrained_model": staticmethod(load_weights),
+        },
+    )
+    loader_options = {name: options[name] for name in _LOADER_OPTIONS if name in options}
+    loader_options.pop("code_revision", None)
+    try:
+        model: PreTrainedModel = loader_class.from_pretrained(
+            path_or_id,
+            **{**loader_options, **hub_options, "config": config},
+            dtype=dtype,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise _hub_error(path_or_id, error) from error
+    if not called:
+        raise SpecMoEError(
+            f"transformers {transformers.__version__} did not load the weights of {path_or_id} in "
+            "the way that specmoe knows; use a version from 5.17 on."
+        )
+    model.__class__ = model_class
+    return model
+
+
+def read_experts(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str,
+    hf_options: Mapping[str, Any],
+    place_experts: Callable[[Skeleton], None],
+) -> None:
+    """Hand a checkpoint's experts to `place_experts`, and load nothing else. Raises as loading."""
+
+    def place_and_stop(skeleton: Skeleton) -> None:
+        place_experts(skeleton)
+        raise _Finished
+
+    try:
+        load_without_experts(
+            path_or_id,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            hf_options=hf_options,
+            place_experts=place_and_stop,
+        )
+    except _Finished:
+        return
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """Return a torch dtype, or "auto"; raises `ValueError` for what experts cannot be kept in."""
+    if dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"dtype={dtype!r} is not valid: give 'auto', 'float32', 'bfloat16' or 'float16'."
+        )
+    return found
+
+
+def _take_experts(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    load_config: Any,
+    name: str,
+    device: torch.device,
+    place_experts: Callable[[Skeleton], None],
+) -> tuple[dict[str, Any], set[str]]:
+    """Place the experts and empty their parameters.
+
+    Returns:
+        the checkpoint's other tensors, not read yet; the names of the experts' parameters.
+    """
+    _apply_dtype_plan(model, load_config.dtype_plan or {})
+    layers = find_experts_layers(model)
+    top_k = find_top_k(model, layers)
+    assignment = assign_checkpoint_keys(
+        model, list(checkpoint.tensors), load_config.weight_mapping or [], layers
+    )
+    source = CheckpointSource(model, checkpoint, layers, assignment.recipes, top_k=top_k, name=name)
+    place_experts(Skeleton(model=model, layers=layers, source=source, top_k=top_k))
+    for layer in layers:
+        release_experts(layer, device)
+    names = {f"{layer.name}.{spec.name}" for layer in layers for spec in layer.layout.tensors}
+    return {key: checkpoint.tensors[key] for key in assignment.resident_keys}, names
+
+
+def _apply_dtype_plan(model: PreTrainedModel, plan: Mapping[str, torch.dtype]) -> None:
+    """Give experts the dtype that the loader would keep them in (some models keep float32)."""
+    for name, module in model.named_modules():
+        if not is_experts_module(module):
+            continue
+        for parameter_name in expert_parameter_names(module):
+            full_name = f"{name}.{parameter_name}"
+            for pattern, dtype in plan.items():
+                if re.search(pattern.replace("*", ".*"), full_name):
+                    parameter = getattr(module, parameter_name)
+                    kept = torch.nn.Parameter(parameter.to(dtype), requires_grad=False)
+                    module.register_parameter(parameter_name, kept)
+
+
+def _checked_options(hf_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse options that would work against offloading; raises `ValueError`."""
+    for name, instead in _REFUSED_OPTIONS.items():
+        if hf_options.get(name) is not None:
+            raise ValueError(f"{name} cannot be combined with offloading: {instead}.")
+    if hf_options.get("use_safetensors", True) is False:
+        raise ValueError("use_safetensors=False is not possible: specmoe reads safetensors only.")
+    return {name: value for name, value in hf_options.items() if name != "use_safetensors"}
+
+
+def _check_local_folder(path_or_id: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Check a local folder first: its problems get a clearer message here than further down."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        check_checkpoint_folder(folder / options.get("subfolder", ""), options.get("variant"))
+    elif folder.exists():
+        raise CheckpointError(
+            f"{folder} is a file; give the model's folder or its name on the hub."
+        )
+    elif folder.is_absolute() or str(path_or_id).startswith(".") or len(folder.parts) > 2:
+        raise CheckpointError(f"There is no model folder {folder}.")
+
+
+def _load_config(
+    path_or_id: str | os.PathLike[str], options: Mapping[str, Any], hub_options: dict[str, Any]
+) -> Any:
+    """Load the configuration with the caller's changes; raises `ValueError` for an unknown one."""
+    changes = {
+        name: value
+        for name, value in options.items()
+        if name not in _HUB_OPTIONS and name not in _LOADER_OPTIONS
+    }
+    config = options.get("config")
+    unknown: Mapping[str, Any] = changes
+    if not isinstance(config, transformers.PretrainedConfig):
+        try:
+            config, unknown = AutoConfig.from_pretrained(
+                config or path_or_id,
+                return_unused_kwargs=True,
+                trust_remote_code=options.get("trust_remote_code", False),
+                **hub_options,
+                **changes,
+            )
+        except OSError as error:
+            raise _hub_error(path_or_id, error) from error
+        except ValueError as error:
+            if "does not recognize this architecture" not in str(error):
+                raise
+            raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
+    for name in unknown:
+        if name in hub_options:
+            continue
+        valid = [*_OWN_OPTIONS, *_HUB_OPTIONS, *_LOADER_OPTIONS]
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"Unknown option {name!r}.{hint} Valid are {', '.join(valid)}, and the fields of "
+            f"{type(config).__name__}."
+        )
+    return config
+
+
+def _dequantise(config: Any) -> None:
+    """Ask the loader to unpack quantised weights; raises `UnsupportedModelError` if it cannot."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    as_dict = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method")))
+    if method not in _DEQUANTISED_METHODS:
+        raise UnsupportedModelError(
+            f"The checkpoint is quantised with {method}; specmoe loads unquantised checkpoints and "
+            f"those quantised with {' or '.join(_DEQUANTISED_METHODS)}, which it unpacks."
+        )
+    config.quantization_config = {**as_dict, "quant_method": method, "dequantize": True}
+
+
+def _model_class(
+    path_or_id: str | os.PathLike[str],
+    config: Any,
+    options: Mapping[str, Any],
+    hub_options: Mapping[str, Any],
+) -> type[PreTrainedModel]:
+    """Return the class to load: the checkpoint's own if it can generate, else the usual one.
+
+    Raises:
+        UnsupportedModelError: transformers has no generating model for this configuration.
+    """
+    remote = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if remote and options.get("trust_remote_code", False):
+        code_options = {k: v for k, v in options.items() if k == "code_revision"}
+        remote_class: type[PreTrainedModel] = get_class_from_dynamic_module(
+            remote, path_or_id, **code_options, **hub_options
+        )
+        return remote_class
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
+            return named
+    for auto_class in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+    ):
+        if type(config) in auto_class._model_mapping:
+            found: Any = auto_class._model_mapping[type(config)]
+            first: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
+            return first
+    raise UnsupportedModelError(
+        f"transformers has no text-generating model for {type(config).__name__}."
+    )
+
+
+def _hub_error(path_or_id: str | os.PathLike[str], error: OSError) -> CheckpointError:
+    what = "" if Path(path_or_id).exists() else " is no local folder, and"
+    return CheckpointError(f"{path_or_id}{what} cannot be loaded: {_first_sentence(error)}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message of transformers, which often give whole lectures."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".") + "."

@@ -1,0 +1,70 @@
+"""Packing a checkpoint: from its folder or hub name to an expert store on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specmoe_compile.runtime.store.base import RecordSource
+from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.writer import StoreReport, pack_records
+from specmoe_compile.system.machine import cache_folder
+
+__all__ = ["StoreReport", "default_store_dir", "pack"]
+
+
+def pack(
+    path_or_id: str | os.PathLike[str],
+    store_dir: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    progress: bool = True,
+    verify: bool = False,
+    **hf_kwargs: Any,
+) -> StoreReport:
+    """Write a checkpoint's experts into a store on disk, which `from_pretrained` then uses.
+
+    Args:
+        path_or_id: a local folder, or a model's name on the Hugging Face hub; safetensors.
+        store_dir: the folder to write; by default the one that `from_pretrained` looks for.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's.
+        progress: show a progress bar.
+        verify: read the store back afterwards and compare all checksums.
+        hf_kwargs: as for `from_pretrained`.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ValueError: as `from_pretrained`.
+        StoreError: the folder cannot be written or holds another store, or the disk is full.
+    """
+    # transformers takes a second to import; who opens a store does not need it.
+    from specmoe_compile.hf.model_loader import Skeleton, checked_dtype, read_experts
+
+    reports: list[StoreReport] = []
+
+    def place_experts(skeleton: Skeleton) -> None:
+        source = skeleton.source
+        folder = default_store_dir(source) if store_dir is None else Path(store_dir).expanduser()
+        reports.append(pack_records(source, folder, progress=progress, replace=store_dir is None))
+
+    read_experts(
+        path_or_id,
+        dtype=checked_dtype(dtype),
+        hf_options=hf_kwargs,
+        place_experts=place_experts,
+    )
+    if verify:
+        with contextlib.closing(DiskStore.open(reports[0].path)) as store:
+            store.verify(progress=progress)
+    return reports[0]
+
+
+def default_store_dir(source: RecordSource) -> Path:
+    """Return where a model's store lies unless the caller says: named after model and weights."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", source.name.strip("/").rpartition("/")[2]) or "model"
+    dtype = str(source.layers[0].layout.tensors[0].dtype).removeprefix("torch.")
+    return cache_folder() / f"{name}-{dtype}-{source.fingerprint[:12]}"

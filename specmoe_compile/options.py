@@ -1,0 +1,217 @@
+"""Options of `torch.compile(model, backend="specmoe", options={...})`.
+
+Every option is one field of `CompileOptions`; an unknown name is an error listing the valid ones.
+Environment variables are read here and nowhere else:
+
+- `SPECMOE_STRICT=1`: the default of `strict` (the test-suite runs with it).
+- `NSYS_PROFILING_SESSION_ID`, `NVTX_INJECTION64_PATH`: set by Nsight in what it profiles; NVTX
+  ranges are on then.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from specmoe_compile.predict.registry import AUTO, PREDICTORS
+
+Policy = Literal["exact", "default_vector", "commit"]
+CommitWeights = Literal["predicted", "true"]
+Lowering = Literal["inductor", "eager"]
+Mode = Literal["default", "reduce-overhead"]
+TransferKind = Literal["auto", "copy", "gather"]
+
+_POLICIES = ("exact", "default_vector", "commit")
+_COMMIT_WEIGHTS = ("predicted", "true")
+_LOWERINGS = ("inductor", "eager")
+_MODES = ("default", "reduce-overhead")
+_TRANSFERS = ("auto", "copy", "gather")
+# torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
+_MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
+
+
+def _strict_default() -> bool:
+    return os.environ.get("SPECMOE_STRICT", "0") == "1"
+
+
+def nsight_attached() -> bool:
+    """Whether this process was started under a profiler that reads NVTX ranges."""
+    names = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
+    return any(os.environ.get(name) for name in names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions:
+    """How a graph is rewritten, lowered and run.
+
+    Fields marked "graph" change the compiled code and are part of the FX graph cache's key.
+    """
+
+    prefetch: bool = True
+    """graph: speculate on the next layer's experts (offloaded models only)."""
+    policy: Policy = "exact"
+    """graph: what a miss gets; `exact` keeps the model's tokens, the others approximate."""
+    default_vector_threshold: float = 0.1
+    """router weight (0..1) below which a miss gets its default vector, policy `default_vector`."""
+    commit_weights: CommitWeights = "predicted"
+    """router weights of policy `commit`: the predicted ones, or the true ones renormalised."""
+    skip_layers: Literal["auto"] | tuple[int, ...] = ()
+    """graph: MoE layers (ordinals) that never speculate; `auto` chooses by measured recall."""
+    predictor: str = AUTO
+    """graph: what predicts experts, a name of `predictors.registry.PREDICTORS`; `auto` is `hybrid`
+    where `default_vectors` names a file with trained networks, else `default_vectors`."""
+    lookahead: int = 1
+    """graph: how many MoE layers ahead the lookahead router predicts (>= 1)."""
+    prefetch_width: int | None = None
+    """experts predicted per token; None is the model's top-k."""
+    prefetch_budget_bytes: int | None = None
+    """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` what `auto_off`
+    finds, and one expert without it."""
+    auto_off: bool = True
+    """fetch ahead only what pays, by measurement: on the CPU it turns layers, unsure guesses and
+    all of it off; on a GPU it chooses how many experts with `transfer="gather"`, and all or none
+    with `copy`."""
+    default_vectors: str | None = None
+    """path of a `specmoe calibrate` artefact; None learns default vectors online."""
+    control: bool = False
+    """graph: feed the lookahead with the true router input; recall must then read 100 %."""
+    mode: Mode = "default"
+    """graph: `reduce-overhead` captures the decode step as a CUDA graph."""
+    transfer: TransferKind = "auto"
+    """how a GPU gets the experts of a decode step: `copy` by the copy engine, with ids that the
+    host reads; `gather` by the GPU itself, the only one that CUDA graphs can hold; `auto` measures
+    both once and takes the faster, or `gather` with CUDA graphs. `auto` alone on the CPU."""
+    lowering: Lowering = "inductor"
+    """graph: `eager` runs the rewritten graph node by node, for debugging."""
+    strict: bool = field(default_factory=_strict_default)
+    """raise where specmoe would fall back to the untouched graph."""
+    nvtx: bool = False
+    """annotate layers and phases with NVTX ranges; on by itself under Nsight."""
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, _POLICIES)
+        _check_choice("commit_weights", self.commit_weights, _COMMIT_WEIGHTS)
+        _check_choice("lowering", self.lowering, _LOWERINGS)
+        _check_choice("mode", self.mode, _MODES)
+        _check_choice("transfer", self.transfer, _TRANSFERS)
+        _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
+        for name in ("prefetch", "auto_off", "control", "strict", "nvtx"):
+            _check_type(name, getattr(self, name), bool)
+        _check_number(
+            "default_vector_threshold", self.default_vector_threshold, minimum=0.0, maximum=1.0
+        )
+        _check_integer("lookahead", self.lookahead, minimum=1)
+        if self.prefetch_width is not None:
+            _check_integer("prefetch_width", self.prefetch_width, minimum=1)
+        if self.prefetch_budget_bytes is not None:
+            _check_integer("prefetch_budget_bytes", self.prefetch_budget_bytes, minimum=0)
+        if self.skip_layers != "auto":
+            layers = self.skip_layers
+            if isinstance(layers, str) or not all(isinstance(i, int) and i >= 0 for i in layers):
+                raise ValueError(
+                    f"option skip_layers={layers!r} is not valid: give 'auto' or MoE layer numbers"
+                    " (0 is the first MoE layer)"
+                )
+        if self.default_vectors is not None:
+            _check_type("default_vectors", self.default_vectors, str)
+        if self.transfer == "copy" and self.mode == "reduce-overhead":
+            raise ValueError(
+                "option transfer='copy' reads expert ids on the host, which the CUDA graphs of"
+                " mode='reduce-overhead' cannot hold: use transfer='gather' or another mode"
+            )
+        self._check_predictor()
+        if self.policy != "exact" and not self.prefetch:
+            raise ValueError(
+                f"option policy={self.policy!r} needs prefetch=True: without a prediction there is"
+                " nothing to commit to or to leave out; drop prefetch=False or use policy='exact'"
+            )
+
+    def _check_predictor(self) -> None:
+        if self.predictor == AUTO:
+            return
+        predictor = PREDICTORS[self.predictor]
+        if predictor.needs_networks and self.default_vectors is None:
+            raise ValueError(
+                f"option predictor={self.predictor!r} needs default_vectors=FILE, a file of"
+                " `specmoe calibrate --train-estimator`: trained networks come from there"
+            )
+        if predictor.needs_networks and self.lookahead != 1:
+            raise ValueError(
+                f"option predictor={self.predictor!r} is trained for the next layer and needs"
+                f" lookahead=1, got {self.lookahead}"
+            )
+        if predictor.source == "history" and self.policy == "commit":
+            raise ValueError(
+                f"option predictor={self.predictor!r} predicts no router weights, which"
+                " policy='commit' executes: use another predictor or policy"
+            )
+
+    @classmethod
+    def from_kwargs(
+        cls, options: Mapping[str, Any] | None = None, mode: str | None = None
+    ) -> CompileOptions:
+        """Build options from what `torch.compile` passes on.
+
+        Raises:
+            ValueError: an unknown option or a value that is not valid.
+        """
+        given = dict(options or {})
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"unknown specmoe option {name!r}{hint} Valid options: {', '.join(names)}"
+                )
+        if mode is not None:
+            given.setdefault("mode", _MODE_ALIASES.get(mode, mode))
+        layers = given.get("skip_layers")
+        if isinstance(layers, list | set | frozenset | range):
+            given["skip_layers"] = tuple(sorted(layers))
+        return cls(**given)
+
+    def graph_key(self) -> str:
+        """Hash of the fields that change the compiled code."""
+        parts = (
+            self.prefetch,
+            self.policy,
+            self.skip_layers,
+            self.predictor,
+            self.lookahead,
+            self.control,
+            self.mode,
+            self.lowering,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"option {name}={value!r} is not valid: choose {' or '.join(choices)}")
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"option {name}={value!r} is not valid: expected {kind.__name__},"
+            f" got {type(value).__name__}"
+        )
+
+
+def _check_integer(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"option {name}={value!r} is not valid: give an integer >= {minimum}")
+
+
+def _check_number(name: str, value: object, *, minimum: float, maximum: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"option {name}={value!r} is not valid: give a number")
+    if not minimum <= cast(float, value) <= maximum:
+        raise ValueError(
+            f"option {name}={value!r} is not valid: give a number from {minimum:g} to {maximum:g}"
+        )

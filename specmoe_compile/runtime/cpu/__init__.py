@@ -1,0 +1,1 @@
+"""Run time of models whose experts are computed on the CPU."""

@@ -1,0 +1,171 @@
+"""Running experts on the CPU, one expert's tokens at a time.
+
+Numerics are those of Hugging Face's `grouped_mm_experts_forward`: the same matrix products per
+expert, the module's own gate, activation and norm, then `(y * weights).sum` over K. (Large experts
+on a single token: the same products, summed in another order, see `cpu_kernels`.) Each expert's
+rows are computed by themselves and the sum has a fixed order, so that the result does not depend on
+which experts were there first.
+
+Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate,
+N tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.runtime.cpu.kernels import OneToken, one_token_kernel_or_none
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+
+
+class ExpertWeights(NamedTuple):
+    """One expert's tensors as views of its record, ready to be the right side of a product.
+
+    `up`: [H, 2I] (gated) or [H, I]; `down`: [I, H]; biases [2I] or [I], and [H], or None.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class ExpertRunner:
+    """Computes one layer's experts with the layer's own activation, gate and norm."""
+
+    __slots__ = (
+        "_gate",
+        "_is_transposed",
+        "_layout",
+        "_norm",
+        "_one_token",
+        "_up_name",
+        "dtype",
+        "hidden_size",
+        "num_experts",
+    )
+
+    def __init__(self, module: torch.nn.Module, layout: ExpertLayout, num_experts: int) -> None:
+        """Read what the module says about itself (`use_experts_implementation`)."""
+        owner: Any = module
+        self._layout = layout
+        self._up_name = "gate_up_proj" if owner.has_gate else "up_proj"
+        self._is_transposed = bool(owner.is_transposed)
+        self._gate: Callable[[Tensor], Tensor] = (
+            owner._apply_gate if owner.has_gate else owner.act_fn
+        )
+        self._norm: Callable[[Tensor], Tensor] | None = (
+            owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
+        )
+        self.dtype = next(s.dtype for s in layout.tensors if s.name == self._up_name)
+        down = next(s.shape for s in layout.tensors if s.name == "down_proj")
+        self.hidden_size = down[1] if self._is_transposed else down[0]
+        self.num_experts = num_experts
+        self._one_token: OneToken | Literal["unknown"] | None = "unknown"
+
+    def check_ids(self, experts: Sequence[int]) -> None:
+        """Raise `SpecMoEError` when an expert number is outside 0..E-1."""
+        if experts and (min(experts) < 0 or max(experts) >= self.num_experts):
+            raise SpecMoEError(
+                f"The router asks for experts {min(experts)}..{max(experts)}, but this layer has"
+                f" experts 0..{self.num_experts - 1}."
+            )
+
+    def weights(self, record: Tensor) -> ExpertWeights:
+        """Return the views of a record, [record_bytes] uint8; cheap to keep, slow to make."""
+        views = self._layout.views(record)
+        up, down = views[self._up_name], views["down_proj"]
+        if not self._is_transposed:
+            up, down = up.t(), down.t()
+        return ExpertWeights(
+            up, views.get(f"{self._up_name}_bias"), down, views.get("down_proj_bias")
+        )
+
+    def run(self, weights: ExpertWeights, x: Tensor) -> Tensor:
+        """Unweighted output of one expert: [N, H] -> [N, H], in the weights' dtype."""
+        up, up_bias, down, down_bias = weights
+        if x.shape[0] == 1 and (kernel := self._kernel_or_none(weights)) is not None:
+            out = kernel(x[0], up.t(), up_bias, down.t(), down_bias).unsqueeze(0)
+            return out if self._norm is None else self._norm(out)
+        hidden = torch.mm(x, up)
+        if up_bias is not None:
+            hidden.add_(up_bias)
+        out = torch.mm(self._gate(hidden), down)
+        if down_bias is not None:
+            out.add_(down_bias)
+        return out if self._norm is None else self._norm(out)
+
+    def _kernel_or_none(self, weights: ExpertWeights) -> OneToken | None:
+        if self._one_token == "unknown":
+            up, up_bias, down, down_bias = weights
+            self._one_token = one_token_kernel_or_none(
+                self._gate, up.t(), up_bias, down.t(), down_bias
+            )
+        return self._one_token
+
+
+class Routing:
+    """Which rows of a batch each expert computes, and where their outputs go.
+
+    One token that uses K different experts is by far the most frequent case, and is kept free of
+    tensor arithmetic.
+
+    Attributes:
+        experts: distinct experts, in the order of first use (one token) or ascending.
+    """
+
+    __slots__ = ("_rows", "_tokens", "_x", "experts")
+
+    def __init__(self, x: Tensor, ids: Tensor, runner: ExpertRunner) -> None:
+        """Group tokens by expert.
+
+        Args:
+            x: [T, H] float, CPU.
+            ids: [T, K] int64, CPU.
+            runner: the layer's; says E and the dtype to compute in.
+
+        Raises:
+            SpecMoEError: an id is outside 0..E-1.
+        """
+        self._x = x if x.dtype == runner.dtype else x.to(runner.dtype)
+        self._tokens: Tensor | None = None
+        if ids.shape[0] == 1:
+            experts: list[int] = ids.tolist()[0]
+            self._rows: dict[int, Any] = {expert: k for k, expert in enumerate(experts)}
+            if len(self._rows) == len(experts):
+                runner.check_ids(experts)
+                self.experts = experts
+                return
+        flat = ids.reshape(-1)
+        # The very call of Hugging Face: tokens in another order may round differently.
+        order = torch.sort(flat).indices
+        if flat.numel():
+            runner.check_ids((int(flat.min()), int(flat.max())))
+        counts: list[int] = torch.bincount(flat, minlength=runner.num_experts).tolist()
+        self._tokens = order // ids.shape[1]
+        self._rows = {}
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                self._rows[expert] = (order[start : start + count], start, start + count)
+                start += count
+        self.experts = list(self._rows)
+
+    def compute(self, expert: int, weights: ExpertWeights, runner: ExpertRunner, y: Tensor) -> None:
+        """Compute one expert's rows and put them into `y`, [T*K, H], contiguous."""
+        if self._tokens is None:
+            y[self._rows[expert]] = runner.run(weights, self._x)[0]
+            return
+        rows, start, end = self._rows[expert]
+        y[rows] = runner.run(weights, self._x[self._tokens[start:end]]).to(y.dtype)
+
+
+def reduce_experts(y: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    """Weighted sum over K: [T, K, H] and [T, K] -> [T, H] in the dtype of `like`."""
+    out = (y * weights.unsqueeze(-1)).sum(dim=1)
+    return out if out.dtype == like.dtype else out.to(like.dtype)

@@ -1,0 +1,1 @@
+"""What a missing expert gets, and how much may be guessed."""

@@ -1,0 +1,126 @@
+"""Decides which predictions are worth their while, from what earlier ones brought.
+
+Which guesses are read is a matter of how often they are right: per layer, and per rank of guess,
+with a `PrefetchGate` each. The rank of a guess is its place among the predicted experts, heaviest
+first: heavy ones are nearly always right, light ones often not. Whether reading them makes steps
+faster is a matter of the machine, and only whole steps tell it: over the gates is a `StepTrial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.residency import Issued, Residency
+from specmoe_compile.runtime.policy.speculation import PrefetchGate
+from specmoe_compile.runtime.policy.step_trial import StepTrial
+from specmoe_compile.runtime.transfer.base import DONE, RUNNING
+
+
+class PrefetchJudge:
+    """Gates of every layer, and what they are told.
+
+    Attributes:
+        layers: of each layer, whether it is predicted.
+        ranks: of each layer, by rank, whether such a guess is read.
+        trial: whether steps with all that the gates admit are faster than steps without.
+    """
+
+    def __init__(self, layers: int, now_s: Callable[[], float]) -> None:
+        """Start with every gate open; `now_s` is the clock that reads are timed with."""
+        self.layers = [PrefetchGate() for _ in range(layers)]
+        self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
+        self.trial = StepTrial()
+        self._now_s = now_s
+        self._began: tuple[float, int, int] | None = None
+
+    def begin_step(self, stats: Sequence[LayerStats]) -> bool:
+        """Whether the step that begins may predict; while steps are compared, it is timed."""
+        predicts = self.trial.begin()
+        self._began = (self._now_s(), *_read_bytes(stats)) if self.trial.is_trying else None
+        return predicts
+
+    def end_step(self, stats: Sequence[LayerStats]) -> None:
+        """Take in how long the step took that is timed, if one is."""
+        began, self._began = self._began, None
+        if began is None:
+            return
+        ended = (self._now_s(), *_read_bytes(stats))
+        seconds, lacked_bytes, pushed_out_bytes = (b - a for a, b in zip(began, ended, strict=True))
+        if lacked_bytes >= 0:  # the counters were not reset
+            self.trial.end(seconds * 1e3, int(lacked_bytes), int(pushed_out_bytes))
+
+    def predicts(self, layer: int) -> bool:
+        """Whether a layer is to be predicted in this step; asked once per step."""
+        if not self.layers[layer].admits():
+            return False
+        ranks = self.ranks[layer]
+        if not ranks or any(gate.is_open for gate in ranks):
+            return True
+        for gate in ranks:
+            gate.admits()  # the step counts for them
+        return False
+
+    def admitted(
+        self, layer: int, experts: Sequence[int], width: int
+    ) -> tuple[list[int], dict[int, int]]:
+        """Choose the guesses to read.
+
+        Args:
+            layer: MoE layer ordinal.
+            experts: distinct guesses, the most wanted first.
+            width: guesses per token.
+
+        Returns:
+            Those whose ranks are right often enough, in the same order; and every guess's rank.
+        """
+        gates = self.ranks[layer]
+        while len(gates) < width:
+            gates.append(PrefetchGate())
+        # A batch has more guesses than a token has: its ranks are those of one token, stretched.
+        most = max(width, len(experts))
+        ranks = {expert: place * width // most for place, expert in enumerate(experts)}
+        is_open = [gate.admits() for gate in gates[:width]]
+        return [expert for expert in experts if is_open[ranks[expert]]], ranks
+
+    def measure(
+        self,
+        layer: int,
+        issued: Issued,
+        ranks: dict[int, int],
+        wanted: Collection[int],
+        residency: Residency,
+    ) -> None:
+        """Take in what one prediction brought, when the layer says what it wants.
+
+        Args:
+            layer: MoE layer ordinal.
+            issued: the reads of the prediction.
+            ranks: rank of each guess.
+            wanted: the experts that the layer needs.
+            residency: where the experts are read to.
+        """
+        useless = [expert for expert in issued.reads if expert not in wanted]
+        # The oldest victims would have gone for the useful records anyway.
+        residency.note_pushed_out(layer, issued.victims[len(issued.reads) - len(useless) :])
+        by_rank: dict[int, list[int]] = {}
+        for expert, read in issued.reads.items():
+            if read.state in (RUNNING, DONE):  # else it cost nothing, and said nothing
+                by_rank.setdefault(ranks[expert], [0, 0])[expert not in wanted] += 1
+        if not by_rank:
+            return
+        certain = 0
+        for rank, (right, wrong) in by_rank.items():
+            gate = self.ranks[layer][rank]
+            # A layer does not answer for ranks on trial: those that err will be turned off alone.
+            certain += wrong if gate.is_tried else 0
+            gate.measure(right, wrong)
+        self.layers[layer].measure(sum(right for right, _ in by_rank.values()), certain)
+
+
+def _read_bytes(stats: Sequence[LayerStats]) -> tuple[int, int]:
+    """Bytes that were lacking so far, and those that useless guesses had pushed out."""
+    return (
+        sum(layer.lacked_bytes for layer in stats),
+        sum(layer.pushed_out_bytes for layer in stats),
+    )

@@ -1,0 +1,367 @@
+"""The speculative path of a session: predict, prefetch, settle, run, correct.
+
+One layer step goes `start` (some layers earlier) -> `settle` -> `run` -> `correct`. Whatever the
+prediction was, policy `exact` gives the result of the demand path, bit for bit. A number that is
+not the current step's (an op that is run twice, an abandoned step) means that nothing is known: the
+step is then done from scratch. Number -1 stands for whatever is current.
+
+Steps of more than PREFILL_TOKENS tokens are prefill: never predicted, always exact.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.cpu.residency import Issued, Residency, Step
+from specmoe_compile.runtime.policy.commit import committed_routing
+from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
+from specmoe_compile.runtime.policy.speculation import SpeculationConfig, take_part
+
+PREFILL_TOKENS = 16
+"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
+_REST = 4
+"""Steps per one that learns default vectors, where nothing is predicted from them now."""
+_NOBODY = 0
+_CURRENT = -1
+
+
+class _Prediction:
+    """What `start` was told about a layer, in values of our own: graphs reuse their buffers."""
+
+    __slots__ = ("issued", "number", "ranks", "rows", "weights")
+
+    def __init__(self, number: int, rows: list[list[int]], weights: Tensor | None) -> None:
+        self.number = number
+        self.rows = rows
+        self.weights = weights
+        self.issued: Issued | None = None
+        self.ranks: dict[int, int] | None = None
+
+
+class _State:
+    """One layer step between `settle` and `correct`.
+
+    Attributes:
+        step: None until it is known which experts are needed.
+        prediction: what to commit to; None in an exact step.
+        ids, weights: the routing that is executed where it is not the router's own.
+        filled: experts whose rows hold default vectors instead of outputs.
+        routing: of what is executed; None until `run` was called.
+    """
+
+    __slots__ = ("filled", "ids", "layer", "number", "prediction", "routing", "step", "weights")
+
+    def __init__(self, number: int, layer: int) -> None:
+        self.number = number
+        self.layer = layer
+        self.step: Step | None = None
+        self.prediction: _Prediction | None = None
+        self.ids: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.filled: tuple[int, ...] = ()
+        self.routing: Routing | None = None
+
+
+class Speculator:
+    """Runs layer steps, with or without predictions. Callers serialise their calls.
+
+    Attributes:
+        config: run-time options; may be replaced between steps.
+        vectors: default vectors.
+        judge: turns predictions off that do not pay.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        runners: Sequence[ExpertRunner],
+        stats: Sequence[LayerStats],
+        vectors: DefaultVectors,
+    ) -> None:
+        self.config = SpeculationConfig()
+        self.vectors = vectors
+        self.residency = residency
+        # Asked for anew each time: the residency may be replaced.
+        self.judge = PrefetchJudge(len(runners), lambda: self.residency.now_s())
+        # Decoding learns default vectors only once a graph that uses them was configured.
+        self.learns_from_decode = False
+        self._runners = runners
+        self._stats = stats
+        self._numbers = itertools.count(1)
+        self._predictions: list[_Prediction | None] = [None] * len(runners)
+        # Whether the next prediction of a layer is wanted; None where nobody asked.
+        self._asked: list[bool | None] = [None] * len(runners)
+        self._learning_turn = 0
+        self._state: _State | None = None
+
+    def use(self, residency: Residency) -> None:
+        """Run from another residency from now on; what was predicted is forgotten."""
+        self._abandon()
+        self._predictions = [None] * len(self._predictions)
+        self.residency = residency
+
+    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """One layer without speculation: [T, H], [T, K], [T, K] -> [T, H]."""
+        self._abandon()
+        runner = self._runners[layer]
+        routing = Routing(x, ids, runner)
+        step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > PREFILL_TOKENS)
+        try:
+            y = x.new_empty((*ids.shape, x.shape[-1]))
+            self._compute(step, routing, y, block=True)
+        finally:
+            self.residency.finish(step)
+        self._learn(layer, ids, y, routing.experts, rest=_REST)
+        self._end_step(layer)
+        return reduce_experts(y, weights, x)
+
+    def plan(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+        """Which layers take part in a step: those to predict, and those they are predicted from.
+
+        A `start` that follows keeps to the answer.
+
+        Args:
+            layers: MoE layer ordinals.
+            edges: pairs in one list: a layer, and one that can be predicted from it.
+        """
+        predicts = not self._is_judged() or self.judge.begin_step(self._stats)
+        targets = set(edges[1::2])
+        for target in targets:
+            self._asked[target] = predicts and self._wants(target)
+        return take_part(layers, edges, {target for target in targets if self._asked[target]})
+
+    def _end_step(self, layer: int) -> None:
+        if layer == len(self._runners) - 1 and self._is_judged():
+            self.judge.end_step(self._stats)
+
+    def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
+        number = next(self._numbers)
+        self._predictions[layer] = None
+        asked, self._asked[layer] = self._asked[layer], None
+        if not 0 < ids.shape[0] <= PREFILL_TOKENS:
+            return number
+        if not (self._wants(layer) if asked is None else asked):
+            return number
+        config = self.config
+        rows: list[list[int]] = ids.tolist()
+        commits = config.policy == "commit"
+        prediction = _Prediction(number, rows, weights.clone() if commits else None)
+        self._predictions[layer] = prediction
+        # A miss below the threshold would not be fetched.
+        floor = config.default_vector_threshold if config.policy == "default_vector" else None
+        experts = _by_weight(rows, weights.tolist(), config.prefetch_width, floor)
+        experts = admitted = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
+        if self._is_judged():
+            admitted, prediction.ranks = self.judge.admitted(layer, experts, len(rows[0]))
+        prediction.issued = self.residency.prefetch(
+            layer, admitted, predicted=experts, budget_bytes=config.prefetch_budget_bytes
+        )
+        return number
+
+    def _is_judged(self) -> bool:
+        # What is committed to is never read in vain; and off, a step would have to be exact.
+        return self.config.auto_off and self.config.policy != "commit"
+
+    def _wants(self, layer: int) -> bool:
+        if layer in self.config.skip_layers:
+            return False
+        return not self._is_judged() or self.judge.predicts(layer)
+
+    def settle(self, number: int, layer: int, ids: Tensor) -> int:
+        """Meet a prediction with the true ids [T, K]; returns the number of the step.
+
+        Promotes the reads that are wanted, cancels the others, and issues the reads that are
+        missing, unless which ones these are depends on the router weights.
+        """
+        self._abandon()
+        state = self._state = _State(next(self._numbers), layer)
+        prediction, self._predictions[layer] = self._predictions[layer], None
+        tokens = ids.shape[0]
+        if not 0 < tokens <= PREFILL_TOKENS:
+            return state.number
+        rows: list[list[int]] = ids.tolist()
+        needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        commits = self.config.policy == "commit"
+        known = prediction is not None and number in (prediction.number, _CURRENT)
+        if prediction is not None and known and len(prediction.rows) == tokens:
+            self._count_recall(layer, rows, prediction.rows)
+            if prediction.issued is not None and prediction.ranks is not None:
+                self.judge.measure(
+                    layer,
+                    prediction.issued,
+                    prediction.ranks,
+                    set(needed),
+                    self.residency,
+                )
+            if commits and prediction.weights is not None and prediction.weights.numel():
+                state.prediction = prediction
+                self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
+                return state.number
+        # In a layer that never speculates every miss is fetched.
+        if self.config.policy == "default_vector" and layer not in self.config.skip_layers:
+            self.residency.settle(layer, set(needed))
+            return state.number
+        self._runners[layer].check_ids(needed)
+        state.step = self.residency.begin(layer, needed, prefill=False)
+        return state.number
+
+    def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Compute what is there, [T, H] -> [T, K, H], unweighted; never blocks."""
+        state = self._current(number, layer, ids)
+        runner = self._runners[layer]
+        y = x.new_empty((*ids.shape, x.shape[-1]))
+        if state.prediction is not None:
+            assert state.prediction.weights is not None, "settle() keeps no other"
+            state.ids, state.weights = committed_routing(
+                ids.new_tensor(state.prediction.rows),
+                state.prediction.weights,
+                ids,
+                weights,
+                use_true_weights=self.config.commit_weights == "true",
+            )
+            self._stats[layer].skipped_experts += _count_missing(ids, state.ids)
+        routing = Routing(x, ids if state.ids is None else state.ids, runner)
+        if state.step is None:
+            needed = self._needed(state, routing, ids, weights, y)
+            state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > PREFILL_TOKENS)
+        state.routing = routing
+        self._compute(state.step, routing, y, block=False)
+        return y
+
+    def correct(
+        self, number: int, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Compute the rest of `partial`, [T, K, H], and sum over K: -> [T, H]."""
+        state = self._state
+        known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
+        if state is None or not known or state.routing is None or state.step is None:
+            return self.demand(layer, x, ids, weights)
+        ids, routing = ids if state.ids is None else state.ids, state.routing
+        try:
+            y = partial
+            if state.step.waiting or state.step.deferred:
+                y = partial.clone()  # an op must not write to its arguments
+                self._compute(state.step, routing, y, block=True)
+        finally:
+            self._abandon()
+        filled = state.filled
+        self._learn(layer, ids, y, [e for e in routing.experts if e not in filled])
+        self._end_step(layer)
+        return reduce_experts(y, weights if state.weights is None else state.weights, x)
+
+    def _current(self, number: int, layer: int, ids: Tensor) -> _State:
+        """Return the step of that number if it is the live one and not run yet, else a new one."""
+        state = self._state
+        known = state is not None and number in (state.number, _CURRENT) and state.layer == layer
+        if state is None or not known or state.routing is not None:
+            self.settle(_NOBODY, layer, ids)
+            state = self._state
+            assert state is not None, "settle leaves a live step"
+            state.number = number if number >= 0 else state.number
+        return state
+
+    def _needed(
+        self, state: _State, routing: Routing, ids: Tensor, weights: Tensor, y: Tensor
+    ) -> list[int]:
+        """Return the experts to fetch and run; gives the others' rows of `y` default vectors.
+
+        Policy default_vector: an expert that is neither there nor on its way, and whose router
+        weight is below the threshold for each of its tokens, is left out.
+        """
+        exact = self.config.policy != "default_vector" or state.prediction is not None
+        if exact or ids.shape[0] > PREFILL_TOKENS:
+            return routing.experts
+        absent = self.residency.absent(state.layer, routing.experts)
+        if not absent:
+            return routing.experts
+        strongest: dict[int, float] = {}
+        flat_ids: list[int] = ids.reshape(-1).tolist()
+        for expert, weight in zip(flat_ids, weights.reshape(-1).tolist(), strict=True):
+            strongest[expert] = max(weight, strongest.get(expert, 0.0))
+        threshold = self.config.default_vector_threshold
+        state.filled = tuple(e for e in absent if strongest[e] < threshold)
+        table = self.vectors.tables[state.layer]
+        rows = y.view(-1, y.shape[-1])
+        for row, expert in enumerate(flat_ids):
+            if expert in state.filled:
+                rows[row] = table[expert]
+        self._stats[state.layer].skipped_experts += len(state.filled)
+        return [expert for expert in routing.experts if expert not in state.filled]
+
+    def _compute(self, step: Step, routing: Routing, y: Tensor, *, block: bool) -> None:
+        """Compute a step's experts into `y`, [T, K, H]; without `block` those that are there."""
+        flat, runner = y.view(-1, y.shape[-1]), self._runners[step.layer]
+        for expert, weights in step.ready:
+            routing.compute(expert, weights, runner, flat)
+        step.ready.clear()
+        while (arrival := self.residency.next_or_none(step, block=block)) is not None:
+            routing.compute(arrival[0], arrival[1], runner, flat)
+
+    def _learn(
+        self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int], *, rest: int = 1
+    ) -> None:
+        if ids.shape[0] <= PREFILL_TOKENS:
+            if not self.learns_from_decode:
+                return
+            # One layer per step (or per `rest` steps), in turn: the next time it is the next one.
+            self._learning_turn -= 1
+            if self._learning_turn >= 0:
+                return
+            self._learning_turn = rest * len(self._runners)
+        if experts:
+            self.vectors.update(layer, ids, y, experts)
+
+    def _abandon(self) -> None:
+        """End the live step, if there is one, complete or not."""
+        state, self._state = self._state, None
+        if state is not None and state.step is not None:
+            self.residency.finish(state.step)
+
+    def _count_recall(
+        self, layer: int, rows: Sequence[list[int]], predicted: Sequence[list[int]]
+    ) -> None:
+        stats = self._stats[layer]
+        for true, guess in zip(rows, predicted, strict=True):
+            stats.needed += len(true)
+            stats.predicted += len(guess)
+            stats.recalled += len(set(true).intersection(guess))
+
+
+def _by_weight(
+    rows: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    width: int | None,
+    floor: float | None,
+) -> list[int]:
+    """Return the predicted experts, the most wanted ones (by weight over all tokens) first.
+
+    Args:
+        rows: [T][P] experts.
+        weights: [T][P].
+        width: experts per token that count, the heaviest; None: all.
+        floor: leave out experts whose weight is below it for each token; None: none.
+    """
+    total: dict[int, float] = {}
+    heaviest: dict[int, float] = {}
+    for experts, shares in zip(rows, weights, strict=True):
+        pairs = sorted(zip(experts, shares, strict=True), key=lambda pair: -pair[1])
+        for expert, share in pairs[:width]:
+            total[expert] = total.get(expert, 0.0) + share
+            heaviest[expert] = max(share, heaviest.get(expert, share))
+    chosen = [e for e in total if floor is None or heaviest[e] >= floor]
+    return sorted(chosen, key=lambda expert: -total[expert])
+
+
+def _count_missing(ids: Tensor, executed: Tensor) -> int:
+    """Count the (token, expert) pairs of `ids` that are not in the same row of `executed`."""
+    pairs = zip(ids.tolist(), executed.tolist(), strict=True)
+    return sum(len(set(true).difference(done)) for true, done in pairs)

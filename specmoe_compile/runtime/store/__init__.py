@@ -1,0 +1,1 @@
+"""All records of a model, read-only: on disk or in RAM."""

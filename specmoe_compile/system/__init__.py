@@ -1,0 +1,1 @@
+"""The machine: aligned memory, sizes, NUMA nodes, NVTX ranges, progress."""
