@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from specmoe_compile.cli.output import sentence, user_error_or_none
+from specmoe_compile.system.output import sentence, user_error_or_none
 
 Main = Callable[[Sequence[str] | None], int]
 

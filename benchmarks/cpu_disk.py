@@ -48,8 +48,8 @@ from benchmarks.end_to_end import PROMPT_TOKENS, RESULTS
 from benchmarks.reference_model.data import HELD_OUT_FILES, default_source
 from specmoe_compile.bench.child import run_python
 from specmoe_compile.cli.demo import repository_root
-from specmoe_compile.cli.output import quiet_transformers
 from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers
 
 REPORT = repository_root() / "docs" / "results" / "cpu-disk.md"
 TIMED = ("tight", "roomy", "uncapped")

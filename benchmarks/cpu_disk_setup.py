@@ -25,8 +25,8 @@ from specmoe_compile.bench.probes import file_gbps
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.bench import describe_model, permitted_cap
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.output import write_json
 from specmoe_compile.runtime.store.header import RECORDS_NAME
+from specmoe_compile.system.output import write_json
 
 DTYPE = "float32"
 DRY_RECORD_MIB = 0.1875

@@ -43,8 +43,8 @@ from specmoe_compile.bench.records import ArmJob, spread
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.doctor import examine
-from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULTS = repository_root() / "benchmarks" / "results"
 REPORT = repository_root() / "docs" / "results" / "end_to_end.md"

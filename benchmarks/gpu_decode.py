@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.cli.output import write_json
-from specmoe_compile.hf.attach import _mark_static, cache_argument, session_of
+from specmoe_compile.hf.attach import _mark_static, cache_argument
+from specmoe_compile.runtime.session import session_of
+from specmoe_compile.system.output import write_json
 
 CHECKPOINT = Path(__file__).parent / "reference_model" / "checkpoint"
 PROMPT_TOKENS, NEW_TOKENS = 20, 48

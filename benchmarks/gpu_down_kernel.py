@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_first_run import Rig, make_banks
+from benchmarks.kernels.compile_spec import ModelShape
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.cli.output import write_json
-from specmoe_compile.kernels.compile_spec import ModelShape
+from specmoe_compile.system.output import write_json
 
 SEED = 0
 CALLS, REPEATS = 40, 15
@@ -38,8 +38,8 @@ def slots_of(count: int, top_k: int, slots: int) -> torch.Tensor:
 
 def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
     """Microseconds of a launch by the number of choices that have a slot."""
+    from benchmarks.kernels.variants.expert_mlp import form_of_shape
     from specmoe_compile.kernels.expert_mlp.kernel import launch_down
-    from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
 
     form = form_of_shape(shape)
     banks = make_banks(rig, shape)

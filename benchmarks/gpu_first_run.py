@@ -30,13 +30,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_decode import measure_decode
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.cli.output import write_json
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.system.output import write_json
 
 RECORD_MB = (0.5, 1.0, 2.4, 4.7, 9.4, 13.2, 25.0)
 RECORDS = (1, 2, 4, 8, 16)
@@ -284,7 +284,7 @@ def make_banks(rig: Rig, shape: ModelShape) -> list[ExpertBank]:
 
 def measure_experts(rig: Rig, bandwidth_gbps: float) -> list[dict[str, Any]]:
     """Decode kernels at model shapes: time in a replayed graph of many calls, over the floor."""
-    from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
+    from benchmarks.kernels.variants.expert_mlp import form_of_shape
 
     rows: list[dict[str, Any]] = []
     for shape in rig.shapes:

@@ -60,7 +60,7 @@ from benchmarks.gpu_full_size_trace import (
     texts_needed,
 )
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.cli.output import USER_ERRORS, sentence, write_json
+from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
 PHASES = ("trace", "check", "arms", "accelerate", "report")
 CONTEXTS = (1024, 65536, 4096, 16384)  # in order of what the goals ask for

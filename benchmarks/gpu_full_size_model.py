@@ -25,12 +25,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf.attach import _mark_static
 from specmoe_compile.runtime.cuda.page_lock import PageLock
+from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
     release_experts,
 )
-from specmoe_compile.runtime.store.base import StoreLayer
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.sizes import format_bytes

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.gpu_first_run import Rig
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.cli.output import write_json
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.output import write_json
 
 SEED = 0
 HOST_BYTES = 4 << 30  # far more than a host's caches

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import specmoe_compile.kernels
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, CompileSpec, ModelShape
+from benchmarks.kernels import variants
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, CompileSpec, ModelShape
 
 TARGETS = (80, 86, 89, 90, 100)
 # The most dynamic shared memory that one program may have, in bytes (CUDA C++ Programming Guide,
@@ -50,12 +50,11 @@ class Resources:
 
 
 def find_specs(shape: ModelShape) -> Iterator[CompileSpec]:
-    """Every launch that a `variants` module of the package names for a model."""
-    package = specmoe_compile.kernels
-    for folder in sorted(pkgutil.iter_modules(package.__path__), key=lambda item: item.name):
-        name = f"{package.__name__}.{folder.name}.variants"
-        if folder.ispkg and importlib.util.find_spec(name) is not None:
-            yield from importlib.import_module(name).compile_specs(shape)
+    """Every launch that a module of `kernels.variants` names for a model."""
+    for module in sorted(pkgutil.iter_modules(variants.__path__), key=lambda item: item.name):
+        yield from importlib.import_module(f"{variants.__name__}.{module.name}").compile_specs(
+            shape
+        )
 
 
 def compile_key(spec: CompileSpec) -> str:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,7 @@ def _decode_rows(trace: RoutingTrace) -> dict[str, Tensor]:
     """The trace's rows of steps of one token in which every layer but the first was predicted."""
     tokens, tensors = torch.tensor(trace.tokens), trace.tensors
     wanted = (tokens == 1) & tensors["predicted"][:, 1:].bool().all(dim=1)
-    short = tokens <= PREFILL_TOKENS
+    short = tokens <= MAX_DECODE_TOKENS
     rows = wanted.repeat_interleave(tokens)
     short_rows = wanted[short].repeat_interleave(tokens[short])
     return {

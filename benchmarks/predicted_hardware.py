@@ -31,13 +31,13 @@ from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.demo import repository_root
-from specmoe_compile.cli.output import quiet_transformers, write_json
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.summary import Summary, Sweep
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.system.output import quiet_transformers, write_json
 
 TRACE = RESULTS / "reference_trace.safetensors"
 RESULT = RESULTS / "predicted_hardware.json"
@@ -131,8 +131,8 @@ class _GivenText(LogitsProcessor):
 def record(trace_path: Path) -> None:
     """Decode held-out text with the reference model and save its routing."""
     import specmoe_compile
-    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.replay.recorder import TraceRecorder
+    from specmoe_compile.runtime.session import session_of
 
     windows = held_out_windows(default_source(), TEXT_TOKENS)
     windows = windows[(windows != PAD_ID).all(dim=1)]

@@ -49,11 +49,11 @@ from specmoe_compile.bench.records import ArmJob, quantile
 from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.output import quiet_transformers, write_json
-from specmoe_compile.hf.attach import session_of
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.predict.training import TrainingConfig
+from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers, write_json
 
 REPORT = repository_root() / "docs" / "results" / "predictors.md"
 PHASES = ("recall", "cost", "timing", "no_cache", "report")

@@ -15,7 +15,7 @@ import specmoe_compile
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.bench.records import quantile, spread
 from specmoe_compile.calibrate.calibration import Calibration, use_calibration, use_networks
-from specmoe_compile.hf.attach import session_of
+from specmoe_compile.runtime.session import session_of
 
 NOTHING = "nothing"
 

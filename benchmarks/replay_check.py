@@ -34,9 +34,7 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.probes import disk_rates
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.cli.tables import markdown_table
-from specmoe_compile.hf.attach import session_of
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.measured import measured, timed_steps
@@ -44,7 +42,9 @@ from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers, write_json
 from specmoe_compile.system.sizes import parse_size
 
 REPORT = repository_root() / "docs" / "results" / "replay.md"
@@ -223,7 +223,7 @@ def base_compute_ms(times: ComputeTimes, trace: RoutingTrace) -> float:
 
 def session_speculation(trace: RoutingTrace) -> Any:
     """The speculation that a run was set to."""
-    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+    from specmoe_compile.options import SpeculationConfig
 
     fields = dict(trace.setting["speculation"])
     fields["skip_layers"] = tuple(fields["skip_layers"])

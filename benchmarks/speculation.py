@@ -45,8 +45,8 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.cli.output import quiet_transformers, write_json
 from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers, write_json
 
 REPORT = repository_root() / "docs" / "results" / "speculation.md"
 REFERENCE_MODEL = repository_root() / "benchmarks" / "reference_model" / "checkpoint"

@@ -15,24 +15,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specmoe_compile.api import close as close
     from specmoe_compile.api import from_pretrained as from_pretrained
     from specmoe_compile.api import offload as offload
+    from specmoe_compile.api import stats as stats
     from specmoe_compile.errors import SpecMoEError as SpecMoEError
-    from specmoe_compile.hf.attach import close as close
     from specmoe_compile.hf.packing import pack as pack
     from specmoe_compile.options import CompileOptions as CompileOptions
-    from specmoe_compile.runtime.cache.statistics import stats as stats
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "CompileOptions": "specmoe_compile.options",
     "SpecMoEError": "specmoe_compile.errors",
-    "close": "specmoe_compile.hf.attach",
+    "close": "specmoe_compile.api",
     "from_pretrained": "specmoe_compile.api",
     "offload": "specmoe_compile.api",
     "pack": "specmoe_compile.hf.packing",
-    "stats": "specmoe_compile.runtime.cache.statistics",
+    "stats": "specmoe_compile.api",
 }
 __all__ = ["__version__", *_PUBLIC]
 

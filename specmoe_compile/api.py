@@ -26,14 +26,16 @@ from specmoe_compile.hf.model_loader import (
     load_without_experts,
 )
 from specmoe_compile.hf.packing import default_store_dir
+from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
     find_top_k,
     release_experts,
 )
-from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.store.base import ExpertStore, RecordSource, StoreLayer
+from specmoe_compile.runtime.session import Session, session_of
+from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.header import HEADER_NAME
 from specmoe_compile.runtime.store.module_source import (
@@ -205,6 +207,29 @@ def offload(
             restore_experts(layers, expert_store, devices)
         raise
     return model
+
+
+def stats(model: torch.nn.Module) -> Stats:
+    """Return what an offloaded model's session did so far.
+
+    Raises:
+        SpecMoEError: the model is not offloaded, or its session is closed.
+    """
+    return session_of(model).stats
+
+
+def reset_stats(model: torch.nn.Module) -> None:
+    """Set an offloaded model's counters to zero; the cache keeps what it holds.
+
+    Raises:
+        SpecMoEError: the model is not offloaded, or its session is closed.
+    """
+    session_of(model).reset_stats()
+
+
+def close(model: torch.nn.Module) -> None:
+    """Close the model's session: reader threads, cache memory, files. The model cannot run then."""
+    session_of(model).close()
 
 
 def _to_device(model: torch.nn.Module, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from specmoe_compile.errors import CompileError
 from specmoe_compile.options import CompileOptions
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
+from specmoe_compile.runtime.cpu.live_session import LiveModules
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -51,7 +52,7 @@ def specmoe(
         CompileError: the graph trains; or, with `strict=True`, it cannot be rewritten.
     """
     config = CompileOptions.from_kwargs(options, mode)
-    report = outline_experts(gm)
+    report = outline_experts(gm, LiveModules())
     for reason in report.skipped:
         log.info("outline_experts: %s", reason)
     dispatch = find_dispatch_nodes(gm.graph)
@@ -97,8 +98,8 @@ def _warn_once(message: str) -> None:
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
     """Hand the run-time half of the options to the graph's sessions; returns the passes."""
     from specmoe_compile.calibrate.calibration import use_calibration, use_networks
+    from specmoe_compile.options import SpeculationConfig
     from specmoe_compile.passes.manager import SpeculationPass
-    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
     from specmoe_compile.runtime.session import get_session
 
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
@@ -143,10 +144,10 @@ def _lower(
 
 def _is_decode(gm: GraphModule) -> bool:
     """Whether every step of the graph is one of decode: a prefill is not worth a capture."""
-    from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
+    from specmoe_compile.options import MAX_DECODE_TOKENS
 
     steps = [node.args[1].meta["example_value"].shape[0] for node in find_dispatch_nodes(gm.graph)]  # type: ignore[union-attr]
-    return all(isinstance(tokens, int) and tokens <= PREFILL_TOKENS for tokens in steps)
+    return all(isinstance(tokens, int) and tokens <= MAX_DECODE_TOKENS for tokens in steps)
 
 
 def _lower_untouched(

@@ -17,13 +17,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
-from specmoe_compile.predict.registry import AUTO, PREDICTORS
+from specmoe_compile.predict.registry import AUTO, DEFAULT_PREDICTOR, PREDICTORS, without_auto
 
 Policy = Literal["exact", "default_vector", "commit"]
 CommitWeights = Literal["predicted", "true"]
 Lowering = Literal["inductor", "eager"]
 Mode = Literal["default", "reduce-overhead"]
 TransferKind = Literal["auto", "copy", "gather"]
+
+MAX_DECODE_TOKENS = 16
+"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 
 _POLICIES = ("exact", "default_vector", "commit")
 _COMMIT_WEIGHTS = ("predicted", "true")
@@ -36,12 +39,6 @@ _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduc
 
 def _strict_default() -> bool:
     return os.environ.get("SPECMOE_STRICT", "0") == "1"
-
-
-def nsight_attached() -> bool:
-    """Whether this process was started under a profiler that reads NVTX ranges."""
-    names = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
-    return any(os.environ.get(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +185,61 @@ class CompileOptions:
             self.lowering,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    """What a session does with predictions; see the fields of `CompileOptions`."""
+
+    prefetch: bool = True
+    """whether graphs predict at all; without, decoding learns no default vectors."""
+    policy: Literal["exact", "default_vector", "commit"] = "exact"
+    """what a miss gets."""
+    default_vector_threshold: float = 0.1
+    """router weight (0..1) below which a miss gets its default vector."""
+    commit_weights: Literal["predicted", "true"] = "predicted"
+    """router weights of policy `commit`."""
+    prefetch_width: int | None = None
+    """experts prefetched per token, at most as many as are predicted; None: all of them."""
+    prefetch_budget_bytes: int | None = None
+    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` what `auto_off`
+    finds, and one record without it."""
+    auto_off: bool = True
+    """fetch ahead only what pays, by measurement: turns layers, unsure guesses and all of it off on
+    the CPU, chooses the number of records on a GPU with transfer `gather`, all or none with `copy`.
+    """
+    skip_layers: tuple[int, ...] = ()
+    """MoE layers that never speculate."""
+    predictor: str = DEFAULT_PREDICTOR
+    """what predicts experts; a name of `PREDICTORS`."""
+    lookahead: int = 1
+    """MoE layers between a prediction and its use."""
+    transfer: Literal["auto", "copy", "gather"] = "auto"
+    """how a GPU gets the experts of a decode step."""
+    captures: bool = False
+    """steps are captured in CUDA graphs."""
+    nvtx: bool = False
+    """annotate phases with NVTX ranges."""
+
+    @classmethod
+    def from_options(cls, options: CompileOptions) -> SpeculationConfig:
+        """Take the run-time fields of a compile's options; `skip_layers="auto"` skips none here."""
+        skip = options.skip_layers if isinstance(options.skip_layers, tuple) else ()
+        return cls(
+            prefetch=options.prefetch,
+            policy=options.policy,
+            default_vector_threshold=options.default_vector_threshold,
+            commit_weights=options.commit_weights,
+            prefetch_width=options.prefetch_width,
+            prefetch_budget_bytes=options.prefetch_budget_bytes,
+            auto_off=options.auto_off,
+            skip_layers=skip,
+            predictor=without_auto(options.predictor),
+            lookahead=options.lookahead,
+            transfer=options.transfer,
+            captures=options.mode == "reduce-overhead",
+            nvtx=options.nvtx,
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

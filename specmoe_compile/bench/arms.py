@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from specmoe_compile.bench.arm import Arm, LoadedArm
+from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
 from specmoe_compile.bench.hf_arms import (
     device_of,
     load_accelerate,
@@ -21,7 +22,6 @@ from specmoe_compile.bench.hf_arms import (
 )
 from specmoe_compile.bench.llama_cpp_arm import load_llama_cpp
 from specmoe_compile.bench.records import ArmJob
-from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
 
 _NO_PREFETCH: Mapping[str, Any] = {"prefetch": False}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from specmoe_compile.bench.arm import Arm, LoadedArm
 from specmoe_compile.bench.peer_files import peer_file
+from specmoe_compile.bench.plain_model import load_plain
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.errors import SpecMoEError
 
@@ -144,14 +145,6 @@ def device_of(job: ArmJob) -> str:
     if job.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(job.device).type
-
-
-def load_plain(path: str, dtype: str, **kwargs: Any) -> Any:
-    """The Hugging Face model as `from_pretrained` gives it, ready to generate."""
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    return loader.from_pretrained(path, dtype=dtype, **kwargs).eval()
 
 
 def meta_model(path: str) -> Any:

@@ -19,8 +19,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specmoe_compile.bench.plain_model import load_plain
 from specmoe_compile.bench.records import ArmJob
-from specmoe_compile.cli.output import quiet_transformers, sentence, user_error_or_none, write_json
+from specmoe_compile.system.output import (
+    quiet_transformers,
+    sentence,
+    user_error_or_none,
+    write_json,
+)
 
 MODULE = "specmoe_compile.bench.peer_files"
 
@@ -69,8 +75,6 @@ def _write(path: Path, folder: Path, dtype: str, write: Callable[[Path, str, Pat
 def write_mapped(folder: Path, dtype: str, path: Path) -> None:
     """Write a model's parameters and buffers as Hugging Face holds them after loading."""
     from safetensors.torch import save_file
-
-    from specmoe_compile.bench.hf_arms import load_plain
 
     state: dict[str, Any] = {}
     seen: set[int] = set()

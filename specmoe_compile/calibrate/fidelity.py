@@ -22,9 +22,8 @@ from torch.nn import functional
 
 from specmoe_compile.errors import CompileError
 from specmoe_compile.hf.attach import cache_argument
-from specmoe_compile.options import CompileOptions
+from specmoe_compile.options import CompileOptions, SpeculationConfig
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.runtime.session import Session
 
 PolicyName = Literal["exact", "default_vector", "commit"]

@@ -117,7 +117,7 @@ def bench(
       specmoe bench ./checkpoint --memory-cap 700MiB --dtype bfloat16
     """
     from specmoe_compile.bench.arms import checked_arms
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
     names = checked_arms(arms)

@@ -69,7 +69,7 @@ def calibrate(
 
       specmoe generate Qwen/Qwen3-30B-A3B --prompt "Hello" -O default_vectors=qwen3.safetensors
     """
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
     check_choice("store", store, ("auto", "ram", "disk"))

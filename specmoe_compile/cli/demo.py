@@ -60,8 +60,8 @@ def demo(
     """
     from rich.console import Console
 
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.machine import cache_folder
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
     check_writable(json)

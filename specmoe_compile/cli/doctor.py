@@ -51,9 +51,9 @@ def doctor(
 
       specmoe doctor --store-dir /data --record-mib 9 --json doctor.json
     """
-    from specmoe_compile.cli.output import check_writable, write_json
     from specmoe_compile.runtime.experts.layout import RECORD_ALIGNMENT, align_up
     from specmoe_compile.system.machine import cache_folder
+    from specmoe_compile.system.output import check_writable, write_json
 
     check_writable(json)
     folder = cache_folder() if store_dir is None else store_dir.expanduser()

@@ -99,7 +99,7 @@ def evaluate(
 
       specmoe eval ./checkpoint --text held_out.txt --policy commit --skip none --skip 0,1
     """
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
     check_choice("reference", reference, ("auto", "plain", "offloaded"))
@@ -172,8 +172,8 @@ def measure(
     import specmoe_compile
     from specmoe_compile.calibrate.calibration import calibrate
     from specmoe_compile.calibrate.fidelity import Evaluator
-    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.options import CompileOptions
+    from specmoe_compile.runtime.session import session_of
 
     inner: Any = specmoe_compile.from_pretrained(model, device="cpu", store="disk", **loading)
     plain = _plain_or_none(model, loading["dtype"], reference)

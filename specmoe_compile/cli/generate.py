@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
+from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
 from specmoe_compile.cli.options import (
     COMPILE_OPTION,
     DEBUG,
@@ -77,7 +77,7 @@ def generate(
 
       echo "Once upon a time" | specmoe generate ./checkpoint --prompt - --temperature 0.8
     """
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
     check_choice("store", store, ("auto", "ram", "disk"))
@@ -212,8 +212,8 @@ def load_tokenizer(model: str) -> Any:
 
 
 def _recorder(model: Any) -> TraceRecorder:
-    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.replay.recorder import TraceRecorder
+    from specmoe_compile.runtime.session import session_of
 
     return TraceRecorder(session_of(model))
 

@@ -21,9 +21,9 @@ from specmoe_compile.cli.doctor import doctor
 from specmoe_compile.cli.evaluate import evaluate
 from specmoe_compile.cli.generate import generate
 from specmoe_compile.cli.options import DEBUG
-from specmoe_compile.cli.output import sentence, user_error_or_none
 from specmoe_compile.cli.pack import pack
 from specmoe_compile.cli.replay import replay
+from specmoe_compile.system.output import sentence, user_error_or_none
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130

@@ -31,7 +31,7 @@ def pack(
 
       specmoe pack ./checkpoint --dtype bfloat16 --verify
     """
-    from specmoe_compile.cli.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
     check_writable(json)

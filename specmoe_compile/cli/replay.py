@@ -13,10 +13,10 @@ import typer
 from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choice, compile_options
 
 if TYPE_CHECKING:
+    from specmoe_compile.options import SpeculationConfig
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
-    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 
 LABEL = "replayed on simulated time, not measured"
 
@@ -97,11 +97,10 @@ def replay(
 
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
     """
-    from specmoe_compile.cli.output import check_writable, write_json
-    from specmoe_compile.options import CompileOptions
+    from specmoe_compile.options import CompileOptions, SpeculationConfig
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
-    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+    from specmoe_compile.system.output import check_writable, write_json
 
     policies = _names("policy", policy, ("lru", "lfu"))
     predictors = None if predictor is None else _names("predictor", predictor, tuple(PREDICTORS))

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf.experts_interface import IMPLEMENTATION, register_experts_implementation
-from specmoe_compile.runtime.session import Session, get_session
+from specmoe_compile.runtime.session import Session
 
 _RECOMPILE_LIMIT = 64
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -68,27 +68,6 @@ def attach_session(model: nn.Module, session: Session) -> None:
     # Transformers would otherwise compile `forward` by itself, with Inductor and without the
     # passes, wherever it finds a static cache on a GPU.
     model._valid_auto_compile_criteria = _never_auto_compile  # type: ignore[assignment]
-
-
-def session_of(model: nn.Module) -> Session:
-    """Return the session of an offloaded model, compiled or not.
-
-    Raises:
-        SpecMoEError: the model is not offloaded, or its session is closed.
-    """
-    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
-    handle = inner.__dict__.get("_specmoe_session") if isinstance(inner, nn.Module) else None
-    if handle is None:
-        raise SpecMoEError(
-            f"{type(inner).__name__} is not an offloaded model: load it with"
-            " specmoe_compile.from_pretrained or pass it to specmoe_compile.offload"
-        )
-    return get_session(handle)
-
-
-def close(model: nn.Module) -> None:
-    """Close the model's session: reader threads, cache memory, files. The model cannot run then."""
-    session_of(model).close()
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from transformers.core_model_loading import (
 
 from specmoe_compile.errors import CheckpointError, UnsupportedModelError
 from specmoe_compile.hf.checkpoint import Checkpoint, CheckpointTensor
+from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import ExpertsLayer
-from specmoe_compile.runtime.store.base import StoreLayer
 from specmoe_compile.runtime.store.header import layers_to_json
 
 # Dequantising works on each expert's blocks alone.

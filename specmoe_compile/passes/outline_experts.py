@@ -17,18 +17,29 @@ Shape letters: T tokens, E experts, K top-k, H hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 import specmoe_compile.ops  # noqa: F401  (registers the ops)
-from specmoe_compile.runtime.cpu.live_session import LiveModules
 
 log = logging.getLogger(__name__)
+
+
+class ExpertsModules(Protocol):
+    """Finds the experts modules of a graph, and gives each a session and a layer in it."""
+
+    def owner_of(
+        self, parameters: Sequence[Any], module_class: type[nn.Module] | str
+    ) -> nn.Module | None:
+        """Return the module whose parameters are exactly these, or None."""
+
+    def session_for(self, module: nn.Module) -> tuple[int, int]:
+        """Return the handle of a module's session, and its layer there."""
 
 
 @dataclass(slots=True)
@@ -54,15 +65,11 @@ def find_dispatch_nodes(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target in (op, op.default)]
 
 
-def outline_experts(gm: GraphModule) -> OutlineReport:
+def outline_experts(gm: GraphModule, modules: ExpertsModules) -> OutlineReport:
     """Replace every experts region of `gm` in place; a second call finds nothing to do."""
     report = OutlineReport()
-    regions = list(_regions(gm.graph))
-    if not regions:
-        return report
-    live = LiveModules()
-    for region in regions:
-        reason = _outline(gm.graph, region, live)
+    for region in list(_regions(gm.graph)):
+        reason = _outline(gm.graph, region, modules)
         if reason is None:
             report.matches += 1
         else:
@@ -104,7 +111,7 @@ def _example(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
-def _outline(graph: Graph, region: _Region, live: LiveModules) -> str | None:
+def _outline(graph: Graph, region: _Region, modules: ExpertsModules) -> str | None:
     """Replace one region; returns the reason when it is left alone."""
     inside = set(region.nodes)
     inputs: list[Node] = []
@@ -113,7 +120,7 @@ def _outline(graph: Graph, region: _Region, live: LiveModules) -> str | None:
             if source not in inside and source not in inputs:
                 inputs.append(source)
     parameters = [n for n in inputs if isinstance(_parameter(n), nn.Parameter)]
-    module = live.owner_of([_parameter(n) for n in parameters], region.module_class)
+    module = modules.owner_of([_parameter(n) for n in parameters], region.module_class)
     if module is None:
         return "no live experts module owns its parameters"
     roles = _roles([n for n in inputs if n not in parameters])
@@ -126,10 +133,10 @@ def _outline(graph: Graph, region: _Region, live: LiveModules) -> str | None:
     ]
     if len(outputs) != 1:
         return f"it has {len(outputs)} tensor outputs, expected 1"
-    session, layer = live.session_for(module)
+    session, layer = modules.session_for(module)
     (output,) = outputs
     with graph.inserting_after(output):
-        call = graph.call_function(torch.ops.specmoe.experts, (*roles, session.handle, layer))
+        call = graph.call_function(torch.ops.specmoe.experts, (*roles, session, layer))
     call.meta["nn_module_stack"] = output.meta["nn_module_stack"]
     call.meta["example_value"] = _example(output)
     output.replace_all_uses_with(call)

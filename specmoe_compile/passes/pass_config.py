@@ -91,7 +91,7 @@ class PassConfig:
             conditional: whether the graph may branch on the sessions' `plan_step`.
             network_layers: layers that a hybrid predictor predicts with their networks.
         """
-        from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
+        from specmoe_compile.options import MAX_DECODE_TOKENS
 
         given = options.skip_layers
         return cls(
@@ -99,7 +99,7 @@ class PassConfig:
             lookahead=options.lookahead,
             prefetch_width=options.prefetch_width,
             skip_layers=given if isinstance(given, tuple) else (),
-            most_tokens=PREFILL_TOKENS,
+            most_tokens=MAX_DECODE_TOKENS,
             control=options.control,
             predictor=without_auto(options.predictor),
             network_layers=network_layers,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.replay.link import Link, SimulatedLink
 from specmoe_compile.replay.predictors import PREDICTORS, Predictor
@@ -29,10 +30,9 @@ from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
 from specmoe_compile.runtime.cpu.residency import Step
-from specmoe_compile.runtime.experts.layout import ExpertLayout
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS, Speculator
-from specmoe_compile.runtime.store.base import ExpertStore, StoreLayer
+from specmoe_compile.runtime.cpu.speculator import Speculator
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
+from specmoe_compile.runtime.store.base import ExpertStore
 
 NO_TICKET = -1
 _NO_WEIGHTS = ExpertWeights(torch.empty(0), None, torch.empty(0), None)
@@ -315,7 +315,7 @@ class _Run:
     def _plan(self, step: int) -> Sequence[bool]:
         """Which layers run with wait and correction, as the graph of such a step has them."""
         count = len(self.stats)
-        if self._predictor is None or self._steps.tokens[step] > PREFILL_TOKENS:
+        if self._predictor is None or self._steps.tokens[step] > MAX_DECODE_TOKENS:
             return [False] * count
         if not self._speculator.config.auto_off:
             return self._split

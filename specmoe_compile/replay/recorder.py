@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import TraceError
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.session import Session
 
 Rows = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class TraceRecorder:
         session.observer = self
 
     def predicted(self, layer: int, ids: Tensor, weights: Tensor) -> None:
-        if ids.shape[0] <= PREFILL_TOKENS:
+        if ids.shape[0] <= MAX_DECODE_TOKENS:
             self._guesses[layer] = _own(ids, weights)
 
     def routed(self, layer: int, ids: Tensor, weights: Tensor, *, split: bool) -> None:
@@ -136,7 +136,7 @@ def _setting(session: Session) -> dict[str, Any]:
 
 
 def _tensors(steps: Sequence[_Step]) -> dict[str, Tensor]:
-    short = [step for step in steps if len(step.routed[0][0]) <= PREFILL_TOKENS]
+    short = [step for step in steps if len(step.routed[0][0]) <= MAX_DECODE_TOKENS]
     most = max((p[0].shape[1] for s in short for p in s.predicted if p is not None), default=0)
     spans = [max(0.0, step.ended_s - step.started_s) * 1e3 for step in steps]
     return {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 
 Rows = tuple[Tensor, Tensor]
 
@@ -30,7 +30,7 @@ class ReplaySteps:
         self.tokens = trace.tokens
         zeros = {count: torch.zeros(count, 1) for count in set(self.tokens)}
         self.inputs = [zeros[count] for count in self.tokens]
-        short = [count if count <= PREFILL_TOKENS else 0 for count in self.tokens]
+        short = [count if count <= MAX_DECODE_TOKENS else 0 for count in self.tokens]
         tensors = trace.tensors
         self._routed = _cut(tensors["ids"], tensors["weights"], self.tokens)
         self._predicted = _cut(tensors["predicted_ids"], tensors["predicted_weights"], short)
@@ -45,7 +45,7 @@ class ReplaySteps:
 
     def predicted(self, step: int, layer: int) -> Rows | None:
         """Return what was predicted, ids [T, P] int64 and weights [T, P] float32, if anything."""
-        if not self._has_prediction[step][layer] or self.tokens[step] > PREFILL_TOKENS:
+        if not self._has_prediction[step][layer] or self.tokens[step] > MAX_DECODE_TOKENS:
             return None
         return self._predicted[step][layer]
 

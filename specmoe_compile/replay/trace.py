@@ -1,7 +1,7 @@
 """A routing trace: in a file, which experts a model's routers chose, and which were predicted.
 
 The file is safetensors. A *step* is one forward pass, with the same tokens in every MoE layer;
-steps of more than PREFILL_TOKENS tokens are prefill and have no predictions.
+steps of more than MAX_DECODE_TOKENS tokens are prefill and have no predictions.
 
 | tensor | shape, dtype | content |
 |---|---|---|
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import TraceError
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
+from specmoe_compile.options import MAX_DECODE_TOKENS
 
 FORMAT: Final = "specmoe-routing-trace"
 VERSION: Final = 1
@@ -100,7 +100,7 @@ class RoutingTrace:
         """Steps that count as decoding: not prefill, and of as few tokens as any step has."""
         tokens = self.tokens
         fewest = min(tokens)
-        if fewest > PREFILL_TOKENS:
+        if fewest > MAX_DECODE_TOKENS:
             return []
         return [step for step, count in enumerate(tokens) if count == fewest]
 
@@ -198,7 +198,7 @@ def _problem_or_none(trace: RoutingTrace) -> str | None:
     if not tokens or min(tokens) < 1:
         return "it has no step, or one without tokens"
     steps, rows = len(tokens), sum(tokens)
-    short = sum(count for count in tokens if count <= PREFILL_TOKENS)
+    short = sum(count for count in tokens if count <= MAX_DECODE_TOKENS)
     guesses = tensors["predicted_ids"].shape[-1] if tensors["predicted_ids"].dim() == 3 else 0
     wanted = {
         "ids": (rows, layers, trace.top_k),

@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
@@ -28,9 +30,8 @@ from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
 from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
+from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
-from specmoe_compile.runtime.policy.speculator import Speculator
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 from specmoe_compile.system import nvtx
@@ -66,6 +67,22 @@ def get_session(handle: int) -> Session:
             " the model again."
         )
     return session
+
+
+def session_of(model: nn.Module) -> Session:
+    """Return the session of an offloaded model, compiled or not.
+
+    Raises:
+        SpecMoEError: the model is not offloaded, or its session is closed.
+    """
+    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
+    handle = inner.__dict__.get("_specmoe_session") if isinstance(inner, nn.Module) else None
+    if handle is None:
+        raise SpecMoEError(
+            f"{type(inner).__name__} is not an offloaded model: load it with"
+            " specmoe_compile.from_pretrained or pass it to specmoe_compile.offload"
+        )
+    return get_session(handle)
 
 
 class RoutingObserver(Protocol):

@@ -7,16 +7,21 @@ a range is two comparisons and a shared empty context.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch.autograd import profiler
 
-from specmoe_compile.options import nsight_attached
-
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _nvtx: Any = None
+
+
+def nsight_attached() -> bool:
+    """Whether this process was started under a profiler that reads NVTX ranges."""
+    names = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")
+    return any(os.environ.get(name) for name in names)
 
 
 def enable(on: bool = True) -> None:

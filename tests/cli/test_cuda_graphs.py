@@ -11,8 +11,8 @@ import torch
 
 import specmoe_compile
 from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
 from specmoe_compile.cli import generate as command
-from specmoe_compile.cli.cuda_graphs import with_cuda_graphs
 from specmoe_compile.options import CompileOptions
 from tests.helpers import save_tiny
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_down_kernel, gpu_host_reads
 from benchmarks.gpu_first_run import GATHERED, GRIDS, RECORDS, TOKENS, Rig, main
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES
+from benchmarks.kernels.compile_spec import MODEL_SHAPES
 
 
 def test_every_phase_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from specmoe_compile.bench.counters import CounterLaps, add_counters
 from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
-from specmoe_compile.cli.output import write_json
 from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, count_differing, markdown_table
 from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
+from specmoe_compile.system.output import write_json
 
 SCHEMA_KEYS = {
     "name",

@@ -29,7 +29,7 @@ MEASURE = """
     import json, sys, torch
     import specmoe_compile
     from specmoe_compile.api import from_pretrained, offload
-    from specmoe_compile.hf.attach import session_of
+    from specmoe_compile.runtime.session import session_of
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     def peak(reset=False):

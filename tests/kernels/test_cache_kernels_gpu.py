@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape
+from benchmarks.kernels.variants.gather_experts import record_bytes_of_shape
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.kernels.gather_experts.reference import gather_experts_reference
-from specmoe_compile.kernels.gather_experts.variants import record_bytes_of_shape
 from specmoe_compile.kernels.plan_cache.op import plan_cache
 from tests.kernels.expert_cases import DEVICE
 from tests.kernels.gpu_cases import RUNS, no_synchronisation

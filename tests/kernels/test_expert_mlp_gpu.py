@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape
+from benchmarks.kernels.variants.expert_mlp import form_of_shape
 from specmoe_compile.kernels.blend_default_vectors.op import blend_default_vectors
 from specmoe_compile.kernels.blend_default_vectors.reference import (
     blend_default_vectors_reference,
 )
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.kernels.correct_experts.op import correct_experts
 from specmoe_compile.kernels.correct_experts.reference import correct_experts_reference
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode, run_resident_experts
@@ -22,7 +23,6 @@ from specmoe_compile.kernels.expert_mlp.reference import (
     run_experts_decode_reference,
     run_resident_experts_reference,
 )
-from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices, run_grouped_experts_
 from specmoe_compile.kernels.grouped_experts.reference import (
     reduce_choices_reference,

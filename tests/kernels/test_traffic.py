@@ -15,19 +15,19 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from specmoe_compile.kernels.blend_default_vectors import variants as blend_variants
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape, Traffic
+from benchmarks.kernels.variants import blend_default_vectors as blend_variants
+from benchmarks.kernels.variants import correct_experts as correct_variants
+from benchmarks.kernels.variants import expert_mlp as decode_variants
+from benchmarks.kernels.variants import gather_experts as gather_variants
+from benchmarks.kernels.variants import grouped_experts as grouped_variants
+from benchmarks.kernels.variants import plan_cache as plan_variants
 from specmoe_compile.kernels.blend_default_vectors.kernel import launch_weighted_sum
-from specmoe_compile.kernels.compile_spec import MODEL_SHAPES, ModelShape, Traffic
-from specmoe_compile.kernels.correct_experts import variants as correct_variants
-from specmoe_compile.kernels.expert_mlp import variants as decode_variants
 from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
-from specmoe_compile.kernels.gather_experts import variants as gather_variants
 from specmoe_compile.kernels.gather_experts.kernel import launch_gather
-from specmoe_compile.kernels.grouped_experts import variants as grouped_variants
 from specmoe_compile.kernels.grouped_experts.config import block_m
 from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
-from specmoe_compile.kernels.plan_cache import variants as plan_variants
 from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
 from tests.kernels.expert_cases import Case, make_case, nan_like

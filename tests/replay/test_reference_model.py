@@ -11,11 +11,11 @@ import specmoe_compile
 from benchmarks.end_to_end import held_out_prompts
 from benchmarks.mapped_trace import SHAPES, mapped_trace
 from specmoe_compile.cli.demo import repository_root, widened_model
-from specmoe_compile.hf.attach import session_of
 from specmoe_compile.replay.engine import replay
 from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
+from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy
 from tests.replay.test_replay import COMPUTE, LINK, counts, setting
 

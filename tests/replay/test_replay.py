@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.measured import measured, timed_steps
@@ -16,7 +17,6 @@ from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.summary import Sweep
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.statistics import Stats
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.system.sizes import parse_size
 from tests.replay.real_runs import RealRun, real_run
 

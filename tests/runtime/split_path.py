@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import E, H, K, SlowStore, ram_store
 from tests.runtime.test_session import LAYERS, RECORD, make_session

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specmoe_compile.runtime.experts.layout import ExpertLayout
-from specmoe_compile.runtime.store.base import StoreLayer
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 
 
 class RandomSource:

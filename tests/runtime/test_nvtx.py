@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.system import nvtx
 from tests.helpers import tiny_qwen3_moe

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from specmoe_compile.options import SpeculationConfig as Config
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Issued
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
 from specmoe_compile.runtime.policy.speculation import OFF_STEPS, TRIAL_STEPS, PrefetchGate
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig as Config
-from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Read
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Issued, Read
 from tests.runtime.fakes import E, K, SlowStore, ram_store, token_batch
 from tests.runtime.split_path import predict, step
 from tests.runtime.test_session import LAYERS, make_session
@@ -94,7 +93,6 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
 def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int) -> PrefetchJudge:
     """A judge after steps that each read these guesses ahead, as (expert, state), in turn."""
     judge = PrefetchJudge(1, time.perf_counter)
-    residency = InPlaceResidency(ram_store(LAYERS), [], [])
     for step_number in range(steps):
         guesses = prefetches[step_number % len(prefetches)]
         admitted, ranks = judge.admitted(0, [expert for expert, _ in guesses], len(guesses))
@@ -104,7 +102,7 @@ def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int)
                 read = Read(0, expert, torch.empty(0, dtype=torch.uint8), speculative=True)
                 read.state = state
                 reads[expert] = read
-        judge.measure(0, Issued(reads, []), ranks, wanted, residency)
+        judge.measure(0, Issued(reads, []), ranks, wanted)
     return judge
 
 

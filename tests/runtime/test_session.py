@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, StoreError, TransferError
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
 from specmoe_compile.runtime.session import Session, get_session
 from specmoe_compile.runtime.transfer.base import DONE, Read
 from tests.runtime.fakes import (
@@ -65,7 +65,7 @@ def session() -> Iterator[Session]:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("tokens", [1, 2, 5, PREFILL_TOKENS + 1, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 5, MAX_DECODE_TOKENS + 1, 64])
 def test_experts_equal_hugging_face_bit_for_bit(cache: str, tokens: int) -> None:
     with make_session(cache) as session:
         for seed in range(4):

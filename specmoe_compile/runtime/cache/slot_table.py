@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from specmoe_compile.runtime.experts.layout import ExpertLayout
+
 Policy = Literal["lru", "lfu"]
 
 NOBODY = -1
@@ -132,7 +134,7 @@ class ExpertCache:
             speculative: a guess; hits are not counted as uses.
 
         Returns:
-            The plan. Slots of this plan's experts are never its victims.
+            The plan. Slots of this plan's experts are never evicted by it.
         """
         slot_of, expert_of = self.slot_of[layer], self.expert_of[layer]
         last_use, count = self.last_use[layer], self.count[layer]
@@ -154,9 +156,9 @@ class ExpertCache:
                 count[slot] += 1
         if not missing:
             return plan
-        victims = self._victims(layer, taken, empty_only=bypass)
+        places = self._fillable(layer, taken, empty_only=bypass)
         before = self._before[layer]
-        for expert, slot in zip(missing, victims, strict=False):
+        for expert, slot in zip(missing, places, strict=False):
             previous = expert_of[slot]
             before.pop(slot, None)
             if speculative:
@@ -170,7 +172,7 @@ class ExpertCache:
         plan.bypassed = missing[len(plan.fills) :]
         return plan
 
-    def _victims(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
+    def _fillable(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
         """Slots that may be filled, those to be given up first in front."""
         expert_of, last_use, count = self.expert_of[layer], self.last_use[layer], self.count[layer]
         free = [slot for slot in range(len(expert_of)) if slot not in taken]
@@ -216,3 +218,25 @@ def belady_hits(requests: Sequence[Sequence[int]], slots: int) -> int:
                 held.remove(max(others, key=lambda e: (uses[e][-1] if uses[e] else never, e)))
             held.add(expert)
     return hits
+
+
+def slots_per_layer(
+    expert_cache_bytes: int, layouts: Sequence[ExpertLayout], num_experts: Sequence[int], top_k: int
+) -> tuple[int, ...]:
+    """Return S of each layer that a byte budget pays for, the same for all up to their E.
+
+    Raises:
+        ValueError: the budget does not hold one token's experts in every layer.
+    """
+    bytes_per_slot = sum(layout.record_bytes for layout in layouts)
+    slots = expert_cache_bytes // bytes_per_slot
+    for layer, experts in enumerate(num_experts):
+        needed = min(top_k, experts)
+        if slots < needed:
+            raise ValueError(
+                f"expert_cache of {expert_cache_bytes} bytes holds {slots} experts per layer, but a"
+                f" token uses {needed} in MoE layer {layer}: give at least"
+                f" {needed * bytes_per_slot} bytes ({needed} x {bytes_per_slot} for"
+                f" {len(layouts)} layers)."
+            )
+    return tuple(min(slots, experts) for experts in num_experts)

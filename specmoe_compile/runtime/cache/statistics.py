@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -181,25 +178,3 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
-
-
-def stats(model: nn.Module) -> Stats:
-    """Return what an offloaded model's session did so far.
-
-    Raises:
-        SpecMoEError: the model is not offloaded, or its session is closed.
-    """
-    from specmoe_compile.hf.attach import session_of
-
-    return session_of(model).stats
-
-
-def reset_stats(model: nn.Module) -> None:
-    """Set an offloaded model's counters to zero; the cache keeps what it holds.
-
-    Raises:
-        SpecMoEError: the model is not offloaded, or its session is closed.
-    """
-    from specmoe_compile.hf.attach import session_of
-
-    session_of(model).reset_stats()

@@ -14,9 +14,17 @@ from specmoe_compile.runtime.cache.slot_table import CachePlan, ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
 from specmoe_compile.runtime.cpu.memory import SlotMemory, StagingRing
-from specmoe_compile.runtime.cpu.residency import NOTHING_ISSUED, Issued, Residency, Step
+from specmoe_compile.runtime.cpu.residency import Residency, Step
 from specmoe_compile.runtime.store.base import ExpertStore
-from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, Read, Ticket, Transfer
+from specmoe_compile.runtime.transfer.base import (
+    CANCELLED,
+    DONE,
+    NOTHING_ISSUED,
+    Issued,
+    Read,
+    Ticket,
+    Transfer,
+)
 from specmoe_compile.runtime.transfer.disk import raise_unless_done
 from specmoe_compile.system.nvtx import layer_range
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
-from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy
+from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy, slots_per_layer
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
-from specmoe_compile.runtime.cpu.memory import Allocate, SlotMemory, StagingRing, slots_per_layer
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.runtime.cpu.memory import Allocate, SlotMemory, StagingRing
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import Transfer
 from specmoe_compile.system.aligned import aligned_empty

@@ -21,7 +21,7 @@ from specmoe_compile.runtime.experts.module import find_experts_layers
 from specmoe_compile.runtime.session import register_session
 
 if TYPE_CHECKING:
-    from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+    from specmoe_compile.options import SpeculationConfig
 
 
 class LiveSession:
@@ -141,11 +141,12 @@ class LiveModules:
                 return candidate
         return None
 
-    def session_for(self, module: nn.Module) -> tuple[LiveSession, int]:
-        """Return the session and layer of a module; modules of one graph share a session."""
+    def session_for(self, module: nn.Module) -> tuple[int, int]:
+        """Return a module's session handle and layer; modules of one graph share a session."""
         found = _sessions.get(module)
         if found is None:
             if self._session is None:
                 self._session = LiveSession()
             found = _sessions[module] = (self._session, self._session.add(module))
-        return found
+        session, layer = found
+        return session.handle, layer

@@ -23,28 +23,6 @@ MAX_STAGING_BYTES = 256 << 20
 _POISON_BYTE = 0xFF  # every float made of such bytes is a NaN
 
 
-def slots_per_layer(
-    expert_cache_bytes: int, layouts: Sequence[ExpertLayout], num_experts: Sequence[int], top_k: int
-) -> tuple[int, ...]:
-    """Return S of each layer that a byte budget pays for, the same for all up to their E.
-
-    Raises:
-        ValueError: the budget does not hold one token's experts in every layer.
-    """
-    bytes_per_slot = sum(layout.record_bytes for layout in layouts)
-    slots = expert_cache_bytes // bytes_per_slot
-    for layer, experts in enumerate(num_experts):
-        needed = min(top_k, experts)
-        if slots < needed:
-            raise ValueError(
-                f"expert_cache of {expert_cache_bytes} bytes holds {slots} experts per layer, but a"
-                f" token uses {needed} in MoE layer {layer}: give at least"
-                f" {needed * bytes_per_slot} bytes ({needed} x {bytes_per_slot} for"
-                f" {len(layouts)} layers)."
-            )
-    return tuple(min(slots, experts) for experts in num_experts)
-
-
 class SlotMemory:
     """Records of cached experts: a bank per layer, or a few banks that layers take turns with.
 

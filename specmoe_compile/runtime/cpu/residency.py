@@ -12,22 +12,11 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
 from specmoe_compile.runtime.store.base import ExpertStore
-from specmoe_compile.runtime.transfer.base import Read, Ticket
-
-
-class Issued(NamedTuple):
-    """What a prefetch started: its reads by expert, and the experts that lost their slots."""
-
-    reads: dict[int, Read]
-    victims: list[int]
-
-
-NOTHING_ISSUED = Issued({}, [])
+from specmoe_compile.runtime.transfer.base import NOTHING_ISSUED, Issued, Read, Ticket
 
 
 class Step:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.policy.commit import committed_routing
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 
 
 class Routing(NamedTuple):

@@ -240,7 +240,7 @@ class CopyDecoder(Decoder):
         arriving, counters = self._arriving[layer], self._counters[layer]
         wanted = [expert for expert in dict.fromkeys(choices) if expert >= 0]
         if self._cache.slots[layer] < len(set(wanted).union(arriving)):
-            # Slots under transfer are no victims, and the others would not do.
+            # Slots under transfer are not evicted, and the others would not do.
             self.join(layer)
         awaited = [arriving[expert] for expert in wanted if expert in arriving]
         counters.late_prefetches += len(awaited)

@@ -42,7 +42,7 @@ class _Fetch(NamedTuple):
 def waits_for_prefetch(slots: int, needed: int, ahead: int, experts: int) -> bool:
     """Whether a layer's demand has to wait for its prefetch before it is planned.
 
-    Slots under transfer are no victims, and the others might not do.
+    Slots under transfer are not evicted, and the others might not do.
 
     Args:
         slots: S. experts: E.

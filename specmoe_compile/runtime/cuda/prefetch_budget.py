@@ -20,9 +20,9 @@ from torch import Tensor
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import HOLDS, LAST, MAX_AMOUNTS, STATE_WORDS
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.streams import Streams
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.runtime.store.base import ExpertStore
 
 UNTUNED_RECORDS = 1

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
+from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
 from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.slot_table import slots_per_layer
 from specmoe_compile.runtime.cache.statistics import Stats
-from specmoe_compile.runtime.cpu.memory import slots_per_layer
 from specmoe_compile.runtime.cuda.committed import Commitments, Routing
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
@@ -33,8 +34,7 @@ from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.cuda.wanted import most_wanted
 from specmoe_compile.runtime.experts.module import ExpertsLayer
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig, take_part
-from specmoe_compile.runtime.policy.speculator import PREFILL_TOKENS
+from specmoe_compile.runtime.policy.speculation import take_part
 from specmoe_compile.runtime.session import _check_store, _sessions, register_session
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.ram import all_records
@@ -392,7 +392,7 @@ class DeviceSession:
         return self._config.policy == "default_vector" and layer not in self._config.skip_layers
 
     def _is_prefill(self, layer: int, ids: Tensor) -> bool:
-        return ids.shape[0] > PREFILL_TOKENS or not self._decoder.fits(layer, ids.numel())
+        return ids.shape[0] > MAX_DECODE_TOKENS or not self._decoder.fits(layer, ids.numel())
 
     def _forget_step(self, layer: int) -> None:
         """Drop a step of this layer that was never corrected."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.options import SpeculationConfig
 
 
 def most_wanted(

@@ -101,3 +101,16 @@ class ExpertLayout:
                 + spec.offset_bytes // spec.dtype.itemsize,
             )
         return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLayer:
+    """One MoE layer of a store: module path, number of experts E, and the record of each."""
+
+    name: str
+    num_experts: int
+    layout: ExpertLayout
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_experts * self.layout.record_bytes

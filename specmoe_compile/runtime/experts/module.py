@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from specmoe_compile.errors import UnsupportedModelError
-from specmoe_compile.runtime.experts.layout import ExpertLayout
-from specmoe_compile.runtime.store.base import StoreLayer
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 
 # What the decorator sets on every instance. `has_post_expert_norm` came after transformers 5.17, so
 # it is read with a default wherever it matters.

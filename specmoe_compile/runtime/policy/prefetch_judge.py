@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.cpu.residency import Issued, Residency
 from specmoe_compile.runtime.policy.speculation import PrefetchGate
 from specmoe_compile.runtime.policy.step_trial import StepTrial
-from specmoe_compile.runtime.transfer.base import DONE, RUNNING
+from specmoe_compile.runtime.transfer.base import DONE, RUNNING, Issued
 
 
 class PrefetchJudge:
@@ -89,8 +88,7 @@ class PrefetchJudge:
         issued: Issued,
         ranks: dict[int, int],
         wanted: Collection[int],
-        residency: Residency,
-    ) -> None:
+    ) -> list[int]:
         """Take in what one prediction brought, when the layer says what it wants.
 
         Args:
@@ -98,17 +96,20 @@ class PrefetchJudge:
             issued: the reads of the prediction.
             ranks: rank of each guess.
             wanted: the experts that the layer needs.
-            residency: where the experts are read to.
+
+        Returns:
+            Experts that useless guesses pushed out of their slots, to be counted if they are read
+            again.
         """
         useless = [expert for expert in issued.reads if expert not in wanted]
-        # The oldest victims would have gone for the useful records anyway.
-        residency.note_pushed_out(layer, issued.victims[len(issued.reads) - len(useless) :])
+        # The first ones would have gone for the useful records anyway.
+        pushed_out = issued.evicted[len(issued.reads) - len(useless) :]
         by_rank: dict[int, list[int]] = {}
         for expert, read in issued.reads.items():
             if read.state in (RUNNING, DONE):  # else it cost nothing, and said nothing
                 by_rank.setdefault(ranks[expert], [0, 0])[expert not in wanted] += 1
         if not by_rank:
-            return
+            return pushed_out
         certain = 0
         for rank, (right, wrong) in by_rank.items():
             gate = self.ranks[layer][rank]
@@ -116,6 +117,7 @@ class PrefetchJudge:
             certain += wrong if gate.is_tried else 0
             gate.measure(right, wrong)
         self.layers[layer].measure(sum(right for right, _ in by_rank.values()), certain)
+        return pushed_out
 
 
 def _read_bytes(stats: Sequence[LayerStats]) -> tuple[int, int]:

@@ -6,13 +6,6 @@ Shape letters: T tokens, K top-k, L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from specmoe_compile.predict.registry import DEFAULT_PREDICTOR, without_auto
-
-if TYPE_CHECKING:
-    from specmoe_compile.options import CompileOptions
 
 TRIAL_STEPS = 16
 """Steps that are measured before something may be turned off."""
@@ -33,61 +26,6 @@ def take_part(layers: Sequence[int], edges: Sequence[int], wanted: Collection[in
     pairs = zip(edges[::2], edges[1::2], strict=True)
     busy = {layer for pair in pairs if pair[1] in wanted for layer in pair}
     return [layer in busy for layer in layers]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationConfig:
-    """What a session does with predictions; see the fields of `CompileOptions`."""
-
-    prefetch: bool = True
-    """whether graphs predict at all; without, decoding learns no default vectors."""
-    policy: Literal["exact", "default_vector", "commit"] = "exact"
-    """what a miss gets."""
-    default_vector_threshold: float = 0.1
-    """router weight (0..1) below which a miss gets its default vector."""
-    commit_weights: Literal["predicted", "true"] = "predicted"
-    """router weights of policy `commit`."""
-    prefetch_width: int | None = None
-    """experts prefetched per token, at most as many as are predicted; None: all of them."""
-    prefetch_budget_bytes: int | None = None
-    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` what `auto_off`
-    finds, and one record without it."""
-    auto_off: bool = True
-    """fetch ahead only what pays, by measurement: turns layers, unsure guesses and all of it off on
-    the CPU, chooses the number of records on a GPU with transfer `gather`, all or none with `copy`.
-    """
-    skip_layers: tuple[int, ...] = ()
-    """MoE layers that never speculate."""
-    predictor: str = DEFAULT_PREDICTOR
-    """what predicts experts; a name of `PREDICTORS`."""
-    lookahead: int = 1
-    """MoE layers between a prediction and its use."""
-    transfer: Literal["auto", "copy", "gather"] = "auto"
-    """how a GPU gets the experts of a decode step."""
-    captures: bool = False
-    """steps are captured in CUDA graphs."""
-    nvtx: bool = False
-    """annotate phases with NVTX ranges."""
-
-    @classmethod
-    def from_options(cls, options: CompileOptions) -> SpeculationConfig:
-        """Take the run-time fields of a compile's options; `skip_layers="auto"` skips none here."""
-        skip = options.skip_layers if isinstance(options.skip_layers, tuple) else ()
-        return cls(
-            prefetch=options.prefetch,
-            policy=options.policy,
-            default_vector_threshold=options.default_vector_threshold,
-            commit_weights=options.commit_weights,
-            prefetch_width=options.prefetch_width,
-            prefetch_budget_bytes=options.prefetch_budget_bytes,
-            auto_off=options.auto_off,
-            skip_layers=skip,
-            predictor=without_auto(options.predictor),
-            lookahead=options.lookahead,
-            transfer=options.transfer,
-            captures=options.mode == "reduce-overhead",
-            nvtx=options.nvtx,
-        )
 
 
 class PrefetchGate:

@@ -8,27 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.experts.layout import ExpertLayout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreLayer:
-    """One MoE layer of a store: module path, number of experts E, and the record of each."""
-
-    name: str
-    num_experts: int
-    layout: ExpertLayout
-
-    @property
-    def total_bytes(self) -> int:
-        return self.num_experts * self.layout.record_bytes
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 
 
 class RecordSource(Protocol):

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.experts.layout import ExpertLayout, TensorSpec
-from specmoe_compile.runtime.store.base import StoreLayer
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer, TensorSpec
 
 FORMAT = "specmoe-expert-store"
 VERSION = 1

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
+from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import ExpertsLayer, release_experts
-from specmoe_compile.runtime.store.base import ExpertStore, StoreLayer
+from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.header import layers_to_json
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.machine import one_compute_thread

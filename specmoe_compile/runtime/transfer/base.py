@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -77,6 +77,16 @@ class Ticket(ABC):
         Raises:
             TransferError: a read failed or was cancelled, chained from what the reader raised.
         """
+
+
+class Issued(NamedTuple):
+    """What a prefetch started: its reads by expert, and the experts that lost their slots."""
+
+    reads: dict[int, Read]
+    evicted: list[int]
+
+
+NOTHING_ISSUED = Issued({}, [])
 
 
 class Transfer(ABC):

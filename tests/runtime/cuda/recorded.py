@@ -16,10 +16,10 @@ import torch
 
 from specmoe_compile import backend
 from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import greedy, prompts
 from tests.runtime.cuda.device_models import open_session
 from tests.runtime.cuda.stream_model import StreamModel

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder

@@ -11,11 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import CompileOptions
+from specmoe_compile.options import CompileOptions, SpeculationConfig
 from specmoe_compile.runtime.cuda.decode_copy import GUESSES_IN_FLIGHT, CopyDecoder
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import decide_trials, on_device
 from tests.runtime.cuda.order_checker import unordered_pairs

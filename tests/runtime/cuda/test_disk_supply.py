@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, TransferError
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda import opening
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.supply import LEAST_BUFFERS, StagedSupply
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.system.aligned import aligned_empty
 from tests.runtime.cuda.fake_cudart import FakeCudart
 from tests.runtime.cuda.order_checker import unordered_pairs

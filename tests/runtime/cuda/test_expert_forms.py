@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.fakes import E, K, experts_layer, ram_store, randomise, reference, token_batch

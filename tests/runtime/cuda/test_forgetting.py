@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda.tables import DeviceCache
 from specmoe_compile.runtime.experts.layout import ExpertLayout
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.order_checker import unordered_pairs

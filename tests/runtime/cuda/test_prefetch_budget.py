@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
+from specmoe_compile.options import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel

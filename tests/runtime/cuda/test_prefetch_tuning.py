@@ -18,10 +18,10 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
     ROUNDS,
     SHORTEST,
 )
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda import decoders
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder, _Fetch
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import decide_trials
 from tests.runtime.cuda.order_checker import unordered_pairs

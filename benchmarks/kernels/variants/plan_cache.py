@@ -5,7 +5,7 @@ Shape letters: C = T * K choices, E experts, S slots.
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,

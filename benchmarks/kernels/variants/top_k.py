@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,

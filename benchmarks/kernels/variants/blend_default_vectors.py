@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.blend_default_vectors.kernel import block_sizes, weighted_sum_kernel
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,
     Traffic,
     count_traffic,
 )
+from specmoe_compile.kernels.blend_default_vectors.kernel import block_sizes, weighted_sum_kernel
 from specmoe_compile.kernels.expert_mlp.config import ceil_div
 
 PREFILL_TOKENS = 512

@@ -5,7 +5,7 @@ prediction was, policy `exact` gives the result of the demand path, bit for bit.
 not the current step's (an op that is run twice, an abandoned step) means that nothing is known: the
 step is then done from scratch. Number -1 stands for whatever is current.
 
-Steps of more than PREFILL_TOKENS tokens are prefill: never predicted, always exact.
+Steps of more than MAX_DECODE_TOKENS tokens are prefill: never predicted, always exact.
 
 Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden.
 """
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
-from specmoe_compile.runtime.cpu.residency import Issued, Residency, Step
+from specmoe_compile.runtime.cpu.residency import Residency, Step
 from specmoe_compile.runtime.policy.commit import committed_routing
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.speculation import SpeculationConfig, take_part
+from specmoe_compile.runtime.policy.speculation import take_part
+from specmoe_compile.runtime.transfer.base import Issued
 
-PREFILL_TOKENS = 16
-"""A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 _REST = 4
 """Steps per one that learns default vectors, where nothing is predicted from them now."""
 _NOBODY = 0
@@ -113,7 +113,7 @@ class Speculator:
         self._abandon()
         runner = self._runners[layer]
         routing = Routing(x, ids, runner)
-        step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > PREFILL_TOKENS)
+        step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > MAX_DECODE_TOKENS)
         try:
             y = x.new_empty((*ids.shape, x.shape[-1]))
             self._compute(step, routing, y, block=True)
@@ -147,7 +147,7 @@ class Speculator:
         number = next(self._numbers)
         self._predictions[layer] = None
         asked, self._asked[layer] = self._asked[layer], None
-        if not 0 < ids.shape[0] <= PREFILL_TOKENS:
+        if not 0 < ids.shape[0] <= MAX_DECODE_TOKENS:
             return number
         if not (self._wants(layer) if asked is None else asked):
             return number
@@ -186,7 +186,7 @@ class Speculator:
         state = self._state = _State(next(self._numbers), layer)
         prediction, self._predictions[layer] = self._predictions[layer], None
         tokens = ids.shape[0]
-        if not 0 < tokens <= PREFILL_TOKENS:
+        if not 0 < tokens <= MAX_DECODE_TOKENS:
             return state.number
         rows: list[list[int]] = ids.tolist()
         needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
@@ -195,13 +195,10 @@ class Speculator:
         if prediction is not None and known and len(prediction.rows) == tokens:
             self._count_recall(layer, rows, prediction.rows)
             if prediction.issued is not None and prediction.ranks is not None:
-                self.judge.measure(
-                    layer,
-                    prediction.issued,
-                    prediction.ranks,
-                    set(needed),
-                    self.residency,
+                pushed_out = self.judge.measure(
+                    layer, prediction.issued, prediction.ranks, set(needed)
                 )
+                self.residency.note_pushed_out(layer, pushed_out)
             if commits and prediction.weights is not None and prediction.weights.numel():
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
@@ -232,7 +229,7 @@ class Speculator:
         routing = Routing(x, ids if state.ids is None else state.ids, runner)
         if state.step is None:
             needed = self._needed(state, routing, ids, weights, y)
-            state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > PREFILL_TOKENS)
+            state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > MAX_DECODE_TOKENS)
         state.routing = routing
         self._compute(state.step, routing, y, block=False)
         return y
@@ -278,7 +275,7 @@ class Speculator:
         weight is below the threshold for each of its tokens, is left out.
         """
         exact = self.config.policy != "default_vector" or state.prediction is not None
-        if exact or ids.shape[0] > PREFILL_TOKENS:
+        if exact or ids.shape[0] > MAX_DECODE_TOKENS:
             return routing.experts
         absent = self.residency.absent(state.layer, routing.experts)
         if not absent:
@@ -309,7 +306,7 @@ class Speculator:
     def _learn(
         self, layer: int, ids: Tensor, y: Tensor, experts: Sequence[int], *, rest: int = 1
     ) -> None:
-        if ids.shape[0] <= PREFILL_TOKENS:
+        if ids.shape[0] <= MAX_DECODE_TOKENS:
             if not self.learns_from_decode:
                 return
             # One layer per step (or per `rest` steps), in turn: the next time it is the next one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.compile_spec import CompileSpec, ModelShape
+from benchmarks.kernels.compile_spec import CompileSpec, ModelShape
 from specmoe_compile.kernels.tune_prefetch.kernel import tune_prefetch_kernel
 
 

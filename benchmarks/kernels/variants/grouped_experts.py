@@ -5,15 +5,15 @@ Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, N 
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,
     Traffic,
     count_traffic,
 )
+from benchmarks.kernels.variants.expert_mlp import form_of_shape
 from specmoe_compile.kernels.expert_mlp.config import ceil_div
-from specmoe_compile.kernels.expert_mlp.variants import form_of_shape
 from specmoe_compile.kernels.grouped_experts.config import (
     GroupedConfig,
     block_m,

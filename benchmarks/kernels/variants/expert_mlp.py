@@ -5,7 +5,7 @@ Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate.
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from specmoe_compile.kernels.compile_spec import CompileSpec, ModelShape
-from specmoe_compile.kernels.expert_mlp.config import gate_up_config
-from specmoe_compile.kernels.expert_mlp.variants import (
+from benchmarks.kernels.compile_spec import CompileSpec, ModelShape
+from benchmarks.kernels.variants.expert_mlp import (
     SLOT_BYTES,
     down_spec,
     gate_up_spec,
     gate_up_traffic,
 )
+from specmoe_compile.kernels.expert_mlp.config import gate_up_config
 
 
 def compile_specs(shape: ModelShape) -> list[CompileSpec]:

@@ -1,0 +1,1 @@
+"""The kernels as they are compiled: launches by model, and what each must move."""
