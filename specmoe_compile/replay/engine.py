@@ -27,15 +27,17 @@ from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
 from specmoe_compile.runtime.cpu.residency import Step
 from specmoe_compile.runtime.cpu.speculator import Speculator
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 from specmoe_compile.runtime.store.base import ExpertStore
 
 NO_TICKET = -1
-_NO_WEIGHTS = ExpertWeights(torch.empty(0), None, torch.empty(0), None)
+_NO_WEIGHTS = ExpertTensors(WeightPlanes(torch.empty(0)), None, WeightPlanes(torch.empty(0)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,10 +167,10 @@ class TimedRunner(ExpertRunner):
         self.dtype = torch.float32
         self._compute = compute
 
-    def weights(self, record: Tensor) -> ExpertWeights:
+    def weights(self, record: Tensor) -> ExpertTensors:
         return _NO_WEIGHTS
 
-    def run(self, weights: ExpertWeights, x: Tensor) -> Tensor:
+    def run(self, weights: ExpertTensors, x: Tensor) -> Tensor:
         self._compute()
         return x
 
@@ -190,7 +192,7 @@ class TimedResidency(CachedResidency):
         self._link.advance(fresh * self._fetched_s)
         return step
 
-    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:
+    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertTensors] | None:
         arrival = super().next_or_none(step, block=block)
         if arrival is not None:
             self._link.advance(self._fetched_s)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,9 +278,23 @@ def test_a_changed_header_is_refused(folder: Path) -> None:
 
 def test_another_version_is_refused(folder: Path) -> None:
     path = folder / "header.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(StoreError, match="has format version 2, this specmoe reads version 1"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    with pytest.raises(
+        StoreError, match="has format version 3, this specmoe reads versions up to 2"
+    ):
         DiskStore.open(folder)
+
+
+def test_a_store_of_version_1_opens(folder: Path, source: RandomSource) -> None:
+    path = folder / "header.json"
+    body = json.loads(path.read_text())
+    del body["header_crc32"]
+    assert all("format" not in layer for layer in body["layers"])  # plain records: as version 1
+    body["version"] = 1
+    crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    path.write_text(json.dumps({**body, "header_crc32": crc}))
+    with contextlib.closing(DiskStore.open(folder, verify=True)) as store:
+        assert_record(source, 1, 2, read(store, 1, 2))
 
 
 def test_a_truncated_store_is_refused(folder: Path) -> None:

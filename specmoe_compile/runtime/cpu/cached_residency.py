@@ -12,9 +12,10 @@ from typing import NamedTuple
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.slot_table import CachePlan, ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.memory import SlotMemory, StagingRing
 from specmoe_compile.runtime.cpu.residency import Residency, Step
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import (
     CANCELLED,
@@ -112,7 +113,7 @@ class CachedResidency(Residency):
                 self._stage(step)
         return step
 
-    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:
+    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertTensors] | None:
         self._release_consumed(step)
         if not step.waiting:
             return None

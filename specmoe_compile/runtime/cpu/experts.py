@@ -13,32 +13,24 @@ N tokens of one expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime.cpu.kernels import OneToken, one_token_kernel_or_none
+from specmoe_compile.runtime.cpu.packed import packed_product
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.layout import ExpertLayout
-
-
-class ExpertWeights(NamedTuple):
-    """One expert's tensors as views of its record, ready to be the right side of a product.
-
-    `up`: [H, 2I] (gated) or [H, I]; `down`: [I, H]; biases [2I] or [I], and [H], or None.
-    """
-
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
 
 
 class ExpertRunner:
     """Computes one layer's experts with the layer's own activation, gate and norm."""
 
     __slots__ = (
+        "_format",
         "_gate",
         "_is_transposed",
         "_layout",
@@ -54,15 +46,17 @@ class ExpertRunner:
         """Read what the module says about itself (`use_experts_implementation`)."""
         owner: Any = module
         self._layout = layout
+        self._format = layout.format
         self._up_name = "gate_up_proj" if owner.has_gate else "up_proj"
-        self._is_transposed = bool(owner.is_transposed)
+        self._is_transposed = bool(owner.is_transposed) and self._format.is_plain
         self._gate: Callable[[Tensor], Tensor] = (
             owner._apply_gate if owner.has_gate else owner.act_fn
         )
         self._norm: Callable[[Tensor], Tensor] | None = (
             owner.post_expert_norm if getattr(owner, "has_post_expert_norm", False) else None
         )
-        self.dtype = next(s.dtype for s in layout.tensors if s.name == self._up_name)
+        # Codes do not say what to compute in; the module's parameters have the model's dtype.
+        self.dtype: torch.dtype = getattr(module, self._up_name).dtype
         down = next(s.shape for s in layout.tensors if s.name == "down_proj")
         self.hidden_size = down[1] if self._is_transposed else down[0]
         self.num_experts = num_experts
@@ -76,19 +70,21 @@ class ExpertRunner:
                 f" experts 0..{self.num_experts - 1}."
             )
 
-    def weights(self, record: Tensor) -> ExpertWeights:
-        """Return the views of a record, [record_bytes] uint8; cheap to keep, slow to make."""
-        views = self._layout.views(record)
-        up, down = views[self._up_name], views["down_proj"]
-        if not self._is_transposed:
-            up, down = up.t(), down.t()
-        return ExpertWeights(
-            up, views.get(f"{self._up_name}_bias"), down, views.get("down_proj_bias")
-        )
+    def weights(self, record: Tensor) -> ExpertTensors:
+        """Return the views of a record, [record_bytes] uint8; cheap to keep, slow to make.
 
-    def run(self, weights: ExpertWeights, x: Tensor) -> Tensor:
-        """Unweighted output of one expert: [N, H] -> [N, H], in the weights' dtype."""
-        up, up_bias, down, down_bias = weights
+        Plain weights are views that can be the right side of a product, [H, 2I] and [I, H].
+        """
+        tensors = ExpertTensors.of(self._layout.views(record))
+        if self._is_transposed or not self._format.is_plain:
+            return tensors
+        return tensors._replace(up=_turned(tensors.up), down=_turned(tensors.down))
+
+    def run(self, weights: ExpertTensors, x: Tensor) -> Tensor:
+        """Unweighted output of one expert: [N, H] -> [N, H], in the model's dtype."""
+        if not self._format.is_plain:
+            return self._run_packed(weights, x)
+        (up, *_), up_bias, (down, *_), down_bias = weights
         if x.shape[0] == 1 and (kernel := self._kernel_or_none(weights)) is not None:
             out = kernel(x[0], up.t(), up_bias, down.t(), down_bias).unsqueeze(0)
             return out if self._norm is None else self._norm(out)
@@ -100,13 +96,29 @@ class ExpertRunner:
             out.add_(down_bias)
         return out if self._norm is None else self._norm(out)
 
-    def _kernel_or_none(self, weights: ExpertWeights) -> OneToken | None:
+    def _run_packed(self, weights: ExpertTensors, x: Tensor) -> Tensor:
+        """`run` from codes: float32 products, rounded to the model's dtype after each."""
+        hidden = packed_product(x, weights.up, self._format.up)
+        if weights.up_bias is not None:
+            hidden.add_(weights.up_bias)
+        hidden = self._gate(hidden.to(self.dtype))
+        out = packed_product(hidden, weights.down, self._format.down)
+        if weights.down_bias is not None:
+            out.add_(weights.down_bias)
+        out = out.to(self.dtype)
+        return out if self._norm is None else self._norm(out)
+
+    def _kernel_or_none(self, weights: ExpertTensors) -> OneToken | None:
         if self._one_token == "unknown":
-            up, up_bias, down, down_bias = weights
+            (up, *_), up_bias, (down, *_), down_bias = weights
             self._one_token = one_token_kernel_or_none(
                 self._gate, up.t(), up_bias, down.t(), down_bias
             )
         return self._one_token
+
+
+def _turned(planes: WeightPlanes) -> WeightPlanes:
+    return WeightPlanes(planes.codes.t())
 
 
 class Routing:
@@ -156,7 +168,7 @@ class Routing:
                 start += count
         self.experts = list(self._rows)
 
-    def compute(self, expert: int, weights: ExpertWeights, runner: ExpertRunner, y: Tensor) -> None:
+    def compute(self, expert: int, weights: ExpertTensors, runner: ExpertRunner, y: Tensor) -> None:
         """Compute one expert's rows and put them into `y`, [T*K, H], contiguous."""
         if self._tokens is None:
             y[self._rows[expert]] = runner.run(weights, self._x)[0]

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights, Routing, reduce_experts
+from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.module import find_experts_layers
 from specmoe_compile.runtime.session import register_session
 
@@ -88,10 +90,10 @@ class _CpuLayer:
         up_bias = getattr(owner, f"{name}_bias", None)
         down_bias = getattr(owner, "down_proj_bias", None)
         self._weights = [
-            ExpertWeights(
-                up[e].detach(),
+            ExpertTensors(
+                WeightPlanes(up[e].detach()),
                 None if up_bias is None else up_bias[e].detach(),
-                down[e].detach(),
+                WeightPlanes(down[e].detach()),
                 None if down_bias is None else down_bias[e].detach(),
             )
             for e in range(found.num_experts)

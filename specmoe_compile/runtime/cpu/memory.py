@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.cpu.experts import ExpertRunner
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from specmoe_compile.runtime.transfer.base import Read
 from specmoe_compile.system.aligned import aligned_empty
@@ -67,7 +68,7 @@ class SlotMemory:
             )
             for layer in layers
         ]
-        self._weights: list[list[ExpertWeights | None]] = [
+        self._weights: list[list[ExpertTensors | None]] = [
             [None] * slots[layer] for layer in layers
         ]
 
@@ -78,7 +79,7 @@ class SlotMemory:
             record.fill_(_POISON_BYTE)
         return record
 
-    def weights(self, layer: int, slot: int) -> ExpertWeights:
+    def weights(self, layer: int, slot: int) -> ExpertTensors:
         """Return a slot as tensors; what they hold is whatever was read into it last."""
         weights = self._weights[layer][slot]
         if weights is None:

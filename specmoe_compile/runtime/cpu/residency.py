@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.cpu.experts import ExpertRunner, ExpertWeights
+from specmoe_compile.runtime.cpu.experts import ExpertRunner
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import NOTHING_ISSUED, Issued, Read, Ticket
 
@@ -34,7 +35,7 @@ class Step:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.ready: list[tuple[int, ExpertWeights]] = []
+        self.ready: list[tuple[int, ExpertTensors]] = []
         self.waiting: dict[int, Read] = {}
         self.deferred: deque[int] = deque()
         self.places: dict[int, int] = {}
@@ -62,7 +63,7 @@ class Residency(ABC):
         """
 
     @abstractmethod
-    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:
+    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertTensors] | None:
         """Return the next expert of a step that arrived, with its weights.
 
         The weights are valid until the next call with the same step. None when nothing is left,
@@ -122,7 +123,7 @@ class InPlaceResidency(Residency):
         self._store = store
         self._runners = runners
         self._stats = stats
-        self._weights: list[list[ExpertWeights | None]] = [
+        self._weights: list[list[ExpertTensors | None]] = [
             [None] * experts for experts in store.num_experts
         ]
 
@@ -140,7 +141,7 @@ class InPlaceResidency(Residency):
         stats.hits += len(experts)
         return step
 
-    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertWeights] | None:
+    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertTensors] | None:
         return None
 
     def finish(self, step: Step) -> None:

@@ -15,6 +15,8 @@ from math import prod
 
 import torch
 
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
+
 RECORD_ALIGNMENT = 4096  # bytes; O_DIRECT needs the logical block size, a page covers every disk
 TENSOR_ALIGNMENT = 64  # bytes; one cache line, and the 16-byte loads of the kernels
 
@@ -28,8 +30,9 @@ def align_up(size_bytes: int, alignment: int) -> int:
 class TensorSpec:
     """One tensor of an expert, without the expert dimension.
 
-    `name` is the attribute of the experts module (`gate_up_proj`, `down_proj`, `*_bias`), `shape`
-    that of one expert (for example [2I, H]), `offset_bytes` its place in the record.
+    `name` is the attribute of the experts module (`gate_up_proj`, `down_proj`, `*_bias`) or a plane
+    beside it (`gate_up_proj_scales`, see `formats`), `shape` that of one expert (for example
+    [2I, H]), `offset_bytes` its place in the record.
     """
 
     name: str
@@ -44,21 +47,32 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayout:
-    """The record of one expert: tensors in a fixed order, and the record's padded size."""
+    """The record of one expert: tensors in a fixed order, its padded size, what the bytes mean."""
 
     tensors: tuple[TensorSpec, ...]
     record_bytes: int
+    format: ExpertFormat = PLAIN_FORMAT
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> ExpertLayout:
-        """Lay out the tensors of one expert in the order given, `{name: (shape, dtype)}`."""
+    def from_shapes(
+        cls,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        format: ExpertFormat = PLAIN_FORMAT,
+    ) -> ExpertLayout:
+        """Lay out the tensors of one expert in the order given, `{name: (shape, dtype)}`.
+
+        Raises:
+            ValueError: the tensors are not those of the format.
+        """
+        format.check(shapes)
         specs: list[TensorSpec] = []
         offset = 0
         for name, (shape, dtype) in shapes.items():
             spec = TensorSpec(name=name, shape=tuple(shape), dtype=dtype, offset_bytes=offset)
             specs.append(spec)
             offset = align_up(offset + spec.size_bytes, TENSOR_ALIGNMENT)
-        return cls(tensors=tuple(specs), record_bytes=align_up(offset, RECORD_ALIGNMENT))
+        record_bytes = align_up(offset, RECORD_ALIGNMENT)
+        return cls(tensors=tuple(specs), record_bytes=record_bytes, format=format)
 
     @property
     def payload_bytes(self) -> int:

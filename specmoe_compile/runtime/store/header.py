@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from specmoe_compile.errors import StoreError
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer, TensorSpec
 
 FORMAT = "specmoe-expert-store"
-VERSION = 1
+VERSION = 2
+_READ_VERSIONS = (1, 2)  # version 1 has no formats: its records are plain
 CHECKSUM = "rowcol64-crc32"
 HEADER_NAME = "header.json"
 RECORDS_NAME = "experts.bin"
@@ -61,7 +63,10 @@ class StoreHeader:
 
 
 def layers_to_json(layers: Sequence[StoreLayer]) -> list[dict[str, Any]]:
-    """Return layers as plain data."""
+    """Return layers as plain data; a fingerprint is made of it.
+
+    Plain records say nothing about their format, so that their fingerprint is that of version 1.
+    """
     return [
         {
             "name": layer.name,
@@ -76,6 +81,7 @@ def layers_to_json(layers: Sequence[StoreLayer]) -> list[dict[str, Any]]:
                 }
                 for spec in layer.layout.tensors
             ],
+            **({} if layer.layout.format.is_plain else {"format": layer.layout.format.to_json()}),
         }
         for layer in layers
     ]
@@ -91,9 +97,10 @@ def _layer_from_json(data: dict[str, Any]) -> StoreLayer:
         )
         for item in data["tensors"]
     )
-    layout = ExpertLayout(tensors=tensors, record_bytes=data["record_bytes"])
+    format = ExpertFormat.from_json(data["format"]) if "format" in data else PLAIN_FORMAT
+    layout = ExpertLayout(tensors=tensors, record_bytes=data["record_bytes"], format=format)
     # The reader trusts these numbers with raw memory, so they must be what this version lays out.
-    if layout != ExpertLayout.from_shapes({t.name: (t.shape, t.dtype) for t in tensors}):
+    if layout != ExpertLayout.from_shapes({t.name: (t.shape, t.dtype) for t in tensors}, format):
         raise ValueError(f"the record of {data['name']} is laid out in another way")
     return StoreLayer(name=data["name"], num_experts=data["num_experts"], layout=layout)
 
@@ -151,10 +158,10 @@ def read_header(folder: Path) -> StoreHeader:
         raise _damaged(path, "it is not JSON") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise StoreError(f"{path} is not the header of an expert store.")
-    if body.get("version") != VERSION:
+    if body.get("version") not in _READ_VERSIONS:
         raise StoreError(
             f"The expert store {folder} has format version {body.get('version')}, this specmoe "
-            f"reads version {VERSION}. Delete the folder and pack again."
+            f"reads versions up to {VERSION}. Delete the folder and pack again."
         )
     checksum = body.pop("header_crc32", None)
     if checksum != _body_crc32(body):

@@ -138,6 +138,20 @@ class WeightPlanes(NamedTuple):
             views.get(f"{name}_global"),
         )
 
+    def rows(self, first: int, count: int, code: WeightCode) -> WeightPlanes:
+        """Planes of rows first..first+count of a weight [N, K], as views.
+
+        Both are multiples of the rows of a block, but for the last rows of the weight.
+        """
+        block = code.block[0]
+        blocks = slice(first // block, -(-(first + count) // block)) if block else slice(None)
+        return WeightPlanes(
+            self.codes[first : first + count],
+            None if self.scales is None else self.scales[blocks],
+            None if self.zeros is None else self.zeros[blocks],
+            None if self.global_ is None else self.global_[first : first + count],
+        )
+
 
 def decode_scales(scales: Tensor, kind: str) -> Tensor:
     """A plane of scales as float32; exact."""
