@@ -1,6 +1,7 @@
 """The `torch.compile` backend: options, passes, lowering, and the only fallback.
 
-    Dynamo graph -> outline_experts -> AOTAutograd -> passes on the aten graph -> Inductor
+    Dynamo graph -> outline_experts, read_filled_cache -> AOTAutograd
+        -> passes on the aten graph -> Inductor
 
 A graph that holds no expert dispatch is lowered untouched, with one warning that says why;
 `strict=True` raises instead.
@@ -19,12 +20,16 @@ from torch.fx import GraphModule
 from specmoe_compile.errors import CompileError
 from specmoe_compile.options import CompileOptions
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
+from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_session import LiveModules
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
 
 log = logging.getLogger(__name__)
+
+ATTENTION_DEVICES = ("cuda",)
+"""Where `read_filled_cache` rewrites attention."""
 
 Compiled = Callable[..., Any]
 
@@ -60,6 +65,9 @@ def specmoe(
         _fall_back(config, report.skipped or ["it calls no experts module"])
         return _lower_untouched(gm, example_inputs, config)
     _refuse_training(example_inputs)
+    if config.attention:
+        for reason in read_filled_cache(gm, device_types=ATTENTION_DEVICES).skipped:
+            log.info("read_filled_cache: %s", reason)
     speculation = _configure_speculation(gm, config)
     return _lower(gm, example_inputs, config, speculation)
 

@@ -82,6 +82,9 @@ class CompileOptions:
     """how a GPU gets the experts of a decode step: `copy` by the copy engine, with ids that the
     host reads; `gather` by the GPU itself, the only one that CUDA graphs can hold; `auto` measures
     both once and takes the faster, or `gather` with CUDA graphs. `auto` alone on the CPU."""
+    attention: bool = True
+    """graph: on a GPU the attention of a decode step reads the filled part of a static cache, once
+    for all heads that share its keys, instead of all of it, repeated."""
     lowering: Lowering = "inductor"
     """graph: `eager` runs the rewritten graph node by node, for debugging."""
     strict: bool = field(default_factory=_strict_default)
@@ -96,7 +99,7 @@ class CompileOptions:
         _check_choice("mode", self.mode, _MODES)
         _check_choice("transfer", self.transfer, _TRANSFERS)
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
-        for name in ("prefetch", "auto_off", "control", "strict", "nvtx"):
+        for name in ("prefetch", "auto_off", "control", "attention", "strict", "nvtx"):
             _check_type(name, getattr(self, name), bool)
         _check_number(
             "default_vector_threshold", self.default_vector_threshold, minimum=0.0, maximum=1.0
@@ -182,6 +185,7 @@ class CompileOptions:
             self.lookahead,
             self.control,
             self.mode,
+            self.attention,
             self.lowering,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -17,7 +17,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The MoE layer of a model. `dtype` is Triton's name of the weights' dtype."""
+    """The MoE layer of a model, and its attention. `dtype` is Triton's name of the weights' dtype.
+
+    Attributes:
+        query_heads, kv_heads, head: attention heads, heads of keys, head size; no heads where the
+            model's attention is not one that `decode_attention` computes.
+        sinks: whether each head has a sink.
+    """
 
     name: str
     hidden: int
@@ -32,6 +38,10 @@ class ModelShape:
     activation: str = "silu"
     alpha: float = 1.0
     limit: float = float("inf")
+    query_heads: int = 0
+    kv_heads: int = 0
+    head: int = 0
+    sinks: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -52,7 +62,16 @@ class ModelShape:
 
 
 MODEL_SHAPES: tuple[ModelShape, ...] = (
-    ModelShape(name="Qwen3-30B-A3B", hidden=2048, intermediate=768, num_experts=128, top_k=8),
+    ModelShape(
+        name="Qwen3-30B-A3B",
+        hidden=2048,
+        intermediate=768,
+        num_experts=128,
+        top_k=8,
+        query_heads=32,
+        kv_heads=4,
+        head=128,
+    ),
     ModelShape(
         name="GPT-OSS-20B",
         hidden=2880,
@@ -65,8 +84,21 @@ MODEL_SHAPES: tuple[ModelShape, ...] = (
         activation="swiglu_oai",
         alpha=1.702,
         limit=7.0,
+        query_heads=64,
+        kv_heads=8,
+        head=64,
+        sinks=True,
     ),
-    ModelShape(name="Mixtral-8x7B", hidden=4096, intermediate=14336, num_experts=8, top_k=2),
+    ModelShape(
+        name="Mixtral-8x7B",
+        hidden=4096,
+        intermediate=14336,
+        num_experts=8,
+        top_k=2,
+        query_heads=32,
+        kv_heads=8,
+        head=128,
+    ),
     ModelShape(name="DeepSeek-V2-Lite", hidden=2048, intermediate=1408, num_experts=64, top_k=6),
 )
 

@@ -54,6 +54,10 @@ def check_graph(run: FakeRun, layers: int, *, decodes: bool) -> None:
         assert {tensor.device for tensor in tensors} == {CUDA}, "CUDA graphs hold no other device"
     predicted = len(list(find_calls(graph, specmoe_ops().start_prefetch.default)))
     assert predicted == (layers - 1 if decodes else 0)
+    attentions = len(list(find_calls(graph, torch.ops.specmoe_kernels.decode_attention.default)))
+    assert attentions == (layers if decodes else 0)
+    ranges = len(list(find_calls(graph, torch.ops.specmoe_kernels.attended_range.default)))
+    assert ranges == (1 if decodes else 0), "layers with one mask share its range"
     ours, models = torch.ops.specmoe_kernels.top_k.default, torch.ops.aten.topk.default
     assert len(list(find_calls(graph, ours))) == predicted
     assert len(list(find_calls(graph, models))) == layers

@@ -1,0 +1,421 @@
+"""Triton kernels of `decode_attention`: the range that a mask lets through, attention, a sum.
+
+`attended_range_kernel` runs once per mask and step, and tells the others which keys count. The
+attention is split over the keys: a program holds all queries that share a head of keys and values,
+and takes an equal part of the range, whatever its length, so that nothing is read beyond it and a
+captured launch serves every length. Parts are combined by `sum_parts_kernel`; a short cache is one
+part and needs no second launch.
+
+Rounding: scores, softmax and sums in fp32; products of float32 without tf32; the probabilities,
+not yet divided by their sum, are rounded to the dtype of the values.
+
+Shape letters: B sequences, N query heads, G heads of keys and values, Q new tokens, S cache
+length, D head size, P parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS_PER_SM = 2
+_SINGLE_PART_KEYS = 256
+_TILE_BYTES = 16384
+_MASK_BLOCK = 16384
+_PARTS_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Tiles of one launch: rows (queries x heads), keys per tile, parts, warps, pipeline depth."""
+
+    block_m: int
+    block_n: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(
+    *, groups: int, rows: int, length: int, head: int, itemsize: int, processors: int
+) -> AttentionConfig:
+    """Choose the tiles.
+
+    Args:
+        groups: B x G, programs without a split.
+        rows: query heads per head of keys x Q.
+        length: S.
+        head: D.
+        itemsize: bytes of one key's element.
+        processors: multiprocessors of the GPU.
+    """
+    block_m = max(16, triton.next_power_of_2(rows))
+    head_bytes = triton.next_power_of_2(head) * itemsize
+    block_n = max(16, min(128, _TILE_BYTES // head_bytes))
+    tiles = triton.cdiv(length, block_n)
+    parts = min(tiles, max(1, processors * _PROGRAMS_PER_SM // groups))
+    if length <= _SINGLE_PART_KEYS:
+        parts = 1
+    # Three tiles of a large head and the queries do not fit the shared memory of sm_86.
+    stages = 3 if head <= 128 else 2
+    return AttentionConfig(block_m, block_n, parts, num_warps=4, num_stages=stages)
+
+
+@triton.jit
+def attended_range_kernel(
+    mask,
+    bounds,
+    stride_b,
+    stride_h,
+    stride_q,
+    H: tl.constexpr,
+    Q: tl.constexpr,
+    S,
+    lowest,
+    IS_BOOL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """bounds[b] = first, one past the last key that any query attends to; grid (B,).
+
+    Args:
+        mask: [B, H, Q, S] bool or float, keys adjacent; bounds: [B, 2] int32.
+        lowest: an additive mask's value that lets nothing through, or one above it.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    first = S
+    last = 0
+    for row in range(H * Q):
+        start = mask + sequence * stride_b + (row // Q) * stride_h + (row % Q) * stride_q
+        row_first = S
+        row_last = 0
+        for offset in range(0, S, BLOCK):
+            keys = offset + tl.arange(0, BLOCK)
+            value = tl.load(start + keys, mask=keys < S, other=0)
+            if IS_BOOL:
+                attended = (value != 0) & (keys < S)
+            else:
+                attended = (value.to(tl.float32) > lowest) & (keys < S)
+            row_first = tl.minimum(row_first, tl.min(tl.where(attended, keys, S), axis=0))
+            row_last = tl.maximum(row_last, tl.max(tl.where(attended, keys + 1, 0), axis=0))
+        if not IS_BOOL:
+            # Such a query averages over all keys.
+            averages = row_last == 0
+            row_first = tl.where(averages, 0, row_first)
+            row_last = tl.where(averages, S, row_last)
+        first = tl.minimum(first, row_first)
+        last = tl.maximum(last, row_last)
+    tl.store(bounds + sequence * 2, tl.minimum(first, last))
+    tl.store(bounds + sequence * 2 + 1, last)
+
+
+@triton.jit
+def _part_tiles(bounds, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key, one past the last, and keys per part, of the sequence that `bounds` points at."""
+    first = tl.load(bounds)
+    last = tl.load(bounds + 1)
+    tiles = tl.cdiv(last - first, BLOCK_N)
+    return first, last, tl.cdiv(tiles, PARTS) * BLOCK_N
+
+
+@triton.jit
+def decode_attention_kernel(
+    q,
+    k,
+    v,
+    mask,
+    bounds,
+    sinks,
+    out,
+    part_out,
+    part_max,
+    part_sum,
+    scale,
+    q_b,
+    q_h,
+    q_q,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    mask_b,
+    mask_h,
+    mask_q,
+    bounds_b,
+    out_b,
+    out_h,
+    out_q,
+    G: tl.constexpr,
+    REPEATS: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr,
+    MASK_PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention of the queries of one head of keys over one part of the range; grid (P, B * G).
+
+    Args:
+        q: [B, N, Q, D]; k, v: [B, G, S, D]; mask: [B, N, Q, S]; out: [B, N, Q, D]: strides given,
+            the last one is 1. bounds: [B, 2] int32. sinks: [N].
+        part_out: [B * N * Q, P, D], part_max, part_sum: [B * N * Q, P] fp32; written with P > 1,
+            for the parts that have keys. `out` is written with P = 1.
+        MASK_PER_ROW: the mask differs between heads or queries.
+    """
+    part = tl.program_id(0)
+    group = tl.program_id(1)
+    sequence = (group // G).to(tl.int64)
+    kv_head = (group % G).to(tl.int64)
+    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, PARTS, BLOCK_N)
+    start = first + part * per_part
+    end = tl.minimum(start + per_part, last)
+    if PARTS > 1:  # noqa: SIM102  (a constant of the compiler beside a value of the GPU)
+        if start >= end:
+            return
+
+    rows = tl.arange(0, BLOCK_M)
+    row_exists = rows < REPEATS * Q
+    head = kv_head * REPEATS + rows // Q
+    query = rows % Q
+    dims = tl.arange(0, BLOCK_D)
+    exists = row_exists[:, None] & (dims < D)[None, :]
+    q_rows = q + sequence * q_b + head * q_h + query * q_q
+    q_tile = tl.load(q_rows[:, None] + dims[None, :], mask=exists, other=0.0)
+
+    k_base = k + sequence * k_b + kv_head * k_h
+    v_base = v + sequence * v_b + kv_head * v_h
+    mask_base = mask + sequence * mask_b
+    mask_rows = mask_base + head * mask_h + query * mask_q
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for offset in range(start, end, BLOCK_N):
+        keys = offset + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        tile = inside[:, None] & (dims < D)[None, :]
+        places = keys.to(tl.int64)[:, None]
+        k_tile = tl.load(k_base + places * k_s + dims[None, :], mask=tile, other=0.0)
+        v_tile = tl.load(v_base + places * v_s + dims[None, :], mask=tile, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        if MASK_PER_ROW:
+            seen = row_exists[:, None] & inside[None, :]
+            let = tl.load(mask_rows[:, None] + keys[None, :], mask=seen, other=0)
+        else:
+            let = tl.load(mask_base + keys, mask=inside, other=0)[None, :]
+        if MASK_IS_BOOL:
+            scores = tl.where((let != 0) & inside[None, :], scores, float("-inf"))
+        else:
+            scores = tl.where(inside[None, :], scores + let.to(tl.float32), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # A row that has met no key yet has no finite maximum to subtract.
+        safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp(scores - safe[:, None])
+        rescale = tl.exp(largest - safe)
+        total = total * rescale + tl.sum(weights, axis=1)
+        sum_v = sum_v * rescale[:, None]
+        sum_v += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
+        largest = new_largest
+
+    if PARTS > 1:
+        queries = (sequence * G * REPEATS + head) * Q + query
+        places = queries * PARTS + part
+        tl.store(part_max + places, largest, mask=row_exists)
+        tl.store(part_sum + places, total, mask=row_exists)
+        tl.store(part_out + places[:, None] * D + dims[None, :], sum_v, mask=exists)
+    else:
+        if HAS_SINKS:
+            sink = tl.load(sinks + head, mask=row_exists, other=0.0).to(tl.float32)
+            with_sink = tl.maximum(largest, sink)
+            rescale = tl.exp(largest - with_sink)
+            sum_v = sum_v * rescale[:, None]
+            total = total * rescale + tl.exp(sink - with_sink)
+        # A row without a key has sums of zero.
+        value = sum_v / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_rows = out + sequence * out_b + head * out_h + query * out_q
+        tl.store(out_rows[:, None] + dims[None, :], value.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def sum_parts_kernel(
+    part_out,
+    part_max,
+    part_sum,
+    bounds,
+    sinks,
+    out,
+    bounds_b,
+    out_b,
+    out_h,
+    out_q,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = the parts of a query's attention, put together; grid (B * N * Q,).
+
+    Args:
+        see `decode_attention_kernel`, whose BLOCK_N this one needs to know which parts have keys.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    sequence = row // (N * Q)
+    head = row // Q % N
+    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, PARTS, BLOCK_N)
+    count = tl.cdiv(last - first, tl.maximum(per_part, 1))
+    dims = tl.arange(0, BLOCK_D)
+    largest = float("-inf")
+    if HAS_SINKS:
+        largest = tl.load(sinks + head).to(tl.float32)
+    for offset in range(0, count, BLOCK_P):
+        parts = offset + tl.arange(0, BLOCK_P)
+        maxima = tl.load(part_max + row * PARTS + parts, mask=parts < count, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(maxima, axis=0))
+    safe = tl.where(largest == float("-inf"), 0.0, largest)
+    total = 0.0
+    if HAS_SINKS:
+        total = tl.exp(tl.load(sinks + head).to(tl.float32) - safe)
+    value = tl.zeros([BLOCK_D], tl.float32)
+    for offset in range(0, count, BLOCK_P):
+        parts = offset + tl.arange(0, BLOCK_P)
+        there = parts < count
+        maxima = tl.load(part_max + row * PARTS + parts, mask=there, other=float("-inf"))
+        rescale = tl.exp(maxima - safe)
+        sums = tl.load(part_sum + row * PARTS + parts, mask=there, other=0.0)
+        total += tl.sum(sums * rescale, axis=0)
+        places = (row * PARTS + parts)[:, None] * D + dims[None, :]
+        values = tl.load(part_out + places, mask=there[:, None] & (dims < D)[None, :], other=0.0)
+        value += tl.sum(values * rescale[:, None], axis=0)
+    value = value / tl.where(total == 0.0, 1.0, total)  # without a key both are zero
+    start = out + sequence * out_b + head * out_h + row % Q * out_q
+    tl.store(start + dims, value.to(out.dtype.element_ty), mask=dims < D)
+
+
+def launch_attended_range(mask: Tensor, bounds: Tensor) -> None:
+    """Launch `attended_range_kernel` on the current stream; writes `bounds`, [B, 2] int32."""
+    sequences, heads, queries, length = mask.shape
+    is_bool = mask.dtype == torch.bool
+    block = min(_MASK_BLOCK, triton.next_power_of_2(length))
+    attended_range_kernel[(sequences,)](
+        mask.view(torch.uint8) if is_bool else mask,
+        bounds,
+        *mask.stride()[:3],
+        H=heads,
+        Q=queries,
+        S=length,
+        lowest=0.0 if is_bool else torch.finfo(mask.dtype).min,
+        IS_BOOL=is_bool,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 1024)),
+    )
+
+
+def launch_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    out: Tensor,
+    config: AttentionConfig | None = None,
+) -> None:
+    """Launch one or two kernels on the current stream; writes `out`, [B, N, Q, D].
+
+    Args:
+        see `decode_attention`; the last dimension of every tensor is contiguous.
+        config: other tiles than `attention_config` gives, for tests and measurements.
+    """
+    sequences, heads, queries, head = q.shape
+    kv_heads, length = k.shape[1:3]
+    repeats = heads // kv_heads
+    config = config or attention_config(
+        groups=sequences * kv_heads,
+        rows=repeats * queries,
+        length=length,
+        head=head,
+        itemsize=k.element_size(),
+        processors=_processors(q.device),
+    )
+    parts, is_bool = config.parts, mask.dtype == torch.bool
+    mask = mask.expand(sequences, heads if mask.shape[1] > 1 else 1, queries, length)
+    head_stride = mask.stride(1) if mask.shape[1] > 1 else 0
+    bounds_b = 0 if bounds.shape[0] == 1 else bounds.stride(0)
+    rows = sequences * heads * queries
+    workspace = (rows, parts) if parts > 1 else (0,)
+    part_max, part_sum = (q.new_empty(workspace, dtype=torch.float32) for _ in range(2))
+    part_out = q.new_empty((*workspace, head), dtype=torch.float32)
+    common = {"Q": queries, "D": head, "PARTS": parts, "HAS_SINKS": sinks is not None}
+    block_d = max(16, triton.next_power_of_2(head))
+    # A pointer is needed all the same.
+    some_sinks = out if sinks is None else sinks
+    decode_attention_kernel[(parts, sequences * kv_heads)](
+        q,
+        k,
+        v,
+        mask.view(torch.uint8) if is_bool else mask,
+        bounds,
+        some_sinks,
+        out,
+        part_out,
+        part_max,
+        part_sum,
+        scale,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        mask.stride(0),
+        head_stride,
+        mask.stride(2),
+        bounds_b,
+        *out.stride()[:3],
+        G=kv_heads,
+        REPEATS=repeats,
+        MASK_IS_BOOL=is_bool,
+        MASK_PER_ROW=bool(head_stride) or (queries > 1 and bool(mask.stride(2))),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=block_d,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **common,
+    )
+    if parts > 1:
+        sum_parts_kernel[(rows,)](
+            part_out,
+            part_max,
+            part_sum,
+            bounds,
+            some_sinks,
+            out,
+            bounds_b,
+            *out.stride()[:3],
+            N=heads,
+            BLOCK_N=config.block_n,
+            BLOCK_P=_PARTS_BLOCK,
+            BLOCK_D=block_d,
+            num_warps=4,
+            **common,
+        )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number in Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
