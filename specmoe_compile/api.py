@@ -57,6 +57,8 @@ CachePolicy = Literal["lru", "lfu"]
 
 _DEFAULT_CACHE = "25%"
 _RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
+_COMPILING_BYTES = 512 << 20
+"""RAM that compiling takes besides: 350 MiB of the C++ compiler, and Inductor's own modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +97,11 @@ def from_pretrained(
         path_or_id: a local folder, or a model's name on the Hugging Face hub; safetensors.
         device: where the model computes: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: a torch dtype or its name; "auto" is the checkpoint's. Experts are cast when packed.
-        store: "ram" or "disk"; "auto" is RAM if the experts fit in 60 % of what is free.
+        store: "ram" or "disk"; "auto" is RAM if the experts fit in 60 % of what is free beside
+            the rest of the model, limits of control groups included.
         expert_cache: size of the expert cache in the fast tier: bytes, "2GiB", or "25%" of all
-            expert bytes. By default 25 %, or one token's experts if that is more. 0 is no cache:
+            expert bytes. By default 25 %, less where RAM is short, and at least one token's
+            experts. 0 is no cache:
             every expert is fetched when it is used. Experts in RAM that compute on the CPU need
             none, since they are in the fast tier already; the option has no effect then.
         store_dir: folder of the store on disk; by default one under the user's cache folder, named
@@ -126,10 +130,14 @@ def from_pretrained(
     placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
 
     def place_experts(skeleton: Skeleton) -> None:
-        cache_bytes: int | None = _cache_bytes(options, skeleton.source.layers, skeleton.top_k)
-        kind = _store_kind(options, _total_bytes(skeleton.source.layers))
-        if kind == "ram" and options.device.type == "cpu":
-            cache_bytes = None
+        layers, rest_bytes = skeleton.source.layers, _rest_bytes(skeleton, options)
+        cache_bytes: int | None = _cache_bytes(options, layers, skeleton.top_k, rest_bytes)
+        kind = _store_kind(options, _total_bytes(layers), rest_bytes=rest_bytes)
+        if options.device.type == "cpu":
+            if kind == "ram":
+                cache_bytes = None
+            elif options.store == "auto":
+                _check_room(cache_bytes, rest_bytes)
         placed.append((skeleton, _fill_store(skeleton.source, kind, options), cache_bytes))
 
     try:
@@ -306,16 +314,47 @@ def _check_ram(total_bytes: int) -> None:
         )
 
 
+def _rest_bytes(skeleton: Skeleton, options: _Options) -> int:
+    """Bytes of RAM that the parameters other than experts will take."""
+    if options.device.type != "cpu":
+        return 0
+    experts = sum(layer.total_bytes for layer in skeleton.source.layers)
+    every = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
+    return max(every - experts, 0)
+
+
+def _check_room(cache_bytes: int | None, rest_bytes: int) -> None:
+    """Raise `StoreError` where not even a store on disk leaves enough RAM for the model."""
+    cache_bytes = cache_bytes or 0
+    available = available_ram_bytes()
+    if rest_bytes + cache_bytes + _COMPILING_BYTES > available:
+        raise StoreError(
+            f"The model needs {format_bytes(rest_bytes)} of RAM besides its experts,"
+            f" {format_bytes(cache_bytes)} for the expert cache and"
+            f" {format_bytes(_COMPILING_BYTES)} to compile, {format_bytes(available)} are free."
+            " Free some RAM, raise the memory limit, give a smaller expert_cache, or try it all the"
+            " same with store='disk'."
+        )
+
+
 def _store_kind(
-    options: _Options, total_bytes: int, *, freed_bytes: int = 0
+    options: _Options, total_bytes: int, *, rest_bytes: int = 0, freed_bytes: int = 0
 ) -> Literal["ram", "disk"]:
-    """Choose the slow tier; "auto" says which one it took."""
+    """Choose the slow tier; "auto" says which one it took.
+
+    Args:
+        options: of the load.
+        total_bytes: of the experts.
+        rest_bytes: RAM that the rest of the model has yet to take.
+        freed_bytes: RAM that is given back as the experts move.
+    """
     if options.store != "auto":
         return options.store
-    available = available_ram_bytes() + freed_bytes
+    taken = rest_bytes + (_COMPILING_BYTES if options.device.type == "cpu" else 0)
+    available = max(available_ram_bytes() + freed_bytes - taken, 0)
     kind: Literal["ram", "disk"] = "ram" if total_bytes <= _RAM_SHARE * available else "disk"
     logger.info(
-        "store='auto' puts %s of experts on %s: %s of RAM are free.",
+        "store='auto' puts %s of experts on %s: %s of RAM are left for them.",
         format_bytes(total_bytes),
         kind,
         format_bytes(available),
@@ -327,14 +366,24 @@ def _total_bytes(layers: Sequence[StoreLayer]) -> int:
     return sum(layer.total_bytes for layer in layers)
 
 
-def _cache_bytes(options: _Options, layers: Sequence[StoreLayer], top_k: int) -> int:
-    """Return the expert cache's size; raises `ValueError` if one token's experts do not fit."""
+def _cache_bytes(
+    options: _Options, layers: Sequence[StoreLayer], top_k: int, rest_bytes: int = 0
+) -> int:
+    """Return the expert cache's size; raises `ValueError` if one token's experts do not fit.
+
+    The default is 25 %, less where the cache is in RAM and `_RAM_SHARE` of what `rest_bytes` leave
+    free there is less.
+    """
     total_bytes = _total_bytes(layers)
     # A session gives every layer the same number of slots, or as many as it has experts.
     slot_bytes = sum(layer.layout.record_bytes for layer in layers)
     needed = min(top_k, max(layer.num_experts for layer in layers)) * slot_bytes
     if options.expert_cache is None:
-        return max(needed, parse_size(_DEFAULT_CACHE, total_bytes=total_bytes))
+        default = parse_size(_DEFAULT_CACHE, total_bytes=total_bytes)
+        if options.device.type == "cpu":
+            free = available_ram_bytes() - rest_bytes - _COMPILING_BYTES
+            default = min(default, int(_RAM_SHARE * free))
+        return max(needed, default)
     size_bytes = parse_size(options.expert_cache, total_bytes=total_bytes)
     if size_bytes == 0:
         return 0

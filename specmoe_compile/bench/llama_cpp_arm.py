@@ -5,7 +5,6 @@ The process loads neither torch nor transformers: under a memory cap llama.cpp h
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from specmoe_compile.bench.peer_files import peer_file
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.system.machine import cpu_count
 
 MISSING = (
     "The arm llama_cpp needs the packages gguf and llama-cpp-python: run"
@@ -25,7 +25,7 @@ def load_llama_cpp(job: ArmJob, arm: Arm) -> LoadedArm:
     """Map the GGUF file; keys and values are float32, as Hugging Face's are here."""
     llama_cpp = _require_llama_cpp()
     path = Path(job.peer_file) if job.peer_file is not None else peer_file(job)
-    threads = job.threads or len(os.sched_getaffinity(0))
+    threads = job.threads or cpu_count()
     longest = max(len(prompt) for prompt in job.prompts)
     kind = llama_cpp.GGML_TYPE_F32 if job.dtype == "float32" else llama_cpp.GGML_TYPE_F16
     model = llama_cpp.Llama(

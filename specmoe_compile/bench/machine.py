@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from specmoe_compile.system.machine import cpu_count
 
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "nvtx", "numpy")
 
@@ -55,9 +56,7 @@ def describe_machine() -> dict[str, Any]:
         }
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cpu_count(),
         "ram_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "gpu": gpu,

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specmoe_compile.system.memory_groups import own_memory_groups
+
 logger = logging.getLogger(__name__)
 
-_V1_ROOT = Path("/sys/fs/cgroup/memory")
-_V2_ROOT = Path("/sys/fs/cgroup")
 _REMOVE_TRIES = 50
 _JOIN = 'echo $$ > "$0" && exec "$@"'
 
@@ -59,24 +59,6 @@ class MemoryCap:
         return any(line.split()[0:1] == ["oom_kill"] and line.split()[1] != "0" for line in lines)
 
 
-def own_memory_group_or_none() -> tuple[int, Path] | None:
-    """Return the version and folder of this process's memory control group."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    unified: Path | None = None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(",") and _V1_ROOT.is_dir():
-            return 1, _V1_ROOT / path.lstrip("/")
-        if not controllers:
-            unified = _V2_ROOT / path.lstrip("/")
-    if unified is not None and (_V2_ROOT / "cgroup.controllers").is_file():
-        return 2, unified
-    return None
-
-
 def why_not_permitted() -> str | None:
     """Return why memory caps are not possible here, as a clause; None if they are."""
     try:
@@ -93,17 +75,16 @@ def memory_cap(limit_bytes: int) -> Iterator[MemoryCap]:
     Raises:
         PermissionError: this system or this user cannot; the message says why.
     """
-    own = own_memory_group_or_none()
-    if own is None:
+    groups = own_memory_groups()
+    if not groups:
         raise PermissionError("this system has no memory control groups")
-    version, folder = own
+    version = groups[0].version
     # Version 2 lets only groups without processes of their own hand out limits, so our own group
     # seldom can, and its parent may.
-    parents = [folder] if version == 1 else [folder, folder.parent]
     reasons: list[str] = []
-    for parent in parents:
+    for parent in groups[:version]:
         try:
-            group = _create(version, parent, limit_bytes)
+            group = _create(version, parent.folder, limit_bytes)
         except OSError as error:
             reasons.append(error.strerror or str(error))
             continue
@@ -119,8 +100,6 @@ def memory_cap(limit_bytes: int) -> Iterator[MemoryCap]:
 
 def _create(version: int, parent: Path, limit_bytes: int) -> MemoryCap:
     if version == 2:
-        if parent != _V2_ROOT and _V2_ROOT not in parent.parents:
-            raise PermissionError("the parent group is not visible")
         controllers = (parent / "cgroup.subtree_control").read_text(encoding="ascii").split()
         if "memory" not in controllers:
             (parent / "cgroup.subtree_control").write_text("+memory", encoding="ascii")

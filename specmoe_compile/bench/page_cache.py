@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from specmoe_compile.system import files
+
 
 def drop_cached_pages(folder: Path) -> None:
     """Drop a checkpoint's files from the page cache.
@@ -18,13 +20,11 @@ def drop_cached_pages(folder: Path) -> None:
 
 def drop_pages(paths: Iterable[Path]) -> None:
     """Drop files from the page cache, where the system can; pages that are mapped stay."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
             # Pages that are not on disk yet would stay.
             os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            files.drop_cached_pages(fd, 0, 0)
         finally:
             os.close(fd)

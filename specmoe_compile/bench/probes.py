@@ -22,6 +22,7 @@ from typing import Literal
 
 from specmoe_compile.runtime.store.header import RECORDS_NAME
 from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.files import avoid_page_cache, drop_cached_pages, pread_into
 
 _WRITE_BYTES = 8 << 20
 _WARM_UP_S = 0.3
@@ -131,8 +132,7 @@ def _probe_file(folder: Path, size_bytes: int, on_step: Callable[[str], None]) -
                 left -= _WRITE_BYTES
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_cached_pages(file.fileno(), 0, 0)
         yield path
     finally:
         path.unlink()
@@ -144,14 +144,16 @@ def _open(path: Path) -> tuple[int, bool]:
         fd = -1
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            os.preadv(fd, [aligned_empty(4096).numpy().data], 0)
+            pread_into(fd, aligned_empty(4096).numpy().data, 0)
             return fd, True
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
-    return os.open(path, os.O_RDONLY), False
+    fd = os.open(path, os.O_RDONLY)
+    avoid_page_cache(fd)
+    return fd, False
 
 
 def _read_rate(fd: int, threads: int, records: int, record_bytes: int, seconds: float) -> float:
@@ -174,7 +176,7 @@ def _read_rate(fd: int, threads: int, records: int, record_bytes: int, seconds: 
         try:
             while time.perf_counter() < deadline[0]:
                 offset = generator.randrange(records) * record_bytes
-                count = os.preadv(fd, [next(turns)], offset)
+                count = pread_into(fd, next(turns), offset)
                 if counting.is_set():
                     done_bytes[index] += count
         except OSError as error:

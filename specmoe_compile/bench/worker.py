@@ -32,6 +32,7 @@ from specmoe_compile.system.output import (
     user_error_or_none,
     write_json,
 )
+from specmoe_compile.system.machine import cpu_count
 
 _EVENT_INTERVAL_S = 0.5
 
@@ -262,7 +263,7 @@ def _graph_count() -> int:
 def _threads(job: ArmJob) -> int:
     """Threads that compute."""
     if "torch" not in sys.modules:
-        return job.threads or len(os.sched_getaffinity(0))
+        return job.threads or cpu_count()
     import torch
 
     return torch.get_num_threads()

@@ -84,8 +84,9 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
 
     from specmoe_compile.bench import probes
     from specmoe_compile.bench.machine import provenance
-    from specmoe_compile.bench.memory_cap import own_memory_group_or_none, why_not_permitted
+    from specmoe_compile.bench.memory_cap import why_not_permitted
     from specmoe_compile.system.machine import available_ram_bytes
+    from specmoe_compile.system.memory_groups import own_memory_groups
 
     free_disk = _check_space(folder, record_bytes, file_bytes)
     with Console(stderr=True).status("Looking at the machine ...") as status:
@@ -111,7 +112,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         origin = provenance()
         can_gather = origin["machine"]["gpu"] and origin["versions"]["triton"]
         gpu_gbps = probes.transfer_gbps(record_bytes) if can_gather else None
-    group = own_memory_group_or_none()
+    groups = own_memory_groups()
     result: dict[str, Any] = {
         "schema": 1,
         **origin,
@@ -121,7 +122,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         "transfer_gbps": gpu_gbps,
         "free_ram_bytes": available_ram_bytes(),
         "free_disk_bytes": free_disk,
-        "cgroup_version": None if group is None else group[0],
+        "cgroup_version": groups[0].version if groups else None,
         "memory_cap": why_not_permitted() or "permitted",
         "compiler": find_compiler_or_none(),
         "python_headers": python_headers_found(),

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 
 from specmoe_compile.errors import CheckpointError
+from specmoe_compile.system.files import pread_into
 
 _DTYPES = {
     "F64": torch.float64,
@@ -140,7 +141,7 @@ class _SafetensorsFile:
         view = buffer.numpy().data
         done = 0
         while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], start + done)
+            count = pread_into(self._fd, view[done:], start + done)
             if count == 0:
                 raise CheckpointError(f"{self.path} ended while it was read: it was truncated.")
             done += count

@@ -9,36 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import torch
 
-_CGROUP_FILES = (
-    # limit, usage: version 2, then version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
+from specmoe_compile.system.memory_groups import room_bytes_or_none
 
 
 def available_ram_bytes() -> int:
-    """Return the RAM that can be used without swapping: the system's, or less under a cgroup."""
+    """Return the RAM that can be used without swapping, and without being killed by a limit.
+
+    The system's, or what the process's memory control groups still allow; pages of files that the
+    kernel can take back count as free in both.
+    """
     available = int(psutil.virtual_memory().available)
-    for limit_path, usage_path in _CGROUP_FILES:
-        limit = _number_or_none(limit_path)
-        usage = _number_or_none(usage_path)
-        if limit is not None and usage is not None:
-            available = min(available, max(limit - usage, 0))
-    return available
+    room = room_bytes_or_none()
+    return available if room is None else min(available, room)
 
 
-def _number_or_none(path: str) -> int | None:
-    """Return the number in a file; None if there is no such file or it says "max"."""
-    try:
-        text = Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+def cpu_count() -> int:
+    """Return how many logical processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -49,6 +39,8 @@ def one_compute_thread() -> Iterator[None]:
     speed, while several wait for each other after each copy: where the cores are not free, packing
     is five times slower with two threads than with one.
     """
+    import torch  # here, because peers that are measured beside us load no torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

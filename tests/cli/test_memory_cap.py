@@ -13,9 +13,9 @@ from specmoe_compile.bench.child import ArmFailedError, run_python
 from specmoe_compile.bench.memory_cap import (
     MemoryCap,
     memory_cap,
-    own_memory_group_or_none,
     why_not_permitted,
 )
+from specmoe_compile.system.memory_groups import MemoryGroup
 
 MIB = 1 << 20
 needs_groups = pytest.mark.skipif(
@@ -48,40 +48,17 @@ def test_child_that_needs_more_is_ended_and_the_message_names_the_cap() -> None:
     assert not cap.folder.exists()
 
 
-def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, version: int, own: str) -> Path:
-    """Point the module at a folder that looks like a control group file system."""
-    root = tmp_path / "cgroup"
-    root.mkdir()
-    lines = f"4:memory:/{own}\n0::/\n" if version == 1 else f"0::/{own}\n"
-    (tmp_path / "self").write_text(lines)
-    (root / own).mkdir(parents=True)
-    if version == 2:
-        (root / "cgroup.controllers").write_text("memory\n")
-    monkeypatch.setattr(module, "_V1_ROOT", root if version == 1 else tmp_path / "none")
-    monkeypatch.setattr(module, "_V2_ROOT", root)
-    original = Path.read_text
-
-    def read_text(path: Path, encoding: str | None = None, errors: str | None = None) -> str:
-        if path == Path("/proc/self/cgroup"):
-            path = tmp_path / "self"
-        return original(path, encoding=encoding, errors=errors)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    return root
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_own_group_is_found_for_both_versions(
-    version: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    root = fake_groups(monkeypatch, tmp_path, version=version, own="user/me")
-    assert own_memory_group_or_none() == (version, root / "user/me")
+def fake_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Put the process into the group user/me of version 2."""
+    groups = [MemoryGroup(2, tmp_path / "user/me"), MemoryGroup(2, tmp_path / "user")]
+    groups[0].folder.mkdir(parents=True)
+    monkeypatch.setattr(module, "own_memory_groups", lambda: groups)
 
 
 def test_version_2_tries_the_parent_when_its_own_group_may_not_hand_out_limits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    root = fake_groups(monkeypatch, tmp_path, version=2, own="user/me")
+    fake_groups(monkeypatch, tmp_path)
     tried: list[Path] = []
 
     def create(version: int, parent: Path, limit_bytes: int) -> MemoryCap:
@@ -94,15 +71,15 @@ def test_version_2_tries_the_parent_when_its_own_group_may_not_hand_out_limits(
 
     monkeypatch.setattr(module, "_create", create)
     with memory_cap(5 * MIB) as cap:
-        assert cap.folder == root / "user/group"
-    assert tried == [root / "user/me", root / "user"]
+        assert cap.folder == tmp_path / "user/group"
+    assert tried == [tmp_path / "user/me", tmp_path / "user"]
     assert not cap.folder.exists()
 
 
 def test_where_no_group_can_be_made_the_reason_is_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fake_groups(monkeypatch, tmp_path, version=2, own="user/me")
+    fake_groups(monkeypatch, tmp_path)
 
     def create(version: int, parent: Path, limit_bytes: int) -> MemoryCap:
         raise PermissionError(13, "Permission denied")

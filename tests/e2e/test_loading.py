@@ -155,13 +155,22 @@ def run_python(code: str) -> str:
     return process.stdout
 
 
+def set_free_ram(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    """Beside what compiling takes."""
+    total = free_bytes + loading._COMPILING_BYTES
+    monkeypatch.setattr(loading, "available_ram_bytes", lambda: total)
+
+
 @pytest.mark.parametrize(("free_share", "expected"), [(1.5, "disk"), (1.8, "ram")])
 def test_auto_takes_ram_if_sixty_percent_hold_the_experts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, free_share: float, expected: str
 ) -> None:
-    layers = find_experts_layers(tiny_checkpoints.build("qwen3_moe"))
+    """Of what is free once the rest of the model is there."""
+    model = tiny_checkpoints.build("qwen3_moe")
+    layers = find_experts_layers(model)
     total = sum(layer.store_layer.total_bytes for layer in layers)
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: int(total * free_share))
+    rest = sum(parameter.nbytes for parameter in model.parameters()) - total
+    set_free_ram(monkeypatch, rest + int(total * free_share))
     assert session_of(load(folder)).store.kind == expected
 
 
@@ -169,9 +178,36 @@ def test_offload_counts_the_parameters_it_frees(monkeypatch: pytest.MonkeyPatch)
     model = tiny_checkpoints.build("qwen3_moe")
     layers = find_experts_layers(model)
     total = sum(layer.store_layer.total_bytes for layer in layers)
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: int(total * 0.8))
+    set_free_ram(monkeypatch, int(total * 0.8))
     offloaded = specmoe_compile.offload(model, device="cpu", progress=False)
     assert session_of(offloaded).store.kind == "ram"
+
+
+def session_slots(model: Any) -> int:
+    cache = session_of(model).cache
+    assert cache is not None
+    return len(cache.expert_of[0])
+
+
+def test_auto_refuses_what_would_be_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_ram_bytes", lambda: 500 << 20)
+    with pytest.raises(StoreError, match=r"512\.0 MiB to compile, 500\.0 MiB are free") as caught:
+        load(folder, store="auto")
+    assert str(caught.value).endswith("store='disk'.")
+    assert session_of(load(folder, store="disk")).store.kind == "disk"
+
+
+def test_the_default_cache_leaves_room_where_ram_is_short(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_DEFAULT_CACHE", "100%")
+    assert session_slots(load(folder, store="disk")) == 8
+    model = tiny_checkpoints.build("qwen3_moe")
+    layers = find_experts_layers(model)
+    total = sum(layer.store_layer.total_bytes for layer in layers)
+    rest = sum(parameter.nbytes for parameter in model.parameters()) - total
+    set_free_ram(monkeypatch, rest + total)
+    assert session_slots(load(folder, store="disk")) == 4  # 60 % of 8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from specmoe_compile.runtime.store.header import (
     record_checksum,
 )
 from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.files import avoid_page_cache, drop_cached_pages, pread_into
 from specmoe_compile.system.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -163,14 +164,14 @@ class DiskStore(ExpertStore):
             return
         self._read_all(array, offset)
         if not self.direct:
-            _drop_cached_pages(self._fd, offset, array.nbytes)
+            drop_cached_pages(self._fd, offset, array.nbytes)
 
     def _read_all(self, array: np.ndarray, offset: int) -> None:
-        """Read until `array` is full; `os.preadv` releases the GIL."""
+        """Read until `array` is full."""
         done = 0
         while done < array.nbytes:
             try:
-                count = os.preadv(self._fd, [array[done:].data], offset + done)
+                count = pread_into(self._fd, array[done:].data, offset + done)
             except OSError as error:
                 raise StoreError(
                     f"Reading {array.nbytes} bytes at {offset} of {self.path / RECORDS_NAME} "
@@ -212,7 +213,7 @@ def _open_records(path: Path) -> tuple[int, bool]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             # Some file systems accept the flag and refuse the read.
-            os.preadv(fd, [aligned_empty(DIRECT_ALIGNMENT).numpy().data], 0)
+            pread_into(fd, aligned_empty(DIRECT_ALIGNMENT).numpy().data, 0)
             return fd, True
         except OSError as error:
             if fd >= 0:
@@ -220,20 +221,12 @@ def _open_records(path: Path) -> tuple[int, bool]:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
             reason = f"the file system refuses O_DIRECT ({error.strerror})"
-    logger.warning(
-        "%s is read through the page cache, because %s; reads cost one more copy.", path, reason
-    )
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _advise_dont_need(fd: int, offset: int, size_bytes: int) -> None:
-    os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
-
-
-# macOS has no posix_fadvise; there the pages simply stay.
-_drop_cached_pages: Callable[[int, int, int], None] = (
-    _advise_dont_need if hasattr(os, "posix_fadvise") else lambda fd, offset, size_bytes: None
-)
+    if not avoid_page_cache(fd):
+        logger.warning(
+            "%s is read through the page cache, because %s; reads cost one more copy.", path, reason
+        )
+    return fd, False

@@ -34,6 +34,7 @@ from specmoe_compile.runtime.store.header import (
     sync_folder,
 )
 from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.files import avoid_page_cache, sync_data
 from specmoe_compile.system.machine import one_compute_thread
 from specmoe_compile.system.progress import progress_bar
 from specmoe_compile.system.sizes import format_bytes
@@ -212,7 +213,7 @@ def _pack_locked(source: RecordSource, folder: Path, *, progress: bool) -> int:
         bar.update(offsets[resumed])
         for layer in range(resumed, len(source.layers)):
             checksums.append(_write_layer(source, layer, fd, offsets[layer], bar))
-            os.fdatasync(fd)
+            sync_data(fd)
             _append(journal, {"layer": layer, "checksums": checksums[-1]})
     finally:
         bar.close()
@@ -272,7 +273,9 @@ def _open_for_writing(path: Path) -> int:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
             logger.debug("%s is written through the page cache: %s", path, error)
-    return os.open(path, flags, 0o644)
+    fd = os.open(path, flags, 0o644)
+    avoid_page_cache(fd)
+    return fd
 
 
 def _append(journal: int, entry: dict[str, Any]) -> None:
