@@ -25,7 +25,7 @@ from specmoe_compile.hf.model_loader import (
     checked_dtype,
     load_without_experts,
 )
-from specmoe_compile.hf.packing import default_store_dir
+from specmoe_compile.hf.packing import pack_source
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
@@ -38,6 +38,7 @@ from specmoe_compile.runtime.session import Session, session_of
 from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.header import HEADER_NAME
+from specmoe_compile.runtime.store.matching import open_matching
 from specmoe_compile.runtime.store.module_source import (
     ModuleSource,
     expert_devices,
@@ -45,7 +46,6 @@ from specmoe_compile.runtime.store.module_source import (
     restore_experts,
 )
 from specmoe_compile.runtime.store.ram import RamStore
-from specmoe_compile.runtime.store.writer import pack_records
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.sizes import format_bytes, parse_size
@@ -288,17 +288,15 @@ def _fill_store(
     With `kind="ram"` a folder that the caller named is read if it holds this store, never written.
     """
     if kind == "disk":
-        folder = options.store_dir or default_store_dir(source)
-        # A folder of our own naming may be packed anew; one that the caller named is theirs.
-        pack_records(source, folder, progress=options.progress, replace=options.store_dir is None)
+        report = pack_source(source, options.store_dir, progress=options.progress)
         return DiskStore.open(
-            folder, expected_fingerprint=source.fingerprint, verify=options.verify
+            report.path, expected_fingerprint=source.fingerprint, verify=options.verify
         )
     _check_ram(_total_bytes(source.layers))
     node = gpu_node_or_none(options.device)
     if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
-        packed = DiskStore.open(
-            options.store_dir, expected_fingerprint=source.fingerprint, verify=options.verify
+        packed = open_matching(
+            source, options.store_dir, verify=options.verify, progress=options.progress
         )
         with contextlib.closing(packed):
             return RamStore.from_store(packed, progress=options.progress, numa_node=node)

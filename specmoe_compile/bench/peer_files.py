@@ -49,7 +49,8 @@ def peer_file(job: ArmJob) -> Path:
             " model first and give its folder."
         )
     with Checkpoint(sorted(folder.glob("*.safetensors"))) as checkpoint:
-        identity = checkpoint.identity()[:12]
+        content = checkpoint.content([list(checkpoint.tensors)], recipe="whole checkpoint")
+        identity = content.combined()[:12]
     suffix, write = WRITERS[job.arm]
     place = cache_folder() if job.store_dir is None else Path(job.store_dir).parent
     path = place / f"{folder.name}-{job.dtype}-{identity}{suffix}"

@@ -26,13 +26,13 @@ from specmoe_compile.bench.counters import CounterLaps, Counters, add_counters
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.records import ArmJob, ArmRun
 from specmoe_compile.bench.timing import TokenClock
+from specmoe_compile.system.machine import cpu_count
 from specmoe_compile.system.output import (
     quiet_transformers,
     sentence,
     user_error_or_none,
     write_json,
 )
-from specmoe_compile.system.machine import cpu_count
 
 _EVENT_INTERVAL_S = 0.5
 

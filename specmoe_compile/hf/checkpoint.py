@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from typing import Any, Self
 import torch
 
 from specmoe_compile.errors import CheckpointError
+from specmoe_compile.runtime.store.known_files import FileIdentity
+from specmoe_compile.runtime.store.source_content import SelectedFile, SourceContent
 from specmoe_compile.system.files import pread_into
 
 _DTYPES = {
@@ -69,6 +72,8 @@ class CheckpointTensor:
             return torch.empty(shape, dtype=dtype)
         buffer = torch.empty(stop - start, dtype=torch.uint8)
         self.file.read_into(buffer, start)
+        if self.file.observer is not None:
+            self.file.observer(self.file.fd, self.start, self.stop, start, buffer)
         return buffer.view(dtype).view(shape)
 
     # What the loader of transformers asks of a lazy tensor (a safetensors slice).
@@ -83,33 +88,38 @@ class CheckpointTensor:
 
 
 class _SafetensorsFile:
-    """An open safetensors file; its header is checked against its size."""
+    """An open safetensors file; its header is checked against its size.
+
+    `observer` is told what is read: descriptor, start and stop of the tensor, place, bytes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.observer: Callable[[int, int, int, int, torch.Tensor], None] | None = None
+        self.opened_ns = time.time_ns()
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise CheckpointError(f"The checkpoint's file {path} is missing.") from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         try:
-            status = os.fstat(self._fd)
-            self.size_bytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+            self.identity = FileIdentity.of(os.fstat(self.fd))
+            self.size_bytes = self.identity.size_bytes
             self.header, self.tensors = self._parse()
         except BaseException:
-            os.close(self._fd)
+            os.close(self.fd)
             raise
 
     def _parse(self) -> tuple[bytes, dict[str, CheckpointTensor]]:
         """Read the header; returns it and the tensors it names."""
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
         if self.size_bytes < 8 or not 0 < length <= self.size_bytes - 8:
             raise CheckpointError(
                 f"{self.path} is truncated or is not a safetensors file: it has {self.size_bytes} "
                 "bytes and its header does not fit in them. Download it again."
             )
-        header = os.pread(self._fd, length, 8)
+        header = os.pread(self.fd, length, 8)
         tensors: dict[str, CheckpointTensor] = {}
         end = 8 + length
         try:
@@ -141,7 +151,7 @@ class _SafetensorsFile:
         view = buffer.numpy().data
         done = 0
         while done < len(view):
-            count = pread_into(self._fd, view[done:], start + done)
+            count = pread_into(self.fd, view[done:], start + done)
             if count == 0:
                 raise CheckpointError(f"{self.path} ended while it was read: it was truncated.")
             done += count
@@ -153,10 +163,21 @@ class _SafetensorsFile:
         data = 8 + len(self.header)
         span = max(self.size_bytes - data - _SAMPLE_BYTES, 0)
         for index in range(_SAMPLES):
-            digest.update(os.pread(self._fd, _SAMPLE_BYTES, data + span * index // (_SAMPLES - 1)))
+            digest.update(os.pread(self.fd, _SAMPLE_BYTES, data + span * index // (_SAMPLES - 1)))
+
+    def select(self, ranges: Mapping[str, tuple[int, int]], recipe: str) -> SelectedFile:
+        """Return the file with the tensors of it that are packed, by name."""
+        return SelectedFile(
+            path=self.path,
+            fd=self.fd,
+            identity=self.identity,
+            opened_ns=self.opened_ns,
+            ranges=ranges,
+            recipe=recipe,
+        )
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class Checkpoint:
@@ -179,19 +200,41 @@ class Checkpoint:
             self.close()
             raise
         self.source_files = {
-            str(file.path.resolve()): (file.size_bytes, file.mtime_ns) for file in self._files
+            str(file.path.resolve()): (file.size_bytes, file.identity.mtime_ns)
+            for file in self._files
         }
 
     def identity(self) -> str:
         """Return a hex digest of names, sizes, headers and samples of the content of all files.
 
-        Samples, because hashing every byte of a large checkpoint takes longer than loading it.
-        Where files are replaced in place, `source_files` tells.
+        A name that is found at once. Whether every byte is the same, `content` tells.
         """
         digest = hashlib.sha256()
         for file in sorted(self._files, key=lambda file: file.path.name):
             file.update_digest(digest)
         return digest.hexdigest()
+
+    def content(self, layers: Sequence[Sequence[str]], *, recipe: str) -> SourceContent:
+        """Return the hashes of some tensors' bytes, which are computed as the tensors are read.
+
+        Args:
+            layers: names of the tensors of each MoE layer.
+            recipe: digest of how they are made into experts.
+        """
+        files: list[SelectedFile] = []
+        names = {name for layer in layers for name in layer}
+        for file in self._files:
+            ranges = {
+                name: (tensor.start, tensor.stop)
+                for name, tensor in file.tensors.items()
+                if name in names and self.tensors[name].file is file
+            }
+            if ranges:
+                files.append(file.select(ranges, recipe))
+        content = SourceContent(files, layers)
+        for file in self._files:
+            file.observer = content.saw
+        return content
 
     def close(self) -> None:
         for file in self._files:

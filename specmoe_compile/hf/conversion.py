@@ -36,6 +36,7 @@ from specmoe_compile.hf.checkpoint import Checkpoint, CheckpointTensor
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.store.header import layers_to_json
+from specmoe_compile.runtime.store.source_content import SourceContent
 
 # Dequantising works on each expert's blocks alone.
 _EXPERT_WISE_NAMES = ("Fp8Dequantize", "Mxfp4Dequantize")
@@ -160,6 +161,10 @@ class CheckpointSource:
                         f"The checkpoint {name} has no weights for {layer.name}.{spec.name}."
                     )
         self.fingerprint = _fingerprint(self.layers, checkpoint.identity())
+        self.content: SourceContent | None = checkpoint.content(
+            [_source_keys(recipes, layer) for layer in self.layers],
+            recipe=_recipe_digest(recipes, model.config),
+        )
 
     def fill(self, layer: int, expert: int, record: torch.Tensor) -> None:
         if layer != self._whole_layer:
@@ -285,6 +290,28 @@ def _keeps_rows_apart(op: Any) -> bool:
         # A negative dimension may be the first one of a bias.
         return bool(op.dim >= 1)
     return False
+
+
+def _source_keys(recipes: Mapping[str, _Recipe], layer: StoreLayer) -> list[str]:
+    """Return the checkpoint's keys that a layer's experts are made from."""
+    made = [recipes[f"{layer.name}.{spec.name}"] for spec in layer.layout.tensors]
+    return sorted({key for recipe in made for keys in recipe.sources.values() for key in keys})
+
+
+def _recipe_digest(recipes: Mapping[str, _Recipe], config: Any) -> str:
+    """Return the digest of how a checkpoint's tensors are made into experts."""
+    made = {
+        name: [
+            sorted(recipe.sources.items()),
+            [type(op).__name__ for op in getattr(recipe.converter, "operations", ())],
+        ]
+        for name, recipe in recipes.items()
+    }
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    text = json.dumps([made, method, settings.get("weight_block_size")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(layers: Sequence[StoreLayer], identity: str) -> str:

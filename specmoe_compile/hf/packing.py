@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 
 from specmoe_compile.runtime.store.base import RecordSource
 from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.matching import belongs_to_others
 from specmoe_compile.runtime.store.writer import StoreReport, pack_records
 from specmoe_compile.system.machine import cache_folder
 
-__all__ = ["StoreReport", "default_store_dir", "pack"]
+__all__ = ["StoreReport", "default_store_dir", "pack", "pack_source"]
 
 
 def pack(
@@ -47,9 +49,8 @@ def pack(
     reports: list[StoreReport] = []
 
     def place_experts(skeleton: Skeleton) -> None:
-        source = skeleton.source
-        folder = default_store_dir(source) if store_dir is None else Path(store_dir).expanduser()
-        reports.append(pack_records(source, folder, progress=progress, replace=store_dir is None))
+        folder = None if store_dir is None else Path(store_dir).expanduser()
+        reports.append(pack_source(skeleton.source, folder, progress=progress))
 
     read_experts(
         path_or_id,
@@ -61,6 +62,29 @@ def pack(
         with contextlib.closing(DiskStore.open(reports[0].path)) as store:
             store.verify(progress=progress)
     return reports[0]
+
+
+def pack_source(source: RecordSource, folder: Path | None, *, progress: bool = True) -> StoreReport:
+    """Make sure that there is a store of a source on disk.
+
+    Args:
+        source: a checkpoint, or a model in memory.
+        folder: the caller's, which is never overwritten. None for one under the user's cache
+            folder: there a store of the same files is packed anew if they were changed, and one
+            of other files keeps its place.
+        progress: show a progress bar.
+
+    Raises:
+        StoreError: as `pack_records`.
+    """
+    if folder is not None:
+        return pack_records(source, folder, progress=progress)
+    first = default_store_dir(source)
+    folders = (
+        first if n == 1 else first.with_name(f"{first.name}-{n}") for n in itertools.count(1)
+    )
+    ours = next(f for f in folders if not belongs_to_others(source, f, progress=progress))
+    return pack_records(source, ours, progress=progress, replace=True)
 
 
 def default_store_dir(source: RecordSource) -> Path:

@@ -72,6 +72,7 @@ class ModuleSource:
         self.layers = tuple(layer.store_layer for layer in layers)
         self.top_k = top_k
         self.source_files: dict[str, tuple[int, int]] = {}
+        self.content: Any = None
         self._modules = [layer.module for layer in layers]
 
     def fill(self, layer: int, expert: int, record: Tensor) -> None:

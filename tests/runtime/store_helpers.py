@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
@@ -36,7 +38,8 @@ class RandomSource:
         self.fingerprint = f"{seed:064x}"
         self.name = "random"
         self.top_k = 2
-        self.source_files: dict[str, tuple[int, int]] = {"/nowhere/model.safetensors": (1, 2)}
+        self.source_files: dict[str, tuple[int, int]] = {}
+        self.content: Any = None
         self._seed = seed
 
     def tensors(self, layer: int, expert: int) -> dict[str, torch.Tensor]:

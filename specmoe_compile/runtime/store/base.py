@@ -15,12 +15,20 @@ import torch
 
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
+from specmoe_compile.runtime.store.source_content import SourceContent
 
 
 class RecordSource(Protocol):
     """Where records come from when a store is filled: a checkpoint, or a model in memory.
 
-    `source_files` are the checkpoint's files, `{path: (bytes, mtime_ns)}`, empty without one.
+    Attributes:
+        layers, top_k: what there is.
+        fingerprint: hex digest that finds a store again. It names shapes and samples of the
+            weights; that all bytes are the same, `content` tells.
+        name: for people.
+        source_files: the checkpoint's files, `{path: (bytes, mtime_ns)}`, empty without one.
+        content: hashes of the bytes that records are made from; None for a source that has no
+            files, which is compared record by record.
     """
 
     layers: tuple[StoreLayer, ...]
@@ -28,6 +36,7 @@ class RecordSource(Protocol):
     name: str
     top_k: int
     source_files: dict[str, tuple[int, int]]
+    content: SourceContent | None
 
     def fill(self, layer: int, expert: int, record: torch.Tensor) -> None:
         """Write one expert's tensors into `record` ([record_bytes] uint8, CPU, contiguous).
@@ -42,7 +51,7 @@ class ExpertStore(ABC):
     Attributes:
         kind: "disk" or "ram".
         layers: what is stored, by MoE layer.
-        fingerprint: hex digest that names the weights and the record format.
+        fingerprint: hex digest that finds the store of some weights in a record format.
         top_k: K, the most experts that one token uses in a layer.
         total_bytes: bytes of all records, with padding.
     """

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer, TensorSpec
+from specmoe_compile.runtime.store.known_files import FileIdentity
+from specmoe_compile.runtime.store.source_content import SourceFile
 
 FORMAT = "specmoe-expert-store"
 VERSION = 2
@@ -52,6 +54,8 @@ class StoreHeader:
         source_files: files of the checkpoint, `{path: [bytes, mtime_ns]}`; empty for a model that
             was packed from memory.
         checksums: one per record, [layer][expert].
+        packed_from: hashes of what was packed, by file; empty for a model that was packed from
+            memory, and in stores that were written before there were such hashes.
     """
 
     layers: tuple[StoreLayer, ...]
@@ -60,6 +64,7 @@ class StoreHeader:
     source_name: str
     source_files: dict[str, tuple[int, int]]
     checksums: tuple[tuple[int, ...], ...]
+    packed_from: tuple[SourceFile, ...] = ()
 
 
 def layers_to_json(layers: Sequence[StoreLayer]) -> list[dict[str, Any]]:
@@ -121,6 +126,7 @@ def header_text(header: StoreHeader) -> str:
         "fingerprint": header.fingerprint,
         "source_name": header.source_name,
         "source_files": {path: list(value) for path, value in header.source_files.items()},
+        "packed_from": [asdict(file) for file in header.packed_from],
         "top_k": header.top_k,
         "layers": layers_to_json(header.layers),
         "checksum": CHECKSUM,
@@ -181,12 +187,19 @@ def _parse(path: Path, body: dict[str, Any]) -> StoreHeader:
             source_name=str(body["source_name"]),
             source_files={k: (v[0], v[1]) for k, v in body["source_files"].items()},
             checksums=tuple(tuple(values) for values in body["checksums"]),
+            packed_from=tuple(_source_file(item) for item in body.get("packed_from", ())),
         )
         if [len(values) for values in header.checksums] != [n.num_experts for n in header.layers]:
             raise ValueError("it does not have one checksum per record")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _damaged(path, str(error)) from error
     return header
+
+
+def _source_file(item: dict[str, Any]) -> SourceFile:
+    identity = item["identity"]
+    known = None if identity is None else FileIdentity(**identity)
+    return SourceFile(path=item["path"], part=item["part"], digest=item["digest"], identity=known)
 
 
 def _damaged(path: Path, why: str) -> StoreError:

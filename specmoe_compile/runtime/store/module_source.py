@@ -13,6 +13,7 @@ from specmoe_compile.runtime.experts.module import ExpertsLayer, release_experts
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.header import layers_to_json
 from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.store.source_content import SourceContent
 from specmoe_compile.system.machine import one_compute_thread
 from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.progress import progress_bar
@@ -33,6 +34,7 @@ class ModuleSource:
         self.name = name
         self.top_k = top_k
         self.source_files: dict[str, tuple[int, int]] = {}
+        self.content: SourceContent | None = None
         self._modules = [layer.module for layer in layers]
         self.fingerprint = self._fingerprint()
 

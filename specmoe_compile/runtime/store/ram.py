@@ -10,6 +10,7 @@ import torch
 
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.store.base import ExpertStore, RecordSource, record_array
+from specmoe_compile.runtime.store.source_content import SourceContent
 from specmoe_compile.system.aligned import aligned_empty
 from specmoe_compile.system.machine import one_compute_thread
 from specmoe_compile.system.numa import prefer_node
@@ -86,6 +87,7 @@ class _StoreSource:
         self.top_k = store.top_k
         self.name: str = store.kind
         self.source_files: dict[str, tuple[int, int]] = {}
+        self.content: SourceContent | None = None
         self._store = store
 
     def fill(self, layer: int, expert: int, record: torch.Tensor) -> None:

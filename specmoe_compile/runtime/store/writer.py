@@ -24,7 +24,6 @@ import numpy as np
 
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.store.base import RecordSource, layer_offsets
-from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.header import (
     HEADER_NAME,
     RECORDS_NAME,
@@ -33,6 +32,8 @@ from specmoe_compile.runtime.store.header import (
     record_checksum,
     sync_folder,
 )
+from specmoe_compile.runtime.store.known_files import FileIdentity
+from specmoe_compile.runtime.store.matching import open_matching
 from specmoe_compile.system.aligned import aligned_empty
 from specmoe_compile.system.files import avoid_page_cache, sync_data
 from specmoe_compile.system.machine import one_compute_thread
@@ -85,19 +86,18 @@ def pack_records(
             was written so far is removed then; after a kill it is kept and used.
     """
     started = time.monotonic()
-    created = _make_folder(folder)
     resumed = 0
-    with _packing_lock(folder), one_compute_thread():
-        reused = (folder / HEADER_NAME).exists() and _holds(source, folder, replace=replace)
-        if not reused:
-            try:
-                resumed = _pack_locked(source, folder, progress=progress)
-            except OSError as error:
-                _remove_partial(folder, created=created)
-                raise _disk_error(error, source, folder) from error
-            except Exception:
-                _remove_partial(folder, created=created)
-                raise
+    # Nobody writes to a complete store, so that nobody needs to lock it: it may lie on a read-only
+    # mount, belong to another user, or be where there are no locks.
+    seen = _header_state_or_none(folder)
+    reused = _holds(source, folder, replace=replace, progress=progress)
+    if not reused:
+        created = _make_folder(folder)
+        with _packing_lock(folder, created=created), one_compute_thread():
+            if _header_state_or_none(folder) != seen:  # another process has packed meanwhile
+                reused = _holds(source, folder, replace=replace, progress=progress)
+            if not reused:
+                resumed = _pack_or_clean_up(source, folder, created=created, progress=progress)
     return StoreReport(
         path=folder,
         reused=reused,
@@ -107,6 +107,26 @@ def pack_records(
         total_bytes=_total_bytes(source),
         seconds=time.monotonic() - started,
     )
+
+
+def _pack_or_clean_up(source: RecordSource, folder: Path, *, created: bool, progress: bool) -> int:
+    """Pack; returns how many layers were there. Removes what was written if that fails."""
+    try:
+        return _pack_locked(source, folder, progress=progress)
+    except OSError as error:
+        _remove_partial(folder, created=created)
+        raise _disk_error(error, source, folder) from error
+    except Exception:
+        _remove_partial(folder, created=created)
+        raise
+
+
+def _header_state_or_none(folder: Path) -> FileIdentity | None:
+    """Return what tells one header in a folder from another; None without one."""
+    try:
+        return FileIdentity.of((folder / HEADER_NAME).stat())
+    except OSError:
+        return None
 
 
 def _total_bytes(source: RecordSource) -> int:
@@ -132,8 +152,12 @@ def _make_folder(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _packing_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, so a killed one leaves none behind."""
+def _packing_lock(folder: Path, *, created: bool) -> Iterator[None]:
+    """Hold the folder's lock; it goes with the process, so a killed one leaves none behind.
+
+    Raises:
+        StoreError: the folder is not writable, or its file system has no locks.
+    """
     try:
         fd = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -147,20 +171,27 @@ def _packing_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             logger.warning("Another process packs into %s; waiting for it to finish.", folder)
             fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            _remove_partial(folder, created=created)
+            raise StoreError(
+                f"The store folder {folder} cannot be locked ({error.strerror}), so that two "
+                "processes could pack into it at once. Pack into a folder on a local disk and copy "
+                "it there: a complete store needs no lock."
+            ) from error
         yield
     finally:
         os.close(fd)
 
 
-def _holds(source: RecordSource, folder: Path, *, replace: bool) -> bool:
+def _holds(source: RecordSource, folder: Path, *, replace: bool, progress: bool) -> bool:
     """Return whether the folder holds the store of `source`; raises `StoreError` for another one.
 
     With `replace`, a store that does not match is given up instead: returns False.
     """
+    if not (folder / HEADER_NAME).exists():
+        return False
     try:
-        store = DiskStore.open(folder, expected_fingerprint=source.fingerprint)
-        store.close()
-        _check_unchanged(source, store)
+        open_matching(source, folder, progress=progress).close()
         return True
     except StoreError as error:
         if not replace:
@@ -169,33 +200,28 @@ def _holds(source: RecordSource, folder: Path, *, replace: bool) -> bool:
         return False
 
 
-def _check_unchanged(source: RecordSource, store: DiskStore) -> None:
-    """Raise `StoreError` if the weights changed where a fingerprint of samples cannot tell.
-
-    A file with the name that was packed must have the size and date it had then. A model in memory
-    has none of these, and is compared record by record.
-    """
-    for path, now in source.source_files.items():
-        if store.header.source_files.get(path, now) != now:
-            raise StoreError(
-                f"The expert store {store.path} was packed from {path}, which was changed since. "
-                "Choose another store_dir, or delete this folder."
-            )
-    if source.source_files:
-        return
-    for layer, spec in enumerate(source.layers):
-        buffer = aligned_empty(spec.layout.record_bytes)
-        for expert in range(spec.num_experts):
-            source.fill(layer, expert, buffer)
-            if record_checksum(buffer.numpy()) != store.header.checksums[layer][expert]:
-                raise StoreError(
-                    f"The expert store {store.path} differs from {source.name} in layer {layer}, "
-                    f"expert {expert}. Choose another store_dir, or delete this folder."
-                )
-
-
 def _pack_locked(source: RecordSource, folder: Path, *, progress: bool) -> int:
     """Write records, then the header; returns how many layers were there already."""
+    content = source.content
+    with contextlib.nullcontext() if content is None else content.hashing_reads():
+        checksums, resumed = _write_records(source, folder, progress=progress)
+    header = StoreHeader(
+        layers=source.layers,
+        top_k=source.top_k,
+        fingerprint=source.fingerprint,
+        source_name=source.name,
+        source_files=source.source_files,
+        checksums=tuple(tuple(values) for values in checksums),
+        packed_from=() if content is None else content.files(progress=progress),
+    )
+    _publish(folder, header)
+    return resumed
+
+
+def _write_records(
+    source: RecordSource, folder: Path, *, progress: bool
+) -> tuple[list[list[int]], int]:
+    """Write what an earlier pack has not; returns checksums, and how many layers were there."""
     checksums = _read_journal(source, folder)
     resumed = len(checksums)
     _check_free_disk(source, folder)
@@ -214,21 +240,17 @@ def _pack_locked(source: RecordSource, folder: Path, *, progress: bool) -> int:
         for layer in range(resumed, len(source.layers)):
             checksums.append(_write_layer(source, layer, fd, offsets[layer], bar))
             sync_data(fd)
-            _append(journal, {"layer": layer, "checksums": checksums[-1]})
+            entry = {"layer": layer, "checksums": checksums[-1]}
+            _append(journal, {**entry, "source": _layer_digest_or_none(source, layer)})
     finally:
         bar.close()
         os.close(journal)
         os.close(fd)
-    header = StoreHeader(
-        layers=source.layers,
-        top_k=source.top_k,
-        fingerprint=source.fingerprint,
-        source_name=source.name,
-        source_files=source.source_files,
-        checksums=tuple(tuple(values) for values in checksums),
-    )
-    _publish(folder, header)
-    return resumed
+    return checksums, resumed
+
+
+def _layer_digest_or_none(source: RecordSource, layer: int) -> str | None:
+    return None if source.content is None else source.content.layer_digest(layer)
 
 
 def _write_layer(source: RecordSource, layer: int, fd: int, offset: int, bar: Any) -> list[int]:
@@ -287,7 +309,8 @@ def _append(journal: int, entry: dict[str, Any]) -> None:
 def _read_journal(source: RecordSource, folder: Path) -> list[list[int]]:
     """Return the checksums of the layers that a killed pack of these weights has finished.
 
-    A line that was cut by the kill ends the journal; so does a records file that is too short.
+    A line that was cut by the kill ends the journal; so does a records file that is too short, and
+    a layer whose weights were changed since.
     """
     try:
         lines = (folder / _JOURNAL_NAME).read_text(encoding="utf-8").splitlines()
@@ -307,6 +330,8 @@ def _read_journal(source: RecordSource, folder: Path) -> list[list[int]]:
             continue
         layer = index - 1
         if entry.get("layer") != layer or layer >= len(ends) or ends[layer] > size_bytes:
+            break
+        if entry.get("source") != _layer_digest_or_none(source, layer):
             break
         checksums.append(entry["checksums"])
     return checksums
