@@ -15,7 +15,7 @@ def tiny_qwen3_moe(*, layers: int = 3, experts: int = 8, top_k: int = 2, **kwarg
     """A random Qwen3-MoE whose greedy decoding does not collapse to one token."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=kwargs.pop("vocab_size", VOCABULARY),
         hidden_size=64,
         intermediate_size=96,
         moe_intermediate_size=kwargs.pop("moe_intermediate_size", 32),
@@ -29,7 +29,7 @@ def tiny_qwen3_moe(*, layers: int = 3, experts: int = 8, top_k: int = 2, **kwarg
         max_position_embeddings=256,
         initializer_range=0.2,
         pad_token_id=0,
-        eos_token_id=None,
+        eos_token_id=kwargs.pop("eos_token_id", None),
         bos_token_id=1,
         **kwargs,
     )

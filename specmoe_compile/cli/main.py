@@ -23,6 +23,7 @@ from specmoe_compile.cli.generate import generate
 from specmoe_compile.cli.options import DEBUG
 from specmoe_compile.cli.pack import pack
 from specmoe_compile.cli.replay import replay
+from specmoe_compile.cli.serve import serve
 from specmoe_compile.system.output import sentence, user_error_or_none
 
 USER_ERROR_STATUS = 2
@@ -67,7 +68,7 @@ def _root(
         print(context.get_help())
 
 
-for command in (demo, generate, bench, pack, calibrate, replay, doctor):
+for command in (demo, generate, serve, bench, pack, calibrate, replay, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -1,0 +1,218 @@
+"""The endpoints: OpenAI's completions and chat, models, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from specmoe_compile.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from specmoe_compile.serve.engine import Engine, Event, Failed, Finished, Job, Piece
+from specmoe_compile.serve.errors import RequestRefused
+from specmoe_compile.serve.guards import Guards
+from specmoe_compile.serve.metrics import CONTENT_TYPE, Metrics
+from specmoe_compile.serve.prompts import chat_job, completion_job
+from specmoe_compile.serve.requests import ChatRequest, CompletionRequest, parse
+
+
+def make_app(
+    engine: Engine, metrics: Metrics, *, name: str, api_key: str | None, loopback_only: bool
+) -> Any:
+    """Build the ASGI app around an engine.
+
+    Args:
+        engine: runs the jobs.
+        metrics: counts them.
+        name: of the model, as clients say it.
+        api_key: see `Guards`.
+        loopback_only: see `Guards`.
+    """
+    app = FastAPI(title="specmoe", docs_url=None, redoc_url=None, openapi_url=None)
+    started = int(time.time())
+    card = {"id": name, "object": "model", "created": started, "owned_by": "specmoe"}
+    endpoints = _Endpoints(engine, metrics, name)
+
+    @app.exception_handler(RequestRefused)
+    async def refused(request: Request, error: RequestRefused) -> JSONResponse:
+        metrics.requests.labels(_route(request), error.status).inc()
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> JSONResponse:
+        known = RequestRefused(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}."
+        )
+        return JSONResponse(known.body(), known.status)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        metrics.requests.labels(_route(request), 500).inc()
+        known = RequestRefused(
+            500, f"The server failed: {type(error).__name__}. Its log says more."
+        )
+        return JSONResponse(known.body(), known.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": name, "queue": engine.queue_length}
+
+    @app.get("/metrics")
+    async def read_metrics() -> Response:
+        return Response(metrics.text(engine.queue_length), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model_name:path}")
+    async def model(model_name: str) -> dict[str, Any]:
+        endpoints.check_model(model_name)
+        return card
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = parse(CompletionRequest, await _body(request))
+        endpoints.check_model(asked.model)
+        job = completion_job(asked, engine.tokenizer, engine.max_context)
+        return await endpoints.answer(
+            request, asked, job, CompletionAnswer(name, choices=job.choices)
+        )
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = parse(ChatRequest, await _body(request))
+        endpoints.check_model(asked.model)
+        job = chat_job(asked, engine.tokenizer, engine.max_context)
+        answer = ChatAnswer(
+            name,
+            choices=job.choices,
+            tokenizer=engine.tokenizer,
+            prompt=job.prompts[0],
+            tools=asked.tools,
+        )
+        return await endpoints.answer(request, asked, job, answer)
+
+    return Guards(app, api_key=api_key, loopback_only=loopback_only)
+
+
+def _route(request: Request) -> str:
+    """The endpoint's own path, so that what clients make up is no label."""
+    return str(getattr(request.scope.get("route"), "path", "other"))
+
+
+async def _body(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise RequestRefused(400, "The body is not valid JSON.") from error
+
+
+class _Endpoints:
+    """What completions and chat do alike."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, name: str) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._name = name
+
+    def check_model(self, asked: str | None) -> None:
+        """Refuse a model that is not the one that is served."""
+        if asked is not None and asked != self._name:
+            raise RequestRefused(
+                404,
+                f"The model {asked!r} is not served here: {self._name!r} is.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def answer(self, request: Request, asked: Any, job: Job, answer: Answer) -> Response:
+        """Run a job and give its answer, in one piece or streamed."""
+        events = _events(request, self._engine, job)
+        if not asked.stream:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    self._note(event)
+                    answer.take(event)
+            self._metrics.requests.labels(_route(request), 200).inc()
+            return JSONResponse(answer.whole())
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        # Started here, so that a full queue is a status and not an event in a stream.
+        first = await anext(events, None)
+        body = self._stream(request, events, first, answer, usage)
+        return StreamingResponse(body, media_type="text/event-stream")
+
+    async def _stream(
+        self, request: Request, events: Any, first: Event, answer: Answer, usage: bool
+    ) -> AsyncIterator[str]:
+        def line(chunk: dict[str, Any]) -> str:
+            return f"data: {json.dumps(chunk)}\n\n"
+
+        status = 200
+        async with contextlib.aclosing(events):
+            try:
+                event = first
+                while event is not None:
+                    self._note(event)
+                    for chunk in answer.chunks(event):
+                        yield line(chunk)
+                    event = await anext(events, None)
+                if usage:
+                    yield line(answer.usage_chunk())
+            except RequestRefused as error:
+                status = error.status
+                yield line(error.body())
+            finally:
+                self._metrics.requests.labels(_route(request), status).inc()
+        yield "data: [DONE]\n\n"
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self._metrics.prompt_tokens.inc(event.prompt_tokens)
+            self._metrics.cached_tokens.inc(event.cached_tokens)
+
+
+async def _events(request: Request, engine: Engine, job: Job) -> AsyncGenerator[Piece | Finished]:
+    """A job's events; ends the job when the client is gone or nobody reads on."""
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job.on_event = put
+    engine.submit(job)
+    watcher = asyncio.create_task(_when_gone(request, lambda: engine.cancel(job)))
+    try:
+        while (event := await events.get()) is not None:
+            if isinstance(event, Failed):
+                raise _failure(event.error)
+            yield event
+        if job.cancelled.is_set():
+            raise RequestRefused(503, "The server is shutting down, or the client is gone.")
+    finally:
+        watcher.cancel()
+        engine.cancel(job)
+
+
+async def _when_gone(request: Request, action: Callable[[], None]) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            action()
+            return
+
+
+def _failure(error: BaseException) -> RequestRefused:
+    if isinstance(error, RequestRefused):
+        return error
+    return RequestRefused(
+        500, f"The generation failed: {type(error).__name__}. The server's log says more."
+    )

@@ -1,0 +1,97 @@
+"""A real server process in front of a tiny checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.reference_model.tokenizer import build_tokenizer
+from tests.helpers import save_tiny
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MAX_CONTEXT = 192
+NAME = "tiny"
+
+
+class Process:
+    """`specmoe serve` in a process of its own."""
+
+    def __init__(self, checkpoint: Path, store: Path, *options: str, wait: bool = True) -> None:
+        command = [sys.executable, "-m", "specmoe_compile.cli.main", "serve", str(checkpoint)]
+        command += ["--device", "cpu", "--store", "disk", "--store-dir", str(store)]
+        command += ["--port", "0", "--served-name", NAME, "--max-context", str(MAX_CONTEXT)]
+        self.process = subprocess.Popen(
+            [*command, *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        self.lines: list[str] = []
+        self.url = ""
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+        if wait:
+            assert self._ready.wait(300), self.log()
+            assert self.url, self.log()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            found = re.search(r"Ready after .* s: (http://\S+)/v1", line)
+            if found:
+                self.url = found[1]
+                self._ready.set()
+        self._ready.set()
+
+    def log(self) -> str:
+        """Standard error so far."""
+        return "".join(self.lines)
+
+    def end(self, how: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="package")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a byte tokenizer and a chat template."""
+    folder = save_tiny(tmp_path_factory.mktemp("served"), vocab_size=256)
+    tokenizer = build_tokenizer(256)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One server for all tests of this folder; it must end cleanly on SIGTERM."""
+    process = Process(checkpoint, tmp_path_factory.mktemp("serve") / "store", "--max-queue", "64")
+    yield process
+    assert process.end() == 0, process.log()
+    assert "Traceback" not in process.log(), process.log()
+
+
+@pytest.fixture(scope="package")
+def client(server: Process) -> Any:
+    """The real OpenAI client."""
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)

@@ -1,0 +1,249 @@
+"""`specmoe serve` answers the real client with the unmodified model's tokens."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.serve.conftest import MAX_CONTEXT, NAME, Process
+
+openai = pytest.importorskip("openai")
+MESSAGES = [{"role": "user", "content": "HELLO"}]
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, plain: Any) -> Any:
+    """The unmodified model's greedy text after a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def of(prompt: str, tokens: int, **settings: Any) -> str:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = plain.generate(ids, max_new_tokens=tokens, do_sample=False, **settings)
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return of
+
+
+def test_completions_are_the_models_own(client: Any, expected: Any) -> None:
+    whole = client.completions.create(model=NAME, prompt="1 + 1 =", max_tokens=12, temperature=0)
+    assert whole.choices[0].text == expected("1 + 1 =", 12)
+    assert whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (7, 12)
+    stream = client.completions.create(
+        model=NAME,
+        prompt="1 + 1 =",
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage.completion_tokens == 12
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+def test_a_chat_is_the_template_and_the_models_own(client: Any, expected: Any) -> None:
+    whole = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, max_completion_tokens=10, temperature=0
+    )
+    text = expected("[user]HELLO\n[assistant]", 10)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].message.role == "assistant"
+    stream = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, max_completion_tokens=10, temperature=0, stream=True
+    )
+    deltas = [chunk.choices[0] for chunk in stream]
+    assert "".join(delta.delta.content or "" for delta in deltas) == text
+    assert deltas[0].delta.role == "assistant" and deltas[-1].finish_reason == "length"
+
+
+def test_the_next_turn_reads_its_end_only(client: Any, expected: Any) -> None:
+    prompt = "A LONG BEGINNING THAT BOTH TURNS SHARE, WORD BY WORD."
+    first = client.completions.create(model=NAME, prompt=prompt, max_tokens=8, temperature=0)
+    longer = prompt + " AND AN END."
+    second = client.completions.create(model=NAME, prompt=longer, max_tokens=8, temperature=0)
+    assert second.choices[0].text == expected(longer, 8)
+    assert second.usage.prompt_tokens_details.cached_tokens == len(prompt)
+    again = client.completions.create(model=NAME, prompt=prompt, max_tokens=8, temperature=0)
+    assert again.choices[0].text == first.choices[0].text
+    assert again.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+def test_a_seed_repeats_a_sample_and_n_gives_several(client: Any) -> None:
+    def draw(seed: int, n: int = 1) -> list[str]:
+        out = client.completions.create(
+            model=NAME, prompt="ONCE", max_tokens=8, temperature=1.5, seed=seed, n=n
+        )
+        return [choice.text for choice in out.choices]
+
+    assert draw(1) == draw(1) != draw(2)
+    several = draw(1, n=3)
+    assert several[0] == draw(1)[0] and len(set(several)) == 3
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(client: Any, expected: Any) -> None:
+    text = expected("STOP", 24)
+    stop = text[6:8]
+    for stream in (False, True):
+        out = client.completions.create(
+            model=NAME, prompt="STOP", max_tokens=24, temperature=0, stop=stop, stream=stream
+        )
+        choices = [c.choices[0] for c in out] if stream else [out.choices[0]]
+        assert "".join(c.text for c in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+BAD = {
+    "no prompt": {},
+    "a prompt of nothing": {"prompt": ""},
+    "tokens out of range": {"prompt": [1, 100000]},
+    "no tokens asked": {"prompt": "A", "max_tokens": 0},
+    "more than the context": {"prompt": "A", "max_tokens": MAX_CONTEXT},
+    "a hot temperature": {"prompt": "A", "temperature": 3},
+    "a word for a number": {"prompt": "A", "max_tokens": "ten"},
+    "not a number": {"prompt": "A", "temperature": float("nan")},
+    "many choices": {"prompt": "A", "n": 9},
+    "an empty stop": {"prompt": "A", "stop": ""},
+    "log probabilities": {"prompt": "A", "logprobs": 2},
+    "an unknown field": {"prompt": "A", "beam_width": 4},
+    "a penalty": {"prompt": "A", "presence_penalty": 0.5},
+    "no object": [1, 2],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_body_is_refused_in_openais_form(server: Process, name: str) -> None:
+    content = json.dumps(BAD[name])
+    headers = {"content-type": "application/json"}
+    out = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert out.status_code == 400, out.text
+    error = out.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["message"].endswith(".")
+
+
+def test_other_refusals(server: Process, client: Any) -> None:
+    url = f"{server.url}/v1/completions"
+    kind = {"content-type": "application/json"}
+    assert httpx.post(url, content=b"{", headers=kind).status_code == 400
+    assert httpx.post(url, content=b"[" * 100_000, headers=kind).status_code == 400
+    assert httpx.post(url, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert httpx.post(url, content=b" " * (9 << 20), headers=kind).status_code == 413
+    chunks = (b" " * (1 << 20) for _ in range(9))  # a length that nobody announced
+    assert httpx.post(url, content=chunks, headers=kind).status_code == 413
+    assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+    assert httpx.get(f"{server.url}/nowhere").status_code == 404
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.completions.create(model="gpt-7", prompt="A")
+    with pytest.raises(openai.BadRequestError, match="no place for tools"):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        client.chat.completions.create(model=NAME, messages=MESSAGES, tools=[tool])
+    assert [model.id for model in client.models.list()] == [NAME]
+
+
+def test_a_client_that_goes_away_ends_its_generation(server: Process, client: Any) -> None:
+    stream = client.completions.create(model=NAME, prompt="GO", max_tokens=150, stream=True)
+    next(iter(stream))
+    stream.close()
+    started = time.monotonic()
+    client.completions.create(model=NAME, prompt="NEXT", max_tokens=1)
+    generated = _metric(server, "specmoe_completion_tokens_total")
+    assert time.monotonic() - started < 60
+    time.sleep(0.2)
+    assert _metric(server, "specmoe_completion_tokens_total") == generated
+
+
+def test_requests_from_many_threads_get_their_own_answers(client: Any, expected: Any) -> None:
+    prompts = [f"REQUEST {number}" for number in range(8)]
+
+    def ask(prompt: str) -> str:
+        out = client.completions.create(model=NAME, prompt=prompt, max_tokens=4, temperature=0)
+        return str(out.choices[0].text)
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, prompts * 6 + prompts[:2]))
+    assert len(texts) == 50
+    want = {prompt: expected(prompt, 4) for prompt in prompts}
+    assert texts == [want[prompt] for prompt in prompts * 6 + prompts[:2]]
+
+
+def test_health_and_metrics(server: Process, client: Any) -> None:
+    client.completions.create(model=NAME, prompt="COUNT", max_tokens=4)
+    assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+    assert _metric(server, "specmoe_completion_tokens_total") >= 4
+    assert 0.0 < _metric(server, "specmoe_expert_hit_rate") <= 1.0
+    assert _metric(server, "specmoe_expert_missed_bytes") > 0
+
+
+def _metric(server: Process, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(name + " ")))
+
+
+@pytest.mark.slow
+def test_a_full_queue_says_when_to_come_again(checkpoint: Path, tmp_path: Path) -> None:
+    server = Process(checkpoint, tmp_path / "store", "--max-queue", "1", "--api-key", "secret")
+    client = openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="secret", max_retries=0, timeout=120
+    )
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="guess", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    statuses: list[Any] = []
+
+    def ask() -> None:
+        try:
+            client.completions.create(model=NAME, prompt="LONG", max_tokens=150)
+            statuses.append(200)
+        except openai.RateLimitError as error:
+            statuses.append(int(error.response.headers["retry-after"]))
+        except openai.InternalServerError as error:
+            statuses.append(error.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses.count(200) == 2
+    assert all(status >= 1 for status in statuses)
+    # A stop in the middle of a generation is clean, and the port is free again at once.
+    background = threading.Thread(target=ask)
+    background.start()
+    time.sleep(0.3)
+    assert server.end() == 0, server.log()
+    background.join()
+    assert statuses[-1] == 503
+    assert "Traceback" not in server.log(), server.log()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(server: Process, client: Any) -> None:
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process(server.process.pid)
+
+    def ask(count: int) -> int:
+        for number in range(count):
+            client.completions.create(model=NAME, prompt=f"M{number}", max_tokens=2)
+        return int(process.memory_info().rss)
+
+    ask(50)
+    before = process.memory_info().rss
+    assert ask(500) - before < 32 << 20
+    assert process.num_threads() < 40
