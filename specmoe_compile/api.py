@@ -26,6 +26,7 @@ from specmoe_compile.hf.model_loader import (
     load_without_experts,
 )
 from specmoe_compile.hf.packing import pack_source
+from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
@@ -223,7 +224,10 @@ def stats(model: torch.nn.Module) -> Stats:
     Raises:
         SpecMoEError: the model is not offloaded, or its session is closed.
     """
-    return session_of(model).stats
+    session = session_of(model)
+    found = session.stats
+    found.generation = generation_stats(session)
+    return found
 
 
 def reset_stats(model: torch.nn.Module) -> None:
@@ -232,7 +236,9 @@ def reset_stats(model: torch.nn.Module) -> None:
     Raises:
         SpecMoEError: the model is not offloaded, or its session is closed.
     """
-    session_of(model).reset_stats()
+    session = session_of(model)
+    session.reset_stats()
+    reset_generation_stats(session)
 
 
 def close(model: torch.nn.Module) -> None:

@@ -24,12 +24,12 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.experts_interface import IMPLEMENTATION, register_experts_implementation
+from specmoe_compile.hf.run_ahead import install_run_ahead
 from specmoe_compile.runtime.session import Session
 
 _RECOMPILE_LIMIT = 64
-_CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What transformers calls the cache of keys and values: since 5.24, and before."""
 _SAVE_REFUSAL = (
     "this model's experts live in its expert store, not in its parameters, so a state dict of it"
     " would be a checkpoint without experts: keep the original checkpoint, or load it with"
@@ -68,12 +68,13 @@ def attach_session(model: nn.Module, session: Session) -> None:
     # Transformers would otherwise compile `forward` by itself, with Inductor and without the
     # passes, wherever it finds a static cache on a GPU.
     model._valid_auto_compile_criteria = _never_auto_compile  # type: ignore[assignment]
+    install_run_ahead(model)
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """A cache of keys and values as the keyword argument that the model's `forward` takes."""
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
-    newest, oldest = _CACHE_ARGUMENTS
+    newest, oldest = CACHE_ARGUMENTS
     return {newest if newest in parameters else oldest: cache}
 
 
@@ -136,7 +137,7 @@ def _forward_through(wrapper: OptimizedModule, model: nn.Module) -> Iterator[Non
     previous = model._compiled_call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        for name in _CACHE_ARGUMENTS:
+        for name in CACHE_ARGUMENTS:
             _mark_static(kwargs.get(name))
         return compiled(*args, **kwargs)
 

@@ -6,7 +6,7 @@ Counters are plain integers on the host, added to once per layer step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -87,6 +87,24 @@ class LayerStats:
 
 
 @dataclass(slots=True)
+class GenerationStats:
+    """How `generate` launched its steps, and read its tokens.
+
+    Attributes:
+        tokens: steps whose token was used, batches counted once.
+        ahead: those whose next step was launched before their token was read.
+        dropped: steps that were launched in vain, behind the last token.
+        reason: why the last call took transformers' own loop, or waited for each token; None
+            where it ran ahead, and on the CPU, where there is nothing to wait for.
+    """
+
+    tokens: int = 0
+    ahead: int = 0
+    dropped: int = 0
+    reason: str | None = None
+
+
+@dataclass(slots=True)
 class Stats:
     """A snapshot of a session's counters.
 
@@ -97,6 +115,7 @@ class Stats:
         store_bytes: bytes of all experts in the slow tier.
         store: "disk" or "ram".
         read_busy_ms: wall time in which at least one read was in progress.
+        generation: how `generate` launched its steps.
     """
 
     layers: tuple[LayerStats, ...]
@@ -104,6 +123,7 @@ class Stats:
     store_bytes: int
     store: str
     read_busy_ms: float
+    generation: GenerationStats = field(default_factory=GenerationStats)
     total: LayerStats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +154,7 @@ class Stats:
             "read_busy_ms": self.read_busy_ms,
             "read_gbps": self.read_gbps,
             "overlap": self.overlap,
+            "generation": asdict(self.generation),
             "layers": [layer.as_dict() for layer in self.layers],
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from specmoe_compile.kernels.compile_spec import (
+from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
     Operand,

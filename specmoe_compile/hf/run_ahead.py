@@ -1,0 +1,310 @@
+"""`generate` that launches the next step before it has read the token of this one.
+
+The loop of transformers asks after each token whether to stop, and so waits for the GPU, which then
+waits for the host. Here a step goes
+
+    choose token n from its scores; copy "is it over?" to the host; launch forward n+1;
+    wait for the copy; give token n to the streamer; stop, or choose token n+1
+
+and the GPU computes forward n+1 while the host reads token n. Nothing but that one forward call is
+early: processors, stopping criteria and random numbers come in transformers' own order and see
+what they would have seen, whatever they do. What was one step too far is dropped: its scores are
+never looked at, and a cache that the caller keeps goes back by one token. Where the last step is
+known beforehand (a length), none is too far. On the CPU, where a step is over when its call
+returns, nothing is launched early.
+
+`generate` prepares everything and ends here through transformers' `custom_generate`; other ways of
+decoding (beams, assistants, ...) go their own way.
+
+Shape letters: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import (
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
+from specmoe_compile.hf.step_inputs import StepInputs, cache_of
+from specmoe_compile.runtime.cache.statistics import GenerationStats
+from specmoe_compile.runtime.session import Session, get_session
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_RECORDED = ("output_attentions", "output_hidden_states")
+_stats: weakref.WeakKeyDictionary[Session, GenerationStats] = weakref.WeakKeyDictionary()
+
+
+def install_run_ahead(model: nn.Module) -> None:
+    """Give a model that can generate a `generate` that runs ahead where it can."""
+    if not hasattr(model, "generate"):
+        return
+    generate = functools.partial(_generate, weakref.ref(model))
+    functools.update_wrapper(generate, type(model).generate)  # type: ignore[attr-defined]
+    model.generate = generate  # type: ignore[assignment]
+
+
+def generation_stats(session: Session) -> GenerationStats:
+    """How the tokens of a session's model were launched so far, as a copy."""
+    return copy.copy(_stats.get(session, GenerationStats()))
+
+
+def reset_generation_stats(session: Session) -> None:
+    """Set the counters of `generation_stats` to zero."""
+    _stats.pop(session, None)
+
+
+def _stats_of(model: nn.Module) -> GenerationStats:
+    session = get_session(model.__dict__["_specmoe_session"])
+    return _stats.setdefault(session, GenerationStats())
+
+
+def runs_ahead_on(device: torch.device) -> bool:
+    """Whether a call on the device returns before its work is done."""
+    return device.type == "cuda"
+
+
+def _generate(reference: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """`GenerationMixin.generate` with a loop that runs ahead; the same arguments and results."""
+    model: Any = reference()
+    assert model is not None, "generate() reached a model that is gone"
+    plain: Callable[..., Any] = functools.partial(type(model).generate, model)
+    given = inspect.signature(plain).bind_partial(*args, **kwargs).arguments
+    given.update(given.pop("kwargs", {}))
+    stats: GenerationStats = _stats_of(model)
+    reason = _why_not(model, given)
+    stats.reason = reason
+    if reason is not None:
+        return plain(*args, **kwargs)
+    decode = functools.partial(_decode, streamer=given.get("streamer"))
+    return plain(**_with_stop_strings(model, given), custom_generate=decode)
+
+
+def _why_not(model: Any, given: dict[str, Any]) -> str | None:
+    """Why a call takes transformers' own loop; None where it need not."""
+    if given.get("custom_generate") is not None:
+        return "it has a custom_generate of its own"
+    if given.get("synced_gpus"):
+        return "its GPUs are synchronised by transformers"
+    if model.config.is_encoder_decoder:
+        return "the model is an encoder and a decoder"
+    config = _merged_config(model, given)
+    if config is None:
+        return "its generation settings are not valid"
+    if config.get_generation_mode(given.get("assistant_model")) not in _MODES:
+        return "it neither takes the best token nor samples"
+    if config.token_healing:
+        return "it heals tokens"
+    if config.use_cache is False:
+        return "it uses no cache"
+    if config.return_dict_in_generate and any(getattr(config, name) for name in _RECORDED):
+        return "it records attention or hidden states"
+    return None
+
+
+def _merged_config(model: Any, given: dict[str, Any]) -> Any:
+    """The generation settings that apply to a call, or None if they are not valid."""
+    config = copy.deepcopy(model.generation_config)
+    own = given.get("generation_config")
+    try:
+        if own is not None:
+            config.update(**{k: v for k, v in own.to_dict().items() if v is not None})
+        config.update(**given)
+    except (TypeError, ValueError):
+        return None
+    return config
+
+
+def _with_stop_strings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The same call with stopping strings as a criterion.
+
+    Beside a custom loop, transformers loses the tokenizer that it would make the criterion with.
+    """
+    given = dict(given)
+    tokenizer = given.pop("tokenizer", None)
+    given.pop("assistant_tokenizer", None)
+    own = given.get("generation_config")
+    strings = given.get("stop_strings")
+    if strings is None and own is not None:
+        strings = own.stop_strings
+    if strings is None:
+        strings = model.generation_config.stop_strings
+    if strings is None or tokenizer is None:
+        return given
+    given.pop("stop_strings", None)
+    # An empty list is not None, so that the model's own setting does not apply, and stops nothing.
+    config = copy.deepcopy(own if own is not None else model.generation_config)
+    config.stop_strings = None
+    criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    given["generation_config"] = config
+    given["stopping_criteria"] = StoppingCriteriaList(
+        [*(given.get("stopping_criteria") or ()), criterion]
+    )
+    return given
+
+
+class _HostCopy:
+    """What the host wants to know of a step, on its way from the device."""
+
+    def __init__(self, like: Tensor) -> None:
+        """Reserve for tokens like `like`, [B, length]."""
+        on_gpu = like.device.type == "cuda"
+        self._over = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
+        self._tokens = torch.zeros(len(like), dtype=like.dtype, pin_memory=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def begin(self, unfinished: Tensor, tokens: Tensor | None) -> None:
+        """Start copying whether all is over, and tokens [B] for a streamer."""
+        self._over.copy_(unfinished.max() == 0, non_blocking=True)
+        if tokens is not None:
+            self._tokens.copy_(tokens, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> tuple[bool, Tensor]:
+        """Whether all is over, and the tokens; waits for them and for nothing later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._over), self._tokens.clone()
+
+
+class _Chooser:
+    """Chooses tokens from scores, as transformers does, and keeps what the caller asked for."""
+
+    def __init__(self, processor: Any, config: Any, criteria: Any, tokens: Tensor) -> None:
+        """Start with the prompt, [B, length]."""
+        self._processor, self._config = processor, config
+        self._criteria = criteria
+        keeps = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if keeps and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if keeps and config.output_logits else None
+        self._pads = len(tokens) > 1 and any(hasattr(c, "eos_token_id") for c in criteria)
+        padding = config._pad_token_tensor
+        self._padding = padding.to(tokens.device) if padding is not None else None
+        # With one sequence and nothing but a length there is nothing to ask the device for.
+        self.asks = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
+        self.unfinished = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+
+    def choose(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """The next token of each sequence, [B], from the model's logits, [B, 1 or more, V]."""
+        last = logits[:, -1]
+        if not self._processor and not self._config.do_sample and self._keeps_nothing:
+            chosen = last.argmax(dim=-1).to(tokens.device)
+        else:
+            chosen = self._from_scores(last.to(tokens.device, torch.float32, copy=True), tokens)
+        if self._pads:
+            assert self._padding is not None, "transformers sees to a padding token"
+            chosen = chosen * self.unfinished + self._padding * (1 - self.unfinished)
+        return chosen
+
+    @property
+    def _keeps_nothing(self) -> bool:
+        return self.scores is None and self.logits is None
+
+    def _from_scores(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        scores: Tensor = self._processor(tokens, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self._config.do_sample:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
+
+    def finish(self, tokens: Tensor) -> None:
+        """Ask the criteria which sequences end with the last of `tokens`."""
+        if self.asks:
+            self.unfinished = self.unfinished & ~self._criteria(tokens, self.scores)
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """The loop, as a `custom_generate` of transformers."""
+    stats: GenerationStats = _stats_of(model)
+    chooser = _Chooser(logits_processor, generation_config, stopping_criteria, input_ids)
+    on_host, steps = _HostCopy(input_ids), StepInputs(model)
+    most, tokens = stopping_criteria.max_length, input_ids
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    ahead = runs_ahead_on(input_ids.device) and _can_go_back(outputs, generation_config, stats)
+    while True:
+        if not steps.advances:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        chosen = chooser.choose(outputs.logits, tokens)
+        del outputs  # the logits of a long prompt are large
+        tokens = torch.cat([tokens, chosen[:, None]], dim=-1)
+        chooser.finish(tokens)
+        is_last = most is not None and tokens.shape[1] >= most
+        reads = chooser.asks or streamer is not None
+        if reads:
+            on_host.begin(chooser.unfinished, chosen if streamer is not None else None)
+        early = ahead and not is_last
+        if early:
+            outputs = model(**steps.make(tokens, model_kwargs), return_dict=True)
+        over, on_cpu = on_host.wait() if reads else (False, tokens)
+        stats.tokens += 1
+        if streamer is not None:
+            streamer.put(on_cpu)
+        if over or is_last:
+            break
+        stats.ahead += early
+        if not early:
+            outputs = model(**steps.make(tokens, model_kwargs), return_dict=True)
+    if early:
+        stats.dropped += 1
+        _go_back(cache_of(model_kwargs), generation_config)
+    if streamer is not None:
+        streamer.end()
+    return _result(generation_config, chooser, tokens, cache_of(model_kwargs))
+
+
+def _can_go_back(outputs: Any, config: Any, stats: GenerationStats) -> bool:
+    """Whether a step too many can be undone, or leaves nothing that the caller would see."""
+    cache = cache_of(outputs)
+    if cache is None or not _is_kept(cache, config):
+        return True
+    croppable = getattr(cache, "is_croppable", False) and not any(
+        hasattr(layer, "record_past") for layer in cache.layers
+    )
+    if not croppable:
+        stats.reason = "the caller keeps its cache, which cannot go back by a token"
+    return croppable
+
+
+def _is_kept(cache: Any, config: Any) -> bool:
+    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", True))
+
+
+def _go_back(cache: Any, config: Any) -> None:
+    """Let a cache that the caller keeps forget its last token."""
+    if cache is not None and _is_kept(cache, config):
+        cache.crop(-1)
+
+
+def _result(config: Any, chooser: _Chooser, tokens: Tensor, cache: Any) -> Any:
+    if not config.return_dict_in_generate:
+        return tokens
+    known = GenerateDecoderOnlyOutput.__dataclass_fields__
+    name = next(name for name in CACHE_ARGUMENTS if name in known)
+    found: dict[str, Any] = {"sequences": tokens, name: cache}
+    return GenerateDecoderOnlyOutput(**found, scores=chooser.scores, logits=chooser.logits)  # type: ignore[arg-type]
