@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.hf.missing_weights import MissingWeights
 from specmoe_compile.hf.model_loader import (
     Skeleton,
     checked_dtype,
@@ -88,6 +89,7 @@ def from_pretrained(
     reader_threads: int = 4,
     verify: bool = False,
     progress: bool = True,
+    missing_weights: MissingWeights = "error",
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts offloaded.
@@ -112,6 +114,8 @@ def from_pretrained(
         reader_threads: threads that read from disk.
         verify: compare all checksums of a store on disk before using it, not only on reading.
         progress: show a progress bar.
+        missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random",
+            which draws them as transformers does and warns.
         hf_kwargs: options of the Hugging Face loader (`revision`, `cache_dir`, `token`,
             `local_files_only`, `trust_remote_code`, `attn_implementation`, ...) and fields of the
             model's configuration.
@@ -121,13 +125,14 @@ def from_pretrained(
 
     Raises:
         ValueError, TypeError: an option is unknown or not valid, or the cache is too small.
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or lack weights.
         StoreError: the store cannot be written, or holds something else.
         UnsupportedModelError: the model has no experts that can be offloaded.
     """
     options = _checked(
         device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
     )
+    _check_choice("missing_weights", missing_weights, get_args(MissingWeights))
     placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
 
     def place_experts(skeleton: Skeleton) -> None:
@@ -148,6 +153,7 @@ def from_pretrained(
             device=options.device,
             hf_options=hf_kwargs,
             place_experts=place_experts,
+            missing_weights=missing_weights,
         )
         _to_device(model, options.device)
         skeleton, expert_store, cache_bytes = placed[0]
@@ -418,10 +424,7 @@ def _checked(
         ("store", store, get_args(StoreKind)),
         ("cache_policy", cache_policy, get_args(CachePolicy)),
     ):
-        if value not in kinds:
-            raise ValueError(
-                f"{name}={value!r} is not valid: choose {', '.join(map(repr, kinds))}."
-            )
+        _check_choice(name, value, kinds)
     if isinstance(reader_threads, bool) or not isinstance(reader_threads, int):
         raise TypeError(f"reader_threads={reader_threads!r} must be an int.")
     if reader_threads < 1:
@@ -438,6 +441,11 @@ def _checked(
         verify=verify,
         progress=progress,
     )
+
+
+def _check_choice(name: str, value: object, kinds: Sequence[str]) -> None:
+    if value not in kinds:
+        raise ValueError(f"{name}={value!r} is not valid: choose {', '.join(map(repr, kinds))}.")
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

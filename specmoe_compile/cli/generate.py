@@ -17,6 +17,7 @@ from specmoe_compile.cli.options import (
     EXPERT_CACHE,
     JSON,
     KV_CACHE,
+    MISSING_WEIGHTS,
     MODEL,
     STORE,
     STORE_DIR,
@@ -41,6 +42,7 @@ def generate(
     store: STORE = "auto",
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
+    missing_weights: MISSING_WEIGHTS = "error",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Decode through the compiled graph.")
     ] = True,
@@ -81,6 +83,7 @@ def generate(
 
     check_dtype(dtype)
     check_choice("store", store, ("auto", "ram", "disk"))
+    check_choice("missing-weights", missing_weights, ("error", "random"))
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     check_writable(json)
@@ -103,6 +106,7 @@ def generate(
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
+        missing_weights=missing_weights,  # type: ignore[arg-type]
     )
     options = with_cuda_graphs(
         options,

@@ -59,6 +59,13 @@ COMPILE_OPTION = Annotated[
         show_default=False,
     ),
 ]
+MISSING_WEIGHTS = Annotated[
+    str,
+    typer.Option(
+        help="Weights that the checkpoint lacks: error names them, random draws them.",
+        metavar="error|random",
+    ),
+]
 THREADS = Annotated[
     int | None,
     typer.Option(min=1, help="PyTorch's threads. By default its own choice.", show_default=False),

@@ -58,10 +58,15 @@ class _Recipe:
 
 @dataclass(slots=True)
 class KeyAssignment:
-    """Which checkpoint keys make which expert tensors, and which ones are left for the loader."""
+    """Which checkpoint keys make which expert tensors, and which ones are left for the loader.
+
+    `made` names the model's tensors that come of all keys, `unknown` the keys of which none comes.
+    """
 
     recipes: dict[str, _Recipe]
     resident_keys: list[str]
+    made: set[str] = field(default_factory=set)
+    unknown: list[str] = field(default_factory=list)
 
 
 def assign_checkpoint_keys(
@@ -97,6 +102,10 @@ def assign_checkpoint_keys(
             name, pattern = rename_source_key(key, [], [], prefix, state)
         converter = None if pattern is None else by_pattern[pattern]
         targets = [name] if converter is None else _target_names(name, converter)
+        known = [target for target in targets if target in state]
+        assignment.made.update(known)
+        if not known:
+            assignment.unknown.append(key)
         wanted = [target for target in targets if target in expert_names]
         if not wanted:
             assignment.resident_keys.append(key)

@@ -11,7 +11,6 @@ model gets its real class back afterwards.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -27,7 +26,18 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from specmoe_compile.errors import CheckpointError, SpecMoEError, UnsupportedModelError
 from specmoe_compile.hf.checkpoint import Checkpoint, check_checkpoint_folder
-from specmoe_compile.hf.conversion import CheckpointSource, assign_checkpoint_keys
+from specmoe_compile.hf.conversion import CheckpointSource, KeyAssignment, assign_checkpoint_keys
+from specmoe_compile.hf.load_options import (
+    HUB_OPTIONS,
+    LOADER_OPTIONS,
+    checked_options,
+    refuse_unknown,
+)
+from specmoe_compile.hf.missing_weights import (
+    MissingWeights,
+    missing_before_loading,
+    report_missing,
+)
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     expert_parameter_names,
@@ -39,49 +49,6 @@ from specmoe_compile.runtime.experts.module import (
 
 logger = logging.getLogger(__name__)
 
-# What callers may add, for the message about an unknown option.
-_OWN_OPTIONS = (
-    "device",
-    "dtype",
-    "store",
-    "expert_cache",
-    "store_dir",
-    "cache_policy",
-    "reader_threads",
-    "verify",
-    "progress",
-)
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
-_LOADER_OPTIONS = (
-    "attn_implementation",
-    "code_revision",
-    "config",
-    "generation_config",
-    "key_mapping",
-    "trust_remote_code",
-    "variant",
-)
-_REFUSED_OPTIONS = {
-    "device_map": "use device=",
-    "max_memory": "use expert_cache=",
-    "offload_folder": "use store_dir=",
-    "torch_dtype": "use dtype=",
-    "quantization_config": "specmoe loads experts in float32, bfloat16 or float16",
-    "experts_implementation": "an offloaded model runs specmoe's own",
-    "state_dict": "load the model with transformers and use specmoe_compile.offload",
-    "gguf_file": "specmoe reads safetensors",
-    "distributed_config": "specmoe runs on one device",
-    "tp_plan": "specmoe runs on one device",
-    "tp_size": "specmoe runs on one device",
-}
 # Block formats that transformers unpacks while it loads, expert by expert.
 _DEQUANTISED_METHODS = ("mxfp4", "fp8")
 
@@ -107,6 +74,7 @@ def load_without_experts(
     device: torch.device,
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
+    missing_weights: MissingWeights = "error",
 ) -> PreTrainedModel:
     """Load a model; its experts go to `place_experts`, and its modules get empty parameters.
 
@@ -116,21 +84,24 @@ def load_without_experts(
         device: where the parameters that are not experts go.
         hf_options: options of the Hugging Face loader, and fields of the configuration.
         place_experts: called once, before any weight is read.
+        missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random".
 
     Raises:
-        CheckpointError: files are missing, truncated, or do not fit the configuration.
+        CheckpointError: files or weights are missing, truncated, or do not fit the configuration.
         UnsupportedModelError: the model is not a MoE that can be offloaded.
         ValueError: an unknown option.
     """
-    options = _checked_options(hf_options)
+    options = checked_options(hf_options)
     if str(path_or_id).startswith("~"):
         path_or_id = Path(path_or_id).expanduser()
     _check_local_folder(path_or_id, options)
-    hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = _load_config(path_or_id, options, hub_options)
+    _lift_quantisation(config)
     _dequantise(config)
     model_class = _model_class(path_or_id, config, options, hub_options)
     called: list[bool] = []
+    check_first = missing_weights == "error"
 
     def load_weights(
         model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any
@@ -139,8 +110,11 @@ def load_without_experts(
         if not files:
             raise CheckpointError(f"{path_or_id} has no safetensors weights.")
         with Checkpoint(files) as checkpoint:
+            layers, assignment = _assign(model, checkpoint, load_config)
+            lacking = missing_before_loading(model, assignment.made) if check_first else []
+            report_missing(model, str(path_or_id), lacking, assignment.unknown, missing_weights)
             resident, experts = _take_experts(
-                model, checkpoint, load_config, str(path_or_id), device, place_experts
+                model, checkpoint, layers, assignment, str(path_or_id), device, place_experts
             )
             # Weights go straight to the device; the loader's own option would need accelerate.
             load_config = dataclasses.replace(load_config, device_map={"": device})
@@ -158,14 +132,16 @@ def load_without_experts(
             "_load_pretrained_model": staticmethod(load_weights),
         },
     )
-    loader_options = {name: options[name] for name in _LOADER_OPTIONS if name in options}
+    loader_options = {name: options[name] for name in LOADER_OPTIONS if name in options}
     loader_options.pop("code_revision", None)
     try:
-        model: PreTrainedModel = loader_class.from_pretrained(
+        model: PreTrainedModel
+        model, info = loader_class.from_pretrained(
             path_or_id,
             **{**loader_options, **hub_options, "config": config},
             dtype=dtype,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except OSError as error:
         raise _hub_error(path_or_id, error) from error
@@ -175,6 +151,8 @@ def load_without_experts(
             "the way that specmoe knows; use a version from 5.17 on."
         )
     model.__class__ = model_class
+    unknown = list(info["unexpected_keys"])
+    report_missing(model, str(path_or_id), info["missing_keys"], unknown, missing_weights)
     return model
 
 
@@ -198,6 +176,7 @@ def read_experts(
             device=torch.device("cpu"),
             hf_options=hf_options,
             place_experts=place_and_stop,
+            missing_weights="random",  # nothing else is loaded
         )
     except _Finished:
         return
@@ -215,10 +194,22 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
+def _assign(
+    model: PreTrainedModel, checkpoint: Checkpoint, load_config: Any
+) -> tuple[list[ExpertsLayer], KeyAssignment]:
+    """Return a model's MoE layers, and what the checkpoint's tensors become."""
+    _apply_dtype_plan(model, load_config.dtype_plan or {})
+    layers = find_experts_layers(model)
+    return layers, assign_checkpoint_keys(
+        model, list(checkpoint.tensors), load_config.weight_mapping or [], layers
+    )
+
+
 def _take_experts(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    load_config: Any,
+    layers: list[ExpertsLayer],
+    assignment: KeyAssignment,
     name: str,
     device: torch.device,
     place_experts: Callable[[Skeleton], None],
@@ -228,12 +219,7 @@ def _take_experts(
     Returns:
         the checkpoint's other tensors, not read yet; the names of the experts' parameters.
     """
-    _apply_dtype_plan(model, load_config.dtype_plan or {})
-    layers = find_experts_layers(model)
     top_k = find_top_k(model, layers)
-    assignment = assign_checkpoint_keys(
-        model, list(checkpoint.tensors), load_config.weight_mapping or [], layers
-    )
     source = CheckpointSource(model, checkpoint, layers, assignment.recipes, top_k=top_k, name=name)
     place_experts(Skeleton(model=model, layers=layers, source=source, top_k=top_k))
     for layer in layers:
@@ -256,16 +242,6 @@ def _apply_dtype_plan(model: PreTrainedModel, plan: Mapping[str, torch.dtype]) -
                     module.register_parameter(parameter_name, kept)
 
 
-def _checked_options(hf_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse options that would work against offloading; raises `ValueError`."""
-    for name, instead in _REFUSED_OPTIONS.items():
-        if hf_options.get(name) is not None:
-            raise ValueError(f"{name} cannot be combined with offloading: {instead}.")
-    if hf_options.get("use_safetensors", True) is False:
-        raise ValueError("use_safetensors=False is not possible: specmoe reads safetensors only.")
-    return {name: value for name, value in hf_options.items() if name != "use_safetensors"}
-
-
 def _check_local_folder(path_or_id: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
     """Check a local folder first: its problems get a clearer message here than further down."""
     folder = Path(path_or_id)
@@ -286,7 +262,7 @@ def _load_config(
     changes = {
         name: value
         for name, value in options.items()
-        if name not in _HUB_OPTIONS and name not in _LOADER_OPTIONS
+        if name not in HUB_OPTIONS and name not in LOADER_OPTIONS
     }
     config = options.get("config")
     unknown: Mapping[str, Any] = changes
@@ -305,17 +281,18 @@ def _load_config(
             if "does not recognize this architecture" not in str(error):
                 raise
             raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
-    for name in unknown:
-        if name in hub_options:
-            continue
-        valid = [*_OWN_OPTIONS, *_HUB_OPTIONS, *_LOADER_OPTIONS]
-        close = difflib.get_close_matches(name, valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"Unknown option {name!r}.{hint} Valid are {', '.join(valid)}, and the fields of "
-            f"{type(config).__name__}."
-        )
+    refuse_unknown([name for name in unknown if name not in hub_options], type(config).__name__)
     return config
+
+
+def _lift_quantisation(config: Any) -> None:
+    """Move a `quantization_config` of the text model to the top, where the loader looks for it."""
+    text = config.get_text_config()
+    settings = getattr(text, "quantization_config", None)
+    if text is not config and settings is not None:
+        if getattr(config, "quantization_config", None) is None:
+            config.quantization_config = settings
+        del text.quantization_config
 
 
 def _dequantise(config: Any) -> None:

@@ -168,15 +168,37 @@ def test_a_quantised_checkpoint_that_cannot_be_unpacked(folder: Path, tmp_path: 
         ({"expert_cache": 0.25}, TypeError, r"expert_cache=0\.25 is a float"),
         ({"expert_cach": "1GiB"}, ValueError, "'expert_cach'. Did you mean 'expert_cache'"),
         ({"colour": "red"}, ValueError, "Unknown option 'colour'. Valid are device, dtype"),
-        ({"device_map": "auto"}, ValueError, "device_map cannot be combined with offloading"),
-        ({"torch_dtype": "auto"}, ValueError, "torch_dtype cannot be combined .* use dtype="),
+        ({"device_map": {"": 0}}, ValueError, "device_map={'': 0} cannot be .* use device='cpu'"),
+        ({"device_map": "cuda"}, ValueError, "device_map='cuda' cannot be combined with offload"),
+        ({"torch_dtype": "auto"}, ValueError, "torch_dtype='auto' cannot be .* use dtype="),
         ({"use_safetensors": False}, ValueError, "specmoe reads safetensors only"),
+        ({"load_in_4bit": True}, ValueError, "load_in_4bit=True .* bitsandbytes does not know"),
+        ({"quantization_config": {}}, ValueError, "quantization_config={} cannot be combined"),
+        ({"max_memory": {0: "1GiB"}}, ValueError, "max_memory=.* use expert_cache="),
     ],
 )
 def test_options_that_cannot_be_meant(
     folder: Path, tmp_path: Path, options: dict[str, Any], kind: type[Exception], match: str
 ) -> None:
     refuse(kind, match, folder, tmp_path, **options)
+
+
+def test_options_that_mean_nothing_here_are_taken(folder: Path, tmp_path: Path) -> None:
+    model = load(
+        folder,
+        tmp_path,
+        device_map="auto",
+        max_memory=None,
+        quantization_config=None,
+        torch_dtype=None,
+        low_cpu_mem_usage=True,
+        load_in_4bit=False,
+        load_in_8bit=None,
+        use_safetensors=True,
+    )
+    assert not hasattr(model.config, "device_map") and not hasattr(model.config, "load_in_4bit")
+    specmoe_compile.close(model)
+    specmoe_compile.close(load(folder, tmp_path, device_map=None, low_cpu_mem_usage=False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
