@@ -21,7 +21,7 @@ from specmoe_compile.errors import CompileError
 from specmoe_compile.options import CompileOptions
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
-from specmoe_compile.runtime.cpu.live_session import LiveModules
+from specmoe_compile.runtime.cpu.live_engine import LiveModules
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -113,7 +113,7 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
-    offloaded = all(getattr(s, "cache", None) is not None for s in sessions)
+    offloaded = all(session.engine.fetches for session in sessions)
     poor: set[int] = set()
     network_layers: tuple[int, ...] = ()
     if config.default_vectors is not None and offloaded:
@@ -128,7 +128,7 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         config = replace(config, skip_layers=tuple(sorted(poor)))
     for session in sessions:
         session.configure(SpeculationConfig.from_options(config))
-    conditional = all(session.plans_steps for session in sessions)
+    conditional = all(session.engine.plans_steps for session in sessions)
     return SpeculationPass.from_options(
         config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
     )

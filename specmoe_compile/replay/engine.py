@@ -322,7 +322,8 @@ class _Run:
         if not self._speculator.config.auto_off:
             return self._split
         flat = [layer for edge in self._edges for layer in edge]
-        return self._speculator.plan(range(count), flat)
+        ids, _ = self._steps.routed(step, 0)
+        return self._speculator.plan(range(count), flat, ids)
 
     def _predict(self, step: int, target: int, tickets: dict[int, int]) -> None:
         assert self._predictor is not None, "a step without a predictor is not split"

@@ -60,8 +60,10 @@ def hold_readers(session: Session) -> threading.Event:
     """Occupy every reader until the event is set."""
     blocked = threading.Event()
     session.store.before_read = lambda layer, expert: blocked.wait(10)  # type: ignore[attr-defined]
-    assert session._transfer is not None
-    session._transfer.start(2, [(e, torch.empty(RECORD, dtype=torch.uint8)) for e in range(4)])
+    assert session.engine.transfer is not None
+    session.engine.transfer.start(
+        2, [(e, torch.empty(RECORD, dtype=torch.uint8)) for e in range(4)]
+    )
     while len(reads(session)) < 4:
         time.sleep(0.001)
     return blocked

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
 from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.cpu.residency import Residency, Step
@@ -75,7 +76,8 @@ class Speculator:
 
     Attributes:
         config: run-time options; may be replaced between steps.
-        vectors: default vectors.
+        default_vectors: means of outputs.
+        predictions: told what every layer chooses.
         judge: turns predictions off that do not pay.
     """
 
@@ -87,7 +89,8 @@ class Speculator:
         vectors: DefaultVectors,
     ) -> None:
         self.config = SpeculationConfig()
-        self.vectors = vectors
+        self.default_vectors = vectors
+        self.predictions = Predictions(len(runners))
         self.residency = residency
         # Asked for anew each time: the residency may be replaced.
         self.judge = PrefetchJudge(len(runners), lambda: self.residency.now_s())
@@ -111,6 +114,7 @@ class Speculator:
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One layer without speculation: [T, H], [T, K], [T, K] -> [T, H]."""
         self._abandon()
+        self.predictions.note(layer, ids)
         runner = self._runners[layer]
         routing = Routing(x, ids, runner)
         step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > MAX_DECODE_TOKENS)
@@ -123,7 +127,7 @@ class Speculator:
         self._end_step(layer)
         return reduce_experts(y, weights, x)
 
-    def plan(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+    def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         """Which layers take part in a step: those to predict, and those they are predicted from.
 
         A `start` that follows keeps to the answer.
@@ -131,6 +135,7 @@ class Speculator:
         Args:
             layers: MoE layer ordinals.
             edges: pairs in one list: a layer, and one that can be predicted from it.
+            ids: [T, K], the experts of the first of `layers`; here they decide nothing.
         """
         predicts = not self._is_judged() or self.judge.begin_step(self._stats)
         targets = set(edges[1::2])
@@ -183,6 +188,7 @@ class Speculator:
         missing, unless which ones these are depends on the router weights.
         """
         self._abandon()
+        self.predictions.note(layer, ids)
         state = self._state = _State(next(self._numbers), layer)
         prediction, self._predictions[layer] = self._predictions[layer], None
         tokens = ids.shape[0]
@@ -286,7 +292,7 @@ class Speculator:
             strongest[expert] = max(weight, strongest.get(expert, 0.0))
         threshold = self.config.default_vector_threshold
         state.filled = tuple(e for e in absent if strongest[e] < threshold)
-        table = self.vectors.tables[state.layer]
+        table = self.default_vectors.tables[state.layer]
         rows = y.view(-1, y.shape[-1])
         for row, expert in enumerate(flat_ids):
             if expert in state.filled:
@@ -315,7 +321,7 @@ class Speculator:
                 return
             self._learning_turn = rest * len(self._runners)
         if experts:
-            self.vectors.update(layer, ids, y, experts)
+            self.default_vectors.update(layer, ids, y, experts)
 
     def _abandon(self) -> None:
         """End the live step, if there is one, complete or not."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from specmoe_compile.options import SpeculationConfig
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.session import Session
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
@@ -22,8 +23,8 @@ from tests.runtime.test_session import LAYERS, RECORD, make_session
 KINDS = ("right", "wrong", "random", "wide", "empty")
 
 
-def open_device_session(streams: StreamModel) -> DeviceSession:
-    return DeviceSession(
+def open_device_session(streams: StreamModel) -> Session:
+    return open_cuda_session(
         LAYERS,
         ram_store(LAYERS),
         device=torch.device("cpu"),

@@ -12,8 +12,8 @@ import torch
 from specmoe_compile.errors import SpecMoEError, TransferError
 from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cuda import opening
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.cuda.page_lock import PageLock
-from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.supply import LEAST_BUFFERS, StagedSupply
 from specmoe_compile.system.aligned import aligned_empty
 from tests.runtime.cuda.fake_cudart import FakeCudart
@@ -46,7 +46,7 @@ class Disk:
         self.supply = StagedSupply(
             self.store, aligned_empty(buffers * size), self.streams, reader_threads=2
         )
-        self.session = DeviceSession(
+        self.session = open_cuda_session(
             layers,
             self.store,
             supply=self.supply,
@@ -138,12 +138,12 @@ def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(disk: Disk) 
 
 
 def test_the_gpu_cannot_read_a_disk(disk: Disk) -> None:
-    assert disk.session.transfer == "copy"
+    assert disk.session.engine.transfer == "copy"
     for config in (SpeculationConfig(transfer="gather"), SpeculationConfig(captures=True)):
         with pytest.raises(SpecMoEError, match="load the model with store='ram'"):
             disk.session.configure(config)
     disk.session.configure(SpeculationConfig())
-    assert disk.session.transfer == "copy"
+    assert disk.session.engine.transfer == "copy"
 
 
 def test_closing_ends_the_readers_and_unlocks_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from specmoe_compile.options import SpeculationConfig
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.session import Session
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.fakes import E, K, experts_layer, ram_store, randomise, reference, token_batch
 from tests.runtime.test_session_expert_forms import FORMS, normed
 
 
-def open_session(module: Any, streams: StreamModel, *, slots: int) -> DeviceSession:
+def open_session(module: Any, streams: StreamModel, *, slots: int) -> Session:
     layer = experts_layer(0, module)
-    return DeviceSession(
+    return open_cuda_session(
         [layer],
         ram_store([layer]),
         device=torch.device("cpu"),

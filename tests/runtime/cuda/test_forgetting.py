@@ -30,9 +30,9 @@ def test_emptied_slots_are_filled_anew(transfer: Any) -> None:
         for _ in range(2):
             module(x, ids, weights)
         session.start_prefetch(1, torch.tensor([[2, 3]]), weights)
-        session.forget_slots()
+        session.engine.forget_slots()
         streams.finish()
-        for bank in session.cache.banks:
+        for bank in session.engine.cache.banks:
             bank.fill_(255)  # NaN
         torch.testing.assert_close(module(x, ids, weights), expected)
         total = session.stats.total

@@ -25,7 +25,7 @@ def test_slots_hold_after_a_prefill_what_they_held_before(transfer: Any) -> None
         for module in modules:
             module(token, torch.tensor([[5, 2]]), torch.full((1, 2), 0.5))
         streams.finish()
-        before = [bank.clone() for bank in session.cache.banks]
+        before = [bank.clone() for bank in session.engine.cache.banks]
         counted = session.stats.total
         assert counted.misses == 4
         for layer, module in enumerate(modules):
@@ -34,7 +34,7 @@ def test_slots_hold_after_a_prefill_what_they_held_before(transfer: Any) -> None
             expected = experts(prompt, everyone, torch.full((24, 2), 0.5)).detach()
             torch.testing.assert_close(out, expected)
         streams.finish()
-        assert all(map(torch.equal, session.cache.banks, before))
+        assert all(map(torch.equal, session.engine.cache.banks, before))
         for module in modules:
             module(token, torch.tensor([[5, 2]]), torch.full((1, 2), 0.5))
         total = session.stats.total
