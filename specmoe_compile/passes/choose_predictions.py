@@ -56,7 +56,7 @@ def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
     target = path[-1]
     if len(path) == 1 and (config.control or not _predicts_itself(config)):
         return FIRST_LAYER
-    if target.index in config.skip_layers:
+    if config.skips(target.index):
         return SKIPPED
     tokens = value_of(target.ids).shape[0]
     if config.most_tokens is not None and statically_known_true(tokens > config.most_tokens):

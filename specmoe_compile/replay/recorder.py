@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def _setting(session: Session, cache: ExpertCache | DoubleBuffers) -> dict[str, 
     return {
         "slots": [len(slots) for slots in cache.expert_of] if isinstance(cache, ExpertCache) else 0,
         "cache_policy": cache.policy if isinstance(cache, ExpertCache) else None,
-        "speculation": asdict(session.speculation),
+        "speculation": session.speculation.as_dict(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -45,7 +45,7 @@ class Engine(Protocol):
     def plans_steps(self) -> bool:
         """Whether a graph may branch on `plan`."""
 
-    def configure(self, speculation: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Take the options from now on.
 
         Raises:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -112,7 +112,7 @@ class Session:
         self.layers = tuple(layers)
         self.top_k = top_k
         self.observer: RoutingObserver | None = None
-        self.speculation = SpeculationConfig()
+        self.speculation = SessionOptions()
         self._store = store
         self._last_stats: Stats | None = None
         self._lock = threading.RLock()
@@ -195,7 +195,7 @@ class Session:
             self._check_open()
             self.engine.reset_stats()
 
-    def configure(self, speculation: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Set what happens to predictions, from now on.
 
         Raises:
@@ -204,7 +204,7 @@ class Session:
         with self._lock:
             self._check_open()
             self.engine.configure(speculation)
-            self.engine.predictions.use(speculation.predictor)
+            self.engine.predictions.use(speculation.kind)
             self.speculation = speculation
             if speculation.nvtx:
                 nvtx.enable()

@@ -14,7 +14,7 @@ import specmoe_compile
 from specmoe_compile.calibrate.calibration import Calibration, LayerWorth, calibrate, use_networks
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import CalibrationError
-from specmoe_compile.options import CompileOptions, SpeculationConfig
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.predict.network import ExpertNetwork, normalised
 from specmoe_compile.predict.registry import PREDICTORS, TRAINED
 from specmoe_compile.predict.training import (
@@ -305,7 +305,7 @@ def test_device_session_predicts_with_networks(artefact: Path) -> None:
 def test_device_session_refuses_what_a_captured_graph_cannot_remember() -> None:
     _, session = on_device(tiny_qwen3_moe(), StreamModel(), slots=4)
     with session, pytest.raises(ValueError, match="previous_token"):
-        session.configure(SpeculationConfig(predictor="previous_token"))
+        session.configure(SessionOptions(predictor="previous_token"))
 
 
 @pytest.mark.parametrize("policy", ["default_vector", "commit"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.measured import measured, timed_steps
@@ -25,7 +25,7 @@ LINK = Link(gbps=1.0)
 COMPUTE = ComputeTimes(layer_ms=1.0, expert_ms=0.1)
 # Everything that is started has arrived when the next layer begins.
 FAST_LINK = Link(gbps=1e5)
-ALWAYS = SpeculationConfig(auto_off=False)
+ALWAYS = SessionOptions(auto_off=False)
 
 
 def setting(
@@ -33,7 +33,7 @@ def setting(
     size: str | int,
     policy: Any = "lru",
     predictor: str = "none",
-    speculation: SpeculationConfig = ALWAYS,
+    speculation: SessionOptions = ALWAYS,
 ) -> ReplaySetting:
     return ReplaySetting(
         cache_bytes=parse_size(size, total_bytes=trace.total_bytes),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import E, H, K, SlowStore, ram_store
 from tests.runtime.test_session import LAYERS, RECORD, make_session
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 @pytest.fixture(name="session")
 def open_session() -> Iterator[Session]:
     with make_session("half", store=SlowStore(ram_store(LAYERS))) as opened:
-        opened.configure(SpeculationConfig(auto_off=False))
+        opened.configure(SessionOptions(auto_off=False))
         yield opened
 
 

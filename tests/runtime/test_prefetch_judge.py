@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig as Config
+from specmoe_compile.options import SessionOptions as Config
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge

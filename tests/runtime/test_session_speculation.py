@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specmoe_compile.errors import StoreError, TransferError
-from specmoe_compile.options import SpeculationConfig as Config
+from specmoe_compile.options import SessionOptions as Config
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import K, L, SlowStore, ram_store, reference, token_batch
 from tests.runtime.split_path import (  # noqa: F401

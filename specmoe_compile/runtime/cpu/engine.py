@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy
@@ -83,12 +83,12 @@ class CpuEngine(Speculator):
 
     def _in_slots(self, cache_bytes: int, policy: Policy) -> CachedResidency:
         if cache_bytes == 0:
-            return self._buffered(SpeculationConfig())
+            return self._buffered(SessionOptions())
         residency = self._tier.cached(cache_bytes, policy)
         self.cache = residency.table
         return residency
 
-    def _buffered(self, speculation: SpeculationConfig) -> CachedResidency:
+    def _buffered(self, speculation: SessionOptions) -> CachedResidency:
         residency = self._tier.buffered(speculation)
         self.cache = residency.table
         return residency
@@ -97,7 +97,7 @@ class CpuEngine(Speculator):
     def fetches(self) -> bool:
         return self.cache is not None
 
-    def configure(self, speculation: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Take the options from now on.
 
         Raises:
@@ -180,5 +180,5 @@ def open_session(
     return Session(engine, layers=layers, store=store, top_k=top_k)
 
 
-def _buffers_differ(one: SpeculationConfig, other: SpeculationConfig) -> bool:
+def _buffers_differ(one: SessionOptions, other: SessionOptions) -> bool:
     return (one.lookahead, one.prefetch_width) != (other.lookahead, other.prefetch_width)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -67,7 +67,7 @@ class LiveEngine:
             state = self._cpu[layer] = _CpuLayer(module)
         return state.run(x, ids, weights)
 
-    def configure(self, speculation: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Accept run-time options; a model that is all there has nothing to speculate on."""
 
     def _never(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
+from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import LayerStats
@@ -88,7 +88,7 @@ class Speculator:
         stats: Sequence[LayerStats],
         vectors: DefaultVectors,
     ) -> None:
-        self.config = SpeculationConfig()
+        self.config = SessionOptions()
         self.default_vectors = vectors
         self.predictions = Predictions(len(runners))
         self.residency = residency
@@ -177,7 +177,7 @@ class Speculator:
         return self.config.auto_off and self.config.policy != "commit"
 
     def _wants(self, layer: int) -> bool:
-        if layer in self.config.skip_layers:
+        if self.config.skips(layer):
             return False
         return not self._is_judged() or self.judge.predicts(layer)
 
@@ -210,7 +210,7 @@ class Speculator:
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
                 return state.number
         # In a layer that never speculates every miss is fetched.
-        if self.config.policy == "default_vector" and layer not in self.config.skip_layers:
+        if self.config.policy == "default_vector" and not self.config.skips(layer):
             self.residency.settle(layer, set(needed))
             return state.number
         self._runners[layer].check_ids(needed)

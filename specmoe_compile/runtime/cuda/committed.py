@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.policy.commit import committed_routing
@@ -31,10 +31,10 @@ class Commitments:
         """Start without predictions for so many layers, and count on the device."""
         self._left_out = torch.zeros(layers, dtype=torch.int64, device=device)
         self._streams = streams
-        self._config = SpeculationConfig()
+        self._config = SessionOptions()
         self._predicted: list[Routing | None] = [None] * layers
 
-    def use(self, config: SpeculationConfig) -> None:
+    def use(self, config: SessionOptions) -> None:
         """Take the options from now on."""
         self._config = config
         self._predicted = [None] * len(self._predicted)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
-from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
+from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.slot_table import slots_per_layer
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -99,7 +99,7 @@ class CudaEngine:
         self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
         self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(layers))
-        self._config = SpeculationConfig()
+        self._config = SessionOptions()
         self._commitments = Commitments(len(layers), self._streams, device)
         copied = self._decoders.copied_bytes
         self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
@@ -161,7 +161,7 @@ class CudaEngine:
             read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
         )
 
-    def configure(self, speculation: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Set what happens to predictions, from now on.
 
         `auto_off` is about the number of records to fetch ahead, see `PrefetchBudget`.
@@ -209,7 +209,7 @@ class CudaEngine:
 
     def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
-        wanted = set(edges[1::2]).difference(self._config.skip_layers) if predicts else set()
+        wanted = {layer for layer in edges[1::2] if predicts and not self._config.skips(layer)}
         return take_part(layers, edges, wanted)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
@@ -217,7 +217,7 @@ class CudaEngine:
         prefill = self._is_prefill(layer, ids)
         self._budget.begin_layer(layer, prefill=prefill)
         self._commitments.drop(layer)
-        if prefill or layer in self._config.skip_layers:
+        if prefill or self._config.skips(layer):
             return 0
         self._commitments.keep(layer, ids, weights)
         experts = self._store.num_experts[layer]
@@ -303,7 +303,7 @@ class CudaEngine:
 
     def _fills_defaults(self, layer: int) -> bool:
         # In a layer that never speculates every miss is fetched.
-        return self._config.policy == "default_vector" and layer not in self._config.skip_layers
+        return self._config.policy == "default_vector" and not self._config.skips(layer)
 
     def _is_prefill(self, layer: int, ids: Tensor) -> bool:
         return ids.shape[0] > MAX_DECODE_TOKENS or not self._decoder.fits(layer, ids.numel())

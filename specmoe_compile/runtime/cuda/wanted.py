@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 
 
 def most_wanted(
-    ids: Tensor, weights: Tensor, config: SpeculationConfig, *, num_experts: int
+    ids: Tensor, weights: Tensor, config: SessionOptions, *, num_experts: int
 ) -> Tensor:
     """Return the predictions to fetch, [T, up to P], -1 for those too weak.
 

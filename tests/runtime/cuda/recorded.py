@@ -16,7 +16,7 @@ import torch
 
 from specmoe_compile import backend
 from specmoe_compile.hf.attach import attach_session
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.session import Session
@@ -85,7 +85,7 @@ class Recorder:
         streams: StreamModel,
         *,
         slots: int = 4,
-        config: SpeculationConfig | None = None,
+        config: SessionOptions | None = None,
         **kwargs: Any,
     ) -> Iterator[Session]:
         """Give the model a new session; it runs on its streams until the end."""

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import CompileOptions, SpeculationConfig
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.runtime.cuda.decode_copy import GUESSES_IN_FLIGHT, CopyDecoder
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.session import Session
@@ -21,7 +21,7 @@ from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.test_session import make_session
 
-COPY = SpeculationConfig(transfer="copy", auto_off=False)
+COPY = SessionOptions(transfer="copy", auto_off=False)
 NEVER = 10**9
 
 
@@ -232,7 +232,7 @@ def test_auto_measures_once_and_takes_the_faster(
     model, session = on_device(plain, StreamModel(), slots=4, measure=measure)
     with session:
         for _ in range(2):
-            session.configure(SpeculationConfig(captures=captures))
+            session.configure(SessionOptions(mode="reduce-overhead" if captures else "default"))
             assert session.engine.transfer == expected
         assert len(measured) == (0 if captures else 1)
     del model  # a session is closed with its model
@@ -243,7 +243,7 @@ def test_switching_keeps_results_and_statistics(plain: Any) -> None:
     _, session = on_device(plain, streams, slots=4)
     with session:
         for transfer in ("gather", "copy", "gather"):
-            session.configure(SpeculationConfig(transfer=transfer))  # type: ignore[arg-type]
+            session.configure(SessionOptions(transfer=transfer))  # type: ignore[arg-type]
             torch.testing.assert_close(step(session, 0, 1, 2), expected(plain, 0, 1, 2))
         assert session.stats.layers[0].misses == 6, "each starts with empty slots"
         session.reset_stats()
@@ -259,12 +259,12 @@ def test_copy_is_refused_where_graphs_are_captured(
     streams.capturing = True
     with pytest.raises(SpecMoEError, match="transfer='copy' reads expert ids on the host"):
         step(session, 0, 0, 1)
-    session.configure(SpeculationConfig(captures=True))
+    session.configure(SessionOptions(mode="reduce-overhead"))
     step(session, 0, 0, 1)
     streams.capturing = False
     with pytest.raises(SpecMoEError, match="captured with transfer='gather'"):
         session.configure(COPY)
-    session.configure(SpeculationConfig())
+    session.configure(SessionOptions())
     assert session.engine.transfer == "gather"
 
 
@@ -301,13 +301,13 @@ def test_rates_count_the_bytes_of_the_records_over_the_median_time() -> None:
 @pytest.mark.parametrize(
     ("configs", "times"),
     [
-        ([SpeculationConfig(), SpeculationConfig(transfer="gather")], 1),
-        ([SpeculationConfig(captures=True)], 0),
+        ([SessionOptions(), SessionOptions(transfer="gather")], 1),
+        ([SessionOptions(mode="reduce-overhead")], 0),
         ([COPY], 0),
     ],
 )
 def test_one_hint_says_that_a_gpu_wants_graphs(
-    configs: list[SpeculationConfig], times: int, plain: Any, caplog: pytest.LogCaptureFixture
+    configs: list[SessionOptions], times: int, plain: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, session = on_device(plain, StreamModel(), slots=4)
     with session:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, TransferError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda import opening
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.cuda.page_lock import PageLock
@@ -139,10 +139,10 @@ def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(disk: Disk) 
 
 def test_the_gpu_cannot_read_a_disk(disk: Disk) -> None:
     assert disk.session.engine.transfer == "copy"
-    for config in (SpeculationConfig(transfer="gather"), SpeculationConfig(captures=True)):
+    for config in (SessionOptions(transfer="gather"), SessionOptions(mode="reduce-overhead")):
         with pytest.raises(SpecMoEError, match="load the model with store='ram'"):
             disk.session.configure(config)
-    disk.session.configure(SpeculationConfig())
+    disk.session.configure(SessionOptions())
     assert disk.session.engine.transfer == "copy"
 
 

@@ -18,7 +18,7 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
     ROUNDS,
     SHORTEST,
 )
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
@@ -32,7 +32,7 @@ from tests.runtime.cuda.stream_model import StreamModel
 def opened(**options: Any) -> Iterator[Session]:
     _model, session = on_device(tiny_qwen3_moe(layers=3), StreamModel(late=False), slots=8)
     with session:
-        session.configure(SpeculationConfig(**{"transfer": "gather", **options}))
+        session.configure(SessionOptions(**{"transfer": "gather", **options}))
         yield session
 
 
@@ -152,7 +152,7 @@ def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster
         tried = [prefetches() for _ in range(WARM_STEPS + COMPARED_STEPS + 1)]
         assert abs(tried.count(True) - (WARM_STEPS + COMPARED_STEPS // 2)) <= 2
         assert {prefetches() for _ in range(20)} == {goes_on}
-        session.configure(SpeculationConfig(transfer="copy", auto_off=False))
+        session.configure(SessionOptions(transfer="copy", auto_off=False))
         assert all(prefetches() for _ in range(8))
 
 
@@ -179,7 +179,7 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
         assert session.engine.prefetch_found
         session.engine.restart_trials()
         assert not speculates(torch.zeros(400, 2, dtype=torch.int64)), "a prefill predicts nothing"
-        session.configure(SpeculationConfig(transfer="copy", skip_layers=(1,)))
+        session.configure(SessionOptions(transfer="copy", skip_layers=(1,)))
         assert session.plan_step(layers, edges, ids) == [False, True, True]
 
 
