@@ -281,7 +281,7 @@ class _Run:
         vectors = DefaultVectors(store.num_experts, [1] * len(runners))
         vectors.frozen = True
         self._speculator = Speculator(residency, runners, self.stats, vectors)
-        self._speculator.config = setting.speculation
+        self._speculator.use_options(setting.speculation)
         skips = setting.speculation.skips
         targets = [layer for layer in range(1, len(runners)) if not skips(layer)]
         # A layer nearer to the first one than `lookahead` is predicted from the first.

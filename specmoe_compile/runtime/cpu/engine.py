@@ -111,7 +111,7 @@ class CpuEngine(Speculator):
             )
         if isinstance(self.cache, DoubleBuffers) and _buffers_differ(self.config, speculation):
             self.use(self._buffered(speculation))
-        self.config = speculation
+        self.use_options(speculation)
         self.learns_from_decode = speculation.prefetch
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Request, Supply
-from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
+from specmoe_compile.runtime.policy.misses import weak_misses_on_device
 from specmoe_compile.system.nvtx import layer_range
 
 GUESSES_IN_FLIGHT = 2
@@ -133,7 +133,7 @@ class CopyDecoder(Decoder):
         skipped = None
         if shares is not None:
             slot_of = torch.tensor(self._table.slot_of[layer], dtype=torch.int32)
-            on_host, left_out, number = skip_weak_misses(on_host, shares, slot_of, threshold)
+            on_host, left_out, number = weak_misses_on_device(on_host, shares, slot_of, threshold)
             self._counters[layer].skipped_experts += int(number)
             skipped = self._streams.to_device(left_out, ids.device)
         choices: list[int] = on_host.reshape(-1).tolist()

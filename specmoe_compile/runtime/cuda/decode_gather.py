@@ -21,7 +21,7 @@ from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
-from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
+from specmoe_compile.runtime.policy.misses import weak_misses_on_device
 from specmoe_compile.system.nvtx import layer_range
 
 
@@ -94,7 +94,7 @@ class GatherDecoder(Decoder):
         if weights is not None:
             with self._streams.on("compute"):
                 slot_of = self._cache.tables[layer].slot_of
-                ids, skipped, number = skip_weak_misses(ids, weights, slot_of, threshold)
+                ids, skipped, number = weak_misses_on_device(ids, weights, slot_of, threshold)
                 self._cache.skipped[layer] += number
         self._wait(self._demanded, layer)
         early = self._prefetched[layer]

@@ -19,7 +19,7 @@ from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.slot_table import slots_per_layer
 from specmoe_compile.runtime.cache.statistics import Stats
-from specmoe_compile.runtime.cuda.committed import Commitments, Routing
+from specmoe_compile.runtime.cuda.committed import Commitments
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
 from specmoe_compile.runtime.cuda.parts import DecoderParts
@@ -29,8 +29,8 @@ from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
 from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
-from specmoe_compile.runtime.cuda.wanted import most_wanted
 from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.policy.misses import Choices, MissPolicy
 from specmoe_compile.runtime.policy.speculation import take_part
 from specmoe_compile.runtime.session import check_store
 from specmoe_compile.runtime.store.base import ExpertStore
@@ -100,6 +100,7 @@ class CudaEngine:
         self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
         self.predictions = Predictions(len(layers))
         self._config = SessionOptions()
+        self._misses = MissPolicy(self._config)
         self._commitments = Commitments(len(layers), self._streams, device)
         copied = self._decoders.copied_bytes
         self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
@@ -178,7 +179,8 @@ class CudaEngine:
             )
         self._decoders.use(speculation.transfer, captures=speculation.captures)
         self._config = speculation
-        self._commitments.use(speculation)
+        self._misses = MissPolicy(speculation)
+        self._commitments.use(self._misses)
         self._budget.use(speculation, self._decoders.name)
         self._decoders.limit_prefetch(self._budget.limit)
         self._learns_from_decode = speculation.prefetch
@@ -222,7 +224,7 @@ class CudaEngine:
         self._commitments.keep(layer, ids, weights)
         experts = self._store.num_experts[layer]
         with self._streams.on("compute"):
-            ids = most_wanted(ids, weights, self._config, num_experts=experts)
+            ids = self._misses.worth_fetching_on_device(ids, weights, num_experts=experts)
         most = self._budget.most(layer)
         if most > 0 and self._decoder.fits(layer, ids.numel()):
             self._decoder.prefetch(layer, ids.contiguous(), most)
@@ -235,7 +237,7 @@ class CudaEngine:
         `run`; with `commit`, where a prediction was made.
         """
         self._forget_step(layer)
-        waits_for_weights = self._fills_defaults(layer) or self._commitments.has(layer, ids)
+        waits_for_weights = self._misses.needs_weights(layer) or self._commitments.has(layer, ids)
         if not waits_for_weights and not self._is_prefill(layer, ids):
             self._waited[layer] = self._decoder.demand(layer, ids.contiguous())
         return 0
@@ -270,8 +272,8 @@ class CudaEngine:
             self.default_vectors.learn(layer, ids, y)
             return y
         if step is None:
-            ids, weights = self._commitments.take(layer, Routing(ids, weights))
-            step = self._demand_strong(layer, ids, weights)._replace(weights=weights)
+            ids, weights = self._commitments.take(layer, Choices(ids, weights))
+            step = self._demand_unless_weak(layer, ids, weights)._replace(weights=weights)
         self._steps[layer] = step
         y = self._decoder.run(layer, step, x, weights)
         if self._learns_from_decode and not self._streams.capturing:
@@ -279,11 +281,11 @@ class CudaEngine:
             self.default_vectors.learn_from_decode(layer, ids, normed, step.present)
         return y
 
-    def _demand_strong(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
-        """Plan a step; by policy `default_vector` without its weak misses."""
-        if not self._fills_defaults(layer):
+    def _demand_unless_weak(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
+        """Plan a step; without its weak misses where weights decide."""
+        threshold = self._misses.threshold
+        if threshold is None or not self._misses.needs_weights(layer):
             return self._decoder.demand(layer, ids)
-        threshold = self._config.default_vector_threshold
         return self._decoder.demand(layer, ids, weights, threshold)
 
     def _correct(
@@ -300,10 +302,6 @@ class CudaEngine:
         weights = weights if step.weights is None else step.weights
         vectors = self.default_vectors.tables[layer]
         return self._decoder.correct(layer, step, partial, x, weights, vectors)
-
-    def _fills_defaults(self, layer: int) -> bool:
-        # In a layer that never speculates every miss is fetched.
-        return self._config.policy == "default_vector" and not self._config.skips(layer)
 
     def _is_prefill(self, layer: int, ids: Tensor) -> bool:
         return ids.shape[0] > MAX_DECODE_TOKENS or not self._decoder.fits(layer, ids.numel())
