@@ -38,7 +38,7 @@ from specmoe_compile.hf.attach import cache_argument
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.system.output import sentence, user_error_or_none
 
-MOST_TRIAL_PASSES = 9
+MAX_TRIAL_PASSES = 9
 """How often a run goes through its steps before, at most, where the session finds out by trying how
 many records to fetch ahead. Most trials are over after 200 to 400 steps, the longest after 1009."""
 
@@ -293,7 +293,7 @@ def _try_amounts(run: Run, session: Session, kind: Routing, arm: Arm, count: int
         for _ in range(count):
             run.step()
         steps += count
-        if session.engine.prefetch_found or steps == MOST_TRIAL_PASSES * count:
+        if session.engine.prefetch_found or steps == MAX_TRIAL_PASSES * count:
             return steps
         # A cache that is empty again would slow down the amounts that are tried next.
         run.rewind(kind == "trace")

@@ -13,7 +13,7 @@ from specmoe_compile.predict.registry import Source, State
 class PassConfig(GraphOptions):
     """The options that change the rewritten graph, and what is known of its sessions."""
 
-    most_tokens: int | None = None
+    max_tokens: int | None = None
     """Steps known to have more tokens are prefill and are not predicted; None predicts all."""
     network_layers: tuple[int, ...] = ()
     """Layers that a hybrid predictor predicts with their networks."""
@@ -22,8 +22,8 @@ class PassConfig(GraphOptions):
 
     def __post_init__(self) -> None:
         GraphOptions.__post_init__(self)
-        if self.most_tokens is not None and self.most_tokens < 1:
-            raise ValueError(f"most_tokens={self.most_tokens}: expected an integer >= 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: expected an integer >= 1")
 
     @property
     def state(self) -> State:
@@ -56,7 +56,7 @@ class PassConfig(GraphOptions):
         return cls.view(
             options,
             prefetch=options.prefetch and offloaded,
-            most_tokens=MAX_DECODE_TOKENS,
+            max_tokens=MAX_DECODE_TOKENS,
             network_layers=network_layers,
             conditional=conditional,
         )

@@ -123,7 +123,7 @@ def test_graph_that_cannot_be_predicted_is_warned_about(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run_passes(trace(plain_block), PassConfig(skip_layers=(1, 2)))
-    run_passes(trace(plain_block), PassConfig(most_tokens=1))
+    run_passes(trace(plain_block), PassConfig(max_tokens=1))
     assert "predicts no experts" not in caplog.text
 
     def no_residual(r: torch.Tensor, gate: torch.Tensor, layer: int) -> torch.Tensor:
@@ -226,14 +226,14 @@ def test_modules_are_followed_wherever_they_are_imported(tmp_path: Path) -> None
 def test_options_reach_the_passes() -> None:
     options = CompileOptions(lookahead=3, prefetch_width=6, skip_layers=(1,), control=True)
     assert SpeculationPass.from_options(options).config == PassConfig(
-        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, most_tokens=16
+        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, max_tokens=16
     )
     automatic = CompileOptions(skip_layers="auto")
     assert SpeculationPass.from_options(automatic).config.skip_layers == ()
 
 
 @pytest.mark.parametrize(
-    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}, {"most_tokens": 0}]
+    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}, {"max_tokens": 0}]
 )
 def test_wrong_values_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

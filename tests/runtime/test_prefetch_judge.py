@@ -13,8 +13,8 @@ import torch
 from specmoe_compile.options import SessionOptions as Config
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.policy.amount import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.speculation import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Issued, Read
 from tests.runtime.fakes import E, K, SlowStore, ram_store, token_batch
 from tests.runtime.split_path import predict, step

@@ -23,9 +23,9 @@ from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.cpu.residency import Residency, Step
+from specmoe_compile.runtime.policy.amount import take_part
 from specmoe_compile.runtime.policy.misses import Choices, MissPolicy, weak_misses
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.speculation import take_part
 from specmoe_compile.runtime.transfer.base import Issued
 
 _REST = 4

@@ -30,8 +30,8 @@ from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
 from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.policy.amount import take_part
 from specmoe_compile.runtime.policy.misses import Choices, MissPolicy
-from specmoe_compile.runtime.policy.speculation import take_part
 from specmoe_compile.runtime.session import check_store
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.ram import all_records
@@ -225,9 +225,9 @@ class CudaEngine:
         experts = self._store.num_experts[layer]
         with self._streams.on("compute"):
             ids = self._misses.worth_fetching_on_device(ids, weights, num_experts=experts)
-        most = self._budget.most(layer)
-        if most > 0 and self._decoder.fits(layer, ids.numel()):
-            self._decoder.prefetch(layer, ids.contiguous(), most)
+        max_records = self._budget.max_records(layer)
+        if max_records > 0 and self._decoder.fits(layer, ids.numel()):
+            self._decoder.prefetch(layer, ids.contiguous(), max_records)
         return 0
 
     def settle(self, ticket: int, layer: int, ids: Tensor) -> int:

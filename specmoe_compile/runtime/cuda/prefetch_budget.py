@@ -137,7 +137,7 @@ class PrefetchBudget:
             else:
                 tune_prefetch(self._state, self.limit, self._amounts)
 
-    def most(self, layer: int) -> int:
+    def max_records(self, layer: int) -> int:
         """Records that a prefetch of the layer may bring, if `limit` allows them."""
         budget = self._config.prefetch_budget_bytes
         if budget is not None:

@@ -150,7 +150,7 @@ class PlansAside(GatherDecoder):
     ) -> _Fetch:
         streams: Any = self._streams
         with streams.at_once(stream):
-            plan = self._plan(layer, ids, speculative=stream == "prefetch", most=most)
+            plan = self._plan(layer, ids, speculative=stream == "prefetch", max_records=most)
         with streams.on(stream):
             torch.ops.specmoe_kernels.gather_experts(
                 [self._records[layer]], [self._cache.banks[layer]], *plan[2:]
