@@ -22,6 +22,7 @@ from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOp
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
+from specmoe_compile.system.compilers import check_compiler
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -179,10 +180,20 @@ def _lower(
         return _lower_eager(gm, example_inputs, speculation)
     from torch._inductor.compile_fx import compile_fx
 
+    _check_compiler(example_inputs)
     patches: dict[str, Any] = {"post_grad_custom_pre_pass": speculation, "freezing": False}
     if config.mode == "reduce-overhead" and _is_decode(gm):
         patches["triton.cudagraphs"] = True
     return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _check_compiler(example_inputs: Sequence[Any]) -> None:
+    """Raise `CompileError`, one sentence, instead of what Inductor says without a compiler."""
+    on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs)
+    try:
+        check_compiler("cuda" if on_gpu else "cpu")
+    except FileNotFoundError as error:
+        raise CompileError(str(error)) from error
 
 
 def _is_decode(gm: GraphModule) -> bool:

@@ -99,6 +99,7 @@ def evaluate(
 
       specmoe eval ./checkpoint --text held_out.txt --policy commit --skip none --skip 0,1
     """
+    from specmoe_compile.system.compilers import check_compiler
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
@@ -106,6 +107,8 @@ def evaluate(
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
+    if options.get("lowering") != "eager":
+        check_compiler("cpu")
     if context >= window - 1:
         raise ValueError(
             f"--context {context} leaves nothing of a --window of {window} to decode: give at most"
