@@ -21,6 +21,7 @@ from specmoe_compile.cli.options import (
     check_choice,
     check_dtype,
     compile_options,
+    require_compiler,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
@@ -99,7 +100,6 @@ def evaluate(
 
       specmoe eval ./checkpoint --text held_out.txt --policy commit --skip none --skip 0,1
     """
-    from specmoe_compile.system.compilers import check_compiler
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
@@ -107,8 +107,7 @@ def evaluate(
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
-    if options.get("lowering") != "eager":
-        check_compiler("cpu")
+    require_compiler("cpu", options)
     if context >= window - 1:
         raise ValueError(
             f"--context {context} leaves nothing of a --window of {window} to decode: give at most"

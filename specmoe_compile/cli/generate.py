@@ -25,6 +25,7 @@ from specmoe_compile.cli.options import (
     check_choice,
     check_dtype,
     compile_options,
+    require_compiler,
 )
 
 if TYPE_CHECKING:
@@ -95,11 +96,9 @@ def generate(
     import torch
 
     import specmoe_compile
-    from specmoe_compile.system.compilers import check_compiler
 
-    if compile and options.get("lowering") != "eager":
-        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        check_compiler("cuda" if on_gpu else "cpu")
+    if compile:
+        require_compiler(device, options)
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_transformers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +92,26 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"--{option} {value!r} is not valid: choose {', '.join(choices)}.")
     return value
+
+
+def require_compiler(device: str, options: Mapping[str, Any]) -> None:
+    """Raise before anything is loaded if what compiles for a device is missing.
+
+    Args:
+        device: the value of --device.
+        options: of `torch.compile(backend="specmoe")`.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+    """
+    import torch
+
+    from specmoe_compile.system.compilers import check_compiler
+
+    if options.get("lowering") == "eager":
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    check_compiler("cuda" if on_gpu else "cpu")
 
 
 def checked_numbers(command: Callable[..., None]) -> Callable[..., None]:
