@@ -21,7 +21,6 @@ from specmoe_compile.cli.options import (
     check_choice,
     check_dtype,
     compile_options,
-    require_compiler,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
@@ -107,7 +106,6 @@ def evaluate(
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
-    require_compiler("cpu", options)
     if context >= window - 1:
         raise ValueError(
             f"--context {context} leaves nothing of a --window of {window} to decode: give at most"

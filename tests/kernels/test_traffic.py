@@ -239,7 +239,7 @@ def test_a_plan_without_misses_moves_what_it_claims(
         ageing_period=64,
         bypass=False,
         speculative=False,
-        max_fills=MAX_CHOICES,
+        most_fills=MAX_CHOICES,
     )
     counter.assert_equals(traffic)
 

@@ -60,7 +60,7 @@ def plan_spec(
             "AGEING": 64 if policy == "lfu" else 1,
             "BYPASS": False,
             "SPECULATIVE": speculative,
-            "MAX_FILLS": MAX_CHOICES,
+            "MOST_FILLS": MAX_CHOICES,
             "LIMITED": speculative,
             "BLOCK_C": block_c,
             "CHUNK": chunk,

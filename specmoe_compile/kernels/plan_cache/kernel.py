@@ -92,7 +92,7 @@ def plan_cache_kernel(
     AGEING: tl.constexpr,
     BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
-    MAX_FILLS: tl.constexpr,
+    MOST_FILLS: tl.constexpr,
     LIMITED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -137,7 +137,7 @@ def plan_cache_kernel(
     slots_to_fill = tl.full([BLOCK_C], -1, tl.int32)
     fills = tl.zeros([], tl.int32)
     misses = tl.zeros([], tl.int32)
-    most = tl.full([], MAX_FILLS, tl.int32)
+    most = tl.full([], MOST_FILLS, tl.int32)
     if LIMITED:
         most = tl.minimum(most, tl.load(fill_limit))
     absent = (expert >= 0) & (slot < 0)
@@ -241,7 +241,7 @@ def launch_plan(
     ageing_period: int,
     bypass: bool,
     speculative: bool,
-    max_fills: int,
+    most_fills: int,
     fill_limit: Tensor | None = None,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
@@ -270,7 +270,7 @@ def launch_plan(
         AGEING=ageing_period if policy == "lfu" else 1,
         BYPASS=bypass,
         SPECULATIVE=speculative,
-        MAX_FILLS=max_fills,
+        MOST_FILLS=most_fills,
         LIMITED=fill_limit is not None,
         BLOCK_C=block_c,
         CHUNK=chunk,

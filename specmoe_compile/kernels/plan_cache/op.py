@@ -23,7 +23,7 @@ LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) count, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
     " Tensor(h!) counters, *, str policy, int ageing_period=64, bool bypass=False,"
-    " bool speculative=False, int max_fills=256, Tensor? fill_limit=None)"
+    " bool speculative=False, int most_fills=256, Tensor? fill_limit=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -96,7 +96,7 @@ def plan_cache(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
+    most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
@@ -113,7 +113,7 @@ def plan_cache(
         ageing_period: plans between two halvings of `count` ("lfu").
         bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
-        max_fills: slots that a guess may fill, those of the first choices; the rest is left out.
+        most_fills: slots that a guess may fill, those of the first choices; the rest is left out.
         fill_limit: [1] int32, the same, read on the device when the plan runs; the smaller counts.
 
     Returns:
@@ -129,7 +129,7 @@ def plan_cache(
         "ageing_period": ageing_period,
         "bypass": bypass,
         "speculative": speculative,
-        "max_fills": max_fills,
+        "most_fills": most_fills,
         "fill_limit": fill_limit,
     }
     return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
@@ -141,7 +141,7 @@ def _check(
     policy: str,
     ageing_period: int,
     speculative: bool,
-    max_fills: int,
+    most_fills: int,
     fill_limit: Tensor | None,
 ) -> None:
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
@@ -171,9 +171,9 @@ def _check(
         raise ValueError(
             f"specmoe_kernels::{_NAME}: ageing_period is {ageing_period}, expected at least 1"
         )
-    if not 0 <= max_fills <= MAX_CHOICES or (max_fills < MAX_CHOICES and not speculative):
+    if not 0 <= most_fills <= MAX_CHOICES or (most_fills < MAX_CHOICES and not speculative):
         raise ValueError(
-            f"specmoe_kernels::{_NAME}: max_fills is {max_fills}, expected 0 to {MAX_CHOICES},"
+            f"specmoe_kernels::{_NAME}: most_fills is {most_fills}, expected 0 to {MAX_CHOICES},"
             f" and {MAX_CHOICES} if the plan is not speculative: what a step needs is not left out"
         )
     if fill_limit is not None:
@@ -204,11 +204,11 @@ def _fake(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
+    most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, max_fills, fill_limit)
+    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
     return tuple(_new_plan(ids, named))
 
 
@@ -219,10 +219,10 @@ def _cpu(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
+    most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, max_fills, fill_limit)
+    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, most_fills, fill_limit)
     return plan_cache_reference(
         ids,
         *tables,
@@ -230,7 +230,7 @@ def _cpu(
         ageing_period=ageing_period,
         bypass=bypass,
         speculative=speculative,
-        max_fills=max_fills,
+        most_fills=most_fills,
         fill_limit=fill_limit,
     )
 
@@ -242,14 +242,14 @@ def _cuda(
     ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
+    most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, max_fills, fill_limit)
+    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -260,7 +260,7 @@ def _cuda(
             ageing_period=ageing_period,
             bypass=bypass,
             speculative=speculative,
-            max_fills=max_fills,
+            most_fills=most_fills,
             fill_limit=fill_limit,
         )
     return tuple(plan)

@@ -29,7 +29,7 @@ def plan_cache_reference(
     ageing_period: int,
     bypass: bool,
     speculative: bool,
-    max_fills: int,
+    most_fills: int,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
@@ -49,10 +49,10 @@ def plan_cache_reference(
     cache = _cache_of(*tables, policy=policy, ageing_period=ageing_period)
     in_flight: list[int] = pending.tolist()
     if fill_limit is not None:
-        max_fills = min(max_fills, int(fill_limit))
+        most_fills = min(most_fills, int(fill_limit))
     plan = cache.plan(
         0,
-        _within_budget(choices, cache.slot_of[0], max_fills),
+        _within_budget(choices, cache.slot_of[0], most_fills),
         pinned_slots=[slot for slot, flag in enumerate(in_flight) if flag],
         bypass=bypass,
         speculative=speculative,
@@ -128,11 +128,11 @@ def _keep_books(
     counters += counters.new_tensor(added)
 
 
-def _within_budget(choices: Sequence[int], slot_of: Sequence[int], max_fills: int) -> list[int]:
-    """Experts chosen, in order, without the absent ones that come after the first `max_fills`."""
+def _within_budget(choices: Sequence[int], slot_of: Sequence[int], most_fills: int) -> list[int]:
+    """Experts chosen, in order, without the absent ones that come after the first `most_fills`."""
     experts = dict.fromkeys(expert for expert in choices if expert >= 0)
     absent = [expert for expert in experts if slot_of[expert] == NOBODY]
-    left_out = set(absent[max_fills:])
+    left_out = set(absent[most_fills:])
     return [expert for expert in experts if expert not in left_out]
 
 

@@ -2,7 +2,7 @@
 
 Numerics are those of Hugging Face's `grouped_mm_experts_forward`: the same matrix products per
 expert, the module's own gate, activation and norm, then `(y * weights).sum` over K. (Large experts
-on a single token: the same products, summed in another order, see `cpu_kernels`.) Each expert's
+in a step of decode: the same products, summed in another order, see `native`.) Each expert's
 rows are computed by themselves and the sum has a fixed order, so that the result does not depend on
 which experts were there first.
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.runtime.cpu.kernels import OneToken, one_token_kernel_or_none
+from specmoe_compile.runtime.cpu.native.layer import NativeLayer, Task, native_layer_or_none
 from specmoe_compile.runtime.cpu.packed import packed_product
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
@@ -39,11 +41,26 @@ class ExpertRunner:
         "_up_name",
         "dtype",
         "hidden_size",
+        "native",
         "num_experts",
     )
 
-    def __init__(self, module: torch.nn.Module, layout: ExpertLayout, num_experts: int) -> None:
-        """Read what the module says about itself (`use_experts_implementation`)."""
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        layout: ExpertLayout,
+        num_experts: int,
+        *,
+        native: bool = False,
+    ) -> None:
+        """Read what the module says about itself (`use_experts_implementation`).
+
+        Args:
+            module: the experts module.
+            layout: of its records.
+            num_experts: E.
+            native: the weights are records, which the C++ engine may compute from.
+        """
         owner: Any = module
         self._layout = layout
         self._format = layout.format
@@ -61,6 +78,9 @@ class ExpertRunner:
         self.hidden_size = down[1] if self._is_transposed else down[0]
         self.num_experts = num_experts
         self._one_token: OneToken | Literal["unknown"] | None = "unknown"
+        self.native: NativeLayer | None = (
+            native_layer_or_none(module, layout, self.dtype) if native else None
+        )
 
     def check_ids(self, experts: Sequence[int]) -> None:
         """Raise `SpecMoEError` when an expert number is outside 0..E-1."""
@@ -168,13 +188,27 @@ class Routing:
                 start += count
         self.experts = list(self._rows)
 
-    def compute(self, expert: int, weights: ExpertTensors, runner: ExpertRunner, y: Tensor) -> None:
-        """Compute one expert's rows and put them into `y`, [T*K, H], contiguous."""
-        if self._tokens is None:
-            y[self._rows[expert]] = runner.run(weights, self._x)[0]
+    def compute(
+        self, experts: Sequence[tuple[int, ExpertTensors]], runner: ExpertRunner, y: Tensor
+    ) -> None:
+        """Compute the rows of some experts and put them into `y`, [T*K, H], contiguous."""
+        if runner.native is not None and self._x.shape[0] <= MAX_DECODE_TOKENS:
+            tasks = [self._task(*expert, runner.native) for expert in experts]
+            runner.native.run(tasks, self._x, y)
             return
+        for expert, weights in experts:
+            if self._tokens is None:
+                y[self._rows[expert]] = runner.run(weights, self._x)[0]
+                continue
+            rows, start, end = self._rows[expert]
+            y[rows] = runner.run(weights, self._x[self._tokens[start:end]]).to(y.dtype)
+
+    def _task(self, expert: int, weights: ExpertTensors, native: NativeLayer) -> Task:
+        record = native.record_of(weights.up.codes)
+        if self._tokens is None:
+            return Task(record, (0,), (self._rows[expert],))
         rows, start, end = self._rows[expert]
-        y[rows] = runner.run(weights, self._x[self._tokens[start:end]]).to(y.dtype)
+        return Task(record, self._tokens[start:end].tolist(), rows.tolist())
 
 
 def reduce_experts(y: Tensor, weights: Tensor, like: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class DeviceCache:
         device: torch.device,
     ) -> None:
         """Reserve device memory for empty slots."""
-        layers, max_experts, max_slots = len(slots), max(num_experts), max(slots)
+        layers, most_experts, most_slots = len(slots), max(num_experts), max(slots)
         self.slots = tuple(slots)
         self.banks = [
             torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
@@ -48,10 +48,10 @@ class DeviceCache:
         def rows(width: int, fill: int, dtype: torch.dtype) -> Tensor:
             return torch.full((layers, width), fill, dtype=dtype, device=device)
 
-        slot_of = rows(max_experts, -1, torch.int32)
-        expert_of = rows(max_slots, -1, torch.int32)
-        last_use = rows(max_slots, 0, torch.int64)
-        count, pending, unused = (rows(max_slots, 0, torch.int32) for _ in range(3))
+        slot_of = rows(most_experts, -1, torch.int32)
+        expert_of = rows(most_slots, -1, torch.int32)
+        last_use = rows(most_slots, 0, torch.int64)
+        count, pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(3))
         clock = rows(1, 0, torch.int64)
         self._emptied_to = (
             ((slot_of, expert_of), -1),

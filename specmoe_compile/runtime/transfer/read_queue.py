@@ -25,7 +25,7 @@ class ReadQueue:
     Attributes:
         running: reads in progress.
         busy_s: time in which at least one read was in progress, up to the last time none was.
-        max_guesses: speculative reads in progress at most.
+        most_guesses: speculative reads in progress at most.
     """
 
     def __init__(self, *, readers: int, largest_record_bytes: int) -> None:
@@ -37,7 +37,7 @@ class ReadQueue:
         """
         self.running = 0
         self.busy_s = 0.0
-        self.max_guesses = max(1, min(readers, GUESSED_BYTES_IN_FLIGHT // largest_record_bytes))
+        self.most_guesses = max(1, min(readers, GUESSED_BYTES_IN_FLIGHT // largest_record_bytes))
         self._busy_since_s = 0.0
         self._demand: deque[Read] = deque()
         self._speculative: deque[Read] = deque()
@@ -112,7 +112,7 @@ class ReadQueue:
                 return read
         if self.running - len(self._guesses) > DEMAND_BESIDE_GUESS:
             return None
-        while self._speculative and len(self._guesses) < self.max_guesses:
+        while self._speculative and len(self._guesses) < self.most_guesses:
             read = self._speculative.popleft()
             if read.state == QUEUED and read.speculative:
                 return read

@@ -27,14 +27,13 @@ from specmoe_compile.hf.attach import attach_session, cache_argument
 from specmoe_compile.ops import _IMPLEMENTATIONS
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
-from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
     find_top_k,
     release_experts,
 )
-from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.ram import RamStore
 
 CUDA = torch.device("cuda", 0)
@@ -114,7 +113,7 @@ class FakeRun:
         ran: ops of `specmoe` that ran in the latest step.
     """
 
-    def __init__(self, model: Any, session: Session, streams: UnorderedStreams) -> None:
+    def __init__(self, model: Any, session: DeviceSession, streams: UnorderedStreams) -> None:
         self.session = session
         self.graphs: list[GraphModule] = []
         self.decodes: list[bool] = []
@@ -186,7 +185,7 @@ def fake_run(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> Itera
             release_experts(layer, torch.device("meta"))
         _move_to_cuda(model)
         store, streams = EmptyStore(layers, top_k), UnorderedStreams()
-        session = open_cuda_session(
+        session = DeviceSession(
             layers,
             store,
             device=CUDA,
@@ -194,7 +193,7 @@ def fake_run(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> Itera
             top_k=top_k,
             streams=streams,  # type: ignore[arg-type]
         )
-        attach_session(model, session)
+        attach_session(model, session)  # type: ignore[arg-type]
         run = FakeRun(model, session, streams)
         monkeypatch.setattr(backend, "_lower_eager", run.lower)
         try:

@@ -1,8 +1,7 @@
-"""The engine of a plain model: experts run from the modules' own parameters, nothing is moved.
+"""The session of a plain model: experts run from the modules' own parameters, nothing is moved.
 
 A model that was not offloaded has all its experts in the fast tier already. Its dispatch nodes name
-the session of a `LiveEngine`, which holds the modules by weak reference and keeps nothing of theirs
-alive. Their graphs are not rewritten, so that of a step only `demand` is called.
+a `LiveSession`, which holds the modules by weak reference and keeps nothing of theirs alive.
 
 Shape letters: T tokens, K top-k, H hidden.
 """
@@ -12,33 +11,32 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SessionOptions
-from specmoe_compile.predict.default_vectors import DefaultVectors
-from specmoe_compile.predict.predictions import Predictions
-from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.module import find_experts_layers
-from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.session import register_session
+
+if TYPE_CHECKING:
+    from specmoe_compile.options import SpeculationConfig
 
 
-class LiveEngine:
-    """Runs plain experts modules where they are."""
+class LiveSession:
+    """Runs plain experts modules; the counterpart of `Session` for models that fit.
 
-    device = torch.device("cpu")
-    fetches = False
+    Attributes:
+        handle: number that dispatch nodes carry.
+    """
+
     plans_steps = False
 
     def __init__(self) -> None:
-        self.default_vectors = DefaultVectors([], [])
-        self.predictions = Predictions(0)
+        self.handle = register_session(self)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._cpu: dict[int, _CpuLayer] = {}
 
@@ -47,7 +45,7 @@ class LiveEngine:
         self._modules.append(weakref.ref(module))
         return len(self._modules) - 1
 
-    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run one layer: x [T,H], ids [T,K], weights [T,K] -> [T,H].
 
         Raises:
@@ -67,22 +65,8 @@ class LiveEngine:
             state = self._cpu[layer] = _CpuLayer(module)
         return state.run(x, ids, weights)
 
-    def configure(self, speculation: SessionOptions) -> None:
+    def configure(self, config: SpeculationConfig) -> None:
         """Accept run-time options; a model that is all there has nothing to speculate on."""
-
-    def _never(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise AssertionError("the graph of a plain model does not speculate")
-
-    blend = predict = start = plan = settle = run = correct = _never
-
-    def stats(self) -> Stats:
-        return Stats(layers=(), fast_tier_bytes=0, store_bytes=0, store="ram", read_busy_ms=0.0)
-
-    def reset_stats(self) -> None:
-        pass
-
-    def interrupt(self) -> None:
-        pass
 
     def close(self) -> None:
         """Forget the modules."""
@@ -125,20 +109,21 @@ class _CpuLayer:
         """Run the layer: [T,H], [T,K], [T,K] -> [T,H]."""
         routing = Routing(x, ids, self._runner)
         y = x.new_empty(ids.numel(), x.shape[-1], dtype=self._runner.dtype)
-        for expert in routing.experts:
-            routing.compute(expert, self._weights[expert], self._runner, y)
+        experts = [(expert, self._weights[expert]) for expert in routing.experts]
+        routing.compute(experts, self._runner, y)
         return reduce_experts(y.view(*ids.shape, x.shape[-1]), weights, x)
 
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, tuple[Session, int]] = weakref.WeakKeyDictionary()
+_sessions: weakref.WeakKeyDictionary[nn.Module, tuple[LiveSession, int]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class LiveModules:
     """Finds the experts modules of a Dynamo graph, and a session for those of one graph."""
 
     def __init__(self) -> None:
-        self._engine = LiveEngine()
-        self._session: Session | None = None
+        self._session: LiveSession | None = None
 
     def owner_of(
         self, parameters: Sequence[Any], module_class: type[nn.Module] | str
@@ -163,7 +148,7 @@ class LiveModules:
         found = _sessions.get(module)
         if found is None:
             if self._session is None:
-                self._session = Session(self._engine)
-            found = _sessions[module] = (self._session, self._engine.add(module))
+                self._session = LiveSession()
+            found = _sessions[module] = (self._session, self._session.add(module))
         session, layer = found
         return session.handle, layer

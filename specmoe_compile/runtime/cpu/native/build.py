@@ -1,0 +1,121 @@
+"""Compiling `src/` into one shared library, with the compiler that Inductor needs anyway.
+
+Used by `setup.py` for a wheel and at run time for a clone. So it imports nothing of this package,
+and nothing that is not in the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "src"
+LIBRARY_NAME = "_specmoe_native.so"
+_FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    # A multiplication and an addition are one instruction only where the source says so: the order
+    # of sums is the same with every instruction set.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_VECTOR_FLAGS = {"rows_avx2.cpp": _AVX2, "rows_avx512.cpp": (*_AVX2, *_AVX512)}
+_TIMEOUT_S = 600
+
+
+class BuildError(Exception):
+    """There is no compiler, or it refused the sources; the text says which."""
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: `$CXX`, or the first of g++, clang++ and c++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and (found := _which(name)):
+            return found
+    raise BuildError("no C++ compiler on the path (g++ or clang++), and $CXX names none")
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name)
+
+
+def source_digest() -> str:
+    """A digest of all sources, flags and the machine, for the library's place in the cache."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for part in (_FLAGS, _VECTOR_FLAGS, sys.platform, platform.machine()):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def build(target: Path, *, extra_flags: tuple[str, ...] = ()) -> None:
+    """Compile the sources, all at once, and put the library at `target` when it is complete.
+
+    Args:
+        target: file to write; its folder is made.
+        extra_flags: for the compiler and the linker, such as sanitizers.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+        OSError: the folder cannot be written.
+    """
+    compiler = find_compiler()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        objects = _compile_all(compiler, Path(folder), extra_flags)
+        library = Path(folder) / LIBRARY_NAME
+        _run(
+            [compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(library)]
+        )
+        os.replace(library, target)  # never half a library
+
+
+def _compile_all(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> list[Path]:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    running: list[tuple[Path, subprocess.Popen[str]]] = []
+    for source in sorted(SOURCES.glob("*.cpp")):
+        vector = _VECTOR_FLAGS.get(source.name, ()) if is_x86 else ()
+        level = "-O3" if vector else "-O2"
+        target = folder / f"{source.stem}.o"
+        command = [compiler, *_FLAGS, level, *vector, *extra_flags]
+        command += ["-c", str(source), "-o", str(target)]
+        running.append(
+            (
+                target,
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                ),
+            )
+        )
+    errors = []
+    for _, process in running:
+        _, message = process.communicate(timeout=_TIMEOUT_S)
+        if process.returncode:
+            errors.append(message.strip())
+    if errors:
+        raise BuildError(f"{compiler} failed: {errors[0][-2000:]}")
+    return [target for target, _ in running]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")

@@ -1,0 +1,99 @@
+"""Finding, compiling and opening the C++ library; without one, Python's own path computes.
+
+A wheel carries the library beside this file. A clone compiles it once into the cache folder, under
+a name that changes with the sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import threading
+from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+from specmoe_compile.runtime.cpu.native import build
+from specmoe_compile.runtime.cpu.native.structures import STRUCTURES, ExpertSpec, ExpertTask
+from specmoe_compile.system.machine import cache_folder
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+
+
+def library_or_none() -> CDLL | None:
+    """Return the library, compiling it if need be; None, with one warning, if that cannot be."""
+    with _lock:
+        return _library_or_none()
+
+
+@functools.cache
+def _library_or_none() -> CDLL | None:
+    try:
+        return _declared(ctypes.CDLL(str(_path())))
+    except (build.BuildError, OSError) as error:
+        log.warning(
+            "The experts are computed by torch and not by the C++ engine, which is faster: %s."
+            " Results are exact either way; install g++ to have it.",
+            error,
+        )
+        return None
+
+
+def _path() -> Path:
+    carried = Path(__file__).resolve().parent / build.LIBRARY_NAME
+    if carried.is_file():
+        return carried
+    compiled = cache_folder() / "native" / build.source_digest() / build.LIBRARY_NAME
+    if not compiled.is_file():
+        build.find_compiler()  # before anything is promised
+        log.warning("compiling the C++ engine once (about half a minute): %s", compiled)
+        build.build(compiled)
+    return compiled
+
+
+def _declared(library: CDLL) -> CDLL:
+    """Tell ctypes the functions of `src/api.cpp`."""
+    library.specmoe_struct_bytes.argtypes = (c_int32,)
+    library.specmoe_struct_bytes.restype = c_int64
+    sizes = tuple(library.specmoe_struct_bytes(which) for which in range(len(STRUCTURES)))
+    if sizes != tuple(ctypes.sizeof(structure) for structure in STRUCTURES):
+        raise OSError(f"{library._name} was compiled from other sources: remove it")
+    library.specmoe_engine_new.argtypes = (c_int32, c_char_p)
+    library.specmoe_engine_new.restype = c_void_p
+    library.specmoe_engine_delete.argtypes = (c_void_p,)
+    library.specmoe_engine_delete.restype = None
+    library.specmoe_engine_set_threads.argtypes = (c_void_p, c_int32)
+    library.specmoe_engine_set_threads.restype = None
+    library.specmoe_engine_settle.argtypes = (c_void_p,)
+    library.specmoe_engine_settle.restype = None
+    library.specmoe_engine_kernels.argtypes = (c_void_p,)
+    library.specmoe_engine_kernels.restype = c_char_p
+    library.specmoe_engine_run.argtypes = (
+        c_void_p,
+        POINTER(ExpertSpec),
+        POINTER(ExpertTask),
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_void_p,
+    )
+    library.specmoe_engine_run.restype = c_int32
+    return library
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no quota, or none that is told there
+    return cores

@@ -1,0 +1,292 @@
+#include "experts.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "numbers.h"
+
+namespace specmoe {
+namespace {
+
+constexpr int64_t kChunkBytes = 128 << 10;  // of weights: 5 microseconds of one core
+constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
+constexpr int64_t kBlock = 32;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Rows per chunk, where a row of the chunk has so many bytes of weights.
+int64_t chunk_rows(int64_t row_bytes, int64_t step) {
+  return std::max(step, kChunkBytes / std::max<int64_t>(1, row_bytes) / step * step);
+}
+
+float rounded_to(float value, int32_t dtype) {
+  if (dtype == BF16) return from_bf16(to_bf16(value));
+  if (dtype == F16) return from_f16(to_f16(value));
+  return value;
+}
+
+float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
+  const uint8_t* plane = record + spec.bias;
+  if (spec.bias_dtype == F32) {
+    float value;
+    std::memcpy(&value, plane + 4 * row, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, plane + 2 * row, 2);
+  return spec.bias_dtype == BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+// Adds the bias and rounds to the dtype. The product of a plain weight is rounded by itself first,
+// as torch does, that of a coded one is float32 until then.
+void end_product(float* values, int64_t count, const uint8_t* record, const WeightSpec& spec,
+                 int32_t dtype, int64_t first_row) {
+  for (int64_t i = 0; i < count; i++) {
+    float value = values[i];
+    if (is_plain(spec.book)) value = rounded_to(value, dtype);
+    if (spec.bias >= 0) value += bias_at(record, spec, first_row + i);
+    values[i] = rounded_to(value, dtype);
+  }
+}
+
+}  // namespace
+
+void Activations::reset(int64_t rows, int64_t width, bool four_bit, bool int8) {
+  stride_ = round_up(width, kBlock);
+  four_bit_ = four_bit;
+  int8_ = int8;
+  values_.assign(static_cast<size_t>(rows * stride_), 0.0f);
+  if (int8) {
+    codes_.assign(static_cast<size_t>(rows * stride_), 0);
+    scales_.assign(static_cast<size_t>(rows * stride_ / kBlock), 0.0f);
+  }
+}
+
+void Activations::put(int64_t row, int64_t begin, int64_t count, const float* values) {
+  float* out = values_.data() + row * stride_;
+  if (!four_bit_) {
+    std::memcpy(out + begin, values, static_cast<size_t>(count) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t column = begin + i;
+      out[(column & ~int64_t{31}) | ((column & 1) << 4) | ((column & 31) >> 1)] = values[i];
+    }
+  }
+  if (!int8_) return;
+  for (int64_t block = begin / kBlock; block * kBlock < begin + count; block++) {
+    const float* from = out + block * kBlock;
+    float largest = 0.0f;
+    for (int64_t i = 0; i < kBlock; i++) largest = std::max(largest, std::fabs(from[i]));
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    scales_[static_cast<size_t>(row * stride_ / kBlock + block)] = largest / 127.0f;
+    int8_t* codes = codes_.data() + row * stride_ + block * kBlock;
+    for (int64_t i = 0; i < kBlock; i++) {
+      const float code = std::nearbyint(from[i] * inverse);
+      codes[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : (code >= -127.0f ? code : -127.0f));
+    }
+  }
+}
+
+Inputs Activations::inputs(const int32_t* rows, int64_t tokens) const {
+  return {values_.data(), codes_.data(), scales_.data(), rows, stride_, tokens};
+}
+
+// One `run`: chunks of up projections with their gates, then chunks of down projections.
+class Engine::Step final : public Work {
+ public:
+  Offer offer;
+
+  void prepare(const Kernels& kernels, const ExpertSpec& spec, const ExpertTask* tasks,
+               int64_t count, const float* x, int64_t tokens, float* y);
+  int64_t chunks() const { return up_chunks_ * count() + down_chunks_ * count(); }
+  void needs(int64_t chunk, int64_t* first, int64_t* second) const override;
+  void compute(int64_t chunk, Scratch& scratch) const override;
+  void publish(int64_t chunk, const Scratch& scratch) override;
+
+ private:
+  struct Task {
+    const uint8_t* record;
+    int64_t first;  // in tokens_, places_ and the rows of hidden_
+    int64_t count;
+  };
+
+  int64_t count() const { return static_cast<int64_t>(tasks_.size()); }
+  bool is_up(int64_t chunk) const { return chunk < up_chunks_ * count(); }
+  const Task& task_of(int64_t chunk) const {
+    const int64_t first = up_chunks_ * count();
+    return tasks_[static_cast<size_t>(chunk < first ? chunk / up_chunks_
+                                                    : (chunk - first) / down_chunks_)];
+  }
+  // Rows of the intermediate (up) or the output (down) that a chunk computes: [begin, end).
+  void span(int64_t chunk, int64_t* begin, int64_t* end) const;
+  void product(const WeightSpec& weight, const uint8_t* record, int64_t begin, int64_t end,
+               const Inputs& inputs, float* out) const;
+  void compute_up(const Task& task, int64_t begin, int64_t end, Scratch& scratch) const;
+
+  const Kernels* kernels_ = nullptr;
+  ExpertSpec spec_{};
+  int64_t intermediate_ = 0;
+  int64_t up_rows_ = 0, up_chunks_ = 0;
+  int64_t down_rows_ = 0, down_chunks_ = 0;
+  std::vector<Task> tasks_;
+  std::vector<int32_t> tokens_, places_, identity_;
+  Activations x_, hidden_;
+  float* y_ = nullptr;
+};
+
+void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const ExpertTask* tasks,
+                           int64_t count, const float* x, int64_t tokens, float* y) {
+  kernels_ = &kernels;
+  spec_ = spec;
+  y_ = y;
+  intermediate_ = spec.down.inputs;
+  tasks_.clear();
+  tokens_.clear();
+  places_.clear();
+  for (int64_t i = 0; i < count; i++) {
+    tasks_.push_back({tasks[i].record, static_cast<int64_t>(tokens_.size()), tasks[i].count});
+    tokens_.insert(tokens_.end(), tasks[i].tokens, tasks[i].tokens + tasks[i].count);
+    places_.insert(places_.end(), tasks[i].places, tasks[i].places + tasks[i].count);
+  }
+  const int64_t rows = static_cast<int64_t>(tokens_.size());
+  for (int64_t i = static_cast<int64_t>(identity_.size()); i < rows; i++)
+    identity_.push_back(static_cast<int32_t>(i));
+  const auto int8 = [&](const WeightSpec& w) { return spec.int8 && has_int8(w.book); };
+  x_.reset(tokens, spec.up.inputs, is_four_bit(spec.up.book), int8(spec.up));
+  for (int64_t t = 0; t < tokens; t++)
+    x_.put(t, 0, spec.up.inputs, x + t * spec.up.inputs);
+  hidden_.reset(rows, intermediate_, is_four_bit(spec.down.book), int8(spec.down));
+  const int64_t up_bytes = spec.up.row_bytes * (spec.gate.has_gate ? 2 : 1);
+  up_rows_ = chunk_rows(up_bytes, int8(spec.down) ? kBlock : kRowStep);
+  up_chunks_ = (intermediate_ + up_rows_ - 1) / up_rows_;
+  down_rows_ = chunk_rows(spec.down.row_bytes, kRowStep);
+  down_chunks_ = (spec.down.outputs + down_rows_ - 1) / down_rows_;
+}
+
+void Engine::Step::needs(int64_t chunk, int64_t* first, int64_t* second) const {
+  *first = *second = 0;
+  if (is_up(chunk)) return;
+  const int64_t expert = (chunk - up_chunks_ * count()) / down_chunks_;
+  *first = expert * up_chunks_;
+  *second = *first + up_chunks_;
+}
+
+void Engine::Step::span(int64_t chunk, int64_t* begin, int64_t* end) const {
+  const bool up = is_up(chunk);
+  const int64_t part = up ? chunk % up_chunks_ : (chunk - up_chunks_ * count()) % down_chunks_;
+  const int64_t rows = up ? up_rows_ : down_rows_;
+  *begin = part * rows;
+  *end = std::min(*begin + rows, up ? intermediate_ : spec_.down.outputs);
+}
+
+void Engine::Step::product(const WeightSpec& weight, const uint8_t* record, int64_t begin,
+                           int64_t end, const Inputs& inputs, float* out) const {
+  const WeightView view{&weight, record};
+  const auto rows =
+      spec_.int8 && has_int8(weight.book) ? kernels_->rows_int8 : kernels_->rows;
+  rows(view, begin, end, inputs, out, end - begin);
+  for (int64_t t = 0; t < inputs.tokens; t++)
+    end_product(out + t * (end - begin), end - begin, record, weight, spec_.gate.dtype, begin);
+}
+
+void Engine::Step::compute_up(const Task& task, int64_t begin, int64_t end,
+                              Scratch& scratch) const {
+  const Inputs inputs = x_.inputs(tokens_.data() + task.first, task.count);
+  const int64_t size = (end - begin) * task.count;
+  float* gate = scratch.floats.data();
+  float* up = gate + size;
+  if (!spec_.gate.has_gate) {
+    product(spec_.up, task.record, begin, end, inputs, gate);
+  } else if (!spec_.interleaved) {
+    product(spec_.up, task.record, begin, end, inputs, gate);
+    product(spec_.up, task.record, intermediate_ + begin, intermediate_ + end, inputs, up);
+  } else {
+    float* both = up + size;
+    product(spec_.up, task.record, 2 * begin, 2 * end, inputs, both);
+    for (int64_t i = 0; i < size; i++) {
+      gate[i] = both[2 * i];
+      up[i] = both[2 * i + 1];
+    }
+  }
+  kernels_->gate(gate, up, size, spec_.gate);
+}
+
+void Engine::Step::compute(int64_t chunk, Scratch& scratch) const {
+  const Task& task = task_of(chunk);
+  int64_t begin = 0, end = 0;
+  span(chunk, &begin, &end);
+  const size_t needed = static_cast<size_t>(4 * (end - begin) * task.count);
+  if (scratch.floats.size() < needed) scratch.floats.resize(needed);
+  if (is_up(chunk)) return compute_up(task, begin, end, scratch);
+  const Inputs inputs = hidden_.inputs(identity_.data() + task.first, task.count);
+  product(spec_.down, task.record, begin, end, inputs, scratch.floats.data());
+}
+
+void Engine::Step::publish(int64_t chunk, const Scratch& scratch) {
+  const Task& task = task_of(chunk);
+  int64_t begin = 0, end = 0;
+  span(chunk, &begin, &end);
+  const float* from = scratch.floats.data();
+  for (int64_t n = 0; n < task.count; n++, from += end - begin) {
+    if (is_up(chunk)) {
+      hidden_.put(task.first + n, begin, end - begin, from);
+      continue;
+    }
+    const int64_t place = places_[static_cast<size_t>(task.first + n)];
+    std::memcpy(y_ + place * spec_.down.outputs + begin, from,
+                static_cast<size_t>(end - begin) * sizeof(float));
+  }
+}
+
+Engine::Engine(int threads, const Kernels* kernels) : kernels_(kernels), threads_(threads) {
+  if (kernels_ == nullptr) kernels_ = avx512_kernels_or_null();
+  if (kernels_ == nullptr) kernels_ = avx2_kernels_or_null();
+  if (kernels_ == nullptr) kernels_ = &portable_kernels();
+}
+
+Engine::~Engine() {
+  if (process_ != getpid()) (void)pool_.release();  // its threads are another process's
+  pool_.reset();  // before the steps, at which late threads still look
+}
+
+void Engine::set_threads(int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (threads == threads_) return;
+  threads_ = threads;
+  if (process_ == getpid()) pool_.reset();
+  process_ = 0;
+}
+
+void Engine::settle() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (process_ != getpid()) return;
+  for (const auto& step : steps_)
+    while (!step->offer.is_free()) std::this_thread::yield();
+}
+
+Engine::Step& Engine::free_step() {
+  for (const auto& step : steps_)
+    if (step->offer.is_free()) return *step;
+  steps_.push_back(std::make_unique<Step>());
+  return *steps_.back();
+}
+
+void Engine::run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count, const float* x,
+                 int64_t tokens, float* y) {
+  if (count == 0) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (process_ != getpid()) {  // the first run, or the first one after a fork
+    (void)pool_.release();
+    steps_.clear();
+    pool_ = std::make_unique<Pool>(threads_);
+    process_ = getpid();
+  }
+  Step& step = free_step();
+  step.prepare(*kernels_, spec, tasks, count, x, tokens, y);
+  pool_->run(step.offer, step, step.chunks());
+}
+
+}  // namespace specmoe

@@ -1,0 +1,80 @@
+// The experts of one layer step, computed by the pool.
+//
+// Shape letters: T tokens, K top-k, N tokens of one expert, H hidden, I expert intermediate.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "pool.h"
+#include "weight.h"
+
+namespace specmoe {
+
+// How the experts of a layer are computed.
+struct ExpertSpec {
+  WeightSpec up;    // [2I or I, H]
+  WeightSpec down;  // [H, I]
+  GateSpec gate;
+  int32_t interleaved;  // rows alternate gate, up; else all gates come first
+  int32_t int8;         // int8 activations where the codes allow it
+};
+
+// One expert of a step: its record, its tokens, and where their outputs go.
+struct ExpertTask {
+  const uint8_t* record;
+  const int32_t* tokens;  // [N], rows of x
+  const int32_t* places;  // [N], rows of y
+  int64_t count;          // N
+};
+
+// Activations as the kernels read them: padded, permuted and, for int8, quantised.
+class Activations {
+ public:
+  // Makes room for [rows, width]; all zero.
+  void reset(int64_t rows, int64_t width, bool four_bit, bool int8);
+  // Takes in `count` values of a row, from column `begin`; with int8 whole blocks of 32.
+  void put(int64_t row, int64_t begin, int64_t count, const float* values);
+  Inputs inputs(const int32_t* rows, int64_t tokens) const;
+
+ private:
+  int64_t stride_ = 0;
+  bool four_bit_ = false;
+  bool int8_ = false;
+  std::vector<float> values_;
+  std::vector<int8_t> codes_;
+  std::vector<float> scales_;
+};
+
+// A process has one of these, since it has one set of cores.
+class Engine {
+ public:
+  // `kernels` is null for the best that the processor has.
+  Engine(int threads, const Kernels* kernels);
+  ~Engine();
+
+  // y[places[n]] = expert(x[tokens[n]]) of every task, float32 rounded to the experts' dtype.
+  //   x: [T, H] float32, values of the experts' dtype. y: [T * K, H] float32.
+  void run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count, const float* x,
+           int64_t tokens, float* y);
+  void set_threads(int threads);
+  // Returns once no late thread reads a record any more; call it before records go away.
+  void settle();
+  const Kernels& kernels() const { return *kernels_; }
+  int threads() const { return pool_ ? pool_->threads() : threads_; }
+
+ private:
+  class Step;
+  Step& free_step();
+
+  const Kernels* kernels_;
+  int threads_;
+  std::mutex mutex_;
+  std::unique_ptr<Pool> pool_;
+  int64_t process_ = 0;
+  std::vector<std::unique_ptr<Step>> steps_;
+};
+
+}  // namespace specmoe

@@ -1,0 +1,362 @@
+// Products of a few tokens with rows of a weight, the same bits with every instruction set.
+//
+// Included by one file per instruction set, which defines before:
+//   V           16 floats, and zero(), broadcast(x), halves(a, b) (8 of each), load(p),
+//               load_bf16(p), load_f16(p), add(a, b), mul(a, b), fma(a, b, c)
+//   reduced     the sum of the lanes, in the order below
+//   Table       16 values by code, and load_table(p)
+//   lookup      Pair of V of 16 bytes: the low nibbles', the high nibbles'
+//   load_e4m3   V of 16 codes without their factor 2^8; load_int8 V of 16
+//   ROWS1, ROWSN, TOKENS   rows at once for one token, for more, and tokens at once
+//
+// Order of sums. A dot has 16 partial sums: that of lane j takes columns j, j + 16, j + 32, ... in
+// this order with fused multiply-adds. A coded weight takes 32 columns at once: lane j adds the
+// products of the block's columns 2j and 2j + 1 (4 bit) or j and j + 16 (8 bit), unscaled, and adds
+// that sum times the scale. At the end lane j takes up lane j + 8, then j + 4, j + 2, j + 1.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "gate.h"
+#include "numbers.h"
+#include "weight.h"
+
+namespace specmoe {
+namespace {
+
+constexpr int64_t kMaxBlocks = 4096;  // of 32 columns: what a row's scales are decoded for
+// Rows of so few bytes are read one after the other: hopping between lines of one page halves what
+// the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not.
+constexpr int64_t kShortRow = 2048;
+
+struct PlainF32 {
+  using Element = float;
+  static V get(const float* p) { return load(p); }
+};
+struct PlainBF16 {
+  using Element = uint16_t;
+  static V get(const uint16_t* p) { return load_bf16(p); }
+};
+struct PlainF16 {
+  using Element = uint16_t;
+  static V get(const uint16_t* p) { return load_f16(p); }
+};
+
+template <class Type, int R, int N>
+inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int64_t token,
+                        float* out, int64_t out_stride) {
+  using Element = typename Type::Element;
+  const Element* rows[R];
+  const float* x[N];
+  V sum[R][N];
+  for (int r = 0; r < R; r++) rows[r] = reinterpret_cast<const Element*>(w.row(row + r));
+  for (int n = 0; n < N; n++) x[n] = in.values + in.rows[token + n] * in.stride;
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) sum[r][n] = zero();
+  const int64_t inputs = w.spec->inputs;
+  const int64_t whole = inputs & ~int64_t{15};
+  for (int64_t k = 0; k < whole; k += 16) {
+    V xs[N];
+    for (int n = 0; n < N; n++) xs[n] = load(x[n] + k);
+    for (int r = 0; r < R; r++) {
+      const V value = Type::get(rows[r] + k);
+      for (int n = 0; n < N; n++) sum[r][n] = fma(value, xs[n], sum[r][n]);
+    }
+  }
+  if (whole < inputs) {  // what follows a row is another's: it must not be read
+    for (int r = 0; r < R; r++) {
+      alignas(64) Element tail[16] = {};
+      std::memcpy(tail, rows[r] + whole, static_cast<size_t>(inputs - whole) * sizeof(Element));
+      const V value = Type::get(tail);
+      for (int n = 0; n < N; n++) sum[r][n] = fma(value, load(x[n] + whole), sum[r][n]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) out[(token + n) * out_stride + r] = reduced(sum[r][n]);
+}
+
+struct NibbleBook {
+  Table table;
+  static constexpr int64_t kBytes = 16;  // of 32 codes
+  static constexpr bool kFourBit = true;  // only such have zeros, or 16 columns per scale
+  explicit NibbleBook(const float* values) : table(load_table(values)) {}
+  Pair get(const uint8_t* codes) const { return lookup(table, codes); }
+};
+struct E4M3Book {
+  static constexpr int64_t kBytes = 32;
+  static constexpr bool kFourBit = false;
+  Pair get(const uint8_t* codes) const { return {load_e4m3(codes), load_e4m3(codes + 16)}; }
+};
+struct Int8Book {
+  static constexpr int64_t kBytes = 32;
+  static constexpr bool kFourBit = false;
+  Pair get(const uint8_t* codes) const { return {load_int8(codes), load_int8(codes + 16)}; }
+};
+
+// Scales (or zeros) of one row, one float per 32 columns, or two where 16 columns share one.
+struct RowFactors {
+  const float* scale;
+  const float* zero;  // null where there are none
+};
+
+template <class Book, bool Halves, bool Zeros, int R, int N>
+inline void coded_block(const WeightView& w, const Book& book, const RowFactors* factors,
+                        int64_t row, const Inputs& in, int64_t token, float* out,
+                        int64_t out_stride) {
+  const uint8_t* rows[R];
+  const float* x[N];
+  V sum[R][N];
+  for (int r = 0; r < R; r++) rows[r] = w.row(row + r);
+  for (int n = 0; n < N; n++) x[n] = in.values + in.rows[token + n] * in.stride;
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) sum[r][n] = zero();
+  const int64_t inputs = w.spec->inputs;
+  const int64_t blocks = (inputs + 31) / 32;
+  const int64_t row_bytes = w.spec->row_bytes;
+  for (int64_t b = 0; b < blocks; b++) {
+    V first[N], second[N];
+    for (int n = 0; n < N; n++) {
+      first[n] = load(x[n] + 32 * b);
+      second[n] = load(x[n] + 32 * b + 16);
+    }
+    const bool is_tail = (b + 1) * 32 > inputs;
+    for (int r = 0; r < R; r++) {
+      const uint8_t* codes = rows[r] + b * Book::kBytes;
+      alignas(64) uint8_t tail[Book::kBytes] = {};
+      if (is_tail) {
+        std::memcpy(tail, codes, static_cast<size_t>(row_bytes - b * Book::kBytes));
+        codes = tail;
+      }
+      Pair value = book.get(codes);
+      const RowFactors& f = factors[r];
+      if (Zeros) {
+        const V shift = Halves ? halves(f.zero[2 * b], f.zero[2 * b + 1]) : broadcast(f.zero[b]);
+        value.first = add(value.first, shift);
+        value.second = add(value.second, shift);
+      }
+      const V scale = Halves ? halves(f.scale[2 * b], f.scale[2 * b + 1]) : broadcast(f.scale[b]);
+      for (int n = 0; n < N; n++) {
+        const V product = fma(value.second, second[n], mul(value.first, first[n]));
+        sum[r][n] = fma(product, scale, sum[r][n]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) out[(token + n) * out_stride + r] = reduced(sum[r][n]);
+}
+
+inline float scale_at(const uint8_t* plane, int32_t kind, int64_t index) {
+  switch (kind) {
+    case SCALE_E8M0: return from_e8m0(plane[index]);
+    case SCALE_E4M3: return from_e4m3(plane[index]);
+    case SCALE_F32: {
+      float value;
+      std::memcpy(&value, plane + 4 * index, 4);
+      return value;
+    }
+    default: {
+      uint16_t bits;
+      std::memcpy(&bits, plane + 2 * index, 2);
+      return kind == SCALE_BF16 ? from_bf16(bits) : from_f16(bits);
+    }
+  }
+}
+
+// Spreads a row of `columns` scales over the blocks of 32 columns (16 with `halves`).
+template <class At>
+inline void spread(At at, int64_t first, const WeightSpec& spec, bool halves, float* out) {
+  const int64_t step = halves ? 16 : 32;
+  const int64_t count = (spec.inputs + 31) / 32 * (halves ? 2 : 1);
+  const int64_t per = spec.block_columns / step;
+  if (per == 1) {
+    for (int64_t i = 0; i < spec.scale_columns; i++) out[i] = at(first + i);
+    for (int64_t i = spec.scale_columns; i < count; i++) out[i] = 0.0f;
+    return;
+  }
+  int64_t i = 0;
+  for (int64_t column = 0; column < spec.scale_columns; column++) {
+    const float value = at(first + column);
+    const int64_t end = column + 1 == spec.scale_columns ? count : (column + 1) * per;
+    for (; i < end; i++) out[i] = value;
+  }
+}
+
+// Factors of up to R rows; a scale row that the previous one used, too, is not decoded again.
+template <int R>
+class Factors {
+ public:
+  RowFactors of[R];
+
+  void decode(const WeightView& w, int64_t row, int rows, float factor, float middle) {
+    const WeightSpec& spec = *w.spec;
+    const bool halves = spec.block_columns == 16;
+    for (int r = 0; r < rows; r++) {
+      const int64_t scale_row = (row + r) / spec.block_rows;
+      if (r > 0 && scale_row == (row + r - 1) / spec.block_rows) {
+        of[r] = of[r - 1];
+        continue;
+      }
+      const int64_t first = scale_row * spec.scale_columns;
+      const uint8_t* plane = w.record + spec.scales;
+      const int32_t kind = spec.scale;
+      if (kind == SCALE_E8M0)
+        spread([=](int64_t i) { return from_e8m0(plane[i]) * factor; }, first, spec, halves,
+               scale_[r]);
+      else if (kind == SCALE_E4M3)
+        spread([=](int64_t i) { return from_e4m3(plane[i]) * factor; }, first, spec, halves,
+               scale_[r]);
+      else
+        spread([=](int64_t i) { return scale_at(plane, kind, i) * factor; }, first, spec, halves,
+               scale_[r]);
+      of[r].scale = scale_[r];
+      of[r].zero = nullptr;
+      if (spec.zeros >= 0) {
+        const uint8_t* zeros = w.record + spec.zeros;
+        spread([=](int64_t i) { return middle - static_cast<float>(zeros[i]); }, first, spec,
+               halves, zero_[r]);
+        of[r].zero = zero_[r];
+      }
+    }
+  }
+
+ private:
+  alignas(64) float scale_[R][kMaxBlocks];
+  alignas(64) float zero_[R][kMaxBlocks];
+};
+
+inline void apply_globals(const WeightView& w, int64_t begin, int64_t end, int64_t tokens,
+                          float* out, int64_t out_stride) {
+  if (w.spec->globals < 0) return;
+  const uint8_t* plane = w.record + w.spec->globals;
+  for (int64_t n = begin; n < end; n++)
+    for (int64_t t = 0; t < tokens; t++)
+      out[t * out_stride + n - begin] *= scale_at(plane, SCALE_F32, n);
+}
+
+// Calls block<R, N>(row, token, out) so that all rows and tokens are covered.
+template <int R, int N, class Block>
+inline void cover_tokens(Block block, int64_t row, int64_t tokens, float* out) {
+  int64_t t = 0;
+  for (; t + N <= tokens; t += N) block.template run<R, N>(row, t, out);
+  for (; t < tokens; t++) block.template run<R, 1>(row, t, out);
+}
+
+template <class Block>
+inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float* out) {
+  int64_t row = begin;
+  if (tokens == 1 && block.w.spec->row_bytes <= kShortRow) {
+    for (; row < end; row++) {
+      block.prepare(row, 1);
+      block.template run<1, 1>(row, 0, out + row - begin);
+    }
+  } else if (tokens == 1) {
+    for (; row + ROWS1 <= end; row += ROWS1) {
+      block.prepare(row, ROWS1);
+      block.template run<ROWS1, 1>(row, 0, out + row - begin);
+    }
+  } else {
+    for (; row + ROWSN <= end; row += ROWSN) {
+      block.prepare(row, ROWSN);
+      cover_tokens<ROWSN, TOKENS>(block, row, tokens, out + row - begin);
+    }
+  }
+  for (; row < end; row++) {
+    block.prepare(row, 1);
+    cover_tokens<1, TOKENS>(block, row, tokens, out + row - begin);
+  }
+}
+
+template <class Type>
+struct PlainBlock {
+  const WeightView& w;
+  const Inputs& in;
+  int64_t out_stride;
+  void prepare(int64_t, int) {}
+  template <int R, int N>
+  void run(int64_t row, int64_t token, float* out) const {
+    plain_block<Type, R, N>(w, row, in, token, out, out_stride);
+  }
+};
+
+template <class Book>
+struct CodedBlock {
+  const WeightView& w;
+  const Inputs& in;
+  int64_t out_stride;
+  const Book& book;
+  Factors<ROWS1>& factors;
+  float factor;
+  float middle;
+  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+  template <int R, int N>
+  void run(int64_t row, int64_t token, float* out) const {
+    const bool halves = Book::kFourBit && w.spec->block_columns == 16;
+    const bool zeros = Book::kFourBit && w.spec->zeros >= 0;
+    constexpr bool may = Book::kFourBit;  // else fewer cases to compile
+    if (halves && zeros)
+      coded_block<Book, may, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+    else if (halves)
+      coded_block<Book, may, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+    else if (zeros)
+      coded_block<Book, false, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+    else
+      coded_block<Book, false, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+  }
+};
+
+template <class Book>
+void coded_rows(const Book& book, float factor, float middle, const WeightView& w, int64_t begin,
+                int64_t end, const Inputs& in, float* out, int64_t out_stride) {
+  static thread_local Factors<ROWS1> factors;
+  cover(CodedBlock<Book>{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens,
+        out);
+  apply_globals(w, begin, end, in.tokens, out, out_stride);
+}
+
+constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                             -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+constexpr float kInt4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+// "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, appendix E.
+constexpr float kNF4[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+void any_rows(const WeightView& w, int64_t begin, int64_t end, const Inputs& in, float* out,
+              int64_t out_stride) {
+  switch (w.spec->book) {
+    case BOOK_F32:
+      return cover(PlainBlock<PlainF32>{w, in, out_stride}, begin, end, in.tokens, out);
+    case BOOK_BF16:
+      return cover(PlainBlock<PlainBF16>{w, in, out_stride}, begin, end, in.tokens, out);
+    case BOOK_F16:
+      return cover(PlainBlock<PlainF16>{w, in, out_stride}, begin, end, in.tokens, out);
+    case BOOK_E2M1:
+      return coded_rows(NibbleBook(kE2M1), 1.0f, 0.0f, w, begin, end, in, out, out_stride);
+    case BOOK_INT4:
+      return coded_rows(NibbleBook(kInt4), 1.0f, 8.0f, w, begin, end, in, out, out_stride);
+    case BOOK_NF4:
+      return coded_rows(NibbleBook(kNF4), 1.0f, 0.0f, w, begin, end, in, out, out_stride);
+    case BOOK_E4M3:
+      return coded_rows(E4M3Book(), 256.0f, 0.0f, w, begin, end, in, out, out_stride);
+    default: return coded_rows(Int8Book(), 1.0f, 0.0f, w, begin, end, in, out, out_stride);
+  }
+}
+
+}  // namespace
+}  // namespace specmoe

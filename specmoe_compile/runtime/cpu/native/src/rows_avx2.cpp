@@ -1,0 +1,131 @@
+// AVX2 with FMA and F16C; compiled with -mavx2 -mfma -mf16c, empty elsewhere.
+#include "weight.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace specmoe {
+namespace {
+
+struct V {
+  __m256 low, high;
+};
+struct Pair {
+  V first, second;
+};
+struct Table {
+  __m256 low, high;  // of codes 0 to 7, 8 to 15
+};
+
+inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V halves(float a, float b) { return {_mm256_set1_ps(a), _mm256_set1_ps(b)}; }
+inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline float reduced8(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduced(const V& v) { return reduced8(_mm256_add_ps(v.low, v.high)); }
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m256 wide_bf16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline V load_bf16(const uint16_t* p) { return {wide_bf16(load16(p)), wide_bf16(load16(p + 8))}; }
+inline V load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 8))};
+}
+inline V add(const V& a, const V& b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline V mul(const V& a, const V& b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline V fma(const V& a, const V& b, const V& c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256 lookup8(const Table& t, __m256i code) {
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, code);  // takes the low 3 bits
+  const __m256 high = _mm256_permutevar8x32_ps(t.high, code);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+}
+inline Pair lookup(const Table& t, const uint8_t* p) {
+  const __m128i bytes = load16(p);
+  const __m256i a = _mm256_cvtepu8_epi32(bytes);
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
+  return {{lookup8(t, a), lookup8(t, b)},
+          {lookup8(t, _mm256_srli_epi32(a, 4)), lookup8(t, _mm256_srli_epi32(b, 4))}};
+}
+inline V load_e4m3(const uint8_t* p) {
+  const __m256i code = _mm256_cvtepu8_epi16(load16(p));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)),
+                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+inline V load_int8(const uint8_t* p) {
+  const __m128i bytes = load16(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+using I = __m256i;
+using F8 = __m256;
+using Bytes = __m256i;
+using Bytes16 = __m128i;
+
+inline F8 zero8() { return _mm256_setzero_ps(); }
+inline F8 broadcast8(float x) { return _mm256_set1_ps(x); }
+inline F8 quarters(float a, float b) { return _mm256_setr_ps(a, a, b, b, a, a, b, b); }
+inline F8 to_f8(I v) { return _mm256_cvtepi32_ps(v); }
+inline F8 fma8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F8 mul8(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline Bytes16 load_bytes16(const int8_t* p) { return load16(p); }
+inline Bytes bytes_of(int8_t x) { return _mm256_set1_epi8(x); }
+inline Bytes nibbles_int8(Bytes16 t, const uint8_t* p) {
+  const __m128i bytes = load16(p);
+  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes);
+  const __m256i nibbles = _mm256_and_si256(both, _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), nibbles);
+}
+inline I dot4(Bytes w, Bytes x) {
+  // |w| <= 128 and |x| <= 127: two products are at most 32512, no sum saturates.
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
+
+}  // namespace
+}  // namespace specmoe
+
+#include "rows.h"
+#include "rows_int8.h"
+
+namespace specmoe {
+
+const Kernels* avx2_kernels_or_null() {
+  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any};
+  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("f16c");
+  return has ? &kernels : nullptr;
+}
+
+}  // namespace specmoe
+
+#else
+
+namespace specmoe {
+const Kernels* avx2_kernels_or_null() { return nullptr; }
+}  // namespace specmoe
+
+#endif

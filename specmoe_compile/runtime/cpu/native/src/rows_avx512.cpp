@@ -1,0 +1,115 @@
+// AVX-512 F, BW, VL and VNNI; compiled with these, empty elsewhere. BF16's own dot product is not
+// used: it sums in another order, and reading the weights is what takes the time.
+#include "weight.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace specmoe {
+namespace {
+
+using V = __m512;
+using Table = __m512;
+struct Pair {
+  V first, second;
+};
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V broadcast(float x) { return _mm512_set1_ps(x); }
+inline V halves(float a, float b) {
+  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b));
+}
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline float reduced8(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduced(V v) {
+  return reduced8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+}
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m256i load32(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline V load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
+}
+inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load32(p)); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline Table load_table(const float* p) { return load(p); }
+inline Pair lookup(Table t, const uint8_t* p) {
+  const __m512i codes = _mm512_cvtepu8_epi32(load16(p));  // the look-up takes the low 4 bits
+  return {_mm512_permutexvar_ps(codes, t), _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), t)};
+}
+inline V load_e4m3(const uint8_t* p) {
+  const __m256i code = _mm256_cvtepu8_epi16(load16(p));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)),
+                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  return _mm512_cvtph_ps(half);
+}
+inline V load_int8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p)));
+}
+
+using I = __m256i;
+using F8 = __m256;
+using Bytes = __m256i;
+using Bytes16 = __m128i;
+
+inline F8 zero8() { return _mm256_setzero_ps(); }
+inline F8 broadcast8(float x) { return _mm256_set1_ps(x); }
+inline F8 quarters(float a, float b) {
+  return _mm256_mask_blend_ps(0xcc, _mm256_set1_ps(a), _mm256_set1_ps(b));
+}
+inline F8 to_f8(I v) { return _mm256_cvtepi32_ps(v); }
+inline F8 fma8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F8 mul8(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
+inline Bytes load_bytes(const void* p) { return load32(p); }
+inline Bytes16 load_bytes16(const int8_t* p) { return load16(p); }
+inline Bytes bytes_of(int8_t x) { return _mm256_set1_epi8(x); }
+inline Bytes nibbles_int8(Bytes16 t, const uint8_t* p) {
+  const __m128i bytes = load16(p);
+  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes);
+  const __m256i nibbles = _mm256_and_si256(both, _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), nibbles);
+}
+inline I dot4(Bytes w, Bytes x) {
+  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+
+constexpr int ROWS1 = 4, ROWSN = 4, TOKENS = 4;
+
+}  // namespace
+}  // namespace specmoe
+
+#include "rows.h"
+#include "rows_int8.h"
+
+namespace specmoe {
+
+const Kernels* avx512_kernels_or_null() {
+  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any};
+  const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vnni");
+  return has ? &kernels : nullptr;
+}
+
+}  // namespace specmoe
+
+#else
+
+namespace specmoe {
+const Kernels* avx512_kernels_or_null() { return nullptr; }
+}  // namespace specmoe
+
+#endif

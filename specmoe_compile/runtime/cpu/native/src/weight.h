@@ -1,0 +1,116 @@
+// What an expert looks like to the kernels: plain numbers only, filled in by Python.
+//
+// Shape letters: N outputs, K inputs, H hidden, I expert intermediate, T tokens.
+#pragma once
+
+#include <cstdint>
+
+namespace specmoe {
+
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+// What one code is worth; the first three are floats as they are.
+enum Book : int32_t {
+  BOOK_F32 = 0,
+  BOOK_BF16 = 1,
+  BOOK_F16 = 2,
+  BOOK_E2M1 = 3,
+  BOOK_INT4 = 4,
+  BOOK_NF4 = 5,
+  BOOK_E4M3 = 6,
+  BOOK_INT8 = 7,
+};
+
+enum Scale : int32_t {
+  SCALE_NONE = 0,
+  SCALE_E8M0 = 1,
+  SCALE_E4M3 = 2,
+  SCALE_F32 = 3,
+  SCALE_BF16 = 4,
+  SCALE_F16 = 5,
+};
+
+enum Activation : int32_t {
+  ACT_SILU = 0,
+  ACT_GELU = 1,
+  ACT_GELU_TANH = 2,
+  ACT_RELU = 3,
+  ACT_RELU2 = 4,
+  ACT_SWIGLU_OAI = 5,
+};
+
+inline bool is_plain(int32_t book) { return book <= BOOK_F16; }
+inline bool is_four_bit(int32_t book) { return book >= BOOK_E2M1 && book <= BOOK_NF4; }
+// Codes whose values are integers, times a factor, that fit in 8 bits.
+inline bool has_int8(int32_t book) {
+  return book == BOOK_E2M1 || book == BOOK_INT4 || book == BOOK_INT8;
+}
+
+// One weight [N, K] in a record, row-major: value = (code - zero) * scale * global.
+// Offsets are bytes from the record's start, -1 for a plane that is not there.
+struct WeightSpec {
+  int64_t outputs;        // N
+  int64_t inputs;         // K
+  int64_t row_bytes;      // of the code plane
+  int64_t block_rows;     // rows that share a scale
+  int64_t block_columns;  // columns that share a scale
+  int64_t scale_columns;  // scales per row of the scale plane
+  int64_t codes;
+  int64_t scales;
+  int64_t zeros;
+  int64_t globals;
+  int64_t bias;  // [N]
+  int32_t book;
+  int32_t scale;
+  int32_t bias_dtype;
+  int32_t unused;  // a multiple of 8 bytes
+};
+
+// One weight of one expert, with pointers instead of offsets.
+struct WeightView {
+  const WeightSpec* spec;
+  const uint8_t* record;
+
+  const uint8_t* row(int64_t n) const { return record + spec->codes + n * spec->row_bytes; }
+};
+
+// Inputs of a product: float32 rows, zeros up to a multiple of 32 columns. For 4-bit weights each
+// block of 32 has its 16 even columns first, then its 16 odd ones, as the nibbles of a code plane.
+// `codes` and the rest are there for int8 arithmetic only.
+struct Inputs {
+  const float* values;    // [.., stride]
+  const int8_t* codes;    // [.., stride], the same order
+  const float* scales;    // [.., stride / 32]
+  const int32_t* rows;    // [T], the row of each token
+  int64_t stride;         // a multiple of 32
+  int64_t tokens;         // T
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  // out[t * out_stride + n - begin] = sum over k of weight[n, k] * x[rows[t], k], for
+  // begin <= n < end.
+  void (*rows)(const WeightView&, int64_t begin, int64_t end, const Inputs&, float* out,
+               int64_t out_stride);
+  // The same with int8 activations; only where `has_int8`.
+  void (*rows_int8)(const WeightView&, int64_t begin, int64_t end, const Inputs&, float* out,
+                    int64_t out_stride);
+  // Activation and gate in place: [count] pairs -> gate[count], see gate.h.
+  void (*gate)(float* gate, const float* up, int64_t count, const struct GateSpec&);
+};
+
+struct GateSpec {
+  int32_t activation;
+  int32_t dtype;  // every step is rounded to it
+  int32_t has_gate;
+  int32_t limit_after;
+  float alpha;
+  float limit;  // infinity for none
+};
+
+const Kernels& portable_kernels();
+const Kernels* avx2_kernels_or_null();
+const Kernels* avx512_kernels_or_null();
+
+}  // namespace specmoe

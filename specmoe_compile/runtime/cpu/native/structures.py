@@ -1,0 +1,86 @@
+"""The structures of `src/weight.h` and `src/experts.h`, field by field, for ctypes.
+
+Shape letters: N outputs, K inputs, H hidden, I expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BOOKS: Mapping[str, int] = {"e2m1": 3, "int4": 4, "nf4": 5, "e4m3": 6, "int8": 7}
+SCALES: Mapping[str, int] = {"e8m0": 1, "e4m3": 2, "f32": 3, "bf16": 4, "f16": 5}
+ACTIVATIONS: Mapping[str, int] = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "relu": 3,
+    "relu2": 4,
+    "swiglu_oai": 5,
+}
+ABSENT = -1
+"""Offset of a plane that a weight does not have."""
+
+
+class WeightSpec(Structure):
+    """One weight [N, K] in a record; offsets in bytes, `ABSENT` for a plane that is not there."""
+
+    _fields_ = (
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("row_bytes", c_int64),
+        ("block_rows", c_int64),
+        ("block_columns", c_int64),
+        ("scale_columns", c_int64),
+        ("codes", c_int64),
+        ("scales", c_int64),
+        ("zeros", c_int64),
+        ("globals", c_int64),
+        ("bias", c_int64),
+        ("book", c_int32),
+        ("scale", c_int32),
+        ("bias_dtype", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class GateSpec(Structure):
+    """Activation and gate; every step is rounded to the dtype."""
+
+    _fields_ = (
+        ("activation", c_int32),
+        ("dtype", c_int32),
+        ("has_gate", c_int32),
+        ("limit_after", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
+    )
+
+
+class ExpertSpec(Structure):
+    """How the experts of a layer are computed."""
+
+    _fields_ = (
+        ("up", WeightSpec),
+        ("down", WeightSpec),
+        ("gate", GateSpec),
+        ("interleaved", c_int32),
+        ("int8", c_int32),
+    )
+
+
+class ExpertTask(Structure):
+    """One expert of a step: address of its record, its tokens, and where their outputs go."""
+
+    _fields_ = (
+        ("record", c_void_p),
+        ("tokens", POINTER(c_int32)),
+        ("places", POINTER(c_int32)),
+        ("count", c_int64),
+    )
+
+
+STRUCTURES = (WeightSpec, GateSpec, ExpertSpec, ExpertTask)

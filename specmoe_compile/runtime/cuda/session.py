@@ -1,0 +1,410 @@
+"""The session of a model whose experts lie in host memory and are computed on a device.
+
+It answers the calls of `runtime.session.Session`. Between the calls it keeps the live step of each
+layer; the numbers that graphs carry from op to op mean nothing to it.
+
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.kernels.grouped_experts.op import reduce_choices
+from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
+from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.slot_table import slots_per_layer
+from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.cuda.committed import Commitments, Routing
+from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
+from specmoe_compile.runtime.cuda.decoders import open_decoders
+from specmoe_compile.runtime.cuda.parts import DecoderParts
+from specmoe_compile.runtime.cuda.prefetch_budget import PrefetchBudget
+from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
+from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
+from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
+from specmoe_compile.runtime.cuda.supply import StagedSupply
+from specmoe_compile.runtime.cuda.vectors import DeviceVectors
+from specmoe_compile.runtime.cuda.wanted import most_wanted
+from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.policy.speculation import take_part
+from specmoe_compile.runtime.session import _check_store, _sessions, register_session
+from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.ram import all_records
+from specmoe_compile.system import nvtx
+from specmoe_compile.system.nvtx import layer_range
+
+
+class DeviceSession:
+    """Store, slots, streams and counters of one model; a context manager that closes them.
+
+    Attributes:
+        handle: what graphs call the session by.
+        layers: the MoE layers, by ordinal.
+        store: the slow tier; closed with the session.
+        cache: slots and tables on the device.
+        device: where experts are computed.
+        top_k: K, the most experts of a token.
+        default_vectors: mean outputs of the experts, learned while running.
+        predictions: trained networks, for predictors that are no router.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertsLayer],
+        store: ExpertStore,
+        *,
+        supply: StagedSupply | None = None,
+        device: torch.device,
+        expert_cache_bytes: int,
+        cache_policy: Literal["lru", "lfu"] = "lru",
+        top_k: int,
+        streams: Streams | None = None,
+        measure: Callable[[], TransferRates] | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        """Reserve device memory.
+
+        Args:
+            layers: by MoE layer ordinal; their modules say how an expert is computed.
+            store: records of all of them; page-locked for a CUDA device, if in RAM.
+            supply: reads a store that is not in RAM; closed by `release`.
+            device: where experts are computed.
+            expert_cache_bytes: bytes of slots over all layers.
+            cache_policy: which expert leaves a full cache.
+            top_k: K.
+            streams: those of `device` by default.
+            measure: compares the transfers for `transfer="auto"`; by default on a CUDA device only.
+            release: called once on closing, before the store is closed.
+
+        Raises:
+            ValueError: the cache holds less than one token's experts, or the store is another's.
+            UnsupportedModelError: the kernels cannot compute these experts.
+        """
+        self.layers = tuple(layers)
+        self.store = store
+        self.device = device
+        self.top_k = top_k
+        _check_store(self.layers, store)
+        slots = slots_per_layer(expert_cache_bytes, store.layouts, store.num_experts, top_k)
+        self._supply = supply
+        self._streams = streams if streams is not None else CudaStreams(device)
+        parts = DecoderParts.for_layers(self.layers, slots, self._streams, device)
+        self.cache = parts.cache
+        records = all_records(store) if supply is None else []
+        self._prefill = PrefillBuffers(parts, records, device, supply=supply)
+        if measure is None and device.type == "cuda":
+            measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
+        self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
+        self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
+        self.predictions = Predictions(len(self.layers))
+        self._config = SpeculationConfig()
+        self._commitments = Commitments(len(self.layers), self._streams, device)
+        copied = self._decoders.copied_bytes
+        self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
+        self._learns_from_decode = False
+        self._last_stats: Stats | None = None
+        # The live step of each layer; False: the whole layer was computed by the prefill path.
+        self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(self.layers)
+        self._waited: list[DecodeStep | None] = [None] * len(self.layers)
+        self._lock = threading.RLock()
+        self._lookahead = nvtx.OpenRange()
+        self.handle = register_session(self)  # type: ignore[arg-type]
+        self._finalizer = weakref.finalize(self, _close_parts, self.handle, release, store)
+
+    def __enter__(self) -> DeviceSession:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Wait for the device, then give back slots, page locks and the store's memory."""
+        with self._lock:
+            if self.closed:
+                return
+            for layer in self.layers:
+                layer.module._specmoe_session = None  # type: ignore[assignment]
+            try:
+                self._last_stats = self.stats
+            finally:
+                self._finalizer()
+                # They hold views of the store, which would keep its memory mapped.
+                del self._decoders, self._prefill, self.cache, self._budget
+                self._supply = None
+
+    @property
+    def plans_steps(self) -> bool:
+        """Whether a graph may branch on `plan_step`: where the host finds out what pays."""
+        return self._budget.tries_on_host
+
+    @property
+    def transfer(self) -> str:
+        """How decoding fetches, "copy" or "gather"."""
+        self._check_open()
+        return self._decoders.name
+
+    @property
+    def transfer_rates(self) -> TransferRates | None:
+        """What `transfer="auto"` measured; None before."""
+        return self._decoders.rates
+
+    @property
+    def prefetch_records(self) -> int | None:
+        """Records per layer fetched ahead now, if found by trying; waits for the device."""
+        self._check_open()
+        return self._budget.records
+
+    @property
+    def prefetch_found(self) -> bool:
+        """Whether a trial has ended, or none is made; waits for the device."""
+        self._check_open()
+        return self._budget.found
+
+    @property
+    def _decoder(self) -> Decoder:
+        return self._decoders.active
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, as a copy; waits for the device.
+
+        Times and recall are not measured on the device and stay zero.
+        """
+        if self._last_stats is not None:
+            return self._last_stats
+        self._check_open()
+        staging_bytes = 0 if self._supply is None else self._supply.total_bytes
+        layers = self._decoders.stats()
+        self._commitments.add_to(layers)
+        return Stats(
+            layers=layers,
+            fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
+            store_bytes=self.store.total_bytes,
+            store=self.store.kind,
+            read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
+        )
+
+    def configure(self, speculation: SpeculationConfig) -> None:
+        """Set what happens to predictions, from now on.
+
+        `auto_off` is about the number of records to fetch ahead, see `PrefetchBudget`.
+
+        Raises:
+            ValueError: predictor `previous_token`, whose memory of the step before a captured graph
+                does not replay.
+            SpecMoEError: the transfer cannot be changed any more, see `Decoders.use`.
+        """
+        if speculation.predictor == "previous_token":
+            raise ValueError(
+                "predictor='previous_token' is not supported for experts on a GPU: use another"
+                " predictor."
+            )
+        with self._lock:
+            self._check_open()
+            self._decoders.use(speculation.transfer, captures=speculation.captures)
+            self._config = speculation
+            self._commitments.use(speculation)
+            self._budget.use(speculation, self._decoders.name)
+            self._decoders.limit_prefetch(self._budget.limit)
+            self.predictions.use(speculation.predictor)
+            self._learns_from_decode = speculation.prefetch
+            if speculation.nvtx:
+                nvtx.enable()
+
+    def forget_slots(self) -> None:
+        """Empty the slots, between two steps; counters stay. Does not wait for the device."""
+        with self._lock:
+            self._check_open()
+            self._decoder.forget()
+
+    def restart_trials(self) -> None:
+        """Find anew how many records to fetch ahead. Does not wait for the device."""
+        self._budget.restart()
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; the cache keeps what it holds."""
+        with self._lock:
+            self._decoders.reset_stats()
+            self._commitments.reset_stats()
+
+    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts of one layer, fetching what is missing.
+
+        Args:
+            layer: MoE layer ordinal.
+            x: [T, H] float, on the session's device.
+            ids: [T, K] int64 or int32.
+            weights: [T, K] float.
+
+        Returns:
+            [T, H] in the dtype of `x`: the weighted sum over K.
+
+        Raises:
+            SpecMoEError: the session is closed.
+        """
+        with self._lock, layer_range(layer, "experts"):
+            self._check_open()
+            self._forget_step(layer)
+            return self._demand(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
+
+    def blend_default_vectors(
+        self, layer: int, ids: Tensor, weights: Tensor, like: Tensor
+    ) -> Tensor:
+        """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
+        with self._lock, layer_range(layer, "blend"):
+            self._lookahead.open(layer, "lookahead")
+            return self.default_vectors.blend(layer, ids, weights, like)
+
+    def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Predict a layer with its network: [T, H] -> ids and weights [T, P], for a prefetch."""
+        with self._lock, layer_range(layer, "predict"), self._streams.on("compute"):
+            return self.predictions.predict(layer, state, width)
+
+    def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
+        """Decide which of `layers` speculate in the step that begins, see `Session.plan_step`."""
+        with self._lock:
+            self._check_open()
+            predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
+            wanted = set(edges[1::2]).difference(self._config.skip_layers) if predicts else set()
+            return take_part(layers, edges, wanted)
+
+    def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""
+        self._lookahead.close()
+        with self._lock, layer_range(layer, "prefetch"):
+            self._check_open()
+            prefill = self._is_prefill(layer, ids)
+            self._budget.begin_layer(layer, prefill=prefill)
+            self._commitments.drop(layer)
+            if prefill or layer in self._config.skip_layers:
+                return 0
+            self._commitments.keep(layer, ids, weights)
+            experts = self.store.num_experts[layer]
+            with self._streams.on("compute"):
+                ids = most_wanted(ids, weights, self._config, num_experts=experts)
+            most = self._budget.most(layer)
+            if most > 0 and self._decoder.fits(layer, ids.numel()):
+                self._decoder.prefetch(layer, ids.contiguous(), most)
+            return 0
+
+    def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
+        """Plan the true ids, [T, K], and start fetching what is missing.
+
+        With the other policies what is missing depends on the router weights, which come with
+        `run_resident_experts`; with `commit`, where a prediction was made.
+        """
+        with self._lock, layer_range(layer, "wait"):
+            self._check_open()
+            self._forget_step(layer)
+            waits_for_weights = self._fills_defaults(layer) or self._commitments.has(layer, ids)
+            if not waits_for_weights and not self._is_prefill(layer, ids):
+                self._waited[layer] = self._decoder.demand(layer, ids.contiguous())
+            return 0
+
+    def run_resident_experts(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that are there: unweighted outputs [T, K, H].
+
+        Rows of experts that are still being fetched are undefined. Arguments are those of
+        `experts`.
+        """
+        with self._lock, layer_range(layer, "resident"):
+            self._check_open()
+            return self._run(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
+
+    def correct_experts(
+        self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
+    ) -> Tensor:
+        """Run the experts that arrive late and sum over K: [T, K, H] -> [T, H]."""
+        with self._lock, layer_range(layer, "correct"):
+            self._check_open()
+            x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+            step, self._steps[layer] = self._steps[layer], None
+            if step is None:
+                return self._demand(layer, x, ids, weights)
+            return self._correct(layer, step, partial.contiguous(), x, weights)
+
+    def _demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        self._commitments.drop(layer)
+        if not self._is_prefill(layer, ids):
+            self._waited[layer] = self._decoder.demand(layer, ids)
+        partial = self._run(layer, x, ids, weights)
+        step, self._steps[layer] = self._steps[layer], None
+        assert step is not None, "running a layer leaves a step"
+        return self._correct(layer, step, partial, x, weights)
+
+    def _run(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        step, self._waited[layer] = self._waited[layer], None
+        if self._is_prefill(layer, ids):
+            self._steps[layer] = False
+            self._decoder.join(layer)
+            y = self._decoder.normed(layer, self._prefill.run(layer, x, ids))
+            self.default_vectors.learn(layer, ids, y)
+            return y
+        if step is None:
+            ids, weights = self._commitments.take(layer, Routing(ids, weights))
+            step = self._demand_strong(layer, ids, weights)._replace(weights=weights)
+        self._steps[layer] = step
+        y = self._decoder.run(layer, step, x, weights)
+        if self._learns_from_decode and not self._streams.capturing:
+            normed = self._decoder.normed(layer, y)
+            self.default_vectors.learn_from_decode(layer, ids, normed, step.present)
+        return y
+
+    def _demand_strong(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
+        """Plan a step; by policy `default_vector` without its weak misses."""
+        if not self._fills_defaults(layer):
+            return self._decoder.demand(layer, ids)
+        threshold = self._config.default_vector_threshold
+        return self._decoder.demand(layer, ids, weights, threshold)
+
+    def _correct(
+        self,
+        layer: int,
+        step: DecodeStep | Literal[False],
+        partial: Tensor,
+        x: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        if step is False:
+            with self._streams.on("compute"):
+                return reduce_choices(partial, weights)
+        weights = weights if step.weights is None else step.weights
+        vectors = self.default_vectors.tables[layer]
+        return self._decoder.correct(layer, step, partial, x, weights, vectors)
+
+    def _fills_defaults(self, layer: int) -> bool:
+        # In a layer that never speculates every miss is fetched.
+        return self._config.policy == "default_vector" and layer not in self._config.skip_layers
+
+    def _is_prefill(self, layer: int, ids: Tensor) -> bool:
+        return ids.shape[0] > MAX_DECODE_TOKENS or not self._decoder.fits(layer, ids.numel())
+
+    def _forget_step(self, layer: int) -> None:
+        """Drop a step of this layer that was never corrected."""
+        self._steps[layer] = self._waited[layer] = None
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SpecMoEError("The session is closed: load the model again.")
+
+
+def _close_parts(handle: int, release: Callable[[], None] | None, store: ExpertStore) -> None:
+    _sessions.pop(handle, None)
+    if release is not None:
+        release()
+    store.close()

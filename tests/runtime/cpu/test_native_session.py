@@ -1,0 +1,74 @@
+"""A session whose experts the C++ engine computes: the same numbers whatever the cache holds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.runtime.cpu.native import build, layer, library
+from tests.runtime.fakes import L, reference, token_batch
+from tests.runtime.split_path import predict, step
+from tests.runtime.test_session import CACHES, MODULES, make_session, poison
+
+
+@pytest.fixture
+def tiny_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine takes experts of any size."""
+    if library.library_or_none() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(layer, "MIN_RECORD_BYTES", 0)
+
+
+@pytest.mark.usefixtures("tiny_experts")
+@pytest.mark.parametrize("cache", [name for name in CACHES if name != "in_place"])
+def test_caches_and_predictions_change_no_bit(cache: str) -> None:
+    generator = random.Random(cache)
+    with make_session(cache) as session, make_session("in_place") as plain:
+        assert all(runner.native is not None for runner in session._runners)
+        session.configure(SpeculationConfig(auto_off=False))
+        poison(session)
+        for seed in range(40):
+            number = seed % L
+            batch = token_batch(seed, generator.choice([1, 1, 2, 5, 16, 20]))
+            expected = plain.experts(number, *batch)
+            close = reference(MODULES[number], *batch)
+            torch.testing.assert_close(expected, close, rtol=1e-5, atol=1e-5)
+            if generator.random() < 0.5:
+                assert torch.equal(session.experts(number, *batch), expected)
+                continue
+            ticket = session.start_prefetch(number, *predict("random", batch, generator))
+            assert torch.equal(step(session, number, batch, ticket), expected)
+
+
+def test_without_a_compiler_torch_computes_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_which", lambda name: None)
+    monkeypatch.setattr(library, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(layer, "MIN_RECORD_BYTES", 0)
+    library._library_or_none.cache_clear()
+    try:
+        for _ in range(2):
+            with make_session("half") as session:
+                batch = token_batch(0, 3)
+                got = session.experts(0, *batch)
+                assert torch.equal(got, reference(MODULES[0], *batch))
+    finally:
+        library._library_or_none.cache_clear()
+    said = [record.getMessage() for record in caplog.records if "C++" in record.getMessage()]
+    assert len(said) == 1, said
+    assert "no C++ compiler" in said[0]
+    assert not any(tmp_path.rglob("*.so"))
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "_FLAGS", ("--no-such-flag",))
+    with pytest.raises(build.BuildError, match="no-such-flag"):
+        build.build(tmp_path / "folder" / "library.so")
+    assert list((tmp_path / "folder").iterdir()) == []
