@@ -22,6 +22,7 @@ from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.missing_weights import MissingWeights
 from specmoe_compile.hf.model_loader import (
+    ExpertNumbers,
     Skeleton,
     checked_dtype,
     load_without_experts,
@@ -29,6 +30,7 @@ from specmoe_compile.hf.model_loader import (
 from specmoe_compile.hf.packing import pack_source
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
@@ -47,6 +49,7 @@ from specmoe_compile.runtime.store.module_source import (
     move_to_ram,
     restore_experts,
 )
+from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.numa import gpu_node_or_none
@@ -58,6 +61,7 @@ StoreKind = Literal["auto", "ram", "disk"]
 CachePolicy = Literal["lru", "lfu"]
 
 _DEFAULT_CACHE = "25%"
+_CODE_DEVICES = ("cpu",)  # where experts are computed from codes; elsewhere they are unpacked
 _RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
 _COMPILING_BYTES = 512 << 20
 """RAM that compiling takes besides: 350 MiB of the C++ compiler, and Inductor's own modules."""
@@ -68,6 +72,7 @@ class _Options:
     """What both entry points take, checked."""
 
     device: torch.device
+    quantize: str | None
     store: StoreKind
     expert_cache: int | str | None
     store_dir: Path | None
@@ -82,6 +87,7 @@ def from_pretrained(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
     store: StoreKind = "auto",
     expert_cache: int | str | None = None,
     store_dir: str | os.PathLike[str] | None = None,
@@ -100,6 +106,8 @@ def from_pretrained(
         path_or_id: a local folder, or a model's name on the Hugging Face hub; safetensors.
         device: where the model computes: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: a torch dtype or its name; "auto" is the checkpoint's. Experts are cast when packed.
+        quantize: "int4", "mxfp4", "fp8" or "int8": experts are quantised when they are packed,
+            which approximates them (docs/formats.md). None keeps the checkpoint's own numbers.
         store: "ram" or "disk"; "auto" is RAM if the experts fit in 60 % of what is free beside
             the rest of the model, limits of control groups included.
         expert_cache: size of the expert cache in the fast tier: bytes, "2GiB", or "25%" of all
@@ -130,7 +138,15 @@ def from_pretrained(
         UnsupportedModelError: the model has no experts that can be offloaded.
     """
     options = _checked(
-        device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
+        device,
+        quantize,
+        store,
+        expert_cache,
+        store_dir,
+        cache_policy,
+        reader_threads,
+        verify,
+        progress,
     )
     _check_choice("missing_weights", missing_weights, get_args(MissingWeights))
     placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
@@ -154,6 +170,9 @@ def from_pretrained(
             hf_options=hf_kwargs,
             place_experts=place_experts,
             missing_weights=missing_weights,
+            numbers=ExpertNumbers(
+                keep_codes=options.device.type in _CODE_DEVICES, quantize=options.quantize
+            ),
         )
         _to_device(model, options.device)
         skeleton, expert_store, cache_bytes = placed[0]
@@ -169,6 +188,7 @@ def offload(
     model: PreTrainedModel,
     *,
     device: str | torch.device = "auto",
+    quantize: str | None = None,
     store: StoreKind = "auto",
     expert_cache: int | str | None = None,
     store_dir: str | os.PathLike[str] | None = None,
@@ -181,10 +201,19 @@ def offload(
 
     With `store="ram"` each layer's parameters are freed as they are copied; with `store="disk"` all
     at the end, so that a full disk loses nothing. "auto" counts the memory of the parameters, which
-    is given back, as free. Arguments, result and errors are those of `from_pretrained`.
+    is given back, as free. Arguments, result and errors are those of `from_pretrained`. With
+    `quantize=` all parameters are freed at the end in either case.
     """
     options = _checked(
-        device, store, expert_cache, store_dir, cache_policy, reader_threads, verify, progress
+        device,
+        quantize,
+        store,
+        expert_cache,
+        store_dir,
+        cache_policy,
+        reader_threads,
+        verify,
+        progress,
     )
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if len(places) > 1:
@@ -200,16 +229,21 @@ def offload(
                 "load the model with specmoe_compile.from_pretrained instead."
             )
     top_k = find_top_k(model, layers)
-    source = ModuleSource(layers, name=type(model).__name__, top_k=top_k)
+    plain = ModuleSource(layers, name=type(model).__name__, top_k=top_k)
+    source: RecordSource = plain
+    if options.quantize is not None:
+        quantising = QuantisingSource(plain, layers, options.quantize)
+        source, layers = quantising, list(quantising.experts_layers)
     cache_bytes: int | None = _cache_bytes(options, source.layers, top_k)
     total_bytes = _total_bytes(source.layers)
-    in_ram = total_bytes if all(source.on_cpu) else 0
+    in_ram = _total_bytes(plain.layers) if all(plain.on_cpu) and source is plain else 0
     kind = _store_kind(options, total_bytes, freed_bytes=in_ram)
     devices = expert_devices(layers)
     expert_store: ExpertStore
-    if kind == "ram":
-        cache_bytes = None if options.device.type == "cpu" else cache_bytes
-        expert_store = move_to_ram(source, layers, options.device, progress=options.progress)
+    if kind == "ram" and options.device.type == "cpu":
+        cache_bytes = None
+    if kind == "ram" and source is plain:
+        expert_store = move_to_ram(plain, layers, options.device, progress=options.progress)
     else:
         expert_store = _fill_store(source, kind, options)
         for layer in layers:
@@ -411,6 +445,7 @@ def _cache_bytes(
 
 def _checked(
     device: str | torch.device,
+    quantize: str | None,
     store: str,
     expert_cache: int | str | None,
     store_dir: str | os.PathLike[str] | None,
@@ -431,8 +466,15 @@ def _checked(
         raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
     if expert_cache is not None:
         parse_size(expert_cache, total_bytes=1 << 40)
+    found = _checked_device(device)
+    if quantize is not None and found.type not in _CODE_DEVICES:
+        raise ValueError(
+            f"quantize={quantize!r} is for experts that are computed on the CPU, and device is"
+            f" {found}: leave it out."
+        )
     return _Options(
-        device=_checked_device(device),
+        device=found,
+        quantize=checked_quantize(quantize),
         store=store,  # type: ignore[arg-type]
         expert_cache=expert_cache,
         store_dir=None if store_dir is None else Path(store_dir).expanduser(),

@@ -38,6 +38,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
         job.model,
         device=job.device,
         dtype=job.dtype,
+        quantize=job.quantize,
         store=job.store or store,  # type: ignore[arg-type]
         expert_cache=expert_cache,
         store_dir=job.store_dir,

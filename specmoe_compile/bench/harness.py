@@ -79,7 +79,13 @@ def run_arms(
 
 
 def run_pack(
-    model: str, store_dir: str | None, dtype: str, *, cap: MemoryCap | None, work_dir: str
+    model: str,
+    store_dir: str | None,
+    dtype: str,
+    *,
+    quantize: str | None = None,
+    cap: MemoryCap | None,
+    work_dir: str,
 ) -> dict[str, Any]:
     """Pack a model's store in a process of its own and return the JSON of `specmoe pack`.
 
@@ -89,6 +95,8 @@ def run_pack(
     with tempfile.TemporaryDirectory(prefix="specmoe-pack-", dir=work_dir) as folder:
         result_path = Path(folder) / "pack.json"
         arguments = ["pack", model, "--dtype", dtype, "--json", str(result_path)]
+        if quantize is not None:
+            arguments += ["--quantize", quantize]
         if store_dir is not None:
             arguments += ["--store-dir", store_dir]
         run_python(["-m", "specmoe_compile.cli.main", *arguments], cap=cap)

@@ -26,7 +26,8 @@ class ArmJob:
         new_tokens: tokens to generate per prompt, greedy.
         warmup_tokens: tokens generated once before anything is timed, from the first prompt.
         skip_tokens: tokens after the first one of each prompt that are left out of `tpot_ms`.
-        device, dtype, store, expert_cache, store_dir: as for `specmoe_compile.from_pretrained`.
+        device, dtype, quantize, store, expert_cache, store_dir: as for
+            `specmoe_compile.from_pretrained`.
         kv_cache: "static" or "dynamic", for compiled arms; other arms run as they come.
         options: of `torch.compile(backend="specmoe")`, over those of the arm.
         threads: that compute; None leaves the engine's default.
@@ -44,6 +45,7 @@ class ArmJob:
     skip_tokens: int = 4
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     store: str | None = None
     expert_cache: str = "25%"
     store_dir: str | None = None

@@ -19,10 +19,12 @@ from specmoe_compile.cli.options import (
     JSON,
     KV_CACHE,
     MODEL,
+    QUANTIZE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_quantize,
     compile_options,
 )
 
@@ -62,6 +64,7 @@ def bench(
     ] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
     store_dir: STORE_DIR = None,
     kv_cache: KV_CACHE = "static",
     option: COMPILE_OPTION = None,
@@ -122,6 +125,7 @@ def bench(
 
     names = checked_arms(arms)
     check_dtype(dtype)
+    check_quantize(quantize)
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
@@ -143,6 +147,7 @@ def bench(
         "skip_tokens": skip_tokens,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "expert_cache": expert_cache,
         "kv_cache": kv_cache,
         "options": options,
@@ -233,7 +238,12 @@ def _pack(job: ArmJob, memory_cap_bytes: int | None) -> dict[str, Any]:
     status = Console(stderr=True).status("Packing the expert store ...")
     with status, harness.cap_or_nothing(memory_cap_bytes) as cap:
         report = harness.run_pack(
-            job.model, job.store_dir, job.dtype, cap=cap, work_dir=job.work_dir
+            job.model,
+            job.store_dir,
+            job.dtype,
+            quantize=job.quantize,
+            cap=cap,
+            work_dir=job.work_dir,
         )
     # Where the folder lies is nobody's business but this machine's.
     del report["path"]

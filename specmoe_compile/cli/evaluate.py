@@ -16,10 +16,12 @@ from specmoe_compile.cli.options import (
     EXPERT_CACHE,
     JSON,
     MODEL,
+    QUANTIZE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_quantize,
     compile_options,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
@@ -74,6 +76,7 @@ def evaluate(
         ),
     ] = "auto",
     dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
     option: COMPILE_OPTION = None,
@@ -102,6 +105,7 @@ def evaluate(
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
+    check_quantize(quantize)
     check_choice("reference", reference, ("auto", "plain", "offloaded"))
     check_writable(json)
     check_documents(plot, markdown)
@@ -128,7 +132,12 @@ def evaluate(
         "prompts": windows(ids, count=prompts, length=prompt_tokens, path=text),
     }
     sizes = {"context": context, "new_tokens": new_tokens}
-    loading = {"dtype": dtype, "store_dir": store_dir, "expert_cache": expert_cache}
+    loading = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "store_dir": store_dir,
+        "expert_cache": expert_cache,
+    }
     result = measure(
         model,
         policy or DEFAULT_POLICIES,

@@ -19,11 +19,13 @@ from specmoe_compile.cli.options import (
     KV_CACHE,
     MISSING_WEIGHTS,
     MODEL,
+    QUANTIZE,
     STORE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_quantize,
     compile_options,
 )
 
@@ -39,6 +41,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
     store: STORE = "auto",
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
@@ -82,6 +85,7 @@ def generate(
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
+    check_quantize(quantize)
     check_choice("store", store, ("auto", "ram", "disk"))
     check_choice("missing-weights", missing_weights, ("error", "random"))
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
@@ -103,6 +107,7 @@ def generate(
         model,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,

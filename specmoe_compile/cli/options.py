@@ -24,6 +24,14 @@ DTYPE = Annotated[
     str,
     typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", metavar="NAME"),
 ]
+QUANTIZE = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise experts when they are packed: int4, mxfp4, fp8 or int8. Approximates.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
 STORE = Annotated[
     str,
     typer.Option(help="Where all experts live: auto, ram or disk.", metavar="TIER"),
@@ -78,6 +86,7 @@ DEBUG = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")
 ]
 
+QUANTIZED = ("int4", "mxfp4", "fp8", "int8")  # without torch, which takes a second to import
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -91,6 +100,11 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> str:
 def check_dtype(value: str) -> str:
     """Return a dtype's name; raises `ValueError` if specmoe has no such dtype."""
     return check_choice("dtype", value, _DTYPES)
+
+
+def check_quantize(value: str | None) -> str | None:
+    """Return what `quantize=` can be; raises `ValueError` for anything else."""
+    return None if value is None else check_choice("quantize", value, QUANTIZED)
 
 
 def compile_options(assignments: Sequence[str] | None) -> dict[str, Any]:

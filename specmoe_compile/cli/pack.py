@@ -7,13 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from specmoe_compile.cli.options import DEBUG, DTYPE, JSON, MODEL, STORE_DIR, check_dtype
+from specmoe_compile.cli.options import (
+    DEBUG,
+    DTYPE,
+    JSON,
+    MODEL,
+    QUANTIZE,
+    STORE_DIR,
+    check_dtype,
+    check_quantize,
+)
 
 
 def pack(
     model: MODEL,
     store_dir: STORE_DIR = None,
     dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the store back and compare all checksums.")
     ] = False,
@@ -30,17 +40,20 @@ def pack(
       specmoe pack Qwen/Qwen3-30B-A3B --store-dir /data/qwen3-store
 
       specmoe pack ./checkpoint --dtype bfloat16 --verify
+
+      specmoe pack ./checkpoint --quantize int4
     """
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
+    check_quantize(quantize)
     check_writable(json)
     from specmoe_compile.bench.worker import peak_rss_bytes
     from specmoe_compile.hf.packing import pack as pack_store
     from specmoe_compile.system.sizes import format_bytes
 
     quiet_transformers()
-    report = pack_store(model, store_dir, dtype=dtype, verify=verify)
+    report = pack_store(model, store_dir, dtype=dtype, quantize=quantize, verify=verify)
     if report.reused:
         print(f"{report.path} already holds this store ({format_bytes(report.total_bytes)}).")
     else:

@@ -36,6 +36,7 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F4": torch.uint8,  # two to a byte
     "BOOL": torch.bool,
 }
 _SAMPLES = 64
@@ -52,8 +53,18 @@ class CheckpointTensor:
     start: int
     stop: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype; raises `CheckpointError` for one that cannot be read."""
+        dtype = _DTYPES.get(self.dtype_name)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.file.path} holds a tensor of dtype {self.dtype_name}, which cannot be read."
+            )
+        return dtype
+
     def read(self) -> torch.Tensor:
-        """Read the whole tensor into new memory."""
+        """Read the whole tensor into new memory; of 4-bit floats, [..., K/2] uint8."""
         return self._read(self.shape, self.start, self.stop)
 
     def read_rows(self, first: int, count: int) -> torch.Tensor:
@@ -63,11 +74,9 @@ class CheckpointTensor:
         return self._read((count, *self.shape[1:]), start, start + count * row_bytes)
 
     def _read(self, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-        dtype = _DTYPES.get(self.dtype_name)
-        if dtype is None:
-            raise CheckpointError(
-                f"{self.file.path} holds a tensor of dtype {self.dtype_name}, which cannot be read."
-            )
+        dtype = self.dtype
+        if self.dtype_name == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
         if stop == start:
             return torch.empty(shape, dtype=dtype)
         buffer = torch.empty(stop - start, dtype=torch.uint8)

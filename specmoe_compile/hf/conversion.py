@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,19 @@ from transformers.core_model_loading import (
 
 from specmoe_compile.errors import CheckpointError, UnsupportedModelError
 from specmoe_compile.hf.checkpoint import Checkpoint, CheckpointTensor
+from specmoe_compile.hf.quantised.base import QuantisedWeight
+from specmoe_compile.hf.quantised.experts import CodedTensor, join_sources
+from specmoe_compile.hf.quantised.schemes import PlainKeys
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertFormat
+from specmoe_compile.runtime.experts.formats.weight_code import PLAIN, WeightPlanes, dequantise
 from specmoe_compile.runtime.experts.layout import StoreLayer
-from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.experts.module import (
+    ExpertsLayer,
+    expert_parameter_names,
+    with_format,
+)
 from specmoe_compile.runtime.store.header import layers_to_json
 from specmoe_compile.runtime.store.source_content import SourceContent
-
-# Dequantising works on each expert's blocks alone.
-_EXPERT_WISE_NAMES = ("Fp8Dequantize", "Mxfp4Dequantize")
 
 
 @dataclass(slots=True)
@@ -148,13 +155,26 @@ class CheckpointSource:
         *,
         top_k: int,
         name: str,
+        plain: PlainKeys,
+        keep_codes: bool,
     ) -> None:
-        """Check that the checkpoint has every expert.
+        """Check that the checkpoint has every expert, and lay out their records.
+
+        Args:
+            model: on the meta device, with its full parameters.
+            checkpoint: open while the source is used.
+            layers: the model's MoE layers.
+            recipes: how their tensors are made (`assign_checkpoint_keys`).
+            top_k: K.
+            name: for people.
+            plain: the checkpoint's weights by their plain keys.
+            keep_codes: records hold the codes of quantised weights; else their values, in the
+                dtype of the model.
 
         Raises:
-            CheckpointError: a tensor is missing.
+            CheckpointError: a tensor is missing, or experts do not fit together.
+            UnsupportedModelError: codes that cannot be kept.
         """
-        self.layers: tuple[StoreLayer, ...] = tuple(layer.store_layer for layer in layers)
         self.top_k = top_k
         self.name = name
         self.source_files = checkpoint.source_files
@@ -169,10 +189,72 @@ class CheckpointSource:
                     raise CheckpointError(
                         f"The checkpoint {name} has no weights for {layer.name}.{spec.name}."
                     )
-        self.fingerprint = _fingerprint(self.layers, checkpoint.identity())
+        self._coded = self._join_codes(layers, plain.weights)
+        self.experts_layers = tuple(
+            self._with_codes(layer) if keep_codes else layer for layer in layers
+        )
+        self.layers: tuple[StoreLayer, ...] = tuple(
+            layer.store_layer for layer in self.experts_layers
+        )
+        self._transposed = [bool(layer.module.is_transposed) for layer in layers]
+        self._names = [expert_parameter_names(layer.module) for layer in layers]
+        self.fingerprint = _fingerprint(self.layers, checkpoint.identity(), plain.settings)
         self.content: SourceContent | None = checkpoint.content(
-            [_source_keys(recipes, layer) for layer in self.layers],
-            recipe=_recipe_digest(recipes, model.config),
+            [_source_keys(recipes, layer, plain.weights) for layer in layers],
+            recipe=_recipe_digest(recipes, plain.settings),
+        )
+
+    def _join_codes(
+        self, layers: Sequence[ExpertsLayer], weights: Mapping[str, QuantisedWeight]
+    ) -> dict[str, CodedTensor]:
+        """Describe the experts' tensors that are made of quantised weights, by name."""
+        coded: dict[str, CodedTensor] = {}
+        for layer in layers:
+            for spec in layer.layout.tensors:
+                name = f"{layer.name}.{spec.name}"
+                recipe = self._recipes[name]
+                quantised = [k for keys in recipe.sources.values() for k in keys if k in weights]
+                if not quantised:
+                    continue
+                if len(quantised) != sum(map(len, recipe.sources.values())):
+                    raise UnsupportedModelError(
+                        f"{name} is made of quantised and of plain weights, which specmoe does not"
+                        f" join; {quantised[0]} is quantised."
+                    )
+                outputs, inputs = spec.shape[::-1] if layer.module.is_transposed else spec.shape
+                coded[name] = join_sources(
+                    name,
+                    {p: [weights[key] for key in keys] for p, keys in recipe.sources.items()},
+                    None
+                    if recipe.converter is None
+                    else partial(self._convert, name, recipe, rows=1),
+                    num_experts=layer.num_experts,
+                    transposed=bool(layer.module.is_transposed),
+                    shape=(outputs, inputs),
+                )
+        return coded
+
+    def _with_codes(self, layer: ExpertsLayer) -> ExpertsLayer:
+        """Lay out a record of the codes that a layer has."""
+        up, down = (
+            self._coded.get(f"{layer.name}.{name}")
+            for name in expert_parameter_names(layer.module)
+            if not name.endswith("_bias")
+        )
+        if up is None and down is None:
+            return layer
+        dtypes = {spec.name: spec.dtype for spec in layer.layout.tensors}
+        for name in dtypes:
+            if name.endswith("_bias"):
+                # As they are, so that a record does not depend on the model's dtype.
+                sources = self._recipes[f"{layer.name}.{name}"].sources
+                dtypes[name] = self._tensor(next(iter(sources.values()))[0]).dtype
+        return with_format(
+            layer,
+            ExpertFormat(
+                up=PLAIN if up is None else up.code, down=PLAIN if down is None else down.code
+            ),
+            dtypes,
         )
 
     def fill(self, layer: int, expert: int, record: torch.Tensor) -> None:
@@ -180,9 +262,22 @@ class CheckpointSource:
             self._whole.clear()
             self._whole_layer = layer
         spec = self.layers[layer]
-        for tensor_name, view in spec.layout.views(record).items():
+        views = spec.layout.views(record)
+        for tensor_name in self._names[layer]:
             name = f"{spec.name}.{tensor_name}"
-            tensor = self._expert_tensor(name, expert, spec.num_experts)
+            coded = self._coded.get(name)
+            if coded is not None:
+                planes = coded.planes(expert)
+                if not spec.layout.format.code(tensor_name).is_plain:
+                    WeightPlanes.of(views, tensor_name).copy_(planes)
+                    continue
+                tensor = dequantise(planes, coded.code)
+                tensor = tensor.t() if self._transposed[layer] else tensor
+            else:
+                tensor = self._expert_tensor(name, expert, spec.num_experts)
+                if not spec.layout.format.is_plain and self._transposed[layer]:
+                    tensor = tensor.t() if tensor.dim() == 2 else tensor
+            view = views[tensor_name]
             if tensor.shape != view.shape:
                 raise CheckpointError(
                     f"The checkpoint's experts do not fit the model: {name} of one expert is "
@@ -280,9 +375,7 @@ def _merges_expert_wise(converter: WeightConverter) -> bool:
     if len(merges) != 1 or merges[0].dim != 0:
         return False
     at = converter.operations.index(merges[0])
-    return all(type(op).__name__ in _EXPERT_WISE_NAMES for op in converter.operations[:at]) and all(
-        _keeps_rows_apart(op) for op in converter.operations[at + 1 :]
-    )
+    return at == 0 and all(_keeps_rows_apart(op) for op in converter.operations[1:])
 
 
 def _slices_expert_wise(converter: WeightConverter) -> bool:
@@ -291,8 +384,6 @@ def _slices_expert_wise(converter: WeightConverter) -> bool:
 
 
 def _keeps_rows_apart(op: Any) -> bool:
-    if type(op).__name__ in _EXPERT_WISE_NAMES:
-        return True
     if type(op) is Transpose:
         return op.dim0 >= 1 and op.dim1 >= 1
     if type(op) in (Chunk, Concatenate, Interleave):
@@ -301,13 +392,18 @@ def _keeps_rows_apart(op: Any) -> bool:
     return False
 
 
-def _source_keys(recipes: Mapping[str, _Recipe], layer: StoreLayer) -> list[str]:
+def _source_keys(
+    recipes: Mapping[str, _Recipe], layer: ExpertsLayer, weights: Mapping[str, QuantisedWeight]
+) -> list[str]:
     """Return the checkpoint's keys that a layer's experts are made from."""
     made = [recipes[f"{layer.name}.{spec.name}"] for spec in layer.layout.tensors]
-    return sorted({key for recipe in made for keys in recipe.sources.values() for key in keys})
+    plain = {key for recipe in made for keys in recipe.sources.values() for key in keys}
+    return sorted(
+        key for name in plain for key in (weights[name].keys if name in weights else (name,))
+    )
 
 
-def _recipe_digest(recipes: Mapping[str, _Recipe], config: Any) -> str:
+def _recipe_digest(recipes: Mapping[str, _Recipe], settings: Mapping[str, Any] | None) -> str:
     """Return the digest of how a checkpoint's tensors are made into experts."""
     made = {
         name: [
@@ -316,14 +412,17 @@ def _recipe_digest(recipes: Mapping[str, _Recipe], config: Any) -> str:
         ]
         for name, recipe in recipes.items()
     }
-    settings = getattr(config, "quantization_config", None) or {}
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
-    text = json.dumps([made, method, settings.get("weight_block_size")], sort_keys=True)
+    method: Any = "None" if settings is None else settings
+    text = json.dumps([made, method, None], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fingerprint(layers: Sequence[StoreLayer], identity: str) -> str:
+def _fingerprint(
+    layers: Sequence[StoreLayer], identity: str, settings: Mapping[str, Any] | None
+) -> str:
     """Return the digest that names a store: which weights, in which records."""
-    text = json.dumps({"layers": layers_to_json(layers), "weights": identity}, sort_keys=True)
+    named: dict[str, Any] = {"layers": layers_to_json(layers), "weights": identity}
+    if settings is not None:
+        named["quantization_config"] = settings
+    text = json.dumps(named, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

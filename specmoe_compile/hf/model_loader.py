@@ -14,7 +14,8 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from specmoe_compile.hf.missing_weights import (
     missing_before_loading,
     report_missing,
 )
+from specmoe_compile.hf.quantised.schemes import PlainKeys, plain_keys, take_format
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     expert_parameter_names,
@@ -46,11 +48,24 @@ from specmoe_compile.runtime.experts.module import (
     is_experts_module,
     release_experts,
 )
+from specmoe_compile.runtime.store.base import RecordSource
+from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 
 logger = logging.getLogger(__name__)
 
-# Block formats that transformers unpacks while it loads, expert by expert.
-_DEQUANTISED_METHODS = ("mxfp4", "fp8")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNumbers:
+    """What the records of experts hold.
+
+    Attributes:
+        keep_codes: the codes of a quantised checkpoint; else their values, in the model's dtype.
+        quantize: codes made while packing, a key of `QUANTISED_FORMATS`; None for the
+            checkpoint's own numbers.
+    """
+
+    keep_codes: bool = True
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +74,7 @@ class Skeleton:
 
     model: PreTrainedModel
     layers: list[ExpertsLayer]
-    source: CheckpointSource
+    source: RecordSource
     top_k: int
 
 
@@ -75,6 +90,7 @@ def load_without_experts(
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
     missing_weights: MissingWeights = "error",
+    numbers: ExpertNumbers = ExpertNumbers(),
 ) -> PreTrainedModel:
     """Load a model; its experts go to `place_experts`, and its modules get empty parameters.
 
@@ -85,6 +101,7 @@ def load_without_experts(
         hf_options: options of the Hugging Face loader, and fields of the configuration.
         place_experts: called once, before any weight is read.
         missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random".
+        numbers: what the experts' records hold.
 
     Raises:
         CheckpointError: files or weights are missing, truncated, or do not fit the configuration.
@@ -97,8 +114,9 @@ def load_without_experts(
     _check_local_folder(path_or_id, options)
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = _load_config(path_or_id, options, hub_options)
-    _lift_quantisation(config)
-    _dequantise(config)
+    format = take_format(config)
+    if format is not None and dtype == "auto" and getattr(config, "dtype", None) is None:
+        dtype = torch.bfloat16  # not that of the first tensor, which may be one of codes
     model_class = _model_class(path_or_id, config, options, hub_options)
     called: list[bool] = []
     check_first = missing_weights == "error"
@@ -110,11 +128,20 @@ def load_without_experts(
         if not files:
             raise CheckpointError(f"{path_or_id} has no safetensors weights.")
         with Checkpoint(files) as checkpoint:
-            layers, assignment = _assign(model, checkpoint, load_config)
+            plain = plain_keys(format, checkpoint.tensors)
+            layers, assignment = _assign(model, plain.keys, load_config)
             lacking = missing_before_loading(model, assignment.made) if check_first else []
             report_missing(model, str(path_or_id), lacking, assignment.unknown, missing_weights)
             resident, experts = _take_experts(
-                model, checkpoint, layers, assignment, str(path_or_id), device, place_experts
+                model,
+                checkpoint,
+                layers,
+                assignment,
+                plain,
+                str(path_or_id),
+                device,
+                place_experts,
+                numbers,
             )
             # Weights go straight to the device; the loader's own option would need accelerate.
             load_config = dataclasses.replace(load_config, device_map={"": device})
@@ -162,6 +189,7 @@ def read_experts(
     dtype: torch.dtype | str,
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
+    numbers: ExpertNumbers = ExpertNumbers(),
 ) -> None:
     """Hand a checkpoint's experts to `place_experts`, and load nothing else. Raises as loading."""
 
@@ -177,6 +205,7 @@ def read_experts(
             hf_options=hf_options,
             place_experts=place_and_stop,
             missing_weights="random",  # nothing else is loaded
+            numbers=numbers,
         )
     except _Finished:
         return
@@ -195,14 +224,12 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _assign(
-    model: PreTrainedModel, checkpoint: Checkpoint, load_config: Any
+    model: PreTrainedModel, keys: Sequence[str], load_config: Any
 ) -> tuple[list[ExpertsLayer], KeyAssignment]:
     """Return a model's MoE layers, and what the checkpoint's tensors become."""
     _apply_dtype_plan(model, load_config.dtype_plan or {})
     layers = find_experts_layers(model)
-    return layers, assign_checkpoint_keys(
-        model, list(checkpoint.tensors), load_config.weight_mapping or [], layers
-    )
+    return layers, assign_checkpoint_keys(model, keys, load_config.weight_mapping or [], layers)
 
 
 def _take_experts(
@@ -210,22 +237,39 @@ def _take_experts(
     checkpoint: Checkpoint,
     layers: list[ExpertsLayer],
     assignment: KeyAssignment,
+    plain: PlainKeys,
     name: str,
     device: torch.device,
     place_experts: Callable[[Skeleton], None],
+    numbers: ExpertNumbers,
 ) -> tuple[dict[str, Any], set[str]]:
     """Place the experts and empty their parameters.
 
     Returns:
-        the checkpoint's other tensors, not read yet; the names of the experts' parameters.
+        the checkpoint's other tensors, not read yet; the names of the experts' parameters. Tensors
+        that are quantised are dequantised when they are read.
     """
     top_k = find_top_k(model, layers)
-    source = CheckpointSource(model, checkpoint, layers, assignment.recipes, top_k=top_k, name=name)
-    place_experts(Skeleton(model=model, layers=layers, source=source, top_k=top_k))
+    source = CheckpointSource(
+        model,
+        checkpoint,
+        layers,
+        assignment.recipes,
+        top_k=top_k,
+        name=name,
+        plain=plain,
+        keep_codes=numbers.keep_codes and numbers.quantize is None,
+    )
+    made = (
+        source if numbers.quantize is None else QuantisingSource(source, layers, numbers.quantize)
+    )
+    coded = list(made.experts_layers)
+    place_experts(Skeleton(model=model, layers=coded, source=made, top_k=top_k))
     for layer in layers:
         release_experts(layer, device)
     names = {f"{layer.name}.{spec.name}" for layer in layers for spec in layer.layout.tensors}
-    return {key: checkpoint.tensors[key] for key in assignment.resident_keys}, names
+    tensors = {**checkpoint.tensors, **plain.weights}
+    return {key: tensors[key] for key in assignment.resident_keys}, names
 
 
 def _apply_dtype_plan(model: PreTrainedModel, plan: Mapping[str, torch.dtype]) -> None:
@@ -264,7 +308,7 @@ def _load_config(
         for name, value in options.items()
         if name not in HUB_OPTIONS and name not in LOADER_OPTIONS
     }
-    config = options.get("config")
+    config = deepcopy(options.get("config"))  # what it says about quantisation is taken out
     unknown: Mapping[str, Any] = changes
     if not isinstance(config, transformers.PretrainedConfig):
         try:
@@ -283,31 +327,6 @@ def _load_config(
             raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
     refuse_unknown([name for name in unknown if name not in hub_options], type(config).__name__)
     return config
-
-
-def _lift_quantisation(config: Any) -> None:
-    """Move a `quantization_config` of the text model to the top, where the loader looks for it."""
-    text = config.get_text_config()
-    settings = getattr(text, "quantization_config", None)
-    if text is not config and settings is not None:
-        if getattr(config, "quantization_config", None) is None:
-            config.quantization_config = settings
-        del text.quantization_config
-
-
-def _dequantise(config: Any) -> None:
-    """Ask the loader to unpack quantised weights; raises `UnsupportedModelError` if it cannot."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    as_dict = settings if isinstance(settings, dict) else settings.to_dict()
-    method = str(getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method")))
-    if method not in _DEQUANTISED_METHODS:
-        raise UnsupportedModelError(
-            f"The checkpoint is quantised with {method}; specmoe loads unquantised checkpoints and "
-            f"those quantised with {' or '.join(_DEQUANTISED_METHODS)}, which it unpacks."
-        )
-    config.quantization_config = {**as_dict, "quant_method": method, "dequantize": True}
 
 
 def _model_class(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
 from specmoe_compile.runtime.store.base import RecordSource
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.matching import belongs_to_others
@@ -25,6 +26,7 @@ def pack(
     store_dir: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
     progress: bool = True,
     verify: bool = False,
     **hf_kwargs: Any,
@@ -35,6 +37,7 @@ def pack(
         path_or_id: a local folder, or a model's name on the Hugging Face hub; safetensors.
         store_dir: the folder to write; by default the one that `from_pretrained` looks for.
         dtype: a torch dtype or its name; "auto" is the checkpoint's.
+        quantize: as for `from_pretrained`.
         progress: show a progress bar.
         verify: read the store back afterwards and compare all checksums.
         hf_kwargs: as for `from_pretrained`.
@@ -44,7 +47,7 @@ def pack(
         StoreError: the folder cannot be written or holds another store, or the disk is full.
     """
     # transformers takes a second to import; who opens a store does not need it.
-    from specmoe_compile.hf.model_loader import Skeleton, checked_dtype, read_experts
+    from specmoe_compile.hf.model_loader import ExpertNumbers, Skeleton, checked_dtype, read_experts
 
     reports: list[StoreReport] = []
 
@@ -57,6 +60,7 @@ def pack(
         dtype=checked_dtype(dtype),
         hf_options=hf_kwargs,
         place_experts=place_experts,
+        numbers=ExpertNumbers(quantize=checked_quantize(quantize)),
     )
     if verify:
         with contextlib.closing(DiskStore.open(reports[0].path)) as store:
@@ -90,5 +94,6 @@ def pack_source(source: RecordSource, folder: Path | None, *, progress: bool = T
 def default_store_dir(source: RecordSource) -> Path:
     """Return where a model's store lies unless the caller says: named after model and weights."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", source.name.strip("/").rpartition("/")[2]) or "model"
-    dtype = str(source.layers[0].layout.tensors[0].dtype).removeprefix("torch.")
+    layout = source.layers[0].layout
+    dtype = layout.format.slug or str(layout.tensors[0].dtype).removeprefix("torch.")
     return cache_folder() / f"{name}-{dtype}-{source.fingerprint[:12]}"

@@ -148,9 +148,9 @@ def test_a_damaged_index(folder: Path, tmp_path: Path) -> None:
 
 def test_a_quantised_checkpoint_that_cannot_be_unpacked(folder: Path, tmp_path: Path) -> None:
     path = folder / "config.json"
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    settings = {"quant_method": "hqq", "bits": 4, "group_size": 128}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
-    refuse(UnsupportedModelError, "is quantised with gptq", folder, tmp_path)
+    refuse(UnsupportedModelError, "is quantised with hqq; specmoe reads", folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_quantised_checkpoint_that_cannot_be_unpacked(folder: Path, tmp_path: 
         ({"device_map": "cuda"}, ValueError, "device_map='cuda' cannot be combined with offload"),
         ({"torch_dtype": "auto"}, ValueError, "torch_dtype='auto' cannot be .* use dtype="),
         ({"use_safetensors": False}, ValueError, "specmoe reads safetensors only"),
-        ({"load_in_4bit": True}, ValueError, "load_in_4bit=True .* bitsandbytes does not know"),
+        ({"load_in_4bit": True}, ValueError, "load_in_4bit=True .* use quantize='int4'"),
         ({"quantization_config": {}}, ValueError, "quantization_config={} cannot be combined"),
         ({"max_memory": {0: "1GiB"}}, ValueError, "max_memory=.* use expert_cache="),
     ],

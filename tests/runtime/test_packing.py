@@ -16,6 +16,7 @@ from specmoe_compile.errors import CheckpointError, StoreError, UnsupportedModel
 from specmoe_compile.hf import checkpoint as checkpoint_module
 from specmoe_compile.hf.model_loader import Skeleton, load_without_experts, read_experts
 from specmoe_compile.hf.packing import pack
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes, dequantise
 from specmoe_compile.runtime.experts.module import expert_parameter_names, is_experts_module
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.disk import DiskStore
@@ -51,12 +52,20 @@ def assert_holds_model(store: ExpertStore, model: torch.nn.Module) -> None:
             record = torch.empty(layout.record_bytes, dtype=torch.uint8)
             store.read_into(layer, expert, record)
             views = layout.views(record)
-            assert tuple(views) == expert_parameter_names(module)
-            for name, view in views.items():
+            names = expert_parameter_names(module)
+            assert layout.format.is_plain is (tuple(views) == names)
+            for name in names:
                 parameter = getattr(module, name)
                 assert parameter.shape[0] == store.num_experts[layer]
-                assert view.dtype == parameter.dtype
-                assert torch.equal(view, parameter[expert]), f"{layer} {expert} {name}"
+                value = views[name]
+                if layout.format.is_plain:
+                    assert value.dtype == parameter.dtype
+                elif not name.endswith("_bias"):
+                    code = layout.format.code(name)
+                    value = dequantise(WeightPlanes.of(views, name), code)
+                    value = value.t() if module.is_transposed else value
+                value = value.to(parameter.dtype)
+                assert torch.equal(value, parameter[expert]), f"{layer} {expert} {name}"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

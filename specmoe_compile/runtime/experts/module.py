@@ -9,12 +9,13 @@ Shape letters: E experts, K top-k, H hidden, I expert intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertFormat
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 
 # What the decorator sets on every instance. `has_post_expert_norm` came after transformers 5.17, so
@@ -33,7 +34,11 @@ _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsLayer:
-    """One MoE layer: its ordinal, the path of its experts module, and the record of its experts."""
+    """One MoE layer: its ordinal, the path of its experts module, and the record of its experts.
+
+    `layout` is that of the module's own parameters until the experts' codes are known (`with_codes`
+    of a checkpoint, `quantize=`).
+    """
 
     index: int
     name: str
@@ -115,6 +120,24 @@ def _experts_layer(index: int, name: str, module: torch.nn.Module) -> ExpertsLay
     )
 
 
+def with_format(
+    layer: ExpertsLayer, format: ExpertFormat, dtypes: Mapping[str, torch.dtype]
+) -> ExpertsLayer:
+    """The layer with records of another format, whose weights are row-major.
+
+    Args:
+        layer: with the layout of its module's parameters.
+        format: of its records.
+        dtypes: of plain weights and biases, by name.
+    """
+    shapes = {
+        spec.name: spec.shape[::-1] if layer.module.is_transposed else spec.shape
+        for spec in layer.layout.tensors
+    }
+    layout = ExpertLayout.from_shapes(format.tensors(shapes, dtypes), format)
+    return replace(layer, layout=layout)
+
+
 def find_top_k(model: torch.nn.Module, layers: Sequence[ExpertsLayer]) -> int:
     """Return K, the most experts that one token uses in any layer.
 
@@ -161,10 +184,11 @@ def release_experts(layer: ExpertsLayer, device: torch.device) -> None:
 
     The inner dimensions stay, so that code which reads `shape[1:]` still works.
     """
-    for spec in layer.layout.tensors:
+    for name in expert_parameter_names(layer.module):
+        full = layer.module.get_parameter(name)
         empty = torch.nn.Parameter(
-            torch.empty((0, *spec.shape), dtype=spec.dtype, device=device), requires_grad=False
+            torch.empty((0, *full.shape[1:]), dtype=full.dtype, device=device), requires_grad=False
         )
         # The loader of transformers must neither initialise them nor call them missing.
         empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        layer.module.register_parameter(spec.name, empty)
+        layer.module.register_parameter(name, empty)

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes, dequantise
 from specmoe_compile.runtime.experts.layout import StoreLayer
-from specmoe_compile.runtime.experts.module import ExpertsLayer, release_experts
+from specmoe_compile.runtime.experts.module import (
+    ExpertsLayer,
+    expert_parameter_names,
+    release_experts,
+)
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.header import layers_to_json
 from specmoe_compile.runtime.store.ram import RamStore
@@ -106,6 +111,8 @@ def restore_experts(
 ) -> None:
     """Give layers their parameters back, from their records.
 
+    Records that were quantised give the values that their codes mean, in the parameters' dtype.
+
     Args:
         layers: whose parameters were emptied.
         store: holds their records.
@@ -114,16 +121,24 @@ def restore_experts(
     for layer in layers:
         record = torch.empty(layer.layout.record_bytes, dtype=torch.uint8)
         views = layer.layout.views(record)
+        empty = {n: layer.module.get_parameter(n) for n in expert_parameter_names(layer.module)}
         tensors = {
-            spec.name: torch.empty(
-                (layer.num_experts, *spec.shape), dtype=spec.dtype, device=devices[layer.index]
+            name: torch.empty(
+                (layer.num_experts, *parameter.shape[1:]),
+                dtype=parameter.dtype,
+                device=devices[layer.index],
             )
-            for spec in layer.layout.tensors
+            for name, parameter in empty.items()
         }
+        format = layer.layout.format
         for expert in range(layer.num_experts):
             store.read_into(layer.index, expert, record)
-            for name, view in views.items():
-                tensors[name][expert] = view
+            for name, tensor in tensors.items():
+                value = views[name]
+                if not format.is_plain and not name.endswith("_bias"):
+                    value = dequantise(WeightPlanes.of(views, name), format.code(name))
+                    value = value.t() if layer.module.is_transposed else value
+                tensor[expert] = value
         for name, tensor in tensors.items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.module.register_parameter(name, parameter)

@@ -45,13 +45,15 @@ class CodeBook(NamedTuple):
         dtype: of the code plane; None where the plane has the weights' own float dtype.
         largest: the largest magnitude that a code can have.
         decode: code plane [..., K/2 or K] -> values [..., K], float32.
-        encode: values [..., K], float32 -> code plane; the nearest code, out of range saturates.
+        nearest: values, float32 -> the values of the nearest codes; out of range saturates.
+        encode: values [..., K], float32 -> plane of the nearest codes.
     """
 
     bits: int
     dtype: torch.dtype | None
     largest: float
     decode: Callable[[Tensor], Tensor]
+    nearest: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
 
     def columns(self, inputs: int) -> int:
@@ -78,12 +80,12 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def _itself(values: Tensor) -> Tensor:
+    return values
+
+
 def _decode_plain(codes: Tensor) -> Tensor:
     return codes.float()
-
-
-def _encode_plain(values: Tensor) -> Tensor:
-    return values
 
 
 def _decode_e2m1(codes: Tensor) -> Tensor:
@@ -91,59 +93,85 @@ def _decode_e2m1(codes: Tensor) -> Tensor:
     return table[unpack_nibbles(codes).int()]
 
 
+def _nearest_e2m1(values: Tensor) -> Tensor:
+    """Ties go to the even code, as in casting to a float format: steps of 1/2, 1 and 2."""
+    magnitude = values.abs().clamp(max=E2M1_VALUES[-1])
+    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    return torch.copysign((magnitude / step).round() * step, values)
+
+
 def _encode_e2m1(values: Tensor) -> Tensor:
-    """Nearest, ties to the even code, as casting to a float format does."""
-    table = _table(E2M1_VALUES, values.device)
-    middles = (table[1:] + table[:-1]) / 2
-    magnitude = values.abs()
-    below = torch.bucketize(magnitude, middles)  # a tie counts as below
-    above = torch.bucketize(magnitude, middles, right=True)
-    code = torch.where(below % 2 == 0, below, above)
-    return pack_nibbles(code | (torch.signbit(values).int() << 3))
+    nearest = _nearest_e2m1(values)
+    code = torch.searchsorted(_table(E2M1_VALUES, values.device), nearest.abs())
+    return pack_nibbles(code | (torch.signbit(nearest).int() << 3))
 
 
 def _decode_int4(codes: Tensor) -> Tensor:
     return unpack_nibbles(codes).float() - INT4_ZERO
 
 
+def _nearest_int4(values: Tensor) -> Tensor:
+    return values.round().clamp(-INT4_ZERO, 15 - INT4_ZERO)
+
+
 def _encode_int4(values: Tensor) -> Tensor:
-    return pack_nibbles((values.round() + INT4_ZERO).clamp(0, 15))
+    return pack_nibbles(_nearest_int4(values) + INT4_ZERO)
 
 
 def _decode_nf4(codes: Tensor) -> Tensor:
     return _table(NF4_VALUES, codes.device)[unpack_nibbles(codes).int()]
 
 
-def _encode_nf4(values: Tensor) -> Tensor:
+def _nf4_codes(values: Tensor) -> Tensor:
     table = _table(NF4_VALUES, values.device)
-    return pack_nibbles(torch.bucketize(values, (table[1:] + table[:-1]) / 2))
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
+
+
+def _nearest_nf4(values: Tensor) -> Tensor:
+    return _table(NF4_VALUES, values.device)[_nf4_codes(values)]
+
+
+def _encode_nf4(values: Tensor) -> Tensor:
+    return pack_nibbles(_nf4_codes(values))
 
 
 def _decode_e4m3(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float()
 
 
+def _as_e4m3(values: Tensor) -> Tensor:
+    # The cast makes NaN of what is too large.
+    return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn)
+
+
+def _nearest_e4m3(values: Tensor) -> Tensor:
+    return _as_e4m3(values).float()
+
+
 def _encode_e4m3(values: Tensor) -> Tensor:
-    limited = values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST)  # the cast makes NaN of what is larger
-    return limited.to(torch.float8_e4m3fn).view(torch.uint8)
+    return _as_e4m3(values).view(torch.uint8)
 
 
 def _decode_int8(codes: Tensor) -> Tensor:
     return codes.float()
 
 
+def _nearest_int8(values: Tensor) -> Tensor:
+    return values.round().clamp(-127, 127)
+
+
 def _encode_int8(values: Tensor) -> Tensor:
-    return values.round().clamp(-127, 127).to(torch.int8)
+    return _nearest_int8(values).to(torch.int8)
 
 
 _E4M3_LARGEST = 448.0
 
 CODE_BOOKS: Mapping[str, CodeBook] = {
-    "plain": CodeBook(0, None, float("inf"), _decode_plain, _encode_plain),
-    "e2m1": CodeBook(4, torch.uint8, E2M1_VALUES[-1], _decode_e2m1, _encode_e2m1),
-    "int4": CodeBook(4, torch.uint8, 7.0, _decode_int4, _encode_int4),
-    "nf4": CodeBook(4, torch.uint8, 1.0, _decode_nf4, _encode_nf4),
-    "e4m3": CodeBook(8, torch.uint8, _E4M3_LARGEST, _decode_e4m3, _encode_e4m3),
-    "int8": CodeBook(8, torch.int8, 127.0, _decode_int8, _encode_int8),
+    "plain": CodeBook(0, None, float("inf"), _decode_plain, _itself, _itself),
+    "e2m1": CodeBook(4, torch.uint8, E2M1_VALUES[-1], _decode_e2m1, _nearest_e2m1, _encode_e2m1),
+    "int4": CodeBook(4, torch.uint8, 7.0, _decode_int4, _nearest_int4, _encode_int4),
+    "nf4": CodeBook(4, torch.uint8, 1.0, _decode_nf4, _nearest_nf4, _encode_nf4),
+    "e4m3": CodeBook(8, torch.uint8, _E4M3_LARGEST, _decode_e4m3, _nearest_e4m3, _encode_e4m3),
+    "int8": CodeBook(8, torch.int8, 127.0, _decode_int8, _nearest_int8, _encode_int8),
 }
 """A new number format is one more row here."""

@@ -138,6 +138,13 @@ class WeightPlanes(NamedTuple):
             views.get(f"{name}_global"),
         )
 
+    def copy_(self, other: WeightPlanes) -> None:
+        """Copy planes of the same code and shape into these."""
+        for plane, source in zip(self, other, strict=True):
+            if plane is not None:
+                assert source is not None and plane.shape == source.shape
+                plane.copy_(source)
+
     def rows(self, first: int, count: int, code: WeightCode) -> WeightPlanes:
         """Planes of rows first..first+count of a weight [N, K], as views.
 
