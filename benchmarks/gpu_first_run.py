@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_first_run --out gpu.json
     python -m benchmarks.gpu_first_run --out gpu.json --only gather sanitizer
-    python -m benchmarks.gpu_first_run --out dry.json --dry      tiny, on the CPU: measures nothing
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_first_run --out dry.json --dry
+                                                   tiny, on the CPU: measures nothing
 
 All of it takes about twelve minutes. Each phase prints a short table; everything goes to the JSON
 file, also when a later phase fails. Decoding is in `benchmarks/gpu_decode.py`.
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_decode import measure_decode
+from benchmarks.gpu_packed_kernels import measure_packed
 from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode
@@ -47,6 +49,9 @@ SANITIZED = (
     "tests/kernels/test_plan_cache.py",
     "tests/kernels/test_gather_experts.py",
     "tests/kernels/test_correct_experts.py",
+    "tests/kernels/test_packed_experts.py",
+    "-m",
+    "not slow",
     "-k",
     "not as_the_python_policy and not compiles_into and not opcheck",
 )
@@ -54,7 +59,7 @@ SANITIZER_S = 100
 ROTATED_BYTES = 2 << 30  # several times the L2, so that no repeat finds its weights there
 REPEATS = 30
 CALLS = 48  # of a captured step, so that launching its graph weighs as little as in a model
-PHASES = ("link", "gather", "experts", "decode", "sanitizer", "tests")
+PHASES = ("link", "gather", "experts", "packed", "decode", "sanitizer", "tests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "link": measure_link,
         "gather": measure_gather,
         "experts": partial(measure_experts, bandwidth_gbps=bandwidth),
+        "packed": partial(measure_packed, bandwidth_gbps=bandwidth),
         "decode": run_decode,
         "sanitizer": run_sanitizer,
         "tests": run_tests,

@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu_full_size_arms import Bench, Mode, free_memory, sharing_groups
 from benchmarks.gpu_full_size_measure import Run, measure_arms, step_times_ms
-from benchmarks.gpu_full_size_model import FilledCache, Shape, build_skeleton
+from benchmarks.gpu_full_size_model import FilledCache, RandomStore, Shape, build_skeleton
 from benchmarks.gpu_full_size_routing import install_routing
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.attach import cache_argument
 from specmoe_compile.kernels.gather_experts.op import gather_experts
+from specmoe_compile.runtime.experts.formats.expert_format import DOWN_NAME, UP_NAMES
+from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes, dequantise
+from specmoe_compile.runtime.experts.module import ExpertsLayer, expert_parameter_names
 from specmoe_compile.runtime.store.module_source import restore_experts
 
 _LINK_BYTES = 1 << 30
@@ -113,9 +116,29 @@ def _compared(row: dict[str, Any], want: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def restore_float_experts(
+    layers: Sequence[ExpertsLayer], store: RandomStore, device: torch.device
+) -> None:
+    """Give modules their experts back; coded ones as the numbers they stand for, in float32."""
+    for layer in layers:
+        format = layer.layout.format
+        if format.is_plain:
+            restore_experts([layer], store, [device] * len(store.layers))
+            continue
+        turn = bool(layer.module.is_transposed)
+        views = layer.layout.bank_views(store.layer_records(layer.index).to(device))
+        for name in expert_parameter_names(layer.module):
+            value = views[name]
+            if name in (*UP_NAMES, DOWN_NAME):
+                value = dequantise(WeightPlanes.of(views, name), format.code(name))
+                value = value.transpose(1, 2) if turn else value
+            parameter = torch.nn.Parameter(value.contiguous(), requires_grad=False)
+            layer.module.register_parameter(name, parameter)
+
+
 def _eager_tokens(bench: Bench, context: int) -> dict[str, list[int]]:
     model, layers = build_skeleton(bench.shape, bench.device, layers=bench.layers)
-    restore_experts(layers, bench.store, [bench.device] * len(layers))
+    restore_float_experts(layers, bench.store, bench.device)
     routing = install_routing(model, layers, bench.tables)
     filled = FilledCache(model.config, context, bench.steps.total, bench.device, bench.shape.dtype)
     run = Run(bench, model, None, routing, filled)

@@ -10,9 +10,10 @@ Shape letters: E experts, K top-k, C context, N steps, L MoE layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -22,10 +23,19 @@ from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig, Sta
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.kernels.compile_spec import FP8, INT4, MXFP4, NVFP4
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf.attach import _mark_static
 from specmoe_compile.runtime.cuda.page_lock import PageLock
-from specmoe_compile.runtime.experts.layout import StoreLayer
+from specmoe_compile.runtime.experts.formats.code_books import INT4_ZERO
+from specmoe_compile.runtime.experts.formats.expert_format import (
+    DOWN_NAME,
+    PLAIN_FORMAT,
+    UP_NAMES,
+    ExpertFormat,
+)
+from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
+from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
@@ -41,11 +51,12 @@ _CACHE_MULTIPLE = 64  # aligned rows of the attention mask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A model to be built: its name, configuration and dtype."""
+    """A model to be built: its name, configuration, dtype and the format of its experts."""
 
     name: str
     config: Callable[[], Any]
     dtype: torch.dtype = torch.bfloat16
+    format: ExpertFormat = PLAIN_FORMAT
 
     def configured(self, layers: int | None = None) -> Any:
         """The configuration, with fewer layers if `layers` says so."""
@@ -114,13 +125,30 @@ def _tiny_gpt_oss() -> Any:
     )
 
 
+def _both(code: WeightCode) -> ExpertFormat:
+    return ExpertFormat(up=code, down=code)
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape(name="Qwen3-30B-A3B", config=_qwen3_30b),
+        Shape(name="Qwen3-30B-A3B-nvfp4", config=_qwen3_30b, format=_both(NVFP4)),
+        Shape(name="Qwen3-30B-A3B-fp8", config=_qwen3_30b, format=_both(FP8)),
+        Shape(name="Qwen3-30B-A3B-int4", config=_qwen3_30b, format=_both(INT4)),
         Shape(name="GPT-OSS-20B", config=_gpt_oss_20b),
+        Shape(name="GPT-OSS-20B-mxfp4", config=_gpt_oss_20b, format=_both(MXFP4)),
         Shape(name="tiny-qwen3", config=_tiny_qwen3, dtype=torch.float32),
         Shape(name="tiny-gpt-oss", config=_tiny_gpt_oss, dtype=torch.float32),
+        Shape(
+            name="tiny-qwen3-nvfp4", config=_tiny_qwen3, dtype=torch.float32, format=_both(NVFP4)
+        ),
+        Shape(
+            name="tiny-gpt-oss-mxfp4",
+            config=_tiny_gpt_oss,
+            dtype=torch.float32,
+            format=_both(MXFP4),
+        ),
     )
 }
 DRY_SHAPES = ("tiny-qwen3", "tiny-gpt-oss")
@@ -182,7 +210,53 @@ def build_skeleton(
     found = find_experts_layers(model)
     for layer in found:
         release_experts(layer, device)
-    return model.eval().requires_grad_(False), found
+    return model.eval().requires_grad_(False), [coded(layer, shape.format) for layer in found]
+
+
+def coded(layer: ExpertsLayer, format: ExpertFormat) -> ExpertsLayer:
+    """The layer with records of another format; its experts must be released already."""
+    if format.is_plain:
+        return layer
+    turn = bool(layer.module.is_transposed)
+    specs = layer.layout.tensors
+    sizes = {
+        spec.name: spec.shape[::-1] if turn and len(spec.shape) == 2 else spec.shape
+        for spec in specs
+    }
+    tensors = format.tensors(sizes, {spec.name: spec.dtype for spec in specs})
+    return replace(layer, layout=ExpertLayout.from_shapes(tensors, format))
+
+
+# Root mean square of the codes of a book, where all codes are equally frequent.
+_CODE_RMS = {"e2m1": 2.9, "e4m3": 1.0, "int4": 4.6, "nf4": 0.56, "int8": 74.0}
+
+
+def draw_planes(
+    views: Mapping[str, Tensor], name: str, code: WeightCode, std: float, generator: torch.Generator
+) -> None:
+    """Draw the planes of a coded weight so that its values have this standard deviation."""
+    codes, device = views[name], generator.device
+    if code.book == "e4m3":
+        # In parts: the numbers take four times the room of their codes.
+        for part in codes:
+            values = torch.randn(part.shape, generator=generator, device=device)
+            part.copy_(values.to(torch.float8_e4m3fn).view(torch.uint8))
+    else:
+        codes.view(torch.uint8).random_(0, 256, generator=generator)
+    scale = std / _CODE_RMS[code.book]
+    if code.has_global:
+        views[f"{name}_global"].fill_(scale)
+        scale = 1.0
+    scales = views[f"{name}_scales"]
+    if code.scale == "e8m0":
+        scales.fill_(127 + round(math.log2(scale)))
+    elif code.scale == "e4m3":
+        byte = torch.tensor(scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        scales.fill_(int(byte))
+    else:
+        scales.fill_(scale)
+    if code.has_zero:
+        views[f"{name}_zeros"].fill_(INT4_ZERO)
 
 
 class RandomStore(RamStore):
@@ -216,8 +290,14 @@ class RandomStore(RamStore):
         records = self.layer_records(layer)
         generator = torch.Generator(device).manual_seed(SEED + layer)
         bank = torch.zeros(records.shape, dtype=torch.uint8, device=device)
-        for view in self.layouts[layer].bank_views(bank).values():
-            view.normal_(std=std, generator=generator)
+        layout = self.layouts[layer]
+        views = layout.bank_views(bank)
+        for name, view in views.items():
+            code = layout.format.code(name)
+            if name in (*UP_NAMES, DOWN_NAME) and not code.is_plain:
+                draw_planes(views, name, code, std, generator)
+            elif name.endswith("_bias") or name in (*UP_NAMES, DOWN_NAME):
+                view.normal_(std=std, generator=generator)
         records.copy_(bank)
 
     def close(self) -> None:

@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.kernels import variants
-from benchmarks.kernels.compile_spec import MODEL_SHAPES, CompileSpec, ModelShape
+from benchmarks.kernels.compile_spec import MODEL_SHAPES, PACKED_SHAPES, CompileSpec, ModelShape
 
+ALL_SHAPES = (*MODEL_SHAPES, *PACKED_SHAPES)
 TARGETS = (80, 86, 89, 90, 100)
 # The most dynamic shared memory that one program may have, in bytes (CUDA C++ Programming Guide,
 # table of technical specifications per compute capability).
@@ -52,9 +53,10 @@ class Resources:
 def find_specs(shape: ModelShape) -> Iterator[CompileSpec]:
     """Every launch that a module of `kernels.variants` names for a model."""
     for module in sorted(pkgutil.iter_modules(variants.__path__), key=lambda item: item.name):
-        yield from importlib.import_module(f"{variants.__name__}.{module.name}").compile_specs(
-            shape
-        )
+        if shape.format.is_plain != (module.name == "packed_experts"):
+            yield from importlib.import_module(f"{variants.__name__}.{module.name}").compile_specs(
+                shape
+            )
 
 
 def compile_key(spec: CompileSpec) -> str:
@@ -281,13 +283,13 @@ def write_report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a kernel spills, does not fit, or moves bytes in vain."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources")
-    names = [shape.name for shape in MODEL_SHAPES]
+    names = [shape.name for shape in ALL_SHAPES]
     parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=TARGETS)
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     parser.add_argument("--json", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    models = [shape for shape in MODEL_SHAPES if shape.name in options.models]
+    models = [shape for shape in ALL_SHAPES if shape.name in options.models]
     rows = measure(models, options.targets)
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -11,8 +11,14 @@ Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, S 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
+
+import torch
+
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
+from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +29,7 @@ class ModelShape:
         query_heads, kv_heads, head: attention heads, heads of keys, head size; no heads where the
             model's attention is not one that `decode_attention` computes.
         sinks: whether each head has a sink.
+        format: of the experts' weights.
     """
 
     name: str
@@ -42,6 +49,7 @@ class ModelShape:
     kv_heads: int = 0
     head: int = 0
     sinks: bool = False
+    format: ExpertFormat = PLAIN_FORMAT
 
     @property
     def itemsize(self) -> int:
@@ -54,11 +62,26 @@ class ModelShape:
         return self.intermediate * (2 if self.has_gate else 1)
 
     @property
+    def up_bytes(self) -> int:
+        """Bytes of one expert's up projection with its planes and bias, without padding."""
+        return self._weight_bytes(self.format.up, self.up_rows, self.hidden)
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes of one expert's down projection with its planes and bias, without padding."""
+        return self._weight_bytes(self.format.down, self.hidden, self.intermediate)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's weights, without padding."""
-        weights = (self.up_rows + self.intermediate) * self.hidden
-        biases = self.up_rows + self.hidden if self.has_bias else 0
-        return (weights + biases) * self.itemsize
+        return self.up_bytes + self.down_bytes
+
+    def _weight_bytes(self, code: WeightCode, outputs: int, inputs: int) -> int:
+        bias = outputs * self.itemsize if self.has_bias else 0
+        if code.is_plain:
+            return outputs * inputs * self.itemsize + bias
+        planes = code.plane_shapes("w", outputs, inputs, torch.bfloat16).values()
+        return bias + sum(prod(shape) * dtype.itemsize for shape, dtype in planes)
 
 
 MODEL_SHAPES: tuple[ModelShape, ...] = (
@@ -101,6 +124,46 @@ MODEL_SHAPES: tuple[ModelShape, ...] = (
     ),
     ModelShape(name="DeepSeek-V2-Lite", hidden=2048, intermediate=1408, num_experts=64, top_k=6),
 )
+
+
+def _coded(name: str, suffix: str, code: WeightCode) -> ModelShape:
+    """A model of `MODEL_SHAPES` with coded experts, which are never transposed."""
+    shape = next(one for one in MODEL_SHAPES if one.name == name)
+    return replace(
+        shape,
+        name=f"{name} {suffix}",
+        transposed=False,
+        format=ExpertFormat(up=code, down=code),
+    )
+
+
+MXFP4 = WeightCode(book="e2m1", block=(1, 32), scale="e8m0")
+NVFP4 = WeightCode(book="e2m1", block=(1, 16), scale="e4m3", has_global=True)
+FP8 = WeightCode(book="e4m3", block=(128, 128), scale="f32")
+INT4 = WeightCode(book="int4", block=(1, 128), scale="bf16")
+NF4 = WeightCode(book="nf4", block=(1, 64), scale="f32")
+INT8 = WeightCode(book="int8", block=(1, 0), scale="f32")
+
+PACKED_SHAPES: tuple[ModelShape, ...] = (
+    _coded("Qwen3-30B-A3B", "nvfp4", NVFP4),
+    _coded("Qwen3-30B-A3B", "fp8", FP8),
+    _coded("Qwen3-30B-A3B", "int4", INT4),
+    _coded("Qwen3-30B-A3B", "nf4", NF4),
+    _coded("Qwen3-30B-A3B", "int8", INT8),
+    _coded("GPT-OSS-20B", "mxfp4", MXFP4),
+    *(
+        ModelShape(
+            name=f"DeepSeek-V3 {suffix}",
+            hidden=7168,
+            intermediate=2048,
+            num_experts=256,
+            top_k=8,
+            format=ExpertFormat(up=code, down=code),
+        )
+        for suffix, code in (("fp8", FP8), ("nvfp4", NVFP4))
+    ),
+)
+"""Shapes whose experts are coded; of these only what differs from plain experts is compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,6 +142,20 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
     assert rows["trace"]["hit_rate"] == pytest.approx(sum(recall) / layers, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tiny-qwen3-nvfp4", "tiny-gpt-oss-mxfp4"])
+def test_coded_experts_give_the_tokens_of_their_float32_values(name: str) -> None:
+    bench = bench_of(name)
+    want = _eager_tokens(bench, CONTEXT)
+    layout = bench.store.layouts[0]
+    assert not layout.format.is_plain
+    (rows,) = measure_arms(bench, ["cache_25"], "compiled", CONTEXT, ("trace", "router"))
+    for routing, row in rows.items():
+        assert row["tokens"] == want[routing]
+        assert (
+            row["demand_bytes"] > 0 and row["demand_bytes"] * STEPS.timed % layout.record_bytes == 0
+        )
+
+
 def test_arms_that_share_a_graph_measure_what_they_would_alone(qwen: Bench) -> None:
     names = ["on_demand", "cache_25", "cache_50", "resident"]
     sizes = {"experts": EXPERTS * 2, "top_k": TOP_K}

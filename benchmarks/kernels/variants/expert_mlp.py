@@ -40,6 +40,7 @@ def form_of_shape(shape: ModelShape) -> ExpertForm:
         activation=shape.activation,
         alpha=shape.alpha,
         limit=shape.limit,
+        format=shape.format,
     )
 
 
@@ -105,7 +106,7 @@ def gate_up_traffic(shape: ModelShape, config: GemvConfig, tokens: int) -> Traff
     choices = tokens * shape.top_k
     programs = choices * ceil_div(shape.intermediate, config.block_out)
     rows = shape.up_rows
-    expert_bytes = (rows * shape.hidden + (rows if shape.has_bias else 0)) * shape.itemsize
+    expert_bytes = shape.up_bytes
     x_bytes = shape.hidden * shape.itemsize
     return count_traffic(
         [
@@ -173,8 +174,7 @@ def down_traffic(shape: ModelShape, config: GemvConfig, tokens: int, late: int) 
     """Bytes and operations of the down projection with `late` of K choices computed now."""
     choices = tokens * late
     programs = tokens * ceil_div(shape.hidden, config.block_out)
-    biases = shape.hidden if shape.has_bias else 0
-    expert_bytes = (shape.hidden * shape.intermediate + biases) * shape.itemsize
+    expert_bytes = shape.down_bytes
     token_bytes = late * shape.intermediate * shape.itemsize
     earlier_bytes = tokens * (shape.top_k - late) * shape.hidden * shape.itemsize
     routing_bytes = shape.top_k * (SLOT_BYTES + shape.itemsize)

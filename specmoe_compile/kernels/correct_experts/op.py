@@ -15,10 +15,10 @@ from specmoe_compile.kernels.common_torch import (
     BANK_SCHEMA,
     FORM_SCHEMA,
     LIBRARY,
+    bank_and_form,
     check_experts,
     check_routing_weights,
     compute_choices,
-    form_of,
     reduce_choices,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -56,7 +56,7 @@ def correct_experts(
         x: [T, H] float32, bfloat16 or float16, contiguous.
         slots: [T, K] int32 or int64, contiguous: slots of late experts, -1 for all others.
         weights: [T, K] float, contiguous.
-        bank: the weights, of the dtype of `x`.
+        bank: the weights, plain ones of the dtype of `x`.
         skipped: [T, K], dtype of `slots`, contiguous: experts whose default vector stands in for
             them, -1 for all others; None for no such expert.
         default_vectors: [E, H] float32, contiguous; None only without `skipped`.
@@ -108,7 +108,7 @@ def _fake(
     default_vectors: Tensor | None,
     *rest: Any,
 ) -> Tensor:
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _check(partial, x, slots, weights, skipped, default_vectors, bank, form)
     return x.new_empty(x.shape)
 
@@ -122,7 +122,7 @@ def _cpu(
     default_vectors: Tensor | None,
     *rest: Any,
 ) -> Tensor:
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _check(partial, x, slots, weights, skipped, default_vectors, bank, form)
     y = partial.clone()
     compute_choices(y, x, slots, bank, form)
@@ -146,7 +146,7 @@ def _cuda(
     require_triton(_NAME)
     from specmoe_compile.kernels.correct_experts.kernel import launch_correct
 
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     inner = _check(partial, x, slots, weights, skipped, default_vectors, bank, form)
     out = torch.empty_like(x)
     if slots.numel() == 0:

@@ -33,6 +33,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.expert_mlp.sum_choices import sum_choices
+from specmoe_compile.kernels.packed_experts.kernel import launch_packed_down, launch_packed_gate_up
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 DOWN_FP_FUSION = False
@@ -267,7 +268,13 @@ def down_kernel(
 def launch_gate_up(
     x: Tensor, slots: Tensor, bank: ExpertBank, form: ExpertForm, intermediate: Tensor
 ) -> None:
-    """Launch `gate_up_kernel` on the current stream; writes `intermediate`, [T, K, I]."""
+    """Launch `gate_up_kernel` on the current stream; writes `intermediate`, [T, K, I].
+
+    Coded weights have a kernel of their own.
+    """
+    if not form.format.up.is_plain:
+        launch_packed_gate_up(x, slots, bank, form, intermediate)
+        return
     hidden, inner = bank.sizes(form)
     config = gate_up_config(
         inner, hidden, x.element_size(), has_gate=form.has_gate, transposed=form.transposed
@@ -312,28 +319,45 @@ def launch_down(
     """
     hidden, inner = bank.sizes(form)
     tokens, top_k = slots.shape
+    reads = (int(partial is not None), int(skipped is not None), int(y is not None))
+    partial = intermediate if partial is None else partial
+    skipped = slots if skipped is None else skipped
+    y = intermediate if y is None else y
+    if default_vectors is None:
+        default_vectors = intermediate.new_empty(1, dtype=torch.float32)
+    if not form.format.down.is_plain:
+        launch_packed_down(
+            intermediate,
+            slots,
+            weights,
+            bank,
+            form,
+            out,
+            partial=partial,
+            skipped=skipped,
+            default_vectors=default_vectors,
+            y=y,
+            reads=reads,
+        )
+        return
     config = down_config(
         inner, hidden, top_k, intermediate.element_size(), transposed=form.transposed
     )
     down_bias = bank.down if bank.down_bias is None else bank.down_bias
-    if default_vectors is None:
-        default_vectors = intermediate.new_empty(1, dtype=torch.float32)
     down_kernel[(tokens, ceil_div(hidden, config.block_out))](
         intermediate,
         slots,
         weights,
         bank.down,
         down_bias,
-        intermediate if partial is None else partial,
-        slots if skipped is None else skipped,
+        partial,
+        skipped,
         default_vectors,
-        intermediate if y is None else y,
+        y,
         out,
         bank.down.stride(0),
         down_bias.stride(0),
-        int(partial is not None),
-        int(skipped is not None),
-        int(y is not None),
+        *reads,
         **down_constexprs(hidden, inner, top_k, form, config, has_bias=bank.down_bias is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -18,10 +18,10 @@ from specmoe_compile.kernels.common_torch import (
     BANK_SCHEMA,
     FORM_SCHEMA,
     LIBRARY,
+    bank_and_form,
     check_experts,
     check_routing_weights,
     compute_choices,
-    form_of,
     reduce_choices,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -46,7 +46,7 @@ def run_experts_decode(
         slots: [T, K] int32 or int64, contiguous: where in the bank, -1 for a choice to leave out.
             Values are trusted on CUDA.
         weights: [T, K] float, contiguous.
-        bank: the weights, of the dtype of `x`.
+        bank: the weights, plain ones of the dtype of `x`.
 
     Returns:
         [T, H], dtype of `x`. Repeated runs give the same bits.
@@ -103,12 +103,12 @@ def _check_partial(op: str, partial: Tensor | None, x: Tensor, slots: Tensor) ->
 
 
 def _decode_fake(x: Tensor, slots: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    _check("run_experts_decode", x, slots, weights, ExpertBank(*rest[:4]), form_of(*rest[4:]))
+    _check("run_experts_decode", x, slots, weights, *bank_and_form(rest))
     return x.new_empty(x.shape)
 
 
 def _decode_cpu(x: Tensor, slots: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _check("run_experts_decode", x, slots, weights, bank, form)
     y = x.new_zeros((*slots.shape, x.shape[1]))
     compute_choices(y, x, slots, bank, form)
@@ -119,7 +119,7 @@ def _decode_cuda(x: Tensor, slots: Tensor, weights: Tensor, *rest: Any) -> Tenso
     require_triton("run_experts_decode")
     from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
 
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _, inner = _check("run_experts_decode", x, slots, weights, bank, form)
     out = torch.empty_like(x)
     if slots.numel() == 0:
@@ -135,7 +135,7 @@ def _resident_fake(
     x: Tensor, slots: Tensor, weights: Tensor, partial: Tensor | None, *rest: Any
 ) -> Tensor:
     op = "run_resident_experts"
-    _check(op, x, slots, weights, ExpertBank(*rest[:4]), form_of(*rest[4:]))
+    _check(op, x, slots, weights, *bank_and_form(rest))
     _check_partial(op, partial, x, slots)
     return x.new_empty((*slots.shape, x.shape[1]))
 
@@ -143,7 +143,7 @@ def _resident_fake(
 def _resident_cpu(
     x: Tensor, slots: Tensor, weights: Tensor, partial: Tensor | None, *rest: Any
 ) -> Tensor:
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _check("run_resident_experts", x, slots, weights, bank, form)
     _check_partial("run_resident_experts", partial, x, slots)
     y = x.new_zeros((*slots.shape, x.shape[1])) if partial is None else partial.clone()
@@ -157,7 +157,7 @@ def _resident_cuda(
     require_triton("run_resident_experts")
     from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
 
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _, inner = _check("run_resident_experts", x, slots, weights, bank, form)
     _check_partial("run_resident_experts", partial, x, slots)
     y = x.new_empty((*slots.shape, x.shape[1]))

@@ -10,9 +10,7 @@ from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_g
 
 def expert_reference(x: Tensor, slot: int, bank: ExpertBank, form: ExpertForm) -> Tensor:
     """Output of one expert for one token, [H] -> [H], rounded where the kernels round."""
-    up, down = bank.up[slot].float(), bank.down[slot].float()
-    if form.transposed:
-        up, down = up.t(), down.t()
+    up, down = bank.slot_weights(slot, form)
     hidden = torch.mv(up, x.float())
     if bank.up_bias is not None:
         hidden = hidden + bank.up_bias[slot].float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specmoe_compile.kernels.expert_mlp.config import next_power_of_2
 
@@ -35,8 +35,26 @@ def block_m(choices: int, slots: int, itemsize: int) -> int:
     return max(16, min(most, next_power_of_2(max(1, choices // max(1, slots)))))
 
 
-def gate_up_config(rows: int, itemsize: int, *, has_gate: bool) -> GroupedConfig:
+def _fitted(config: GroupedConfig, scale_columns: int) -> GroupedConfig:
+    """With inputs of one scale at a time, if weights have scales apart (0: they have none)."""
+    if scale_columns == 0:
+        return config
+    return replace(config, block_in=min(config.block_in, scale_columns & -scale_columns))
+
+
+def gate_up_config(
+    rows: int, itemsize: int, *, has_gate: bool, scale_columns: int = 0
+) -> GroupedConfig:
     """Configuration of the grouped up projection for tiles of `rows` choices."""
+    return _fitted(_gate_up_config(rows, itemsize, has_gate=has_gate), scale_columns)
+
+
+def down_config(rows: int, itemsize: int, *, scale_columns: int = 0) -> GroupedConfig:
+    """Configuration of the grouped down projection for tiles of `rows` choices."""
+    return _fitted(_down_config(rows, itemsize), scale_columns)
+
+
+def _gate_up_config(rows: int, itemsize: int, *, has_gate: bool) -> GroupedConfig:
     if itemsize == 4:
         # Without TF32 products of float32 run on the plain cores and take registers.
         return GroupedConfig(block_m=rows, block_n=32, block_in=32, num_warps=4, num_stages=3)
@@ -49,8 +67,7 @@ def gate_up_config(rows: int, itemsize: int, *, has_gate: bool) -> GroupedConfig
     )
 
 
-def down_config(rows: int, itemsize: int) -> GroupedConfig:
-    """Configuration of the grouped down projection for tiles of `rows` choices."""
+def _down_config(rows: int, itemsize: int) -> GroupedConfig:
     if itemsize == 4:
         return GroupedConfig(block_m=rows, block_n=32, block_in=32, num_warps=4, num_stages=3)
     return GroupedConfig(

@@ -30,6 +30,7 @@ from specmoe_compile.kernels.grouped_experts.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.grouped_experts.plan import TilePlan
+from specmoe_compile.kernels.packed_experts.expand import Scales
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 
@@ -81,6 +82,49 @@ def _load_weights(
 
 
 @triton.jit
+def _add_product(
+    acc,
+    a,
+    b,
+    scales,
+    outputs,
+    output_mask,
+    start,
+    LENGTH: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):
+    """acc + a @ b, where scales are left apart times the scale of each output's group.
+
+    A scale of a whole row is left to `_scale_rows`.
+    """
+    if SCALE_COLUMNS == 0 or SCALE_COLUMNS >= LENGTH:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        at = (outputs // SCALE_ROWS) * tl.cdiv(LENGTH, SCALE_COLUMNS) + start // SCALE_COLUMNS
+        scale = tl.load(scales + at, mask=output_mask, other=0.0)
+        acc += tl.dot(a, b, input_precision="ieee") * scale[None, :]
+    return acc
+
+
+@triton.jit
+def _scale_rows(
+    acc,
+    scales,
+    outputs,
+    output_mask,
+    LENGTH: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):
+    """acc times the scales of whole rows, if that is how weights are scaled."""
+    if SCALE_COLUMNS >= LENGTH:
+        scale = tl.load(scales + outputs // SCALE_ROWS, mask=output_mask, other=0.0)
+        acc *= scale[None, :]
+    return acc
+
+
+@triton.jit
 def grouped_gate_up_kernel(
     x,
     order,
@@ -91,9 +135,11 @@ def grouped_gate_up_kernel(
     tile_count,
     up,
     up_bias,
+    up_scales,
     intermediate,
     up_stride,
     bias_stride,
+    scale_stride,
     alpha,
     limit,
     H: tl.constexpr,
@@ -106,6 +152,8 @@ def grouped_gate_up_kernel(
     ACTIVATION: tl.constexpr,
     LIMITED: tl.constexpr,
     LIMIT_AFTER: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -118,6 +166,8 @@ def grouped_gate_up_kernel(
         x: [T, H]; intermediate: [N, I], dtype of x, rows in the order of the plan; contiguous.
         order, tile_slot, tile_start, tile_end, tile_first, tile_count: see `TilePlan`.
         up, up_bias: [S, 2I or I, H] or transposed, [S, 2I or I]; strides from slot to slot.
+        up_scales: [S, 2I / SCALE_ROWS, H / SCALE_COLUMNS] float32, factors that `up` lacks, never
+            of a transposed one; not followed where SCALE_COLUMNS is 0.
         alpha, limit: fp32, see `apply_gate`.
     """
     slot, row, end, block = _locate(
@@ -135,6 +185,8 @@ def grouped_gate_up_kernel(
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     UP_OFFSET: tl.constexpr = 1 if INTERLEAVED else I
     WIDTH: tl.constexpr = 2 * I if HAS_GATE else I
+    gates, values = outputs * STEP, outputs * STEP + UP_OFFSET
+    up_scales += slot * scale_stride
 
     if TRANSPOSED and INTERLEAVED:
         # Gate and up lie side by side: one strip of 2 * BLOCK_N columns, parted at the end.
@@ -153,13 +205,19 @@ def grouped_gate_up_kernel(
         for start in range(0, H, BLOCK_IN):
             inputs = start + tl.arange(0, BLOCK_IN)
             x_mask = _tile_mask(row_mask, inputs, H, BLOCK_IN)
-            a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0)
-            b = _load_weights(up, inputs, outputs * STEP, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
-            gate = tl.dot(a, b, gate, input_precision="ieee")
+            a = tl.load(x_rows + inputs[None, :], mask=x_mask, other=0.0).to(up.dtype.element_ty)
+            b = _load_weights(up, inputs, gates, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
+            gate = _add_product(
+                gate, a, b, up_scales, gates, mask, start, H, SCALE_ROWS, SCALE_COLUMNS
+            )
             if HAS_GATE:
-                places = outputs * STEP + UP_OFFSET
-                b = _load_weights(up, inputs, places, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
-                value = tl.dot(a, b, value, input_precision="ieee")
+                b = _load_weights(up, inputs, values, mask, H, WIDTH, TRANSPOSED, BLOCK_IN)
+                value = _add_product(
+                    value, a, b, up_scales, values, mask, start, H, SCALE_ROWS, SCALE_COLUMNS
+                )
+        gate = _scale_rows(gate, up_scales, gates, mask, H, SCALE_ROWS, SCALE_COLUMNS)
+        if HAS_GATE:
+            value = _scale_rows(value, up_scales, values, mask, H, SCALE_ROWS, SCALE_COLUMNS)
 
     if HAS_BIAS:
         bias = up_bias + slot * bias_stride + outputs * STEP
@@ -186,13 +244,17 @@ def grouped_down_kernel(
     tile_count,
     down,
     down_bias,
+    down_scales,
     y,
     down_stride,
     bias_stride,
+    scale_stride,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     HAS_BIAS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -205,6 +267,7 @@ def grouped_down_kernel(
         intermediate: [N, I], rows in the order of the plan; y: [N, H], same dtype, contiguous.
         order, tile_slot, tile_start, tile_end, tile_first, tile_count: see `TilePlan`.
         down, down_bias: [S, H, I] or transposed, [S, H]; strides from slot to slot.
+        down_scales: [S, H / SCALE_ROWS, I / SCALE_COLUMNS] float32, see `grouped_gate_up_kernel`.
     """
     slot, row, end, block = _locate(
         tile_slot, tile_start, tile_end, tile_first, tile_count, tl.cdiv(H, BLOCK_N)
@@ -216,15 +279,19 @@ def grouped_down_kernel(
     choices = tl.load(order + rows, mask=row_mask, other=0).to(tl.int64)
     a_rows = intermediate + (rows.to(tl.int64) * I)[:, None]
     down += slot * down_stride
+    down_scales += slot * scale_stride
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = outputs < H
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, I, BLOCK_IN):
         inputs = start + tl.arange(0, BLOCK_IN)
         a_mask = _tile_mask(row_mask, inputs, I, BLOCK_IN)
-        a = tl.load(a_rows + inputs[None, :], mask=a_mask, other=0.0)
+        a = tl.load(a_rows + inputs[None, :], mask=a_mask, other=0.0).to(down.dtype.element_ty)
         b = _load_weights(down, inputs, outputs, mask, I, H, TRANSPOSED, BLOCK_IN)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = _add_product(
+            acc, a, b, down_scales, outputs, mask, start, I, SCALE_ROWS, SCALE_COLUMNS
+        )
+    acc = _scale_rows(acc, down_scales, outputs, mask, I, SCALE_ROWS, SCALE_COLUMNS)
     if HAS_BIAS:
         bias = tl.load(down_bias + slot * bias_stride + outputs, mask=mask, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -240,6 +307,7 @@ def launch_grouped(
     rows: int,
     intermediate: Tensor,
     y: Tensor,
+    scales: tuple[Scales | None, Scales | None] = (None, None),
 ) -> None:
     """Launch both projections on the current stream; writes `intermediate` and `y`.
 
@@ -247,10 +315,14 @@ def launch_grouped(
         plan: of tiles of `rows` choices.
         intermediate: [N, I], scratch.
         y: [T, K, H]; rows of choices without a slot stay as they are.
+        scales: factors that `up` and `down` lack; None where they are the weights themselves.
     """
     hidden, inner = bank.sizes(form)
     tiles = plan.slot.numel()
-    config = gate_up_config(rows, x.element_size(), has_gate=form.has_gate)
+    up_scales, down_scales = scales
+    config = gate_up_config(
+        rows, bank.up.element_size(), has_gate=form.has_gate, scale_columns=_columns(up_scales)
+    )
     up_bias = bank.up if bank.up_bias is None else bank.up_bias
     has_bias = bank.up_bias is not None
     grouped_gate_up_kernel[(tiles * ceil_div(inner, config.block_n),)](
@@ -258,31 +330,47 @@ def launch_grouped(
         *plan,
         bank.up,
         up_bias,
+        bank.up if up_scales is None else up_scales.values,
         intermediate,
         bank.up.stride(0),
         up_bias.stride(0),
+        0 if up_scales is None else up_scales.values.stride(0),
         form.alpha,
         form.limit,
         **gate_up_constexprs(hidden, inner, y.shape[1], form, config, has_bias=has_bias),
+        **scale_constexprs(up_scales),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    config = down_config(rows, x.element_size())
+    config = down_config(rows, bank.down.element_size(), scale_columns=_columns(down_scales))
     down_bias = bank.down if bank.down_bias is None else bank.down_bias
     grouped_down_kernel[(tiles * ceil_div(hidden, config.block_n),)](
         intermediate,
         *plan,
         bank.down,
         down_bias,
+        bank.down if down_scales is None else down_scales.values,
         y,
         bank.down.stride(0),
         down_bias.stride(0),
+        0 if down_scales is None else down_scales.values.stride(0),
         **down_constexprs(hidden, inner, form, config, has_bias=has_bias),
+        **scale_constexprs(down_scales),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
+
+
+def _columns(scales: Scales | None) -> int:
+    return 0 if scales is None else scales.columns
+
+
+def scale_constexprs(scales: Scales | None) -> dict[str, int]:
+    """Compile-time arguments of both kernels that say which factors weights lack."""
+    rows = 1 if scales is None else scales.rows
+    return {"SCALE_ROWS": rows, "SCALE_COLUMNS": _columns(scales)}
 
 
 def gate_up_constexprs(

@@ -18,9 +18,9 @@ from specmoe_compile.kernels.common_torch import (
     BANK_SCHEMA,
     FORM_SCHEMA,
     LIBRARY,
+    bank_and_form,
     check_experts,
     compute_choices,
-    form_of,
 )
 from specmoe_compile.kernels.common_torch import reduce_choices as reduce_choices_torch
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -44,7 +44,7 @@ def run_grouped_experts_(
         x: [T, H] float32, bfloat16 or float16, contiguous.
         slots: [T, K] int32 or int64, contiguous: where in the bank, -1 for not in this part.
             Values are trusted on CUDA.
-        bank: the weights, of the dtype of `x`.
+        bank: the weights, plain ones of the dtype of `x`.
 
     Returns:
         `y`.
@@ -83,11 +83,11 @@ def _check_grouped(
 
 
 def _grouped_fake(y: Tensor, x: Tensor, slots: Tensor, *rest: Any) -> None:
-    _check_grouped(y, x, slots, ExpertBank(*rest[:4]), form_of(*rest[4:]))
+    _check_grouped(y, x, slots, *bank_and_form(rest))
 
 
 def _grouped_cpu(y: Tensor, x: Tensor, slots: Tensor, *rest: Any) -> None:
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _check_grouped(y, x, slots, bank, form)
     compute_choices(y, x, slots, bank, form)
 
@@ -96,15 +96,19 @@ def _grouped_cuda(y: Tensor, x: Tensor, slots: Tensor, *rest: Any) -> None:
     require_triton("run_grouped_experts_")
     from specmoe_compile.kernels.grouped_experts.config import block_m
     from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
+    from specmoe_compile.kernels.grouped_experts.packed import run_packed
     from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 
-    bank, form = ExpertBank(*rest[:4]), form_of(*rest[4:])
+    bank, form = bank_and_form(rest)
     _, inner = _check_grouped(y, x, slots, bank, form)
     num_slots = bank.up.shape[0]
     if slots.numel() == 0 or num_slots == 0:
         return
-    rows = block_m(slots.numel(), num_slots, x.element_size())
     with torch.cuda.device(x.device):
+        if not form.format.is_plain:
+            run_packed(y, x, slots, bank, form)
+            return
+        rows = block_m(slots.numel(), num_slots, x.element_size())
         plan = plan_tiles(slots, num_slots, rows)
         intermediate = x.new_empty((slots.numel(), inner))
         launch_grouped(x, bank, form, plan, rows, intermediate, y)

@@ -52,7 +52,7 @@ class DecoderParts(NamedTuple):
         Raises:
             UnsupportedModelError: the kernels cannot compute these experts.
         """
-        forms = [recognise_form(layer.module) for layer in layers]
+        forms = [recognise_form(layer.module).with_format(layer.layout.format) for layer in layers]
         layouts = [layer.layout for layer in layers]
         num_experts = [layer.num_experts for layer in layers]
         return cls(

@@ -5,9 +5,11 @@ Shape letters: E experts, S slots, H hidden, I expert intermediate.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.runtime.experts.formats.expert_format import (
+    PLAIN_FORMAT,
+    ExpertFormat,
+    ExpertTensors,
+)
+from specmoe_compile.runtime.experts.formats.weight_code import (
+    PLAIN,
+    WeightCode,
+    WeightPlanes,
+    dequantise,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 
@@ -31,6 +44,7 @@ class ExpertForm:
         alpha: of "swiglu_oai" only.
         limit: gate <= limit and |up| <= limit; infinity for none.
         limit_after: the gate's limit applies after its activation instead of before.
+        format: how weights are coded; where any is, none is transposed.
     """
 
     has_gate: bool = True
@@ -40,6 +54,7 @@ class ExpertForm:
     alpha: float = 1.0
     limit: float = math.inf
     limit_after: bool = False
+    format: ExpertFormat = PLAIN_FORMAT
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -51,6 +66,8 @@ class ExpertForm:
         needs_gate = self.activation == "swiglu_oai" or self.interleaved or self.is_limited
         if needs_gate and not self.has_gate:
             raise ValueError("swiglu_oai, interleaved outputs and a limit need experts with a gate")
+        if self.transposed and not self.format.is_plain:
+            raise ValueError("coded weights are row-major, expected transposed=False with them")
 
     @property
     def is_limited(self) -> bool:
@@ -60,7 +77,11 @@ class ExpertForm:
         """Outputs of the up projection: 2I or I."""
         return 2 * intermediate if self.has_gate else intermediate
 
-    def as_args(self) -> tuple[bool, bool, bool, str, float, float, bool]:
+    def with_format(self, format: ExpertFormat) -> ExpertForm:
+        """The same computation on weights that are coded in another way."""
+        return replace(self, format=format, transposed=self.transposed and format.is_plain)
+
+    def as_args(self) -> tuple[bool | str | float, ...]:
         """The last arguments of the ops of `specmoe_kernels`, in their order."""
         return (
             self.has_gate,
@@ -70,7 +91,21 @@ class ExpertForm:
             self.alpha,
             self.limit,
             self.limit_after,
+            _code_text(self.format.up),
+            _code_text(self.format.down),
         )
+
+
+@functools.cache
+def _code_text(code: WeightCode) -> str:
+    return "" if code.is_plain else json.dumps(code.to_json())
+
+
+@functools.cache
+def format_of_texts(up: str, down: str) -> ExpertFormat:
+    """The format whose codes `ExpertForm.as_args` wrote."""
+    codes = [WeightCode.from_json(json.loads(text)) if text else PLAIN for text in (up, down)]
+    return ExpertFormat(up=codes[0], down=codes[1])
 
 
 class ExpertBank(NamedTuple):
@@ -78,28 +113,53 @@ class ExpertBank(NamedTuple):
 
     `up`: [S, 2I or I, H], transposed [S, H, 2I or I]; `down`: [S, H, I], transposed [S, I, H];
     biases [S, 2I or I] and [S, H], or None. Each slot contiguous, any stride between slots.
+    Where weights are coded, `up` and `down` are planes of codes, never transposed, with the other
+    planes that `ExpertForm.format` names beside them, see `WeightPlanes`.
     """
 
     up: Tensor
     up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    up_scales: Tensor | None = None
+    up_zeros: Tensor | None = None
+    up_global: Tensor | None = None
+    down_scales: Tensor | None = None
+    down_zeros: Tensor | None = None
+    down_global: Tensor | None = None
 
     @classmethod
     def from_views(cls, views: Mapping[str, Tensor]) -> ExpertBank:
         """Name the views of `ExpertLayout.bank_views`."""
-        name = "gate_up_proj" if "gate_up_proj" in views else "up_proj"
-        return cls(
-            views[name],
-            views.get(f"{name}_bias"),
-            views["down_proj"],
-            views.get("down_proj_bias"),
-        )
+        (up, *up_planes), up_bias, (down, *down_planes), down_bias = ExpertTensors.of(views)
+        return cls(up, up_bias, down, down_bias, *up_planes, *down_planes)
+
+    @property
+    def up_planes(self) -> WeightPlanes:
+        """The up projection as the code's reference takes it."""
+        return WeightPlanes(self.up, self.up_scales, self.up_zeros, self.up_global)
+
+    @property
+    def down_planes(self) -> WeightPlanes:
+        """The down projection as the code's reference takes it."""
+        return WeightPlanes(self.down, self.down_scales, self.down_zeros, self.down_global)
 
     def sizes(self, form: ExpertForm) -> tuple[int, int]:
         """H and I."""
         inputs, outputs = self.down.shape[1:] if form.transposed else self.down.shape[:0:-1]
-        return int(outputs), int(inputs)
+        return int(outputs), int(inputs) * (2 if form.format.down.functions.bits == 4 else 1)
+
+    def slot_weights(self, slot: int, form: ExpertForm) -> tuple[Tensor, Tensor]:
+        """Up and down projection of one slot in float32, [2I or I, H] and [H, I]."""
+        up = dequantise(part_of(self.up_planes, slot), form.format.up)
+        down = dequantise(part_of(self.down_planes, slot), form.format.down)
+        return (up.t(), down.t()) if form.transposed else (up, down)
+
+
+def part_of(planes: WeightPlanes, slots: int | slice) -> WeightPlanes:
+    """Planes of one slot of a bank, or of some."""
+    codes, *rest = planes
+    return WeightPlanes(codes[slots], *(None if plane is None else plane[slots] for plane in rest))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -146,7 +206,10 @@ def recognise_form(module: torch.nn.Module) -> ExpertForm:
         UnsupportedModelError: the module's gate or activation is none that the kernels have.
     """
     owner: Any = module
-    layout = {"has_gate": bool(owner.has_gate), "transposed": bool(owner.is_transposed)}
+    layout: dict[str, Any] = {
+        "has_gate": bool(owner.has_gate),
+        "transposed": bool(owner.is_transposed),
+    }
     limits = [getattr(owner, name, None) for name in ("limit", "swiglu_limit")]
     limit = next((float(value) for value in limits if value is not None), math.inf)
     alphas = [getattr(owner, name, None) for name in ("alpha", "swiglu_alpha")]
@@ -165,7 +228,7 @@ def recognise_form(module: torch.nn.Module) -> ExpertForm:
     )
 
 
-def _candidate_forms(layout: Mapping[str, bool], alpha: float, limit: float) -> list[ExpertForm]:
+def _candidate_forms(layout: Mapping[str, Any], alpha: float, limit: float) -> list[ExpertForm]:
     plain = [name for name in ACTIVATIONS if name != "swiglu_oai"]
     if not layout["has_gate"]:
         return [ExpertForm(activation=name, **layout) for name in plain]

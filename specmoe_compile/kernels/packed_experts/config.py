@@ -1,0 +1,58 @@
+"""Block sizes of the kernels for coded weights: a fixed rule per shape and code. No Triton in here.
+
+Shape letters: H hidden, I expert intermediate, K top-k.
+"""
+
+from __future__ import annotations
+
+from specmoe_compile.kernels.expert_mlp.config import GemvConfig, ceil_div, next_power_of_2
+from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
+
+_LANE_BYTES = 16  # one load of a lane
+# Codes of one program, in bytes: four loads of each of 128 lanes.
+_TILE_BYTES = 8192
+_MOST_PADDING = 0.1  # of a row's inputs; a masked lane reads nothing, but its place is lost
+
+
+def codes_per_lane(code: WeightCode) -> int:
+    """Inputs of one lane's load."""
+    return _LANE_BYTES * 8 // code.functions.bits
+
+
+def unit_of(code: WeightCode, length: int) -> int:
+    """Inputs that are summed before they are scaled: of one lane, and of one group."""
+    lane = codes_per_lane(code)
+    columns = code.block[1]
+    if columns == 0 or columns >= length:
+        return lane
+    return min(lane, columns & -columns)
+
+
+def _block_in(length: int, code: WeightCode, most_bytes: int) -> int:
+    """Inputs of a tile: the widest power of two that pads `length` by at most `_MOST_PADDING`."""
+    narrowest = codes_per_lane(code)
+    block = max(narrowest, next_power_of_2(most_bytes * 8 // code.functions.bits))
+    while block > narrowest and ceil_div(length, block) * block > length * (1 + _MOST_PADDING):
+        block //= 2
+    return block
+
+
+def gate_up_config(inner: int, hidden: int, code: WeightCode, *, has_gate: bool) -> GemvConfig:
+    """Configuration of the up projection."""
+    block_in = _block_in(hidden, code, 1024)
+    row_bytes = block_in * code.functions.bits // 8
+    rows = max(2, _TILE_BYTES // row_bytes) // (2 if has_gate else 1)
+    return GemvConfig(block_out=max(1, min(rows, 8)), block_in=block_in, num_stages=3)
+
+
+def down_config(inner: int, hidden: int, top_k: int, code: WeightCode) -> GemvConfig:
+    """Configuration of the down projection, which also sums over K."""
+    block_k = next_power_of_2(top_k)
+    block_in = _block_in(inner, code, 256 if block_k >= 4 else 512)
+    row_bytes = block_in * code.functions.bits // 8
+    return GemvConfig(
+        block_k=block_k,
+        block_out=max(1, min(16, _TILE_BYTES // row_bytes // block_k)),
+        block_in=block_in,
+        num_stages=3,
+    )
