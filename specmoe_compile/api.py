@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.hf.guards import refuse_adapted_experts
 from specmoe_compile.hf.missing_weights import MissingWeights
 from specmoe_compile.hf.model_loader import (
     ExpertNumbers,
@@ -96,6 +97,7 @@ def from_pretrained(
     verify: bool = False,
     progress: bool = True,
     missing_weights: MissingWeights = "error",
+    adapter: str | os.PathLike[str] | None = None,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts model with its experts offloaded.
@@ -124,6 +126,8 @@ def from_pretrained(
         progress: show a progress bar.
         missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random",
             which draws them as transformers does and warns.
+        adapter: folder or hub name of a LoRA adapter (PEFT) to merge: into the experts as they are
+            packed, into everything else as it is loaded.
         hf_kwargs: options of the Hugging Face loader (`revision`, `cache_dir`, `token`,
             `local_files_only`, `trust_remote_code`, `attn_implementation`, ...) and fields of the
             model's configuration.
@@ -173,6 +177,7 @@ def from_pretrained(
             numbers=ExpertNumbers(
                 keep_codes=options.device.type in _CODE_DEVICES, quantize=options.quantize
             ),
+            adapter=adapter,
         )
         _to_device(model, options.device)
         skeleton, expert_store, cache_bytes = placed[0]
@@ -202,8 +207,25 @@ def offload(
     With `store="ram"` each layer's parameters are freed as they are copied; with `store="disk"` all
     at the end, so that a full disk loses nothing. "auto" counts the memory of the parameters, which
     is given back, as free. Arguments, result and errors are those of `from_pretrained`. With
-    `quantize=` all parameters are freed at the end in either case.
+    `quantize=` all parameters are freed at the end in either case. Of a
+    `PeftModel` whose adapters leave the experts alone, the base model is offloaded.
     """
+    if type(model).__module__.partition(".")[0] == "peft":
+        base: Any = model
+        offload(
+            base.get_base_model(),
+            device=device,
+            quantize=quantize,
+            store=store,
+            expert_cache=expert_cache,
+            store_dir=store_dir,
+            cache_policy=cache_policy,
+            reader_threads=reader_threads,
+            verify=verify,
+            progress=progress,
+        )
+        base.eval()
+        return model
     options = _checked(
         device,
         quantize,
@@ -222,6 +244,7 @@ def offload(
             "specmoe_compile.from_pretrained instead."
         )
     layers = find_experts_layers(model)
+    refuse_adapted_experts(model, layers)
     for layer in layers:
         if any(getattr(layer.module, spec.name).is_meta for spec in layer.layout.tensors):
             raise UnsupportedModelError(

@@ -10,6 +10,7 @@ import typer
 
 from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
 from specmoe_compile.cli.options import (
+    ADAPTER,
     COMPILE_OPTION,
     DEBUG,
     DEVICE,
@@ -46,6 +47,7 @@ def generate(
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
     missing_weights: MISSING_WEIGHTS = "error",
+    adapter: ADAPTER = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Decode through the compiled graph.")
     ] = True,
@@ -111,6 +113,7 @@ def generate(
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
+        adapter=adapter,
         missing_weights=missing_weights,  # type: ignore[arg-type]
     )
     options = with_cuda_graphs(

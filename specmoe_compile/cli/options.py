@@ -67,6 +67,14 @@ COMPILE_OPTION = Annotated[
         show_default=False,
     ),
 ]
+ADAPTER = Annotated[
+    str | None,
+    typer.Option(
+        help="A LoRA adapter (PEFT) to merge: its folder, or its name on the hub.",
+        show_default=False,
+        metavar="PATH",
+    ),
+]
 MISSING_WEIGHTS = Annotated[
     str,
     typer.Option(

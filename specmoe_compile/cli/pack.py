@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from specmoe_compile.cli.options import (
+    ADAPTER,
     DEBUG,
     DTYPE,
     JSON,
@@ -24,6 +25,7 @@ def pack(
     store_dir: STORE_DIR = None,
     dtype: DTYPE = "auto",
     quantize: QUANTIZE = None,
+    adapter: ADAPTER = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the store back and compare all checksums.")
     ] = False,
@@ -53,7 +55,9 @@ def pack(
     from specmoe_compile.system.sizes import format_bytes
 
     quiet_transformers()
-    report = pack_store(model, store_dir, dtype=dtype, quantize=quantize, verify=verify)
+    report = pack_store(
+        model, store_dir, dtype=dtype, quantize=quantize, verify=verify, adapter=adapter
+    )
     if report.reused:
         print(f"{report.path} already holds this store ({format_bytes(report.total_bytes)}).")
     else:

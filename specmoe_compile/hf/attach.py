@@ -16,33 +16,28 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.experts_interface import IMPLEMENTATION, register_experts_implementation
+from specmoe_compile.hf.guards import guard_model
 from specmoe_compile.hf.run_ahead import install_run_ahead
 from specmoe_compile.runtime.session import Session
 
 _RECOMPILE_LIMIT = 64
-_SAVE_REFUSAL = (
-    "this model's experts live in its expert store, not in its parameters, so a state dict of it"
-    " would be a checkpoint without experts: keep the original checkpoint, or load it with"
-    " transformers to save a copy"
-)
 
 
 def attach_session(model: nn.Module, session: Session) -> None:
     """Make `model` run its experts through `session`.
 
     Freezes all parameters, switches to eval mode, sets the experts implementation "specmoe" and
-    makes saving refuse. The session is closed by `specmoe_compile.close(model)`, or when the model
-    is collected.
+    makes the model refuse what its records cannot follow (`guards`). The session is closed by
+    `specmoe_compile.close(model)`, or when the model is collected.
 
     Args:
         model: a Hugging Face model whose experts modules are those of `session.layers`.
@@ -55,7 +50,6 @@ def attach_session(model: nn.Module, session: Session) -> None:
     for layer in session.layers:
         layer.module._specmoe_session = session.handle  # type: ignore[assignment]
         layer.module._specmoe_layer = layer.index  # type: ignore[assignment]
-        layer.module.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     model.eval()
     if hasattr(model, "set_experts_implementation"):
@@ -63,8 +57,7 @@ def attach_session(model: nn.Module, session: Session) -> None:
     for layer in session.layers:
         # A submodel may keep a configuration object of its own that the call above does not reach.
         layer.module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
-    model.save_pretrained = _refuse_save  # type: ignore[assignment]
-    model.train = functools.partial(_train, weakref.ref(model))  # type: ignore[method-assign]
+    guard_model(model, session)
     # Transformers would otherwise compile `forward` by itself, with Inductor and without the
     # passes, wherever it finds a static cache on a GPU.
     model._valid_auto_compile_criteria = _never_auto_compile  # type: ignore[assignment]
@@ -76,26 +69,6 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     newest, oldest = CACHE_ARGUMENTS
     return {newest if newest in parameters else oldest: cache}
-
-
-def _refuse_save(*args: Any, **kwargs: Any) -> NoReturn:
-    raise SpecMoEError(_SAVE_REFUSAL)
-
-
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise SpecMoEError(_SAVE_REFUSAL)
-
-
-def _train(model: weakref.ref[nn.Module], mode: bool = True) -> nn.Module:
-    """`nn.Module.train` of an offloaded model: refuses training mode before anything is traced."""
-    if mode:
-        raise SpecMoEError(
-            "an offloaded model runs inference only: its experts are read-only records and have no"
-            " gradients; load the model with transformers to train it"
-        )
-    module = model()
-    assert module is not None, "train() reached a model that is gone"
-    return nn.Module.train(module, False)
 
 
 def _never_auto_compile(*args: Any, **kwargs: Any) -> bool:

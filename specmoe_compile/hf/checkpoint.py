@@ -272,6 +272,10 @@ def check_checkpoint_folder(folder: Path, variant: str | None = None) -> None:
             shard.
     """
     config_path = folder / "config.json"
+    if not config_path.is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter: load its base model, with adapter={str(folder)!r}."
+        )
     if not config_path.is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
     try:

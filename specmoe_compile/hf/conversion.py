@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 )
 
 from specmoe_compile.errors import CheckpointError, UnsupportedModelError
+from specmoe_compile.hf.adapter import Adapter
 from specmoe_compile.hf.checkpoint import Checkpoint, CheckpointTensor
 from specmoe_compile.hf.quantised.base import QuantisedWeight
 from specmoe_compile.hf.quantised.experts import CodedTensor, join_sources
@@ -157,6 +158,7 @@ class CheckpointSource:
         name: str,
         plain: PlainKeys,
         keep_codes: bool,
+        adapter: Adapter | None = None,
     ) -> None:
         """Check that the checkpoint has every expert, and lay out their records.
 
@@ -170,6 +172,7 @@ class CheckpointSource:
             plain: the checkpoint's weights by their plain keys.
             keep_codes: records hold the codes of quantised weights; else their values, in the
                 dtype of the model.
+            adapter: what is added to the experts; needs values.
 
         Raises:
             CheckpointError: a tensor is missing, or experts do not fit together.
@@ -198,7 +201,13 @@ class CheckpointSource:
         )
         self._transposed = [bool(layer.module.is_transposed) for layer in layers]
         self._names = [expert_parameter_names(layer.module) for layer in layers]
-        self.fingerprint = _fingerprint(self.layers, checkpoint.identity(), plain.settings)
+        self._adapter = adapter if adapter is not None and adapter.digest is not None else None
+        self.fingerprint = _fingerprint(
+            self.layers,
+            checkpoint.identity(),
+            plain.settings,
+            None if self._adapter is None else self._adapter.digest,
+        )
         self.content: SourceContent | None = checkpoint.content(
             [_source_keys(recipes, layer, plain.weights) for layer in layers],
             recipe=_recipe_digest(recipes, plain.settings),
@@ -284,6 +293,8 @@ class CheckpointSource:
                     f"{tuple(tensor.shape)}, the configuration expects {tuple(view.shape)}."
                 )
             view.copy_(tensor)
+        if self._adapter is not None:
+            self._adapter.add_to(spec.name, expert, views)
 
     def _expert_tensor(self, name: str, expert: int, num_experts: int) -> torch.Tensor:
         """Return one expert's part of a model tensor, without the expert dimension."""
@@ -418,11 +429,16 @@ def _recipe_digest(recipes: Mapping[str, _Recipe], settings: Mapping[str, Any] |
 
 
 def _fingerprint(
-    layers: Sequence[StoreLayer], identity: str, settings: Mapping[str, Any] | None
+    layers: Sequence[StoreLayer],
+    identity: str,
+    settings: Mapping[str, Any] | None,
+    adapter: str | None,
 ) -> str:
-    """Return the digest that names a store: which weights, in which records."""
+    """Return the digest that names a store: which weights, in which records, what is added."""
     named: dict[str, Any] = {"layers": layers_to_json(layers), "weights": identity}
     if settings is not None:
         named["quantization_config"] = settings
+    if adapter is not None:
+        named["adapter"] = adapter
     text = json.dumps(named, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

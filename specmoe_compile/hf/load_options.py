@@ -19,6 +19,7 @@ _OWN_OPTIONS = (
     "verify",
     "progress",
     "missing_weights",
+    "adapter",
 )
 HUB_OPTIONS = (
     "cache_dir",

@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from specmoe_compile.errors import CheckpointError, SpecMoEError, UnsupportedModelError
+from specmoe_compile.hf.adapter import Adapter
 from specmoe_compile.hf.checkpoint import Checkpoint, check_checkpoint_folder
 from specmoe_compile.hf.conversion import CheckpointSource, KeyAssignment, assign_checkpoint_keys
 from specmoe_compile.hf.load_options import (
@@ -91,6 +92,7 @@ def load_without_experts(
     place_experts: Callable[[Skeleton], None],
     missing_weights: MissingWeights = "error",
     numbers: ExpertNumbers = ExpertNumbers(),
+    adapter: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """Load a model; its experts go to `place_experts`, and its modules get empty parameters.
 
@@ -102,6 +104,7 @@ def load_without_experts(
         place_experts: called once, before any weight is read.
         missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random".
         numbers: what the experts' records hold.
+        adapter: folder or hub name of a LoRA adapter to merge.
 
     Raises:
         CheckpointError: files or weights are missing, truncated, or do not fit the configuration.
@@ -119,6 +122,7 @@ def load_without_experts(
         dtype = torch.bfloat16  # not that of the first tensor, which may be one of codes
     model_class = _model_class(path_or_id, config, options, hub_options)
     called: list[bool] = []
+    read_adapters: list[Adapter] = []
     check_first = missing_weights == "error"
 
     def load_weights(
@@ -132,6 +136,8 @@ def load_without_experts(
             layers, assignment = _assign(model, plain.keys, load_config)
             lacking = missing_before_loading(model, assignment.made) if check_first else []
             report_missing(model, str(path_or_id), lacking, assignment.unknown, missing_weights)
+            if adapter is not None:
+                read_adapters.append(Adapter(model, layers, adapter))
             resident, experts = _take_experts(
                 model,
                 checkpoint,
@@ -142,6 +148,7 @@ def load_without_experts(
                 device,
                 place_experts,
                 numbers,
+                read_adapters[0] if read_adapters else None,
             )
             # Weights go straight to the device; the loader's own option would need accelerate.
             load_config = dataclasses.replace(load_config, device_map={"": device})
@@ -180,6 +187,8 @@ def load_without_experts(
     model.__class__ = model_class
     unknown = list(info["unexpected_keys"])
     report_missing(model, str(path_or_id), info["missing_keys"], unknown, missing_weights)
+    for read in read_adapters:
+        read.merge_into(model)
     return model
 
 
@@ -190,6 +199,7 @@ def read_experts(
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
     numbers: ExpertNumbers = ExpertNumbers(),
+    adapter: str | os.PathLike[str] | None = None,
 ) -> None:
     """Hand a checkpoint's experts to `place_experts`, and load nothing else. Raises as loading."""
 
@@ -206,6 +216,7 @@ def read_experts(
             place_experts=place_and_stop,
             missing_weights="random",  # nothing else is loaded
             numbers=numbers,
+            adapter=adapter,
         )
     except _Finished:
         return
@@ -242,6 +253,7 @@ def _take_experts(
     device: torch.device,
     place_experts: Callable[[Skeleton], None],
     numbers: ExpertNumbers,
+    adapter: Adapter | None,
 ) -> tuple[dict[str, Any], set[str]]:
     """Place the experts and empty their parameters.
 
@@ -250,6 +262,8 @@ def _take_experts(
         that are quantised are dequantised when they are read.
     """
     top_k = find_top_k(model, layers)
+    # An adapter is added to values; codes are what they are.
+    adds = adapter is not None and adapter.digest is not None
     source = CheckpointSource(
         model,
         checkpoint,
@@ -258,7 +272,8 @@ def _take_experts(
         top_k=top_k,
         name=name,
         plain=plain,
-        keep_codes=numbers.keep_codes and numbers.quantize is None,
+        keep_codes=numbers.keep_codes and numbers.quantize is None and not adds,
+        adapter=adapter,
     )
     made = (
         source if numbers.quantize is None else QuantisingSource(source, layers, numbers.quantize)

@@ -29,6 +29,7 @@ def pack(
     quantize: str | None = None,
     progress: bool = True,
     verify: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     **hf_kwargs: Any,
 ) -> StoreReport:
     """Write a checkpoint's experts into a store on disk, which `from_pretrained` then uses.
@@ -40,6 +41,7 @@ def pack(
         quantize: as for `from_pretrained`.
         progress: show a progress bar.
         verify: read the store back afterwards and compare all checksums.
+        adapter: folder or hub name of a LoRA adapter (PEFT) to merge into the experts.
         hf_kwargs: as for `from_pretrained`.
 
     Raises:
@@ -61,6 +63,7 @@ def pack(
         hf_options=hf_kwargs,
         place_experts=place_experts,
         numbers=ExpertNumbers(quantize=checked_quantize(quantize)),
+        adapter=adapter,
     )
     if verify:
         with contextlib.closing(DiskStore.open(reports[0].path)) as store:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import specmoe_compile
@@ -201,12 +204,39 @@ def test_gradients_through_experts_are_refused(offloaded: Any) -> None:
 def test_saving_refuses_and_leaves_nothing(offloaded: Any, tmp_path: Path) -> None:
     for save in (
         lambda: offloaded.save_pretrained(tmp_path / "copy"),
-        offloaded.state_dict,
-        offloaded.model.state_dict,
+        lambda: torch.save(offloaded.state_dict(), tmp_path / "copy.pt"),
+        lambda: torch.save(offloaded.model.state_dict(), tmp_path / "copy.pt"),
+        lambda: save_file(offloaded.state_dict(), tmp_path / "copy.safetensors"),
+        lambda: {name: value.clone() for name, value in offloaded.state_dict().items()},
     ):
         with pytest.raises(SpecMoEError, match="checkpoint without experts"):
             save()
-    assert not (tmp_path / "copy").exists()
+    assert not (tmp_path / "copy").exists() and not (tmp_path / "copy.safetensors").exists()
+    state = offloaded.state_dict()
+    assert torch.equal(state["lm_head.weight"], offloaded.lm_head.weight)
+    assert state["model.layers.0.mlp.experts.down_proj"].shape == (0, 64, 32)
+
+
+def test_copies_and_casts_are_refused_before_anything_changes(offloaded: Any) -> None:
+    for copy_it in (copy.deepcopy, pickle.dumps):
+        for part in (offloaded, offloaded.model.layers[0].mlp.experts):
+            with pytest.raises(SpecMoEError, match="cannot be copied or pickled"):
+                copy_it(part)
+    holder = torch.nn.ModuleList([offloaded])
+    for cast in (
+        lambda: offloaded.to(torch.bfloat16),
+        lambda: offloaded.to(dtype=torch.float64),
+        offloaded.half,
+        holder.bfloat16,
+        lambda: offloaded.to("meta"),
+        offloaded.model.layers[1].half,
+    ):
+        with pytest.raises(SpecMoEError, match=r"an offloaded model stay torch\.float32"):
+            cast()
+        assert {p.dtype for p in offloaded.parameters()} == {torch.float32}
+        assert {p.device.type for p in offloaded.parameters()} == {"cpu"}
+    assert offloaded.to("cpu") is offloaded and offloaded.float() is offloaded
+    offloaded.lm_head.to(torch.float32)
 
 
 def test_dense_model_is_refused_when_strict() -> None:

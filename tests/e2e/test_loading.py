@@ -323,7 +323,6 @@ def test_an_offloaded_model_can_be_asked_about_itself(folder: Path) -> None:
     assert model.get_memory_footprint() > 0
     assert model.device == torch.device("cpu") and model.dtype == torch.float32
     assert model.to("cpu") is model
-    assert model.to(torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UnsupportedModelError, match="offloaded already"):
         specmoe_compile.offload(model)
 

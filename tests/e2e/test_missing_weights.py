@@ -80,10 +80,10 @@ def test_a_layer_in_an_unknown_format_is_named(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     weight = tensors.pop("model.layers.0.self_attn.o_proj.weight")
-    tensors["model.layers.0.self_attn.o_proj.qweight"] = weight.to(torch.int32)
+    tensors["model.layers.0.self_attn.o_proj.weight_nf3"] = weight.to(torch.int32)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(
-        CheckpointError, match=r"o_proj\.weight\. .* not know: 1, such as .*\.qweight\."
+        CheckpointError, match=r"o_proj\.weight\. .* not know: 1, such as .*\.weight_nf3\."
     ):
         load(folder, tmp_path)
 
@@ -117,10 +117,10 @@ def test_a_quantisation_of_the_text_model_counts_as_the_models(tmp_path: Path) -
     folder = tiny_checkpoints.write("qwen3_vl_moe", tmp_path / "model")
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    settings = {"quant_method": "exl3", "bits": 4}
     config["text_config"]["quantization_config"] = settings
     path.write_text(json.dumps(config))
-    with pytest.raises(specmoe_compile.SpecMoEError, match="gptq"):
+    with pytest.raises(specmoe_compile.SpecMoEError, match="exl3"):
         load(folder, tmp_path)
 
 
