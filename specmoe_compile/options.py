@@ -24,6 +24,7 @@ CommitWeights = Literal["predicted", "true"]
 Lowering = Literal["inductor", "eager"]
 Mode = Literal["default", "reduce-overhead"]
 TransferKind = Literal["auto", "copy", "gather"]
+CpuMath = Literal["exact", "int8"]
 
 MAX_DECODE_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
@@ -33,6 +34,7 @@ _COMMIT_WEIGHTS = ("predicted", "true")
 _LOWERINGS = ("inductor", "eager")
 _MODES = ("default", "reduce-overhead")
 _TRANSFERS = ("auto", "copy", "gather")
+_CPU_MATHS = ("exact", "int8")
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
 
@@ -82,6 +84,9 @@ class CompileOptions:
     """how a GPU gets the experts of a decode step: `copy` by the copy engine, with ids that the
     host reads; `gather` by the GPU itself, the only one that CUDA graphs can hold; `auto` measures
     both once and takes the faster, or `gather` with CUDA graphs. `auto` alone on the CPU."""
+    cpu_math: CpuMath = "exact"
+    """what a CPU multiplies 4- and 8-bit integer codes with in decode: `exact` the activations in
+    float32, `int8` the activations rounded to 8 bits in blocks of 32, which approximates."""
     attention: bool = True
     """graph: on a GPU the attention of a decode step reads the filled part of a static cache, once
     for all heads that share its keys, instead of all of it, repeated."""
@@ -98,6 +103,7 @@ class CompileOptions:
         _check_choice("lowering", self.lowering, _LOWERINGS)
         _check_choice("mode", self.mode, _MODES)
         _check_choice("transfer", self.transfer, _TRANSFERS)
+        _check_choice("cpu_math", self.cpu_math, _CPU_MATHS)
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
         for name in ("prefetch", "auto_off", "control", "attention", "strict", "nvtx"):
             _check_type(name, getattr(self, name), bool)
@@ -222,6 +228,8 @@ class SpeculationConfig:
     """how a GPU gets the experts of a decode step."""
     captures: bool = False
     """steps are captured in CUDA graphs."""
+    cpu_math: Literal["exact", "int8"] = "exact"
+    """what a CPU multiplies integer codes with."""
     nvtx: bool = False
     """annotate phases with NVTX ranges."""
 
@@ -242,6 +250,7 @@ class SpeculationConfig:
             lookahead=options.lookahead,
             transfer=options.transfer,
             captures=options.mode == "reduce-overhead",
+            cpu_math=options.cpu_math,
             nvtx=options.nvtx,
         )
 

@@ -27,6 +27,7 @@ def test_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
         ("lookahead", True),
         ("prefetch_width", 0),
         ("prefetch_budget_bytes", -1),
+        ("cpu_math", "int4"),
         ("default_vector_threshold", 1.5),
         ("default_vector_threshold", "high"),
         ("skip_layers", "some"),

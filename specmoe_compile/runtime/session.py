@@ -29,7 +29,7 @@ from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
-from specmoe_compile.runtime.cpu.native.layer import settle
+from specmoe_compile.runtime.cpu.native.layer import settle, use_cpu_math
 from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
@@ -247,7 +247,7 @@ class Session:
         """Set what happens to predictions, from now on.
 
         Raises:
-            ValueError: a transfer that only a GPU has.
+            ValueError: a transfer that only a GPU has, or int8 arithmetic for experts without it.
         """
         if speculation.transfer != "auto":
             raise ValueError(
@@ -256,6 +256,7 @@ class Session:
                 " device='cuda'."
             )
         with self._lock:
+            use_cpu_math(speculation.cpu_math, [runner.native for runner in self._runners])
             previous = self._speculator.config
             if isinstance(self.cache, DoubleBuffers) and _buffers_differ(previous, speculation):
                 settle()  # the old buffers go away

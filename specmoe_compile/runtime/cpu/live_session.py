@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
+from specmoe_compile.runtime.cpu.native.layer import use_cpu_math
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.module import find_experts_layers
@@ -66,7 +67,12 @@ class LiveSession:
         return state.run(x, ids, weights)
 
     def configure(self, config: SpeculationConfig) -> None:
-        """Accept run-time options; a model that is all there has nothing to speculate on."""
+        """Accept run-time options; a model that is all there has nothing to speculate on.
+
+        Raises:
+            ValueError: int8 arithmetic, which experts of plain numbers do not have.
+        """
+        use_cpu_math(config.cpu_math, [])
 
     def close(self) -> None:
         """Forget the modules."""

@@ -204,13 +204,18 @@ class DeviceSession:
 
         Raises:
             ValueError: predictor `previous_token`, whose memory of the step before a captured graph
-                does not replay.
+                does not replay, or `cpu_math`.
             SpecMoEError: the transfer cannot be changed any more, see `Decoders.use`.
         """
         if speculation.predictor == "previous_token":
             raise ValueError(
                 "predictor='previous_token' is not supported for experts on a GPU: use another"
                 " predictor."
+            )
+        if speculation.cpu_math != "exact":
+            raise ValueError(
+                f"cpu_math={speculation.cpu_math!r} is for experts that are computed on the CPU,"
+                " and these are computed on a GPU: leave it out."
             )
         with self._lock:
             self._check_open()

@@ -10,6 +10,9 @@ import torch
 
 from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cpu.native import build, layer, library
+from specmoe_compile.runtime.experts.formats.expert_format import ExpertFormat
+from tests.runtime.cpu.test_native_kernels import Experts
+from tests.runtime.experts.test_weight_code import MXFP4, NF4
 from tests.runtime.fakes import L, reference, token_batch
 from tests.runtime.split_path import predict, step
 from tests.runtime.test_session import CACHES, MODULES, make_session, poison
@@ -42,6 +45,24 @@ def test_caches_and_predictions_change_no_bit(cache: str) -> None:
                 continue
             ticket = session.start_prefetch(number, *predict("random", batch, generator))
             assert torch.equal(step(session, number, batch, ticket), expected)
+
+
+@pytest.mark.usefixtures("tiny_experts")
+def test_int8_arithmetic_is_refused_where_there_is_none_and_undone_by_exact() -> None:
+    with make_session("half") as session, pytest.raises(ValueError, match="quantize='int4'"):
+        session.configure(SpeculationConfig(cpu_math="int8"))
+    tool = layer.engine_or_none()
+    assert tool is not None
+    experts = Experts(64, 96, ExpertFormat(up=MXFP4, down=NF4), torch.float32)
+    native = layer.NativeLayer(tool, experts.spec(), torch.float32)
+    x, y = torch.randn(1, 64), torch.empty(3, 1, 64)
+    task = layer.Task(experts.records[0].data_ptr(), (0,), (0,))
+    for out, kind in zip(y, ("exact", "int8", "exact"), strict=True):
+        layer.use_cpu_math(kind, [None, native])
+        native.run([task], x, out)
+    assert torch.equal(y[0], y[2])
+    error = (y[1] - y[0]).norm() / y[0].norm()
+    assert 1e-5 < error < 0.02
 
 
 def test_without_a_compiler_torch_computes_and_says_so_once(

@@ -39,6 +39,7 @@ MIN_RECORD_BYTES = 256 << 10
 transformers' own."""
 _MAX_INPUTS = 4096 * 32
 _FOUR_BIT = ("e2m1", "int4", "nf4")
+_INT8_BOOKS = {BOOKS[name] for name in ("e2m1", "int4", "int8")}
 
 _engine_lock = threading.Lock()
 _engine: NativeEngine | None = None
@@ -127,6 +128,27 @@ def engine_or_none() -> NativeEngine | None:
         return _engine
 
 
+def use_cpu_math(kind: str, layers: Sequence[NativeLayer | None]) -> None:
+    """Choose the arithmetic of a session's layers; those whose codes are no integers stay exact.
+
+    Args:
+        kind: "exact" or "int8".
+        layers: of the session; None for those that torch computes.
+
+    Raises:
+        ValueError: "int8" where no layer has it.
+    """
+    ready = [layer for layer in layers if layer is not None and layer.has_int8]
+    if kind == "int8" and not ready:
+        raise ValueError(
+            f"cpu_math={kind!r} needs experts with e2m1, int4 or int8 codes and the C++ engine, and"
+            " no layer of this model has both: leave it out, or load the model with"
+            " quantize='int4'."
+        )
+    for layer in ready:
+        layer.use_int8(kind == "int8")
+
+
 def settle() -> None:
     """Wait until no late thread reads a record any more; call it before records go away."""
     if _engine is not None:
@@ -141,6 +163,15 @@ class NativeLayer:
         self._spec = spec
         self._dtype = dtype
         self._codes_offset: int = spec.up.codes
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether a weight's codes are integers, which int8 activations may be multiplied with."""
+        return bool({self._spec.up.book, self._spec.down.book} & _INT8_BOOKS)
+
+    def use_int8(self, on: bool) -> None:
+        """Multiply integer codes with activations of 8 bits from now on, or with float32."""
+        self._spec.int8 = on
 
     def record_of(self, codes: Tensor) -> int:
         """Address of the record whose up projection's codes these are."""
