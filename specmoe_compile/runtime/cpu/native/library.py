@@ -49,7 +49,7 @@ def _path() -> Path:
     compiled = cache_folder() / "native" / build.source_digest() / build.LIBRARY_NAME
     if not compiled.is_file():
         build.find_compiler()  # before anything is promised
-        log.warning("compiling the C++ engine once (about half a minute): %s", compiled)
+        log.warning("compiling the C++ engine once (20 seconds of one core): %s", compiled)
         build.build(compiled)
     return compiled
 
