@@ -19,7 +19,7 @@ from benchmarks.gpu_full_size_measure import Run, measure_arms, step_times_ms
 from benchmarks.gpu_full_size_model import FilledCache, RandomStore, Shape, build_skeleton
 from benchmarks.gpu_full_size_routing import install_routing
 from specmoe_compile.bench.records import quantile
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.experts.formats.expert_format import DOWN_NAME, UP_NAMES
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes, dequantise

@@ -34,7 +34,7 @@ from benchmarks.gpu_full_size_model import FilledCache, random_tokens
 from benchmarks.gpu_full_size_profile import profile_steps
 from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
 from specmoe_compile.bench.records import quantile
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.system.output import sentence, user_error_or_none
 

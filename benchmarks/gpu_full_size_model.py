@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.kernels.compile_spec import FP8, INT4, MXFP4, NVFP4
 from specmoe_compile.errors import StoreError
-from specmoe_compile.hf.attach import _mark_static
+from specmoe_compile.hf.compiled_calls import _mark_static
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.experts.formats.code_books import INT4_ZERO
 from specmoe_compile.runtime.experts.formats.expert_format import (

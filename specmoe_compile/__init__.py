@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specmoe_compile.errors import SpecMoEError as SpecMoEError
     from specmoe_compile.hf.packing import pack as pack
     from specmoe_compile.options import CompileOptions as CompileOptions
+    from specmoe_compile.system.progress import on_progress as on_progress
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "close": "specmoe_compile.api",
     "from_pretrained": "specmoe_compile.api",
     "offload": "specmoe_compile.api",
+    "on_progress": "specmoe_compile.system.progress",
     "pack": "specmoe_compile.hf.packing",
     "stats": "specmoe_compile.api",
 }

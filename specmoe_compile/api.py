@@ -54,6 +54,7 @@ from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.numa import gpu_node_or_none
+from specmoe_compile.system.progress import phase, progress_lines
 from specmoe_compile.system.sizes import format_bytes, parse_size
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def from_pretrained(
         cache_policy: "lru" or "lfu".
         reader_threads: threads that read from disk.
         verify: compare all checksums of a store on disk before using it, not only on reading.
-        progress: show a progress bar.
+        progress: say on standard error what takes longer than two seconds.
         missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random",
             which draws them as transformers does and warns.
         adapter: folder or hub name of a LoRA adapter (PEFT) to merge: into the experts as they are
@@ -167,21 +168,22 @@ def from_pretrained(
         placed.append((skeleton, _fill_store(skeleton.source, kind, options), cache_bytes))
 
     try:
-        model = load_without_experts(
-            path_or_id,
-            dtype=checked_dtype(dtype),
-            device=options.device,
-            hf_options=hf_kwargs,
-            place_experts=place_experts,
-            missing_weights=missing_weights,
-            numbers=ExpertNumbers(
-                keep_codes=options.device.type in _CODE_DEVICES, quantize=options.quantize
-            ),
-            adapter=adapter,
-        )
-        _to_device(model, options.device)
-        skeleton, expert_store, cache_bytes = placed[0]
-        _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
+        with progress_lines(enabled=progress), phase("loading the model"):
+            model = load_without_experts(
+                path_or_id,
+                dtype=checked_dtype(dtype),
+                device=options.device,
+                hf_options=hf_kwargs,
+                place_experts=place_experts,
+                missing_weights=missing_weights,
+                numbers=ExpertNumbers(
+                    keep_codes=options.device.type in _CODE_DEVICES, quantize=options.quantize
+                ),
+                adapter=adapter,
+            )
+            _to_device(model, options.device)
+            skeleton, expert_store, cache_bytes = placed[0]
+            _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
     except BaseException:
         for _, opened, _ in placed:
             opened.close()

@@ -19,9 +19,11 @@ from torch.fx import GraphModule
 
 from specmoe_compile.errors import CompileError
 from specmoe_compile.options import CompileOptions
+from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_session import LiveModules
+from specmoe_compile.system.progress import phase
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -57,6 +59,11 @@ def specmoe(
         CompileError: the graph trains; or, with `strict=True`, it cannot be rewritten.
     """
     config = CompileOptions.from_kwargs(options, mode)
+    with phase(f"compiling {_step_name(gm)}"):
+        return _compile(gm, example_inputs, config)
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions) -> Compiled:
     report = outline_experts(gm, LiveModules())
     for reason in report.skipped:
         log.info("outline_experts: %s", reason)
@@ -142,20 +149,57 @@ def _lower(
 ) -> Compiled:
     if config.lowering == "eager":
         return _lower_eager(gm, example_inputs, speculation)
+    patches = {"post_grad_custom_pre_pass": speculation, "freezing": False}
+    return _lower_with_inductor(gm, example_inputs, config, patches)
+
+
+def _lower_with_inductor(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: CompileOptions,
+    patches: Mapping[str, Any],
+) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {"post_grad_custom_pre_pass": speculation, "freezing": False}
-    if config.mode == "reduce-overhead" and _is_decode(gm):
-        patches["triton.cudagraphs"] = True
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+    captures = _captures(gm, config)
+    patches = {**patches, "triton.cudagraphs": True} if captures else dict(patches)
+    compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+    return _telling_of_capture(compiled, gm) if captures else compiled
 
 
-def _is_decode(gm: GraphModule) -> bool:
-    """Whether every step of the graph is one of decode: a prefill is not worth a capture."""
-    from specmoe_compile.options import MAX_DECODE_TOKENS
+def _telling_of_capture(compiled: Compiled, gm: GraphModule) -> Compiled:
+    """Tell of the calls that warm a CUDA graph up and record it, the first two."""
+    what = f"capturing {_step_name(gm)} in a CUDA graph"
+    calls_left = 2
 
-    steps = [node.args[1].meta["example_value"].shape[0] for node in find_dispatch_nodes(gm.graph)]  # type: ignore[union-attr]
-    return all(isinstance(tokens, int) and tokens <= MAX_DECODE_TOKENS for tokens in steps)
+    def call(*inputs: Any) -> Any:
+        nonlocal calls_left
+        if calls_left == 0:
+            return compiled(*inputs)
+        calls_left -= 1
+        with phase(what):
+            return compiled(*inputs)
+
+    return call
+
+
+def _step_name(gm: GraphModule) -> str:
+    """What a graph computes, in a word for people."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if "input_ids" in node.name and isinstance(value, torch.Tensor) and value.dim() == 2:
+            return "decode" if value.shape[1] == 1 else "prefill"
+    return "a part of the model"
+
+
+def _captures(gm: GraphModule, config: CompileOptions) -> bool:
+    """Whether the graph becomes a CUDA graph."""
+    if config.mode != "reduce-overhead":
+        return False
+    reason = why_not_captured_or_none(gm)
+    if reason is not None:
+        log.info("no CUDA graph for this step: %s", reason)
+    return reason is None
 
 
 def _lower_untouched(
@@ -163,10 +207,7 @@ def _lower_untouched(
 ) -> Compiled:
     if config.lowering == "eager":
         return gm.forward
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {"triton.cudagraphs": True} if config.mode == "reduce-overhead" else {}
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+    return _lower_with_inductor(gm, example_inputs, config, {})
 
 
 def _lower_eager(

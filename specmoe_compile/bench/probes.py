@@ -223,21 +223,6 @@ def gemv_gbps(size_bytes: int, dtype_name: str, *, hidden: int = 2048, runs: int
     return matrix.nbytes / 1e9 / _best_s(lambda: torch.nn.functional.linear(vector, matrix), runs)
 
 
-def transfer_gbps(record_bytes: int, *, records: int = 4) -> dict[str, float]:
-    """1e9 bytes per second from pinned memory to the GPU, by transfer: "copy" and "gather".
-
-    Needs a CUDA device and Triton; the runtime measures the same way for `transfer="auto"`.
-    """
-    import torch
-
-    from specmoe_compile.runtime.cuda.rates import measure_rates
-
-    source = torch.empty(records, record_bytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(records, record_bytes, dtype=torch.uint8, device="cuda")
-    rates = measure_rates(source, target)
-    return {"copy": rates.copy_gbps, "gather": rates.gather_gbps}
-
-
 def _best_s(work: Callable[[], object], runs: int) -> float:
     work()
     times: list[float] = []

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from specmoe_compile.errors import CompileError
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.options import CompileOptions, SpeculationConfig
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.session import Session

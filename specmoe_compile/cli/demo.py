@@ -192,7 +192,7 @@ def _generate(
         "cache_implementation": "static",
         "min_new_tokens": new_tokens,
     }
-    result = stream(compiled, tokenizer, ids, new_tokens, settings, compiled=True)
+    result = stream(compiled, tokenizer, ids, new_tokens, settings)
     stats = specmoe_compile.stats(inner)
     print(stats)
     specmoe_compile.close(inner)

@@ -18,12 +18,14 @@ READER_THREADS = 4
 
 _THREADS = (1, READER_THREADS, 8)
 _MEMORY_PROBE_BYTES = 256 << 20
+_LINK_PROBE_BYTES = 256 << 20
 _DISK_MARGIN_BYTES = 64 << 20
 
 
 def doctor(
     record_mib: Annotated[
-        float, typer.Option(min=0.004, help="Size of a read from disk: that of one expert.")
+        float,
+        typer.Option(min=0.004, help="Size of one expert, as it is read or moved."),
     ] = 3.0,
     store_dir: Annotated[
         Path | None,
@@ -42,8 +44,9 @@ def doctor(
 ) -> None:
     """Say what this machine can do, and what to install for more.
 
-    Measures the disk with parallel O_DIRECT reads of one expert's size, and memory with a plain
-    read and with a matrix-vector product. Their ratio says how much an expert cache is worth.
+    Measures the disk with parallel O_DIRECT reads of one expert's size, memory with a plain read
+    and with a matrix-vector product, and the link to a GPU by record size. Their ratio says how
+    much an expert cache is worth.
 
     [bold]Examples[/bold]
 
@@ -111,7 +114,8 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         }
         origin = provenance()
         can_gather = origin["machine"]["gpu"] and origin["versions"]["triton"]
-        gpu_gbps = probes.transfer_gbps(record_bytes) if can_gather else None
+        status.update("Link to the GPU ...")
+        link = _link_rates(record_bytes) if can_gather else None
     groups = own_memory_groups()
     result: dict[str, Any] = {
         "schema": 1,
@@ -119,7 +123,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         "disk": {**asdict(disk), "gbps": {str(n): rate for n, rate in disk.gbps.items()}},
         "reader_threads": READER_THREADS,
         "memory": memory,
-        "transfer_gbps": gpu_gbps,
+        "link": link,
         "free_ram_bytes": available_ram_bytes(),
         "free_disk_bytes": free_disk,
         "cgroup_version": groups[0].version if groups else None,
@@ -129,6 +133,14 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     }
     result["advice"] = advice(result)
     return result
+
+
+def _link_rates(record_bytes: int) -> dict[str, Any]:
+    """Bandwidths to the GPU, in records of this size and of others, as JSON."""
+    from specmoe_compile.bench.link_rates import RECORD_BYTES, measure_link
+
+    sizes = (*RECORD_BYTES, record_bytes)
+    return asdict(measure_link(sizes, moved_bytes=max(_LINK_PROBE_BYTES, record_bytes)))
 
 
 def _check_space(folder: Path, record_bytes: int, file_bytes: int) -> int:
@@ -189,6 +201,23 @@ def advice(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _link_rows(link: dict[str, Any] | None, has_gpu: bool) -> list[tuple[str, str]]:
+    from specmoe_compile.system.sizes import format_bytes
+
+    if link is None:
+        why_not = "Triton is missing" if has_gpu else "no CUDA device"
+        return [("Host to GPU", f"not measured: {why_not}")]
+    large = f"{link['large_copy_gbps']:.1f} GB/s, one copy of {format_bytes(link['large_bytes'])}"
+    rows = [("Host to GPU, at most", large)]
+    for rate in link["by_record"]:
+        by_engine = f"{rate['copy_gbps']:.1f} GB/s by the copy engine"
+        by_gpu = f"{rate['gather_gbps']:.1f} read by the GPU itself (gather, in a CUDA graph)"
+        rows.append(
+            (f"in records of {format_bytes(rate['record_bytes'])}", f"{by_engine}, {by_gpu}")
+        )
+    return rows
+
+
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -220,11 +249,7 @@ def _print(result: dict[str, Any]) -> None:
         ("Memory, bf16 GEMV", f"{memory['gemv_bfloat16_gbps']:.1f} GB/s of weights"),
         ("Memory, fp32 GEMV", f"{memory['gemv_float32_gbps']:.1f} GB/s of weights"),
     ]
-    rates = result["transfer_gbps"]
-    why_not = "no CUDA device" if gpu is None else "Triton is missing"
-    for transfer, way in (("copy", "by the copy engine"), ("gather", "read by the GPU itself")):
-        rate = f"not measured: {why_not}" if rates is None else f"{rates[transfer]:.1f} GB/s, {way}"
-        rows.append((f"Host to GPU, {transfer}", rate))
+    rows += _link_rows(result["link"], gpu is not None)
     for name, text in rows:
         table.add_row(f"[bold]{name}[/bold]", text)
     console = Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,9 +30,13 @@ from specmoe_compile.cli.options import (
     check_quantize,
     compile_options,
 )
+from specmoe_compile.system.progress import phase
 
 if TYPE_CHECKING:
     from specmoe_compile.replay.recorder import TraceRecorder
+
+_CALLS_UNTIL_COMPILED = 2
+"""A streamer is given the prompt, then the first token; the decode step is compiled after that."""
 
 
 def generate(
@@ -96,9 +101,11 @@ def generate(
     check_writable(trace, "trace")
     text = _prompt_text(prompt)
 
-    import torch
+    with phase("starting PyTorch and transformers"):
+        import torch
+        import transformers  # noqa: F401
 
-    import specmoe_compile
+        import specmoe_compile
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -130,9 +137,7 @@ def generate(
         settings["cache_implementation"] = "static"
     torch.manual_seed(seed)
     recorder = _recorder(inner) if trace is not None else None
-    result = stream(
-        runner, tokenizer, ids.to(inner.device), max_new_tokens, settings, compiled=compile
-    )
+    result = stream(runner, tokenizer, ids.to(inner.device), max_new_tokens, settings)
     if recorder is not None and trace is not None:
         recorder.trace(model).save(trace.expanduser())
     stats = specmoe_compile.stats(inner)
@@ -148,8 +153,6 @@ def stream(
     ids: Any,
     max_new_tokens: int,
     settings: dict[str, Any],
-    *,
-    compiled: bool,
 ) -> dict[str, Any]:
     """Generate once, text to standard output as it comes; returns times and tokens.
 
@@ -159,25 +162,39 @@ def stream(
         ids: [1, W] int64, the prompt.
         max_new_tokens: most tokens to generate.
         settings: further arguments of `generate`.
-        compiled: whether the first token includes compilation, for the notice while waiting.
     """
-    from rich.console import Console
     from transformers import TextStreamer
 
     from specmoe_compile.bench.records import spread
     from specmoe_compile.bench.timing import TokenClock
 
-    what = "Compiling and reading the prompt" if compiled else "Reading the prompt"
-    status = Console(stderr=True).status(f"{what} ...")
+    reading = contextlib.ExitStack()
+    calls = 0
 
-    class _QuietUntilText(TextStreamer):
+    class _QuietUntilCompiled(TextStreamer):
+        """Holds the text back until the second token: both steps are compiled by then."""
+
+        held = ""
+
+        def put(self, value: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > _CALLS_UNTIL_COMPILED:
+                reading.close()
+            super().put(value)  # type: ignore[no-untyped-call]
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            status.stop()
-            super().on_finalized_text(text, stream_end=stream_end)
+            if stream_end:
+                reading.close()
+            elif calls <= _CALLS_UNTIL_COMPILED:
+                self.held += text
+                return
+            super().on_finalized_text(self.held + text, stream_end=stream_end)
+            self.held = ""
 
-    clock = TokenClock(inner=_QuietUntilText(tokenizer, skip_prompt=False))
-    status.start()
-    try:
+    clock = TokenClock(inner=_QuietUntilCompiled(tokenizer, skip_prompt=False))
+    with reading:
+        reading.enter_context(phase("reading the prompt"))
         clock.start()
         out = model.generate(
             ids,
@@ -186,8 +203,6 @@ def stream(
             pad_token_id=_pad_token(tokenizer),
             **settings,
         )
-    finally:
-        status.stop()
     tokens = out[0, ids.shape[1] :].tolist()
     return {
         "prompt_tokens": ids.shape[1],

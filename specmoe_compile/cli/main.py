@@ -25,6 +25,7 @@ from specmoe_compile.cli.pack import pack
 from specmoe_compile.cli.replay import replay
 from specmoe_compile.cli.serve import serve
 from specmoe_compile.system.output import sentence, user_error_or_none
+from specmoe_compile.system.progress import progress_lines
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -79,7 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     if debug:
         logging.getLogger("specmoe_compile").setLevel(logging.DEBUG)
     try:
-        status = app(args=list(arguments), prog_name="specmoe", standalone_mode=False)
+        with progress_lines():
+            status = app(args=list(arguments), prog_name="specmoe", standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
     except _CommandLineError as error:

@@ -39,7 +39,7 @@ def pack(
         store_dir: the folder to write; by default the one that `from_pretrained` looks for.
         dtype: a torch dtype or its name; "auto" is the checkpoint's.
         quantize: as for `from_pretrained`.
-        progress: show a progress bar.
+        progress: say on standard error how far it is.
         verify: read the store back afterwards and compare all checksums.
         adapter: folder or hub name of a LoRA adapter (PEFT) to merge into the experts.
         hf_kwargs: as for `from_pretrained`.

@@ -9,6 +9,7 @@ Shape letters: T tokens, E experts, K top-k, H hidden, L MoE layers.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -71,19 +72,33 @@ def get_session(handle: int) -> Session:
 
 
 def session_of(model: nn.Module) -> Session:
-    """Return the session of an offloaded model, compiled or not.
+    """Return the session of an offloaded model, compiled or not, or of one inside a wrapper.
 
     Raises:
         SpecMoEError: the model is not offloaded, or its session is closed.
     """
     inner = model._orig_mod if isinstance(model, OptimizedModule) else model
-    handle = inner.__dict__.get("_specmoe_session") if isinstance(inner, nn.Module) else None
+    modules = inner.modules() if isinstance(inner, nn.Module) else ()
+    handles = (
+        m.__dict__.get("_specmoe_session") for m in modules if "_specmoe_layer" not in m.__dict__
+    )
+    handle = next((handle for handle in handles if handle is not None), None)
     if handle is None:
         raise SpecMoEError(
             f"{type(inner).__name__} is not an offloaded model: load it with"
             " specmoe_compile.from_pretrained or pass it to specmoe_compile.offload"
         )
     return get_session(handle)
+
+
+def _renew_after_fork() -> None:
+    """In a forked process: no thread of the parent's is there, and none holds a lock."""
+    for session in list(_sessions.values()):
+        session.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 class RoutingObserver(Protocol):
@@ -100,7 +115,8 @@ class Session:
     """Store, cache, transfer and counters of one model; a context manager that closes them.
 
     One caller runs at a time; another waits for it. Two generations that interleave are exact, and
-    slower, since they share slots.
+    slower, since they share slots. In a forked process it is used on by itself: its memory is
+    copied on write, and its reader threads start again.
 
     Attributes:
         handle: what graphs call the session by.
@@ -300,7 +316,7 @@ class Session:
             SpecMoEError: the session is closed, or an id is out of range.
         """
         with self._lock, layer_range(layer, "experts"):
-            self._check_open()
+            self.check_open()
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=False)
             self.predictions.note(layer, ids)
@@ -336,7 +352,7 @@ class Session:
         """
         self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
-            self._check_open()
+            self.check_open()
             if self.observer is not None:
                 self.observer.predicted(layer, ids, weights)
             return self._speculator.start(layer, ids, weights)
@@ -350,7 +366,7 @@ class Session:
             ids: [T, K], the experts of the first of `layers`.
         """
         with self._lock:
-            self._check_open()
+            self.check_open()
             return self._speculator.plan(layers, edges)
 
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
@@ -360,7 +376,7 @@ class Session:
             The step's number, for `run_resident_experts` and `correct_experts`.
         """
         with self._lock, layer_range(layer, "wait"):
-            self._check_open()
+            self.check_open()
             self.predictions.note(layer, ids)
             return self._speculator.settle(ticket, layer, ids)
 
@@ -372,7 +388,7 @@ class Session:
         Rows of experts that are still being read are undefined. Arguments are those of `experts`.
         """
         with self._lock, layer_range(layer, "resident"):
-            self._check_open()
+            self.check_open()
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=True)
             return self._speculator.run(state, layer, x, ids, weights)
@@ -386,12 +402,17 @@ class Session:
             TransferError: an expert could not be read; the session goes on.
         """
         with self._lock, layer_range(layer, "correct"):
-            self._check_open()
+            self.check_open()
             return self._speculator.correct(state, layer, partial, x, ids, weights)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `SpecMoEError` if the session is closed."""
         if self.closed:
             raise SpecMoEError("The session is closed: load the model again.")
+
+    def renew_after_fork(self) -> None:
+        """In a forked process: forget a lock that a thread of the parent's holds."""
+        self._lock = threading.RLock()
 
 
 def _check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:

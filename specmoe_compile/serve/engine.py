@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.serve.errors import RequestRefused
 from specmoe_compile.serve.kept_cache import KeptCache
 from specmoe_compile.serve.text import StopStrings, TextPieces

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specmoe_compile.bench import probes
+from specmoe_compile.bench.link_rates import measure_link
 from specmoe_compile.cli.doctor import _print, advice
 from specmoe_compile.cli.main import run
 
@@ -50,19 +52,71 @@ def test_a_store_is_read_itself_and_a_small_or_missing_one_is_not(
     assert rates.source == "temporary file", "fewer records than readers say nothing"
 
 
-def test_both_transfers_to_a_gpu_are_shown(
+def test_the_link_to_a_gpu_is_shown_by_record_size(
     result: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = {**result, "machine": {**result["machine"], "gpu": None}, "transfer_gbps": None}
-    _print(without)
-    shown = capsys.readouterr().out
-    assert shown.count("not measured: no CUDA device") == 2
     gpu = {"name": "a GPU", "memory_bytes": 1 << 30}
+    without = {**result, "machine": {**result["machine"], "gpu": None}, "link": None}
+    _print(without)
+    assert capsys.readouterr().out.count("not measured: no CUDA device") == 1
     machine = {**result["machine"], "gpu": gpu}
-    _print({**without, "machine": machine, "transfer_gbps": {"copy": 51.25, "gather": 44.0}})
-    shown = capsys.readouterr().out
-    assert "51.2 GB/s, by the copy engine" in shown
-    assert "44.0 GB/s, read by the GPU itself" in shown
+    _print({**without, "machine": machine})
+    assert "not measured: Triton is missing" in capsys.readouterr().out
+    rate = {"record_bytes": 9 << 20, "copy_gbps": 51.25, "gather_gbps": 44.0}
+    link = {"large_bytes": 1 << 28, "large_copy_gbps": 54.8, "by_record": [rate]}
+    _print({**without, "machine": machine, "link": link})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "at most 54.8 GB/s, one copy of 256.0 MiB" in shown
+    assert "records of 9.0 MiB 51.2 GB/s by the copy engine, 44.0 read by the GPU itself" in shown
+
+
+class HostLink:
+    """A link whose device is the host, with a clock of its own: 1 ms per launch and per MB."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def host(self, size_bytes: int) -> torch.Tensor:
+        return torch.arange(size_bytes, dtype=torch.int64).to(torch.uint8)
+
+    def device(self, size_bytes: int) -> torch.Tensor:
+        self.target = torch.zeros(size_bytes, dtype=torch.uint8)
+        return self.target
+
+    def captured(self, work: Any) -> Any:
+        self.captures += 1
+        self.target.zero_()
+        work()
+        self.gathered = self.target.clone()
+        return work
+
+    def seconds(self, work: Any) -> float:
+        self.target.zero_()
+        work()
+        return 1e-3
+
+
+def test_each_size_moves_all_its_records() -> None:
+    link = HostLink()
+    rates = measure_link((4096, 48, 4096), link=link, moved_bytes=10_000)
+    assert [rate.record_bytes for rate in rates.by_record] == [48, 4096]
+    assert link.captures == 2, "each size is gathered in a graph"
+    assert torch.equal(link.gathered[:8192], link.host(8192)), "two records of 4096 bytes"
+    assert not link.gathered[8192:].any()
+    assert torch.equal(link.target[:8192], link.host(8192))
+    small, large = rates.by_record
+    assert rates.large_copy_gbps == pytest.approx(10_000 / 1e6)
+    assert small.copy_gbps == small.gather_gbps == pytest.approx(208 * 48 / 1e6)
+    assert large.copy_gbps == large.gather_gbps == pytest.approx(8192 / 1e6)
+
+
+@pytest.mark.gpu
+def test_the_link_of_this_machine() -> None:
+    rates = measure_link()
+    assert rates.large_copy_gbps > 1
+    for rate in rates.by_record:
+        assert 0 < rate.copy_gbps < 1.2 * rates.large_copy_gbps
+        assert 0 < rate.gather_gbps < 1.2 * rates.large_copy_gbps
 
 
 def test_reads_count_only_what_was_read_in_the_time(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import specmoe_compile
 from specmoe_compile import backend
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.hf import attach
+from specmoe_compile.hf import compiled_calls
 from tests.helpers import greedy, prompts, save_tiny
 
 NEW_TOKENS = 10
@@ -83,7 +83,7 @@ def test_every_forward_step_of_generate_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     marked: list[Any] = []
-    monkeypatch.setattr(attach, "_mark_static", marked.append)
+    monkeypatch.setattr(compiled_calls, "_mark_static", marked.append)
     ids = prompts(1, 7)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     compiled = torch.compile(offloaded, backend="specmoe")

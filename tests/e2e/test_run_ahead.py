@@ -28,7 +28,7 @@ import specmoe_compile
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.api import reset_stats
 from specmoe_compile.hf import run_ahead
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.step_inputs import StepInputs, cache_of
 from tests.helpers import prompts, save_tiny
 from tests.passes.families import tiny

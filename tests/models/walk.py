@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import specmoe_compile
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.choose_predictions import FIRST_LAYER, PREFILL
 from specmoe_compile.passes.guard_speculation import NOT_FIXED

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.passes.pass_config import PassConfig
 from tests.passes.families import (

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import StaticCache
 
-from specmoe_compile.hf.attach import cache_argument
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.passes.read_filled_cache import AttentionReport, read_filled_cache
 from tests.passes.families import EXPERTS, HIDDEN, VOCABULARY, tiny
 from tests.passes.graphs import use_session

@@ -41,6 +41,9 @@ class LiveSession:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._cpu: dict[int, _CpuLayer] = {}
 
+    def renew_after_fork(self) -> None:
+        """In a forked process: there is no lock and no thread to renew."""
+
     def add(self, module: nn.Module) -> int:
         """Take a module in and return its layer number in this session."""
         self._modules.append(weakref.ref(module))

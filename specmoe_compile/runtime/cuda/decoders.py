@@ -17,6 +17,7 @@ from specmoe_compile.runtime.cuda.decoder import Decoder
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.rates import TransferRates
 from specmoe_compile.runtime.cuda.supply import PinnedSupply, Supply
+from specmoe_compile.system.progress import phase
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ class Decoders:
         if self.rates is None:
             if self._measure is None:
                 return "gather"
-            self.rates = self._measure()
+            with phase("trying transfers"):
+                self.rates = self._measure()
             logger.info("transfer='auto' takes %s: %s", self.rates.faster, self.rates)
         return self.rates.faster
 

@@ -18,6 +18,8 @@ from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.aligned import aligned_empty
+from specmoe_compile.system.progress import phase
+from specmoe_compile.system.sizes import format_bytes
 
 
 def open_device_session(
@@ -45,7 +47,8 @@ def open_device_session(
     try:
         supply: StagedSupply | None = None
         if isinstance(store, RamStore):
-            held.callback(PageLock(store.region).release)
+            with phase(f"page-locking {format_bytes(store.total_bytes)}"):
+                held.callback(PageLock(store.region).release)
         else:
             ring = aligned_empty(staging_bytes(store, reader_threads))
             held.callback(PageLock(ring).release)

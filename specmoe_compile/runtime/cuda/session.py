@@ -114,7 +114,9 @@ class DeviceSession:
         # The live step of each layer; False: the whole layer was computed by the prefill path.
         self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(self.layers)
         self._waited: list[DecodeStep | None] = [None] * len(self.layers)
+        self._owners = [0] * len(self.layers)  # the thread that a layer's live step is of
         self._lock = threading.RLock()
+        self._is_forked = False
         self._lookahead = nvtx.OpenRange()
         self.handle = register_session(self)  # type: ignore[arg-type]
         self._finalizer = weakref.finalize(self, _close_parts, self.handle, release, store)
@@ -153,7 +155,7 @@ class DeviceSession:
     @property
     def transfer(self) -> str:
         """How decoding fetches, "copy" or "gather"."""
-        self._check_open()
+        self.check_open()
         return self._decoders.name
 
     @property
@@ -164,13 +166,13 @@ class DeviceSession:
     @property
     def prefetch_records(self) -> int | None:
         """Records per layer fetched ahead now, if found by trying; waits for the device."""
-        self._check_open()
+        self.check_open()
         return self._budget.records
 
     @property
     def prefetch_found(self) -> bool:
         """Whether a trial has ended, or none is made; waits for the device."""
-        self._check_open()
+        self.check_open()
         return self._budget.found
 
     @property
@@ -185,7 +187,7 @@ class DeviceSession:
         """
         if self._last_stats is not None:
             return self._last_stats
-        self._check_open()
+        self.check_open()
         staging_bytes = 0 if self._supply is None else self._supply.total_bytes
         layers = self._decoders.stats()
         self._commitments.add_to(layers)
@@ -218,7 +220,7 @@ class DeviceSession:
                 " and these are computed on a GPU: leave it out."
             )
         with self._lock:
-            self._check_open()
+            self.check_open()
             self._decoders.use(speculation.transfer, captures=speculation.captures)
             self._config = speculation
             self._commitments.use(speculation)
@@ -232,7 +234,7 @@ class DeviceSession:
     def forget_slots(self) -> None:
         """Empty the slots, between two steps; counters stay. Does not wait for the device."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             self._decoder.forget()
 
     def restart_trials(self) -> None:
@@ -261,7 +263,7 @@ class DeviceSession:
             SpecMoEError: the session is closed.
         """
         with self._lock, layer_range(layer, "experts"):
-            self._check_open()
+            self.check_open()
             self._forget_step(layer)
             return self._demand(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
 
@@ -281,7 +283,7 @@ class DeviceSession:
     def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         """Decide which of `layers` speculate in the step that begins, see `Session.plan_step`."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
             wanted = set(edges[1::2]).difference(self._config.skip_layers) if predicts else set()
             return take_part(layers, edges, wanted)
@@ -290,7 +292,7 @@ class DeviceSession:
         """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""
         self._lookahead.close()
         with self._lock, layer_range(layer, "prefetch"):
-            self._check_open()
+            self.check_open()
             prefill = self._is_prefill(layer, ids)
             self._budget.begin_layer(layer, prefill=prefill)
             self._commitments.drop(layer)
@@ -312,7 +314,7 @@ class DeviceSession:
         `run_resident_experts`; with `commit`, where a prediction was made.
         """
         with self._lock, layer_range(layer, "wait"):
-            self._check_open()
+            self.check_open()
             self._forget_step(layer)
             waits_for_weights = self._fills_defaults(layer) or self._commitments.has(layer, ids)
             if not waits_for_weights and not self._is_prefill(layer, ids):
@@ -328,7 +330,8 @@ class DeviceSession:
         `experts`.
         """
         with self._lock, layer_range(layer, "resident"):
-            self._check_open()
+            self.check_open()
+            self._own_step(layer)
             return self._run(layer, x.contiguous(), ids.contiguous(), weights.contiguous())
 
     def correct_experts(
@@ -336,7 +339,8 @@ class DeviceSession:
     ) -> Tensor:
         """Run the experts that arrive late and sum over K: [T, K, H] -> [T, H]."""
         with self._lock, layer_range(layer, "correct"):
-            self._check_open()
+            self.check_open()
+            self._own_step(layer)
             x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
             step, self._steps[layer] = self._steps[layer], None
             if step is None:
@@ -402,8 +406,30 @@ class DeviceSession:
     def _forget_step(self, layer: int) -> None:
         """Drop a step of this layer that was never corrected."""
         self._steps[layer] = self._waited[layer] = None
+        self._owners[layer] = threading.get_ident()
 
-    def _check_open(self) -> None:
+    def _own_step(self, layer: int) -> None:
+        """Drop a step of another thread, which came in between: both plan theirs anew."""
+        if self._owners[layer] != threading.get_ident():
+            self._forget_step(layer)
+
+    def renew_after_fork(self) -> None:
+        """In a forked process: refuse from now on, and leave what is the parent's alone.
+
+        CUDA works in the process that started it only, and host memory is page-locked there.
+        """
+        self._lock = threading.RLock()
+        self._is_forked = True
+        self._finalizer.detach()
+
+    def check_open(self) -> None:
+        """Raise `SpecMoEError` if the session is closed, or another process's."""
+        if self._is_forked:
+            raise SpecMoEError(
+                "This process was forked from one that computes the model on a GPU, and CUDA does"
+                " not work in a forked process: load the model in this process, or start processes"
+                " with the method 'spawn'."
+            )
         if self.closed:
             raise SpecMoEError("The session is closed: load the model again.")
 

@@ -37,7 +37,7 @@ from specmoe_compile.runtime.store.matching import open_matching
 from specmoe_compile.system.aligned import aligned_empty
 from specmoe_compile.system.files import avoid_page_cache, sync_data
 from specmoe_compile.system.machine import one_compute_thread
-from specmoe_compile.system.progress import progress_bar
+from specmoe_compile.system.progress import Phase, progress_bar
 from specmoe_compile.system.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def pack_records(
     Args:
         source: a checkpoint, or a model in memory.
         folder: created if it is not there. Other files in it are left alone.
-        progress: show a progress bar.
+        progress: say on standard error how far it is.
         replace: pack anew if the folder holds a store that is damaged or of other weights.
 
     Raises:
@@ -230,20 +230,19 @@ def _write_records(
     journal = os.open(
         folder / _JOURNAL_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
     )
-    bar = progress_bar(offsets[-1], f"Packing {source.name}", enabled=progress)
     try:
-        os.ftruncate(fd, offsets[resumed])
-        if resumed == 0:
-            os.ftruncate(journal, 0)
-            _append(journal, {"fingerprint": source.fingerprint})
-        bar.update(offsets[resumed])
-        for layer in range(resumed, len(source.layers)):
-            checksums.append(_write_layer(source, layer, fd, offsets[layer], bar))
-            sync_data(fd)
-            entry = {"layer": layer, "checksums": checksums[-1]}
-            _append(journal, {**entry, "source": _layer_digest_or_none(source, layer)})
+        with progress_bar(offsets[-1], f"Packing {source.name}", enabled=progress) as bar:
+            os.ftruncate(fd, offsets[resumed])
+            if resumed == 0:
+                os.ftruncate(journal, 0)
+                _append(journal, {"fingerprint": source.fingerprint})
+            bar.update(offsets[resumed])
+            for layer in range(resumed, len(source.layers)):
+                checksums.append(_write_layer(source, layer, fd, offsets[layer], bar))
+                sync_data(fd)
+                entry = {"layer": layer, "checksums": checksums[-1]}
+                _append(journal, {**entry, "source": _layer_digest_or_none(source, layer)})
     finally:
-        bar.close()
         os.close(journal)
         os.close(fd)
     return checksums, resumed
@@ -253,7 +252,7 @@ def _layer_digest_or_none(source: RecordSource, layer: int) -> str | None:
     return None if source.content is None else source.content.layer_digest(layer)
 
 
-def _write_layer(source: RecordSource, layer: int, fd: int, offset: int, bar: Any) -> list[int]:
+def _write_layer(source: RecordSource, layer: int, fd: int, offset: int, bar: Phase) -> list[int]:
     """Write one layer's records at `offset`; returns their checksums."""
     spec = source.layers[layer]
     record_bytes = spec.layout.record_bytes

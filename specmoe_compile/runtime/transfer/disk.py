@@ -6,7 +6,9 @@ they were asked for, and before any speculative one; a read that has started is 
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -15,6 +17,34 @@ from specmoe_compile.errors import TransferError
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import DONE, FAILED, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.read_queue import ReadQueue
+
+_open_transfers: weakref.WeakSet[DiskTransfer] = weakref.WeakSet()
+_held: list[DiskTransfer] = []
+"""Those that stand still while this process forks."""
+
+
+def _before_fork() -> None:
+    for transfer in list(_open_transfers):
+        transfer.hold_still()
+        _held.append(transfer)
+
+
+def _after_fork_in_parent() -> None:
+    while _held:
+        _held.pop().go_on()
+
+
+def _after_fork_in_child() -> None:
+    while _held:
+        _held.pop().renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class DiskTicket(Ticket):
@@ -55,20 +85,46 @@ class DiskTransfer(Transfer):
         if reader_threads < 1:
             raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
         self._store = store
-        self._mutex = threading.Lock()
-        self._work = threading.Condition(self._mutex)
-        self._arrived = threading.Condition(self._mutex)
+        self._readers = reader_threads
+        self._make_locks()
         self._queue = ReadQueue(
             readers=reader_threads,
             largest_record_bytes=max(layout.record_bytes for layout in store.layouts),
         )
         self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._start_threads()
+        _open_transfers.add(self)
+
+    def _make_locks(self) -> None:
+        self._mutex = threading.Lock()
+        self._work = threading.Condition(self._mutex)
+        self._arrived = threading.Condition(self._mutex)
+
+    def _start_threads(self) -> None:
         self._threads = [
             threading.Thread(target=self._run, name=f"specmoe-reader-{i}", daemon=True)
-            for i in range(reader_threads)
+            for i in range(self._readers)
         ]
         for thread in self._threads:
             thread.start()
+
+    def hold_still(self) -> None:
+        """Let no thread change the queue, until `go_on` or, in the forked process, `renew...`."""
+        self._mutex.acquire()
+
+    def go_on(self) -> None:
+        """Undo `hold_still`."""
+        self._mutex.release()
+
+    def renew_after_fork(self) -> None:
+        """In a forked process: forget the parent's threads, which are not here.
+
+        New ones start with the first read; reads that were in progress begin again.
+        """
+        self._make_locks()
+        self._queue.begin_again()
+        self._threads = []
 
     @property
     def busy_ms(self) -> float:
@@ -88,6 +144,7 @@ class DiskTransfer(Transfer):
         }
         with self._mutex:
             self._check_open()
+            self._ensure_threads()
             self._queue.add(reads.values(), speculative=speculative)
             self._work.notify(len(reads))
         return DiskTicket(self, layer, reads)
@@ -112,6 +169,7 @@ class DiskTransfer(Transfer):
             waiting = tuple(reads)
             if not waiting:
                 raise ValueError("wait_any needs at least one read.")
+            self._ensure_threads()
             while True:
                 for read in waiting:
                     if read.state >= DONE:
@@ -129,6 +187,10 @@ class DiskTransfer(Transfer):
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+
+    def _ensure_threads(self) -> None:
+        if not self._threads and not self._closed:
+            self._start_threads()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -23,7 +23,7 @@ class ReadQueue:
     """Reads that wait, and how many run.
 
     Attributes:
-        running: reads in progress.
+        running: how many reads are in progress.
         busy_s: time in which at least one read was in progress, up to the last time none was.
         most_guesses: speculative reads in progress at most.
     """
@@ -35,14 +35,18 @@ class ReadQueue:
             readers: reads in progress at most.
             largest_record_bytes: of the store.
         """
-        self.running = 0
         self.busy_s = 0.0
         self.most_guesses = max(1, min(readers, GUESSED_BYTES_IN_FLIGHT // largest_record_bytes))
         self._busy_since_s = 0.0
         self._demand: deque[Read] = deque()
         self._speculative: deque[Read] = deque()
-        # Running reads that began as guesses, promoted since or not.
+        self._in_progress: set[Read] = set()
+        # Those of them that began as guesses, promoted since or not.
         self._guesses: set[Read] = set()
+
+    @property
+    def running(self) -> int:
+        return len(self._in_progress)
 
     def add(self, reads: Iterable[Read], *, speculative: bool) -> None:
         """Enter reads, in order."""
@@ -80,7 +84,7 @@ class ReadQueue:
             self._guesses.add(read)
         if self.running == 0:
             self._busy_since_s = now_s
-        self.running += 1
+        self._in_progress.add(read)
         return read
 
     def finish(self, read: Read, now_s: float, error: BaseException | None = None) -> bool:
@@ -89,10 +93,18 @@ class ReadQueue:
         read.finished_s = now_s
         read.state = DONE if error is None else FAILED
         self._guesses.discard(read)
-        self.running -= 1
+        self._in_progress.discard(read)
         if self.running == 0:
             self.busy_s += now_s - self._busy_since_s
         return bool(self._speculative)
+
+    def begin_again(self) -> None:
+        """Queue what is in progress once more, in front: whoever served it is gone."""
+        for read in self._in_progress:
+            read.state = QUEUED
+            (self._speculative if read.speculative else self._demand).appendleft(read)
+        self._in_progress.clear()
+        self._guesses.clear()
 
     def busy_ms(self, now_s: float) -> float:
         """Return the time until now in which at least one read was in progress."""

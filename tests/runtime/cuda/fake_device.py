@@ -23,8 +23,10 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from specmoe_compile import backend
-from specmoe_compile.hf.attach import attach_session, cache_argument
+from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.ops import _IMPLEMENTATIONS
+from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
 from specmoe_compile.runtime.cuda.session import DeviceSession
@@ -147,7 +149,7 @@ class FakeRun:
         self, gm: GraphModule, inputs: Sequence[Any], speculation: SpeculationPass
     ) -> backend.Compiled:
         """`backend._lower_eager`, with the session in the place of the ops' fakes."""
-        decodes = backend._is_decode(gm)
+        decodes = why_not_captured_or_none(gm) is None
 
         def compile_forward(module: GraphModule, inputs: Sequence[Any]) -> Any:
             speculation(module.graph)

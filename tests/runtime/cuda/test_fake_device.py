@@ -102,6 +102,22 @@ def test_steps_of_whole_models(
     trace(config(), monkeypatch, batch=batch, policy=policy)
 
 
+def test_a_step_that_sets_up_a_cache_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys and values that a CUDA graph makes are overwritten by the next step."""
+    config = qwen3_30b(layers=2)
+    with fake_run(config, monkeypatch) as run:
+        run.compile()
+        cache = run.cache(64)
+        run.step(1, 9, cache)
+        assert run.decodes == [False], "it sets up the cache, short as it is"
+        run.step(1, 1, cache)
+        assert run.decodes == [False, True]
+        run.step(1, 1, run.cache(64))
+        assert run.decodes == [False, True, False], "a prompt of one token is no decode step"
+
+
 PLANTED = {
     "strides": lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),
     "device": lambda y: y.cpu(),

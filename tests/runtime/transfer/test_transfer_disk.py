@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -222,6 +224,28 @@ def test_busy_time_is_the_time_in_which_something_is_read(store: SlowStore) -> N
     time.sleep(0.02)
     assert transfer.busy_ms == before_ms
     transfer.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_reads_go_on_in_a_forked_process(
+    store: SlowStore, transfer: DiskTransfer, hold: threading.Event
+) -> None:
+    """What a reader was busy with begins again there, and in the parent it goes on."""
+    busy = transfer.start(1, buffers([7]))
+    ((_, destination),) = requests = buffers([3])
+    queued = transfer.start(0, requests)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        hold.set()
+        busy.wait()
+        queued.wait()
+        os._exit(0 if torch.equal(destination, RECORDS.record(0, 3)) else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not destination.any(), "the child's memory is its own"
+    hold.set()
+    queued.wait()
+    assert torch.equal(destination, RECORDS.record(0, 3))
 
 
 def test_needs_a_reader(store: SlowStore) -> None:

@@ -1,0 +1,107 @@
+"""Generation on a GPU, decode steps in CUDA graphs: tokens of the unmodified model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import cudagraph_trees
+
+import specmoe_compile
+from specmoe_compile.errors import SpecMoEError
+from tests.e2e.prompt_lengths import check_lengths, load_plain, offload
+from tests.helpers import greedy, prompts, save_tiny
+
+pytestmark = pytest.mark.gpu
+
+STATIC = {"cache_implementation": "static"}
+WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> Any:
+    return load_plain(checkpoint, "cuda")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the functions of which a CUDA graph was recorded."""
+    found: list[int] = []
+    record = cudagraph_trees.CUDAGraphTreeManager.record_function
+
+    def recording(manager: Any, inputs: Any, function_id: Any) -> Any:
+        found.append(function_id.id)
+        return record(manager, inputs, function_id)
+
+    monkeypatch.setattr(cudagraph_trees.CUDAGraphTreeManager, "record_function", recording)
+    return found
+
+
+@pytest.fixture
+def pair(checkpoint: Path) -> Iterator[tuple[Any, Any]]:
+    model, compiled = offload(checkpoint, "cuda")
+    yield model, compiled
+    specmoe_compile.close(model)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_prompts_of_all_lengths(
+    cache: str, batch: int, pair: tuple[Any, Any], plain: Any, recorded: list[int]
+) -> None:
+    check_lengths(pair[1], plain, cache=cache, batch=batch)
+    assert bool(recorded) == (cache == "static"), "decode with a static cache alone is captured"
+
+
+def test_threads_forks_and_wrappers(pair: tuple[Any, Any], plain: Any, recorded: list[int]) -> None:
+    """Two threads on one model whose graphs another thread recorded; then a forked process."""
+    _, compiled = pair
+    one, other = prompts(1, 9).cuda(), prompts(1, 9, seed=1).cuda()
+    expected = {id(ids): greedy(plain, ids, 24, **STATIC) for ids in (one, other)}
+    assert torch.equal(greedy(compiled, one, 24, **STATIC), expected[id(one)])
+    wrong: list[str] = []
+
+    def work(ids: torch.Tensor) -> None:
+        try:
+            for _ in range(3):
+                if not torch.equal(greedy(compiled, ids, 24, **STATIC), expected[id(ids)]):
+                    wrong.append("other tokens")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(ids,), daemon=True) for ids in (one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "it hangs"
+    assert wrong == [] and recorded
+    child = os.fork()
+    if child == 0:
+        try:
+            compiled(one)
+        except SpecMoEError as error:
+            os._exit(0 if "forked" in str(error) else 4)
+        except BaseException:
+            os._exit(5)
+        os._exit(6)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_kept_outputs_do_not_change(pair: tuple[Any, Any], plain: Any) -> None:
+    """Scores that `generate` returns are those of their step, also after later steps."""
+    ids = prompts(1, 9).cuda()
+    settings = {**STATIC, "return_dict_in_generate": True, "output_logits": True}
+    found, expected = (greedy(m, ids, 6, **settings) for m in (pair[1], plain))
+    for step, (mine, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3, msg=f"step {step}")
