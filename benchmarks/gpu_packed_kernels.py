@@ -114,13 +114,14 @@ def configs(case: Case, launch: Launch) -> list[GemvConfig]:
         others = [
             GemvConfig(block_out=o, block_in=i // 2 if wide else i, num_warps=w, num_stages=s)
             for o, i, w, s in (
-                (2, 1024, 2, 3),
-                (4, 1024, 4, 3),
+                (8, 2048, 4, 1),
+                (16, 2048, 8, 1),
+                (8, 1024, 4, 1),
+                (16, 1024, 8, 1),
                 (8, 1024, 4, 2),
-                (4, 2048, 4, 1),
-                (2, 2048, 2, 1),
-                (1, 1024, 1, 3),
-                (4, 512, 2, 4),
+                (4, 1024, 2, 1),
+                (8, 512, 4, 1),
+                (4, 4096, 4, 1),
             )
         ]
     else:
@@ -128,13 +129,15 @@ def configs(case: Case, launch: Launch) -> list[GemvConfig]:
         others = [
             replace(first, block_out=o, block_in=i // 2 if wide else i, num_warps=w, num_stages=s)
             for o, i, w, s in (
-                (4, 256, 4, 3),
-                (8, 256, 8, 3),
-                (4, 256, 2, 3),
-                (2, 256, 2, 4),
-                (2, 1024, 4, 1),
-                (4, 512, 4, 2),
-                (16, 256, 8, 2),
+                (4, 256, 4, 1),
+                (8, 256, 8, 1),
+                (4, 256, 2, 1),
+                (8, 256, 4, 1),
+                (8, 512, 4, 1),
+                (4, 512, 4, 1),
+                (8, 512, 4, 3),
+                (4, 512, 4, 4),
+                (4, 1024, 8, 1),
             )
         ]
     return list(dict.fromkeys([first, *others]))

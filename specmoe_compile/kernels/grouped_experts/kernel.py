@@ -321,7 +321,10 @@ def launch_grouped(
     tiles = plan.slot.numel()
     up_scales, down_scales = scales
     config = gate_up_config(
-        rows, bank.up.element_size(), has_gate=form.has_gate, scale_columns=_columns(up_scales)
+        rows,
+        bank.up.element_size(),
+        has_gate=form.has_gate,
+        scale_columns=_group_columns(up_scales, hidden),
     )
     up_bias = bank.up if bank.up_bias is None else bank.up_bias
     has_bias = bank.up_bias is not None
@@ -343,7 +346,9 @@ def launch_grouped(
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    config = down_config(rows, bank.down.element_size(), scale_columns=_columns(down_scales))
+    config = down_config(
+        rows, bank.down.element_size(), scale_columns=_group_columns(down_scales, inner)
+    )
     down_bias = bank.down if bank.down_bias is None else bank.down_bias
     grouped_down_kernel[(tiles * ceil_div(hidden, config.block_n),)](
         intermediate,
@@ -365,6 +370,12 @@ def launch_grouped(
 
 def _columns(scales: Scales | None) -> int:
     return 0 if scales is None else scales.columns
+
+
+def _group_columns(scales: Scales | None, length: int) -> int:
+    """Inputs of a group that is scaled within a row; 0 where rows are scaled as a whole."""
+    columns = _columns(scales)
+    return columns if columns < length else 0
 
 
 def scale_constexprs(scales: Scales | None) -> dict[str, int]:

@@ -46,9 +46,14 @@ def run_packed(y: Tensor, x: Tensor, slots: Tensor, bank: ExpertBank, form: Expe
         for size, dtype in zip(sizes, dtypes, strict=True)
     ]
     used = torch.zeros(num_slots + 1, dtype=torch.int32, device=x.device)
-    used[slots.reshape(-1).long()] = 1  # -1 is the last entry, which nobody reads
+    # Choices without a slot go to the last entry, which nobody reads.
+    at = torch.where(slots < 0, num_slots, slots).reshape(-1).long()
+    used.scatter_(0, at, 1)
     plain = form.with_format(PLAIN_FORMAT)
     intermediate = x.new_empty((slots.numel(), inner))
+    # A tile is of one slot: the tiles of a part are those of its slots, for which all are sorted.
+    rows = block_m(slots.numel(), num_slots, max(dtype.itemsize for dtype in dtypes))
+    plan = plan_tiles(slots, num_slots, rows)
     for first in range(0, num_slots, part):
         count = min(part, num_slots - first)
         here = slice(first, first + count)
@@ -60,13 +65,12 @@ def run_packed(y: Tensor, x: Tensor, slots: Tensor, bank: ExpertBank, form: Expe
         ]
         (up, up_scales), (down, down_scales) = pairs
         biases = [None if bias is None else bias[here] for bias in (bank.up_bias, bank.down_bias)]
-        local = torch.where((slots >= first) & (slots < first + count), slots - first, -1)
-        rows = block_m(slots.numel(), num_slots, up.element_size())
+        is_here = (plan.slot >= first) & (plan.slot < first + count)
         launch_grouped(
             x,
             ExpertBank(up, biases[0], down, biases[1]),
             plain,
-            plan_tiles(local, count, rows),
+            plan._replace(slot=torch.where(is_here, plan.slot - first, -1)),
             rows,
             intermediate,
             y,

@@ -38,21 +38,30 @@ def _block_in(length: int, code: WeightCode, most_bytes: int) -> int:
 
 
 def gate_up_config(inner: int, hidden: int, code: WeightCode, *, has_gate: bool) -> GemvConfig:
-    """Configuration of the up projection."""
+    """Configuration of the up projection: whole rows where they fit, straight into registers.
+
+    Pipelines through shared memory cost more than they hide: on an H200 FP8 of Qwen3-30B-A3B took
+    20.5 us with three stages and 11.1 with one.
+    """
     block_in = _block_in(hidden, code, 1024)
     row_bytes = block_in * code.functions.bits // 8
     rows = max(2, _TILE_BYTES // row_bytes) // (2 if has_gate else 1)
-    return GemvConfig(block_out=max(1, min(rows, 8)), block_in=block_in, num_stages=3)
+    return GemvConfig(block_out=max(1, min(rows, 8)), block_in=block_in, num_stages=1)
 
 
 def down_config(inner: int, hidden: int, top_k: int, code: WeightCode) -> GemvConfig:
-    """Configuration of the down projection, which also sums over K."""
+    """Configuration of the down projection, which also sums over K.
+
+    There are too few programs to hide what one waits for: here a pipeline pays.
+    """
     block_k = next_power_of_2(top_k)
-    block_in = _block_in(inner, code, 256 if block_k >= 4 else 512)
+    many = block_k >= 8
+    block_in = _block_in(inner, code, 128 if many else 256)
     row_bytes = block_in * code.functions.bits // 8
+    tile_bytes = _TILE_BYTES // 2 if many else _TILE_BYTES
     return GemvConfig(
         block_k=block_k,
-        block_out=max(1, min(16, _TILE_BYTES // row_bytes // block_k)),
+        block_out=max(1, min(16, tile_bytes // row_bytes // block_k)),
         block_in=block_in,
         num_stages=3,
     )

@@ -81,28 +81,31 @@ def _row_sums(
     UNITS: tl.constexpr = BLOCK_IN // UNIT
     acc = tl.zeros([R, UNITS], tl.float32)
     for start in tl.range(0, LENGTH, BLOCK_IN, num_stages=NUM_STAGES):
+        # All loads before the first use: a barrier between them would cost one more latency.
         at = start // PER_WORD + tl.arange(0, WORDS)
         tile_mask = row_mask[:, None] & (at < LENGTH // PER_WORD)[None, :]
         words = tl.load(codes + codes_at[:, None] + at[None, :], mask=tile_mask, other=0)
-        values = decode_words(words, table, R, WORDS, BOOK)
         units = start + tl.arange(0, UNITS) * UNIT
         unit_mask = row_mask[:, None] & (units < LENGTH)[None, :]
+        group = units // COLUMNS if COLUMNS else units * 0
+        if COLUMNS:
+            scale = tl.load(scales + scales_at[:, None] + group[None, :], mask=unit_mask, other=0)
         if HAS_ZERO:
-            group = units // COLUMNS if COLUMNS else units * 0
             zero = tl.load(zeros + zeros_at[:, None] + group[None, :], mask=unit_mask, other=0)
-            # 1024 is what `decode_words` adds to a code of int4.
-            zero = zero.to(tl.float32) + 1024.0
-            values = tl.reshape(values, [R, UNITS, UNIT]) - zero[:, :, None]
-        elif BOOK == "int4" or BOOK == "int8":
-            values -= code_zero(BOOK)
         inputs = start + tl.arange(0, BLOCK_IN)
         v_mask = x_mask[:, None] & (inputs < LENGTH)[None, :]
         v = tl.load(x + x_at[:, None] + inputs[None, :], mask=v_mask, other=0.0).to(tl.float32)
+
+        values = decode_words(words, table, R, WORDS, BOOK)
+        if HAS_ZERO:
+            # 1024 is what `decode_words` adds to a code of int4.
+            offset = zero.to(tl.float32) + 1024.0
+            values = tl.reshape(values, [R, UNITS, UNIT]) - offset[:, :, None]
+        elif BOOK == "int4" or BOOK == "int8":
+            values -= code_zero(BOOK)
         products = tl.reshape(values, [ROWS, CHOICES, BLOCK_IN]) * v[None, :, :]
         sums = tl.sum(tl.reshape(products, [R, UNITS, UNIT]), axis=2) * code_factor(BOOK)
         if COLUMNS:
-            group = units // COLUMNS
-            scale = tl.load(scales + scales_at[:, None] + group[None, :], mask=unit_mask, other=0)
             acc += sums * decode_scale(scale, SCALE)
         else:
             acc += sums
