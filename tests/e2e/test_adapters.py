@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import specmoe_compile
+from specmoe_compile.cli.main import run
 from specmoe_compile.errors import (
     CheckpointError,
     SpecMoEError,
@@ -259,3 +260,16 @@ def test_without_peft_one_sentence_says_what_to_install(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SpecMoEError, match="needs the package peft: pip install peft"):
         load(base, tmp_path / "store", adapter=attention_adapter)
+
+
+def test_the_command_line_merges_an_adapter(
+    base: Path, expert_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "store")
+    assert run(["pack", str(base), "--store-dir", store, "--adapter", str(expert_adapter)]) == 0
+    loaded = load(base, tmp_path / "store", adapter=expert_adapter)
+    assert_holds_model(
+        session_of(loaded).store, merged_by_peft(base, expert_adapter, torch.float32)
+    )
+    assert run(["pack", str(base), "--store-dir", store]) == 2
+    assert "it holds other weights" in capsys.readouterr().err
