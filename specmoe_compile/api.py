@@ -30,6 +30,7 @@ from specmoe_compile.hf.model_loader import (
 )
 from specmoe_compile.hf.packing import pack_source
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
+from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
 from specmoe_compile.runtime.experts.layout import StoreLayer
@@ -60,7 +61,6 @@ from specmoe_compile.system.sizes import format_bytes, parse_size
 logger = logging.getLogger(__name__)
 
 StoreKind = Literal["auto", "ram", "disk"]
-CachePolicy = Literal["lru", "lfu"]
 
 _DEFAULT_CACHE = "25%"
 _CODE_DEVICES = ("cpu",)  # where experts are computed from codes; elsewhere they are unpacked
@@ -78,7 +78,7 @@ class _Options:
     store: StoreKind
     expert_cache: int | str | None
     store_dir: Path | None
-    cache_policy: CachePolicy
+    cache_policy: Policy
     reader_threads: int
     verify: bool
     progress: bool
@@ -93,7 +93,7 @@ def from_pretrained(
     store: StoreKind = "auto",
     expert_cache: int | str | None = None,
     store_dir: str | os.PathLike[str] | None = None,
-    cache_policy: CachePolicy = "lru",
+    cache_policy: Policy = DEFAULT_POLICY,
     reader_threads: int = 4,
     verify: bool = False,
     progress: bool = True,
@@ -121,7 +121,8 @@ def from_pretrained(
         store_dir: folder of the store on disk; by default one under the user's cache folder, named
             after the model and its weights, and used again by the next load. With experts in
             RAM, they are read from it if it holds this model's store, and nothing is written.
-        cache_policy: "lru" or "lfu".
+        cache_policy: which expert leaves a full cache: "adaptive" (counts that forget, or recency,
+            whichever would have missed less lately), "lfu" or "lru".
         reader_threads: threads that read from disk.
         verify: compare all checksums of a store on disk before using it, not only on reading.
         progress: say on standard error what takes longer than two seconds.
@@ -199,7 +200,7 @@ def offload(
     store: StoreKind = "auto",
     expert_cache: int | str | None = None,
     store_dir: str | os.PathLike[str] | None = None,
-    cache_policy: CachePolicy = "lru",
+    cache_policy: Policy = DEFAULT_POLICY,
     reader_threads: int = 4,
     verify: bool = False,
     progress: bool = True,
@@ -482,7 +483,7 @@ def _checked(
     """Check the options that need no model; raises `ValueError` or `TypeError`."""
     for name, value, kinds in (
         ("store", store, get_args(StoreKind)),
-        ("cache_policy", cache_policy, get_args(CachePolicy)),
+        ("cache_policy", cache_policy, get_args(Policy)),
     ):
         _check_choice(name, value, kinds)
     if isinstance(reader_threads, bool) or not isinstance(reader_threads, int):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -32,8 +32,8 @@ def replay(
         str, typer.Option(help="Cache sizes; 0 is no cache.", metavar="SIZE,SIZE,..")
     ] = "10%,25%,50%",
     policy: Annotated[
-        str, typer.Option(help="Who leaves a full cache: lru, lfu.", metavar="NAME,..")
-    ] = "lru",
+        str, typer.Option(help="Who leaves a full cache: lru, lfu, adaptive.", metavar="NAME,..")
+    ] = "lru,lfu,adaptive",
     predictor: Annotated[
         str | None,
         typer.Option(
@@ -93,16 +93,17 @@ def replay(
 
       specmoe generate ./checkpoint --store disk --prompt "def main():" --trace run.safetensors
 
-      specmoe replay run.safetensors --expert-cache 10%,25%,50%,75% --policy lru,lfu
+      specmoe replay run.safetensors --expert-cache 10%,25%,50%,75% --policy lru,adaptive
 
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
     """
     from specmoe_compile.options import CompileOptions, SpeculationConfig
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
+    from specmoe_compile.runtime.cache.eviction import Policy
     from specmoe_compile.system.output import check_writable, write_json
 
-    policies = _names("policy", policy, ("lru", "lfu"))
+    policies = _names("policy", policy, get_args(Policy))
     predictors = None if predictor is None else _names("predictor", predictor, tuple(PREDICTORS))
     sizes = [size.strip() for size in expert_cache.split(",")]
     speculation = SpeculationConfig.from_options(CompileOptions(**compile_options(option)))
@@ -300,9 +301,7 @@ _HEAD_TIMES = ("ahead/token", "stall/token", "ms/token")
 
 
 def _print(trace: RoutingTrace, machine: dict[str, Any], result: _Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from specmoe_compile.cli.tables import print_table
     from specmoe_compile.replay.summary import PAYS
 
     link, steps = machine["link"], result.summaries[0].decode_steps
@@ -310,12 +309,7 @@ def _print(trace: RoutingTrace, machine: dict[str, Any], result: _Result) -> Non
         f"{trace.model}: {LABEL}. Link {link['gbps']:.2f} GB/s, computing"
         f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps."
     )
-    table = Table()
-    for head in (*_HEAD, *_HEAD_TIMES):
-        table.add_column(head, justify="right", no_wrap=True)
-    for summary in result.summaries:
-        table.add_row(*_row(summary))
-    Console().print(table)
+    print_table((*_HEAD, *_HEAD_TIMES), [_row(summary) for summary in result.summaries], keys=4)
     for row in {item["expert_cache"]: item for item in result.refused}.values():
         print(f"Not replayed: {row['expert_cache']}: {row['reason']}", file=sys.stderr)
     for row in result.sufficient:

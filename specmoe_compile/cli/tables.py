@@ -104,6 +104,40 @@ def bench_table(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> 
     return table
 
 
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int) -> None:
+    """Print a table to standard output without cutting anything off.
+
+    On a terminal that is too narrow, as several tables that each begin with the first `keys`
+    columns; in a pipe or a file, in full width.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    widths = [max(map(len, column)) + 3 for column in zip(head, *rows, strict=True)]
+    console = Console()
+    width = console.width if console.is_terminal else sum(widths) + 1
+    for columns in _column_groups(widths, width - 1, keys):
+        table = Table()
+        for column in columns:
+            table.add_column(head[column], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[column] for column in columns))
+        Console(width=max(width, sum(widths[c] for c in columns) + 1)).print(table)
+
+
+def _column_groups(widths: Sequence[int], available: int, keys: int) -> list[list[int]]:
+    """Columns of each table: the keys, and as many others as fit, one at least."""
+    groups: list[list[int]] = []
+    used = 0
+    for column in range(keys, len(widths)):
+        if not groups or used + widths[column] > available:
+            groups.append(list(range(keys)))
+            used = sum(widths[:keys])
+        groups[-1].append(column)
+        used += widths[column]
+    return groups
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a document."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

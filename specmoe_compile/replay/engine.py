@@ -24,7 +24,8 @@ from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.replay.link import Link, SimulatedLink
 from specmoe_compile.replay.predictors import PREDICTORS, Predictor
 from specmoe_compile.replay.steps import ReplaySteps
-from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy
+from specmoe_compile.runtime.cache.eviction import Policy
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
@@ -165,6 +166,7 @@ class TimedRunner(ExpertRunner):
         self.num_experts = num_experts
         self.hidden_size = 1
         self.dtype = torch.float32
+        self.native = None
         self._compute = compute
 
     def weights(self, record: Tensor) -> ExpertTensors:

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
+from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
@@ -140,7 +141,7 @@ class Session:
         *,
         device: torch.device | str = "cpu",
         expert_cache_bytes: int | None,
-        cache_policy: Literal["lru", "lfu"] = "lru",
+        cache_policy: Policy = DEFAULT_POLICY,
         reader_threads: int = 4,
         top_k: int,
     ) -> None:
@@ -192,7 +193,7 @@ class Session:
         self._finalizer = weakref.finalize(self, _close_parts, self.handle, self._transfer, store)
 
     def _make_residency(
-        self, cache_bytes: int | None, policy: Literal["lru", "lfu"], reader_threads: int
+        self, cache_bytes: int | None, policy: Policy, reader_threads: int
     ) -> Residency:
         if cache_bytes is None:
             if self.store.kind != "ram":
@@ -257,6 +258,7 @@ class Session:
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
             read_busy_ms=self._busy_ms() - self._busy_before_ms,
+            eviction=self.cache.followed() if isinstance(self.cache, ExpertCache) else (),
         )
 
     def configure(self, speculation: SpeculationConfig) -> None:

@@ -19,6 +19,7 @@ from specmoe_compile.kernels.plan_cache.op import (
     CachePlanTensors,
     CacheTables,
 )
+from specmoe_compile.runtime.cache.eviction import CANDIDATES, LFU_CANDIDATE
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from tests.kernels.expert_cases import DEVICE
 
@@ -111,7 +112,8 @@ class ExpectedCache:
             "slot_of": self.cache.slot_of[0],
             "expert_of": self.cache.expert_of[0],
             "last_use": self.cache.last_use[0],
-            "count": self.cache.count[0],
+            "scores": self.cache.scores[0].table.tolist(),
+            "regret": self.cache.scores[0].regret.tolist(),
             "pending": [int(slot in self.pending) for slot in range(self.slots)],
             "unused": [int(slot in self.unused) for slot in range(self.slots)],
             "clock": self.cache.clock,
@@ -134,12 +136,14 @@ class LayerTables:
             slot_of=rows(experts, -1),
             expert_of=rows(slots, -1),
             last_use=rows(slots, 0, torch.int64),
-            count=rows(slots, 0),
+            scores=rows(CANDIDATES * experts, 0, torch.int64).view(3, CANDIDATES, experts),
             pending=rows(slots, 0),
             unused=rows(slots, 0),
             clock=rows(1, start, torch.int64),
+            regret=rows(CANDIDATES + 1, 0, torch.int64),
             counters=rows(len(COUNTERS), 0, torch.int64),
         )
+        self.all.regret[1, -1] = LFU_CANDIDATE
         self.layer = CacheTables(*(table[1] for table in self.all))
 
     def assert_others_untouched(self) -> None:
@@ -160,7 +164,6 @@ def plan_by_kernel(
     tables: CacheTables,
     *,
     policy: str,
-    ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
@@ -173,7 +176,6 @@ def plan_by_kernel(
         *tables,
         *plan,
         policy=policy,
-        ageing_period=ageing_period,
         bypass=bypass,
         speculative=speculative,
         most_fills=most_fills,

@@ -25,7 +25,7 @@ def shape(request: pytest.FixtureRequest) -> ModelShape:
     return request.param
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_plans_are_the_policy_s_and_the_same_in_every_run(
     shape: ModelShape, tokens: int, policy: str

@@ -18,6 +18,7 @@ from specmoe_compile.kernels.plan_cache.op import (
     CacheTables,
     plan_cache,
 )
+from specmoe_compile.runtime.cache.eviction import RECENCY
 from tests.kernels.expert_cases import DEVICE
 from tests.kernels.plan_cases import (
     ExpectedCache,
@@ -30,6 +31,7 @@ from tests.kernels.plan_cases import (
 PLANNERS = {"op": plan_cache, "kernel": plan_by_kernel}
 planners = pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
 CPU = torch.device("cpu")
+POLICIES = ["lru", "lfu", "adaptive"]
 
 
 def assert_equal_streams(
@@ -79,8 +81,7 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
         "experts": experts,
         "slots": slots,
         "steps": steps,
-        "policy": draw(st.sampled_from(["lru", "lfu"])),
-        "ageing_period": draw(st.integers(1, 5)),
+        "policy": draw(st.sampled_from(POLICIES)),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
     }
 
@@ -111,7 +112,7 @@ def random_steps(
 
 
 @planners
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("experts", "slots", "tokens", "top_k"),
     [
@@ -133,15 +134,24 @@ def test_sizes(
     top_k: int,
 ) -> None:
     steps = random_steps(4, experts=experts, tokens=tokens, top_k=top_k)
-    assert_equal_streams(planner, experts, slots, steps, policy=policy, ageing_period=2)
+    assert_equal_streams(planner, experts, slots, steps, policy=policy)
 
 
 @planners
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_old_caches_keep_their_order(planner: Callable[..., CachePlanTensors], policy: str) -> None:
     """Plans beyond 32 bits are compared in full."""
     steps = random_steps(12, experts=9, tokens=1, top_k=2)
     assert_equal_streams(planner, 9, 4, steps, policy=policy, start=2**40 - 5)
+
+
+@planners
+def test_adaptive_follows_another_candidate(planner: Callable[..., CachePlanTensors]) -> None:
+    """Runs of steps with the same few experts: counts hold on to them, recency does not."""
+    groups = [torch.randperm(12)[:3].tolist() for _ in range(12)]
+    steps = [Step(ids=[[g[i % 3], g[(i + 1) % 3]]]) for g in groups for i in range(6)]
+    expected = assert_equal_streams(planner, 12, 4, steps, policy="adaptive")
+    assert expected.cache.scores[0].candidate == RECENCY
 
 
 @planners
@@ -224,7 +234,8 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
         (ValueError, "ids has 0 choices, expected 1 to 256", ids[:0], good, {}),
         (ValueError, "ids has 257 choices", ids.new_zeros(257, 1), good, {}),
         (TypeError, "slot_of is int64", ids, good._replace(slot_of=good.slot_of.long()), {}),
-        (ValueError, "count is (2,), expected [3]", ids, good._replace(count=good.count[1:]), {}),
+        (ValueError, "scores is (3, 5)", ids, good._replace(scores=good.scores[1:]), {}),
+        (ValueError, "regret is (4,)", ids, good._replace(regret=good.regret[1:]), {}),
         (ValueError, "pending is not contiguous", ids, good._replace(pending=wide[:, 0]), {}),
         (TypeError, "clock is int32", ids, good._replace(clock=good.clock.int()), {}),
         (
@@ -236,8 +247,7 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
         ),
         (ValueError, "slot_of has 513 entries", ids, LayerTables(513, 3).layer, {}),
         (ValueError, "expert_of has 513 entries", ids, LayerTables(5, 513).layer, {}),
-        (ValueError, "policy is 'fifo', expected 'lru' or 'lfu'", ids, good, {"policy": "fifo"}),
-        (ValueError, "ageing_period is 0", ids, good, {"ageing_period": 0}),
+        (ValueError, "policy is 'fifo', expected one of 'lru'", ids, good, {"policy": "fifo"}),
         (ValueError, "most_fills is 1, expected 0 to 256", ids, good, {"most_fills": 1}),
         (
             ValueError,

@@ -30,6 +30,7 @@ from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
+from specmoe_compile.runtime.cache.eviction import CANDIDATES
 from tests.kernels.expert_cases import Case, make_case, nan_like
 
 pytestmark = pytest.mark.skipif(
@@ -229,14 +230,15 @@ def test_a_plan_without_misses_moves_what_it_claims(
         slot_of,
         holds.clone(),
         torch.zeros(slots, dtype=torch.int64),
-        *(torch.zeros(slots, dtype=torch.int32) for _ in range(3)),
+        torch.zeros(CANDIDATES, shape.num_experts, dtype=torch.int64),
+        *(torch.zeros(slots, dtype=torch.int32) for _ in range(2)),
         torch.zeros(1, dtype=torch.int64),
+        torch.zeros(CANDIDATES + 1, dtype=torch.int64),
         torch.zeros(len(COUNTERS), dtype=torch.int64),
         *(torch.zeros(1, choices, dtype=torch.int32) for _ in range(2)),
         *(torch.zeros(min(choices, shape.num_experts), dtype=torch.int32) for _ in range(2)),
         torch.zeros(1, dtype=torch.int32),
         policy="lru",
-        ageing_period=64,
         bypass=False,
         speculative=False,
         most_fills=MAX_CHOICES,

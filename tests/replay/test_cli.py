@@ -48,7 +48,7 @@ def test_generate_writes_a_trace_of_the_run(folder: Path) -> None:
     assert trace.fingerprint == header["fingerprint"]
     assert (trace.layers, trace.num_experts[0], trace.top_k) == (4, 16, 3)
     assert trace.tokens == [len(PROMPT), *[1] * 19]
-    assert trace.setting["slots"] == [4] * 4 and trace.setting["cache_policy"] == "lru"
+    assert trace.setting["slots"] == [4] * 4 and trace.setting["cache_policy"] == "adaptive"
     predicted = trace.tensors["predicted"]
     assert not predicted[0].any() and not predicted[:, 0].any() and predicted[1:, 1:].all()
     assert (trace.tensors["read_bytes"] >= 0).all() and trace.tensors["read_bytes"].sum() > 0
@@ -107,7 +107,7 @@ def test_a_trace_of_another_model_is_refused(
     [
         (["--expert-cache", "lots"], "is not a size"),
         (["--expert-cache", "10%"], "holds 1 experts per layer, but a token uses 3"),
-        (["--policy", "fifo"], "--policy 'fifo' is not valid: choose lru, lfu."),
+        (["--policy", "fifo"], "--policy 'fifo' is not valid: choose lru, lfu, adaptive."),
         (["--predictor", "oracle"], "choose none, recorded, perfect, previous."),
         (["--link-gbps", "0"], "gbps=0.0 must be above 0"),
         (["--warmup", "99"], "99 of them are warm-up"),

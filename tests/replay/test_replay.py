@@ -67,7 +67,7 @@ SPECULATION = (
         (0, "lru", 1, 20),
         (0, "lru", 3, 4),
         ("25%", "lru", 1, 20),
-        ("25%", "lru", 1, 5),
+        ("25%", "adaptive", 1, 5),
         ("25%", "lfu", 3, 4),
         ("30%", "lfu", 1, 20),
         ("50%", "lru", 3, 20),
@@ -218,7 +218,7 @@ def test_belady_is_above_every_policy_and_counts_the_same_requests(run: RealRun)
     sweep = Sweep(ReplaySteps(run.trace), LINK, COMPUTE, warmup_steps=2)
     for size in ("25%", "50%", "100%"):
         bounds = set()
-        for policy in ("lru", "lfu"):
+        for policy in ("lru", "lfu", "adaptive"):
             summary = sweep.run(setting(run.trace, size, policy), name=size)
             assert summary.belady_hit_rate is not None
             assert summary.hit_rate <= summary.belady_hit_rate <= 1.0

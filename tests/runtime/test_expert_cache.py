@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -37,17 +38,57 @@ def test_lfu_evicts_what_was_used_least() -> None:
 
 
 def test_lfu_forgets_old_popularity() -> None:
-    fresh, aged = (
-        cache(2, policy="lfu", ageing_period=1000),
-        cache(2, policy="lfu", ageing_period=4),
-    )
-    for table in (fresh, aged):
-        for _ in range(20):
-            table.plan(0, [0])
-        for _ in range(6):
-            table.plan(0, [1])
-    assert fresh.plan(0, [2]).evicted == [1]
-    assert aged.plan(0, [2]).evicted == [0]
+    table = cache(2, policy="lfu")
+    for expert, times in ((0, 60), (1, 30)):
+        for _ in range(times):
+            table.plan(0, [expert])
+    assert table.plan(0, [2]).evicted == [1]
+    table = cache(2, policy="lfu")
+    for expert, times in ((0, 60), (1, 200)):
+        for _ in range(times):
+            table.plan(0, [expert])
+    assert table.plan(0, [2]).evicted == [0]
+
+
+def misses(policy: Any, stream: list[list[int]], slots: int, experts: int) -> list[int]:
+    """Misses of each step."""
+    table = cache(slots, experts, policy=policy)
+    return [len(wanted) - len(table.plan(0, wanted).hits) for wanted in stream]
+
+
+def zipf(rng: random.Random, names: list[int], steps: int) -> list[list[int]]:
+    """Pairs of experts, the first names far oftener than the last."""
+    weights = [1 / (1 + rank) for rank in range(len(names))]
+    return [list(dict.fromkeys(rng.choices(names, weights, k=2))) for _ in range(steps)]
+
+
+def test_adaptive_counts_where_counting_pays() -> None:
+    rng = random.Random(0)
+    stream = zipf(rng, list(range(16)), 3000)
+    by = {policy: sum(misses(policy, stream, 4, 16)) for policy in ("lru", "lfu", "adaptive")}
+    assert by["lfu"] < 0.9 * by["lru"]
+    assert by["adaptive"] <= 1.02 * by["lfu"]
+
+
+def test_adaptive_is_recent_where_only_recency_pays() -> None:
+    """Each expert is wanted in one run of steps and then never for long: counts hold on to it."""
+    rng = random.Random(1)
+    stream: list[list[int]] = []
+    for _ in range(300):
+        group = rng.sample(range(32), 4)
+        stream += [rng.sample(group, 2) for _ in range(12)]
+    by = {policy: sum(misses(policy, stream, 6, 32)) for policy in ("lru", "lfu", "adaptive")}
+    assert by["lru"] < 0.9 * by["lfu"]
+    assert by["adaptive"] < 1.05 * by["lru"]
+
+
+def test_adaptive_follows_a_change_of_topic() -> None:
+    rng = random.Random(2)
+    names = list(range(16))
+    turned = names[::-1]
+    stream = zipf(rng, names, 3000) + zipf(rng, turned, 600)
+    after = {p: sum(misses(p, stream, 4, 16)[3200:]) for p in ("lru", "adaptive")}
+    assert after["adaptive"] < after["lru"]
 
 
 def test_a_plan_never_evicts_its_own_experts() -> None:
@@ -96,11 +137,9 @@ def test_layers_are_separate() -> None:
     assert table.slot(1, 0) == NOBODY and table.plan(1, [0]).fills == [(0, 0)]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"policy": "fifo"}, {"slots": [0]}, {"slots": [1, 1]}, {"ageing_period": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"policy": "fifo"}, {"slots": [0]}, {"slots": [1, 1]}])
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"policy|slot|ageing_period"):
+    with pytest.raises(ValueError, match=r"policy|slot"):
         ExpertCache(**{"num_experts": [4], "slots": [2], **wrong})
 
 
@@ -109,7 +148,7 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
 def test_tables_stay_consistent(data: st.DataObject) -> None:
     slots = data.draw(st.integers(1, 6))
     experts = data.draw(st.integers(slots, 10))
-    table = cache(slots, experts, policy=data.draw(st.sampled_from(["lru", "lfu"])))
+    table = cache(slots, experts, policy=data.draw(st.sampled_from(["lru", "lfu", "adaptive"])))
     for _ in range(data.draw(st.integers(1, 25))):
         wanted = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=8))
         pinned = data.draw(st.sets(st.integers(0, slots - 1)))
@@ -134,7 +173,7 @@ def test_tables_stay_consistent(data: st.DataObject) -> None:
 def test_no_policy_beats_belady(steps: list[set[int]], slots: int) -> None:
     requests = [sorted(step) for step in steps]
     best = belady_hits(requests, slots)
-    for policy in ("lru", "lfu"):
+    for policy in ("lru", "lfu", "adaptive"):
         table = cache(slots, 7, policy=policy)
         assert sum(len(table.plan(0, step).hits) for step in requests) <= best
 
@@ -144,12 +183,12 @@ def test_belady_of_a_known_sequence() -> None:
     assert belady_hits([[0], [1], [2], [0], [1]], 2) == 1
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
 def test_a_guess_that_is_taken_back_leaves_the_cache_as_it_was(policy: Any) -> None:
     table = cache(policy=policy)
     for experts in ([0, 1], [2], [1]):
         table.plan(0, experts)
-    tables = (table.slot_of, table.expert_of, table.last_use, table.count)
+    tables = (table.slot_of, table.expert_of, table.last_use, table.scores[0].table)
     before = [[list(row) for row in table] for table in tables]
     plan = table.plan(0, [5, 6], speculative=True)
     assert plan.evicted == [0, 2]

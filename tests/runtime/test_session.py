@@ -77,7 +77,7 @@ def test_experts_equal_hugging_face_bit_for_bit(cache: str, tokens: int) -> None
                 assert torch.equal(out, reference(module, x, ids, weights))
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
 def test_result_does_not_depend_on_what_the_cache_holds(policy: Any) -> None:
     with make_session("half", cache_policy=policy) as session, make_session("in_place") as plain:
         poison(session)

@@ -5,6 +5,8 @@ Shape letters: C = T * K choices, E experts, S slots.
 
 from __future__ import annotations
 
+import triton
+
 from benchmarks.kernels.compile_spec import (
     CompileSpec,
     ModelShape,
@@ -15,19 +17,19 @@ from benchmarks.kernels.compile_spec import (
 from specmoe_compile.kernels.plan_cache.kernel import block_sizes, plan_cache_kernel
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES
 
-_INT32 = ("slot_of", "expert_of", "count", "pending", "unused")
-_INT64 = ("ids", "last_use", "clock", "counters")
+_INT32 = ("slot_of", "expert_of", "pending", "unused")
+_INT64 = ("ids", "last_use", "scores", "clock", "regret", "counters")
 _OUTPUTS = ("present", "late", "fill_experts", "fill_slots", "fill_count", "fill_limit")
 ID_BYTES, WORD_BYTES, LONG_BYTES = 8, 4, 8
 _HIT_COUNTERS = 2  # steps and hits
 
 
 def compile_specs(shape: ModelShape) -> list[CompileSpec]:
-    """One token and a batch of 16, by either policy; a quarter of the experts have slots."""
-    specs = [plan_spec(shape, 1, policy=policy) for policy in ("lru", "lfu")]
-    specs.append(plan_spec(shape, 1, policy="lru", speculative=True))
+    """One token and a batch of 16, by each policy; a quarter of the experts have slots."""
+    specs = [plan_spec(shape, 1, policy=policy) for policy in ("lru", "lfu", "adaptive")]
+    specs.append(plan_spec(shape, 1, policy="adaptive", speculative=True))
     if 16 * shape.top_k <= 256:
-        specs.append(plan_spec(shape, 16, policy="lru"))
+        specs.append(plan_spec(shape, 16, policy="adaptive"))
     return specs
 
 
@@ -56,8 +58,8 @@ def plan_spec(
             "E": shape.num_experts,
             "S": slots,
             "COUNTERS": len(COUNTERS),
-            "LFU": policy == "lfu",
-            "AGEING": 64 if policy == "lfu" else 1,
+            "SCORED": policy != "lru",
+            "ADAPTIVE": policy == "adaptive",
             "BYPASS": False,
             "SPECULATIVE": speculative,
             "MOST_FILLS": MAX_CHOICES,
@@ -65,6 +67,7 @@ def plan_spec(
             "BLOCK_C": block_c,
             "CHUNK": chunk,
             "BLOCK_S": block_s,
+            "BLOCK_E": triton.next_power_of_2(shape.num_experts),
         },
         num_warps=num_warps,
         num_stages=1,
@@ -77,10 +80,10 @@ def plan_spec(
 def hits_traffic(choices: int, experts: int, slots: int) -> Traffic:
     """Bytes of a step, of at most 16 choices of different experts, that all are there."""
     looked_up = choices * (ID_BYTES + WORD_BYTES)
-    tables = slots * (4 * WORD_BYTES + LONG_BYTES) + (1 + len(COUNTERS)) * LONG_BYTES
+    tables = slots * (3 * WORD_BYTES + LONG_BYTES) + (1 + len(COUNTERS)) * LONG_BYTES
     fills = min(choices, experts)
     results = (2 * choices + 2 * fills + 1) * WORD_BYTES
-    updates = choices * (LONG_BYTES + WORD_BYTES) + (1 + _HIT_COUNTERS) * LONG_BYTES
+    updates = choices * LONG_BYTES + (1 + _HIT_COUNTERS) * LONG_BYTES
     return count_traffic(
         [
             Operand(distinct_bytes=looked_up, loaded_bytes=looked_up),

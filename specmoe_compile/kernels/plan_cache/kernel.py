@@ -1,8 +1,8 @@
 """Triton kernel of `plan_cache`: one program that holds a layer's tables in registers.
 
 Lookups are done for all choices at once; only misses are served one after the other, because each
-takes the best victim that is left. So a step whose experts are all there costs no loop, and a step
-that misses has a transfer to wait for that takes far longer than the loop.
+takes the slot of least worth that is left. So a step whose experts are all there costs no loop, and
+a step that misses has a transfer to wait for that takes far longer than the loop.
 
 Shape letters: C = T * K choices, E experts, S slots, N = min(C, E).
 """
@@ -13,13 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specmoe_compile.runtime.cache import eviction
+
 # Keys hold an expert or a slot, both below 512, in their lowest bits. Above a slot there is room
 # for 2**53 plans.
-INDEX_BITS = tl.constexpr(9)
+INDEX_BITS = tl.constexpr(eviction.INDEX_BITS)
 INDEX_MASK = tl.constexpr(511)
 OCCUPIED_BIT = tl.constexpr(62)
 LAST_KEY = tl.constexpr(2**63 - 1)
 LAST_ORDER = tl.constexpr(2**31 - 1)
+SEEN_MASK = tl.constexpr(2**eviction.SEEN_BITS - 1)
+SCORE_SHIFT = tl.constexpr(eviction.SEEN_BITS + eviction.INDEX_BITS)
+CANDIDATES = tl.constexpr(eviction.CANDIDATES)
+RECENCY = tl.constexpr(eviction.RECENCY)
+LFU_CANDIDATE = tl.constexpr(eviction.LFU_CANDIDATE)
+UNIT = tl.constexpr(eviction.UNIT)
+MISS = tl.constexpr(eviction.MISS)
+WINDOW = tl.constexpr(eviction.WINDOW)
+STAY = tl.constexpr(eviction.STAY)
+# Decays are evenly spaced, so that a candidate's is computed from its number.
+FIRST_DECAY = tl.constexpr(eviction.DECAYS[0])
+DECAY_STEP = tl.constexpr(eviction.DECAYS[1] - eviction.DECAYS[0])
 
 
 @triton.jit
@@ -60,12 +74,129 @@ def find_uses(
     return uses > 0
 
 
+@triton.jit
+def packed_worth(score, seen, expert):
+    """`Scores.keys`: score, step of the last use, number of the expert; int64."""
+    return (score << SCORE_SHIFT) | ((seen & SEEN_MASK) << INDEX_BITS) | expert
+
+
+@triton.jit
+def worth_of(scores, expert, candidate, hit, now, SPECULATIVE: tl.constexpr, E: tl.constexpr):
+    """What the experts of slots are worth to a candidate after this step, int64.
+
+    The step's uses are added here and not read back: other lanes store them.
+    """
+    there = expert >= 0
+    seen = tl.load(scores + RECENCY * E + expert, mask=there, other=0)
+    row = tl.zeros_like(seen) + candidate
+    counted = row != RECENCY
+    score = tl.load(scores + row * E + expert, mask=there & counted, other=0)
+    if not SPECULATIVE:
+        decay = FIRST_DECAY + DECAY_STEP * row
+        score = score - (score >> decay) + tl.where(hit & counted, UNIT, 0)
+        seen = tl.where(hit, now, seen)
+    return packed_worth(score, seen, expert)
+
+
+@triton.jit
+def note_uses(
+    ids,
+    scores,
+    now,
+    CHOICES: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """`Scores.note` without the judgement; every thread has read what it needs of the scores."""
+    experts = tl.arange(0, BLOCK_E)
+    wanted = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, CHOICES, CHUNK):
+        choices = start + tl.arange(0, CHUNK)
+        chosen = tl.load(ids + choices, mask=choices < CHOICES, other=-1).to(tl.int32)
+        found = tl.max((chosen[:, None] == experts[None, :]).to(tl.int32), axis=0)
+        wanted = tl.maximum(wanted, found)
+    real = experts < E
+    tl.debug_barrier()
+    for row in tl.static_range(RECENCY):
+        score = tl.load(scores + row * E + experts, mask=real, other=0)
+        score = score - (score >> (FIRST_DECAY + DECAY_STEP * row)) + wanted * UNIT
+        tl.store(scores + row * E + experts, score, mask=real)
+    seen = tl.zeros([BLOCK_E], tl.int64) + now
+    tl.store(scores + RECENCY * E + experts, seen, mask=real & (wanted > 0))
+
+
+@triton.jit
+def judge(
+    ids,
+    scores,
+    regret,
+    candidate,
+    CHOICES: tl.constexpr,
+    E: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """`Scores._judge`: add each candidate's misses, and return the one to follow."""
+    experts = tl.arange(0, BLOCK_E)
+    real = experts < E
+    every = tl.arange(0, BLOCK_C)
+    each = tl.load(ids + every, mask=every < CHOICES, other=-1).to(tl.int32)
+    seen = tl.load(scores + RECENCY * E + experts, mask=real, other=0)
+    best = tl.zeros([], tl.int64)
+    least = tl.full([], LAST_KEY, tl.int64)
+    followed = tl.full([], LAST_KEY, tl.int64)
+    for row in tl.static_range(CANDIDATES):
+        if row < RECENCY:
+            score = tl.load(scores + row * E + experts, mask=real, other=0)
+        else:
+            score = tl.zeros([BLOCK_E], tl.int64)
+        worth = tl.where(real, packed_worth(score, seen, experts), -1)
+        lacked = tl.zeros([], tl.int64)
+        if S < E:
+            for start in range(0, CHOICES, CHUNK):
+                choices = start + tl.arange(0, CHUNK)
+                chosen = tl.load(ids + choices, mask=choices < CHOICES, other=-1).to(tl.int32)
+                wanted = (chosen >= 0) & (chosen < E)
+                again = (chosen[:, None] == each[None, :]) & (every[None, :] < choices[:, None])
+                wanted = wanted & (tl.max(again.to(tl.int32), axis=1) == 0)
+                its_seen = tl.load(scores + RECENCY * E + chosen, mask=wanted, other=0)
+                its_score = tl.zeros([CHUNK], tl.int64)
+                if row < RECENCY:
+                    its_score = tl.load(scores + row * E + chosen, mask=wanted, other=0)
+                its_worth = packed_worth(its_score, its_seen, chosen)
+                better = (worth[None, :] > its_worth[:, None]).to(tl.int32)
+                gone = wanted & (tl.sum(better, axis=1) >= S)
+                lacked += tl.sum(gone.to(tl.int64), axis=0)
+        misses = tl.load(regret + row)
+        misses = misses + lacked * MISS - (misses >> WINDOW)
+        tl.store(regret + row, misses)
+        best = tl.where(misses < least, row, best)
+        least = tl.minimum(least, misses)
+        followed = tl.where(candidate == row, misses, followed)
+    candidate = tl.where(least + (least >> STAY) < followed, best, candidate)
+    tl.store(regret + CANDIDATES, candidate)
+    return candidate
+
+
 # The tables are rows of larger ones: how they are aligned differs from layer to layer, and must not
 # compile a kernel each.
 @triton.jit(
     do_not_specialize_on_alignment=[
-        *("ids", "slot_of", "expert_of", "last_use", "count", "pending", "unused", "clock"),
-        *("counters", "present", "late", "fill_experts", "fill_slots", "fill_count", "fill_limit"),
+        *("ids", "slot_of", "expert_of", "last_use", "scores", "pending", "unused", "clock"),
+        *(
+            "regret",
+            "counters",
+            "present",
+            "late",
+            "fill_experts",
+            "fill_slots",
+            "fill_count",
+            "fill_limit",
+        ),
     ]
 )
 def plan_cache_kernel(
@@ -73,10 +204,11 @@ def plan_cache_kernel(
     slot_of,
     expert_of,
     last_use,
-    count,
+    scores,
     pending,
     unused,
     clock,
+    regret,
     counters,
     present,
     late,
@@ -88,8 +220,8 @@ def plan_cache_kernel(
     E: tl.constexpr,
     S: tl.constexpr,
     COUNTERS: tl.constexpr,
-    LFU: tl.constexpr,
-    AGEING: tl.constexpr,
+    SCORED: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
     MOST_FILLS: tl.constexpr,
@@ -97,6 +229,7 @@ def plan_cache_kernel(
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """Decide and update one layer's plan; grid (1,).
 
@@ -108,7 +241,6 @@ def plan_cache_kernel(
     expert, slot = find_slots(ids, slot_of, choices, CHOICES, E)
     held_before = tl.load(expert_of + slots, mask=real, other=-1)
     used = tl.load(last_use + slots, mask=real, other=0)
-    uses_before = tl.load(count + slots, mask=real, other=0)
     in_flight = tl.load(pending + slots, mask=real, other=0) != 0
     untouched = tl.load(unused + slots, mask=real, other=0) != 0
     now = tl.load(clock) + 1
@@ -117,19 +249,26 @@ def plan_cache_kernel(
     arriving = tl.load(pending + slot, mask=slot >= 0, other=0) != 0
     hit = find_uses(ids, slot_of, slot, slots, CHOICES, E, BLOCK_C, CHUNK, BLOCK_S)
 
-    uses = uses_before
-    if LFU:
-        uses = tl.where(now % AGEING == 0, uses >> 1, uses)
+    if SCORED:
+        candidate = tl.load(regret + CANDIDATES)
+        if ADAPTIVE and not SPECULATIVE:
+            candidate = judge(
+                ids, scores, regret, candidate, CHOICES, E, S, BLOCK_C, CHUNK, BLOCK_E
+            )
+        if not ADAPTIVE:
+            candidate = tl.full([], LFU_CANDIDATE, tl.int64)
+        worth = worth_of(scores, held_before, candidate, hit, now, SPECULATIVE, E)
+        if not SPECULATIVE:
+            note_uses(ids, scores, now, CHOICES, E, BLOCK_C, CHUNK, BLOCK_E)
+    else:
+        worth = (used << INDEX_BITS) | slots
     occupied = (held_before >= 0).to(tl.int64)
     free = real & ~hit & ~in_flight
     if BYPASS:
         free = free & (held_before < 0)
-    # Smallest key leaves first. Keys differ, since each has its slot in it.
-    age = (used << INDEX_BITS) | slots
-    if LFU:
-        rank = tl.where(free, (occupied << 32) | uses.to(tl.int64), LAST_KEY)
-    else:
-        age = tl.where(free, (occupied << OCCUPIED_BIT) | age, LAST_KEY)
+    # Smallest key leaves first; slots that hold nothing in their order. Keys differ.
+    key = tl.where(occupied > 0, (occupied << OCCUPIED_BIT) | worth, slots.to(tl.int64))
+    key = tl.where(free, key, LAST_KEY)
 
     places = tl.where(arriving, slot, -1)
     held = held_before
@@ -145,21 +284,12 @@ def plan_cache_kernel(
     first = tl.min(order, axis=0)
     while (first != LAST_ORDER) & (fills < most):
         missing = first & INDEX_MASK
-        if LFU:
-            lowest = tl.min(rank, axis=0)
-            victim = tl.min(tl.where(rank == lowest, age, LAST_KEY), axis=0)
-            found = lowest != LAST_KEY
-        else:
-            victim = tl.min(age, axis=0)
-            found = victim != LAST_KEY
-        # Without a victim no slot is equal to -1, and nothing below changes.
-        taken = tl.where(found, (victim & INDEX_MASK).to(tl.int32), -1)
-        is_taken = slots == taken
+        least = tl.min(key, axis=0)
+        found = least != LAST_KEY
+        is_taken = (key == least) & found
+        taken = tl.max(tl.where(is_taken, slots, -1), axis=0)
         held = tl.where(is_taken, missing, held)
-        if LFU:
-            rank = tl.where(is_taken, LAST_KEY, rank)
-        else:
-            age = tl.where(is_taken, LAST_KEY, age)
+        key = tl.where(is_taken, LAST_KEY, key)
         is_next = (choices == fills) & found
         experts_to_fill = tl.where(is_next, missing, experts_to_fill)
         slots_to_fill = tl.where(is_next, taken, slots_to_fill)
@@ -178,14 +308,12 @@ def plan_cache_kernel(
         added += tl.where(which == 6, fills, 0)
     else:
         touched = touched | hit
-        uses += hit.to(tl.int32)
         added += tl.where(which == 0, 1, 0)
         added += tl.where(which == 1, tl.sum(hit.to(tl.int32), axis=0), 0)
         added += tl.where(which == 2, tl.sum((hit & in_flight).to(tl.int32), axis=0), 0)
         added += tl.where(which == 3, misses, 0)
         added += tl.where(which == 4, misses - fills, 0)
         added += tl.where(which == 7, tl.sum((hit & untouched).to(tl.int32), axis=0), 0)
-    uses = tl.where(filled, 1, uses)
 
     # No warp may store what another has yet to load.
     tl.debug_barrier()
@@ -193,7 +321,6 @@ def plan_cache_kernel(
     tl.store(slot_of + held, slots, mask=filled)
     tl.store(expert_of + slots, held, mask=filled)
     tl.store(last_use + slots, tl.zeros([BLOCK_S], tl.int64) + now, mask=touched)
-    tl.store(count + slots, uses, mask=uses != uses_before)
     if SPECULATIVE:
         tl.store(pending + slots, 1, mask=filled)
         tl.store(unused + slots, 1, mask=filled)
@@ -226,10 +353,11 @@ def launch_plan(
     slot_of: Tensor,
     expert_of: Tensor,
     last_use: Tensor,
-    count: Tensor,
+    scores: Tensor,
     pending: Tensor,
     unused: Tensor,
     clock: Tensor,
+    regret: Tensor,
     counters: Tensor,
     present: Tensor,
     late: Tensor,
@@ -238,7 +366,6 @@ def launch_plan(
     fill_count: Tensor,
     *,
     policy: str,
-    ageing_period: int,
     bypass: bool,
     speculative: bool,
     most_fills: int,
@@ -251,10 +378,11 @@ def launch_plan(
         slot_of,
         expert_of,
         last_use,
-        count,
+        scores,
         pending,
         unused,
         clock,
+        regret,
         counters,
         present,
         late,
@@ -266,8 +394,8 @@ def launch_plan(
         E=slot_of.shape[0],
         S=expert_of.shape[0],
         COUNTERS=counters.shape[0],
-        LFU=policy == "lfu",
-        AGEING=ageing_period if policy == "lfu" else 1,
+        SCORED=policy != "lru",
+        ADAPTIVE=policy == "adaptive",
         BYPASS=bypass,
         SPECULATIVE=speculative,
         MOST_FILLS=most_fills,
@@ -275,6 +403,7 @@ def launch_plan(
         BLOCK_C=block_c,
         CHUNK=chunk,
         BLOCK_S=block_s,
+        BLOCK_E=triton.next_power_of_2(slot_of.shape[0]),
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=True,

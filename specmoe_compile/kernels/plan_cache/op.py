@@ -3,7 +3,7 @@
 On CUDA it is one launch that never waits for the device, so that a decode step with its cache can
 be one CUDA graph.
 
-Shape letters: T tokens, K top-k, E experts, S slots, N = min(T * K, E).
+Shape letters: T tokens, K top-k, E experts, S slots, D decays, N = min(T * K, E).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from specmoe_compile.kernels.checks import INDEX_DTYPES, check_tensor, require_triton
 from specmoe_compile.kernels.common_torch import LIBRARY
 from specmoe_compile.kernels.plan_cache.reference import plan_cache_reference
-from specmoe_compile.runtime.cache.slot_table import Policy
+from specmoe_compile.runtime.cache.eviction import CANDIDATES, Policy
 
 _NAME = "plan_cache"
 LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
-    " Tensor(d!) count, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
-    " Tensor(h!) counters, *, str policy, int ageing_period=64, bool bypass=False,"
+    " Tensor(d!) scores, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
+    " Tensor(i!) regret, Tensor(h!) counters, *, str policy, bool bypass=False,"
     " bool speculative=False, int most_fills=256, Tensor? fill_limit=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -50,10 +50,11 @@ class CacheTables(NamedTuple):
         slot_of: [E] int32, slot of each expert or -1.
         expert_of: [S] int32, expert of each slot or -1.
         last_use: [S] int64, plan in which the slot was last used or filled; 0 is never.
-        count: [S] int32, uses since it was filled, halved with age.
+        scores: [D + 1, E] int64, what each expert is worth (`runtime.cache.eviction.Scores`).
         pending: [S] int32, 1 while a speculative transfer into the slot may be in flight.
         unused: [S] int32, 1 for a speculative fill that no demand plan has used yet.
         clock: [1] int64, plans so far.
+        regret: [D + 2] int64, misses of each candidate of policy "adaptive", and the one followed.
         counters: [len(COUNTERS)] int64, added to. `steps`, `hits`, `late_prefetches`, `misses`
             (fills and bypassed), `bypassed` and `useful_prefetches` are of demand plans,
             `prefetches` of speculative fills, `evicted` and `wasted_prefetches` of both.
@@ -62,10 +63,11 @@ class CacheTables(NamedTuple):
     slot_of: Tensor
     expert_of: Tensor
     last_use: Tensor
-    count: Tensor
+    scores: Tensor
     pending: Tensor
     unused: Tensor
     clock: Tensor
+    regret: Tensor
     counters: Tensor
 
 
@@ -93,7 +95,6 @@ def plan_cache(
     tables: CacheTables,
     *,
     policy: str,
-    ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
@@ -101,16 +102,15 @@ def plan_cache(
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
 
-    The decisions are those of `runtime.expert_cache.ExpertCache.plan` on the ids row by row, to the
-    bit, with the slots of pending transfers pinned. A demand plan ends by clearing `pending`: the
-    caller waits for the layer's transfers before it reads the slots in `late`.
+    The decisions are those of `runtime.cache.slot_table.ExpertCache.plan` on the ids row by row, to
+    the bit, with the slots of pending transfers pinned. A demand plan ends by clearing `pending`:
+    the caller waits for the layer's transfers before it reads the slots in `late`.
 
     Args:
         ids: [T, K] int32 or int64, contiguous, T * K from 1 to 256: experts by choice; negative for
             none. On CUDA, ids of E or more count as none too.
         tables: of the layer, on the device of `ids`; E and S at most 512. Changed in place.
-        policy: "lru" or "lfu".
-        ageing_period: plans between two halvings of `count` ("lfu").
+        policy: "lru", "lfu" or "adaptive".
         bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
         most_fills: slots that a guess may fill, those of the first choices; the rest is left out.
@@ -126,7 +126,6 @@ def plan_cache(
     """
     op = torch.ops.specmoe_kernels.plan_cache
     options = {
-        "ageing_period": ageing_period,
         "bypass": bypass,
         "speculative": speculative,
         "most_fills": most_fills,
@@ -139,7 +138,6 @@ def _check(
     ids: Tensor,
     tables: CacheTables,
     policy: str,
-    ageing_period: int,
     speculative: bool,
     most_fills: int,
     fill_limit: Tensor | None,
@@ -147,9 +145,10 @@ def _check(
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
     check_tensor(_NAME, "expert_of", tables.expert_of, ("S",), (torch.int32,), like=ids)
-    slots = tables.expert_of.shape[0]
+    experts, slots = tables.slot_of.shape[0], tables.expert_of.shape[0]
     check_tensor(_NAME, "last_use", tables.last_use, (slots,), (torch.int64,), like=ids)
-    check_tensor(_NAME, "count", tables.count, (slots,), (torch.int32,), like=ids)
+    check_tensor(_NAME, "scores", tables.scores, (CANDIDATES, experts), (torch.int64,), like=ids)
+    check_tensor(_NAME, "regret", tables.regret, (CANDIDATES + 1,), (torch.int64,), like=ids)
     check_tensor(_NAME, "pending", tables.pending, (slots,), (torch.int32,), like=ids)
     check_tensor(_NAME, "unused", tables.unused, (slots,), (torch.int32,), like=ids)
     check_tensor(_NAME, "clock", tables.clock, (1,), (torch.int64,), like=ids)
@@ -166,11 +165,8 @@ def _check(
                 f" {MAX_EXPERTS}"
             )
     if policy not in get_args(Policy):
-        raise ValueError(f"specmoe_kernels::{_NAME}: policy is {policy!r}, expected 'lru' or 'lfu'")
-    if ageing_period < 1:
-        raise ValueError(
-            f"specmoe_kernels::{_NAME}: ageing_period is {ageing_period}, expected at least 1"
-        )
+        names = ", ".join(map(repr, get_args(Policy)))
+        raise ValueError(f"specmoe_kernels::{_NAME}: policy is {policy!r}, expected one of {names}")
     if not 0 <= most_fills <= MAX_CHOICES or (most_fills < MAX_CHOICES and not speculative):
         raise ValueError(
             f"specmoe_kernels::{_NAME}: most_fills is {most_fills}, expected 0 to {MAX_CHOICES},"
@@ -201,14 +197,13 @@ def _fake(
     ids: Tensor,
     *tables: Tensor,
     policy: str,
-    ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
+    _check(ids, named, policy, speculative, most_fills, fill_limit)
     return tuple(_new_plan(ids, named))
 
 
@@ -216,18 +211,16 @@ def _cpu(
     ids: Tensor,
     *tables: Tensor,
     policy: Any,
-    ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, ageing_period, speculative, most_fills, fill_limit)
+    _check(ids, CacheTables(*tables), policy, speculative, most_fills, fill_limit)
     return plan_cache_reference(
         ids,
         *tables,
         policy=policy,
-        ageing_period=ageing_period,
         bypass=bypass,
         speculative=speculative,
         most_fills=most_fills,
@@ -239,7 +232,6 @@ def _cuda(
     ids: Tensor,
     *tables: Tensor,
     policy: str,
-    ageing_period: int = 64,
     bypass: bool = False,
     speculative: bool = False,
     most_fills: int = MAX_CHOICES,
@@ -249,7 +241,7 @@ def _cuda(
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, ageing_period, speculative, most_fills, fill_limit)
+    _check(ids, named, policy, speculative, most_fills, fill_limit)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -257,7 +249,6 @@ def _cuda(
             *named,
             *plan,
             policy=policy,
-            ageing_period=ageing_period,
             bypass=bypass,
             speculative=speculative,
             most_fills=most_fills,

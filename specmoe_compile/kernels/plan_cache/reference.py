@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.runtime.cache.slot_table import NOBODY, CachePlan, ExpertCache, Policy
+from specmoe_compile.runtime.cache.eviction import Policy
+from specmoe_compile.runtime.cache.slot_table import NOBODY, CachePlan, ExpertCache
 
 
 def plan_cache_reference(
@@ -19,14 +20,14 @@ def plan_cache_reference(
     slot_of: Tensor,
     expert_of: Tensor,
     last_use: Tensor,
-    count: Tensor,
+    scores: Tensor,
     pending: Tensor,
     unused: Tensor,
     clock: Tensor,
+    regret: Tensor,
     counters: Tensor,
     *,
     policy: Policy,
-    ageing_period: int,
     bypass: bool,
     speculative: bool,
     most_fills: int,
@@ -45,8 +46,8 @@ def plan_cache_reference(
             f"specmoe_kernels::plan_cache: ids holds expert {max(choices)}, but slot_of has"
             f" {slot_of.shape[0]} experts"
         )
-    tables = (slot_of, expert_of, last_use, count, clock)
-    cache = _cache_of(*tables, policy=policy, ageing_period=ageing_period)
+    tables = (slot_of, expert_of, last_use, scores, clock, regret)
+    cache = _cache_of(*tables, policy=policy)
     in_flight: list[int] = pending.tolist()
     if fill_limit is not None:
         most_fills = min(most_fills, int(fill_limit))
@@ -57,7 +58,14 @@ def plan_cache_reference(
         bypass=bypass,
         speculative=speculative,
     )
-    columns = (cache.slot_of[0], cache.expert_of[0], cache.last_use[0], cache.count[0], cache.clock)
+    columns = (
+        cache.slot_of[0],
+        cache.expert_of[0],
+        cache.last_use[0],
+        cache.scores[0].table.tolist(),
+        cache.clock,
+        cache.scores[0].regret.tolist(),
+    )
     for table, values in zip(tables, columns, strict=True):
         _write(table, values)
     late_hits = [slot for _, slot in plan.hits if in_flight[slot]]
@@ -79,14 +87,18 @@ def _cache_of(
     slot_of: Tensor,
     expert_of: Tensor,
     last_use: Tensor,
-    count: Tensor,
+    scores: Tensor,
     clock: Tensor,
-    **policy: Any,
+    regret: Tensor,
+    *,
+    policy: Policy,
 ) -> ExpertCache:
     """The Python policy with what the tables say."""
-    cache = ExpertCache(num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], **policy)
+    cache = ExpertCache(num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], policy=policy)
     cache.slot_of[0], cache.expert_of[0] = slot_of.tolist(), expert_of.tolist()
-    cache.last_use[0], cache.count[0] = last_use.tolist(), count.tolist()
+    cache.last_use[0] = last_use.tolist()
+    cache.scores[0].table[:] = scores.tolist()
+    cache.scores[0].regret[:] = regret.tolist()
     cache.clock[0] = int(clock)
     return cache
 
@@ -146,7 +158,7 @@ def _split_choices(
     return present, late
 
 
-def _write(table: Tensor, values: Sequence[int]) -> None:
+def _write(table: Tensor, values: Sequence[Any]) -> None:
     table.copy_(table.new_tensor(values))
 
 

@@ -1,9 +1,8 @@
 """Which expert each slot of the expert cache holds, and who has to leave: pure Python.
 
 Integers only, so that a kernel which keeps the same tables on a device can be equal to the bit.
-LRU gives up the slot that was used longest ago. LFU gives up the one that was used least, where all
-counts of a layer are halved every `ageing_period` plans, so that what was popular once does not
-stay for ever. Ties go to the lowest slot. Slots that hold nothing go first.
+LRU gives up the slot that was used longest ago, ties go to the lowest. `lfu` and `adaptive` give up
+the expert that is worth least (`runtime.cache.eviction`). Slots that hold nothing go first.
 
 Shape letters: E experts, L MoE layers, S slots per layer.
 """
@@ -12,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
+from specmoe_compile.runtime.cache.eviction import (
+    LFU_CANDIDATE,
+    Policy,
+    Scores,
+    check_policy,
+    followed,
+)
 from specmoe_compile.runtime.experts.layout import ExpertLayout
-
-Policy = Literal["lru", "lfu"]
 
 NOBODY = -1
 
@@ -45,7 +48,7 @@ class ExpertCache:
         slot_of: slot of each expert or -1, [L][E].
         expert_of: expert of each slot or -1, [L][S].
         last_use: plan of the layer in which each slot was last used or filled, [L][S]; 0 is never.
-        count: uses of each slot since it was filled, halved with age, [L][S].
+        scores: what each layer's experts are worth, [L]; not kept by "lru".
         clock: plans of each layer so far, [L].
     """
 
@@ -55,36 +58,34 @@ class ExpertCache:
         num_experts: Sequence[int],
         slots: Sequence[int],
         policy: Policy = "lru",
-        ageing_period: int = 64,
     ) -> None:
         """Start empty.
 
         Args:
             num_experts: E of each layer.
             slots: S of each layer.
-            policy: "lru" or "lfu".
-            ageing_period: plans of a layer between two halvings of its counts.
+            policy: "lru", "lfu" or "adaptive".
 
         Raises:
-            ValueError: an unknown policy, a layer without slots, or a period below 1.
+            ValueError: an unknown policy, or a layer without slots.
         """
-        if policy not in get_args(Policy):
-            raise ValueError(f"cache policy {policy!r} is not known: choose lru or lfu")
+        check_policy(policy)
         if len(num_experts) != len(slots) or any(count < 1 for count in slots):
             raise ValueError(
                 f"each of {len(num_experts)} layers needs at least one slot, got {list(slots)}"
             )
-        if ageing_period < 1:
-            raise ValueError(f"ageing_period is {ageing_period}: give at least 1 plan")
         self.policy = policy
         self.slot_of = [[NOBODY] * experts for experts in num_experts]
         self.expert_of = [[NOBODY] * count for count in slots]
         self.last_use = [[0] * count for count in slots]
-        self.count = [[0] * count for count in slots]
+        self.scores = [Scores(experts) for experts in num_experts]
         self.clock = [0] * len(slots)
-        # Of slots that a guess got: the expert before, its last use and its count.
-        self._before: list[dict[int, tuple[int, int, int]]] = [{} for _ in slots]
-        self._ageing_period = ageing_period
+        # Of slots that a guess got: the expert before, and its last use.
+        self._before: list[dict[int, tuple[int, int]]] = [{} for _ in slots]
+
+    def followed(self) -> tuple[str, ...]:
+        """What decides who leaves, of each layer, in words."""
+        return tuple(followed(self.policy, scores.candidate) for scores in self.scores)
 
     def slot(self, layer: int, expert: int) -> int:
         """Return the expert's slot, or -1."""
@@ -96,7 +97,7 @@ class ExpertCache:
         if slot != NOBODY:
             self.slot_of[layer][expert] = NOBODY
             self.expert_of[layer][slot] = NOBODY
-            self.last_use[layer][slot] = self.count[layer][slot] = 0
+            self.last_use[layer][slot] = 0
             self._before[layer].pop(slot, None)
 
     def take_back(self, layer: int, expert: int) -> int:
@@ -106,13 +107,13 @@ class ExpertCache:
             The expert that has its slot again, -1 if there is none.
         """
         slot = self.slot_of[layer][expert]
-        previous, last_use, count = self._before[layer].get(slot, (NOBODY, 0, 0))
+        previous, last_use = self._before[layer].get(slot, (NOBODY, 0))
         self.forget(layer, expert)
         if previous == NOBODY or self.slot_of[layer][previous] != NOBODY:
             return NOBODY
         self.slot_of[layer][previous] = slot
         self.expert_of[layer][slot] = previous
-        self.last_use[layer][slot], self.count[layer][slot] = last_use, count
+        self.last_use[layer][slot] = last_use
         return previous
 
     def plan(
@@ -137,14 +138,16 @@ class ExpertCache:
             The plan. Slots of this plan's experts are never evicted by it.
         """
         slot_of, expert_of = self.slot_of[layer], self.expert_of[layer]
-        last_use, count = self.last_use[layer], self.count[layer]
+        last_use = self.last_use[layer]
         self.clock[layer] = now = self.clock[layer] + 1
-        if self.policy == "lfu" and now % self._ageing_period == 0:
-            count[:] = [uses >> 1 for uses in count]
         plan = CachePlan()
         missing: list[int] = []
         taken = set(pinned_slots)
-        for expert in dict.fromkeys(experts):
+        wanted = list(dict.fromkeys(experts))
+        if self.policy != "lru" and not speculative:
+            choose = self.policy == "adaptive"
+            self.scores[layer].note(wanted, now, len(expert_of), choose=choose)
+        for expert in wanted:
             slot = slot_of[expert]
             if slot == NOBODY:
                 missing.append(expert)
@@ -153,7 +156,6 @@ class ExpertCache:
             taken.add(slot)
             if not speculative:
                 last_use[slot] = now
-                count[slot] += 1
         if not missing:
             return plan
         places = self._fillable(layer, taken, empty_only=bypass)
@@ -162,25 +164,27 @@ class ExpertCache:
             previous = expert_of[slot]
             before.pop(slot, None)
             if speculative:
-                before[slot] = (previous, last_use[slot], count[slot])
+                before[slot] = (previous, last_use[slot])
             if previous != NOBODY:
                 slot_of[previous] = NOBODY
                 plan.evicted.append(previous)
             expert_of[slot], slot_of[expert] = expert, slot
-            last_use[slot], count[slot] = now, 1
+            last_use[slot] = now
             plan.fills.append((expert, slot))
         plan.bypassed = missing[len(plan.fills) :]
         return plan
 
     def _fillable(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
         """Slots that may be filled, those to be given up first in front."""
-        expert_of, last_use, count = self.expert_of[layer], self.last_use[layer], self.count[layer]
+        expert_of, last_use = self.expert_of[layer], self.last_use[layer]
         free = [slot for slot in range(len(expert_of)) if slot not in taken]
         if empty_only:
             return [slot for slot in free if expert_of[slot] == NOBODY]
         if self.policy == "lru":
             return sorted(free, key=lambda s: (expert_of[s] != NOBODY, last_use[s], s))
-        return sorted(free, key=lambda s: (expert_of[s] != NOBODY, count[s], last_use[s], s))
+        scores = self.scores[layer]
+        keys = scores.keys(LFU_CANDIDATE if self.policy == "lfu" else scores.candidate).tolist()
+        return sorted(free, key=lambda s: (expert_of[s] != NOBODY, keys[expert_of[s]], s))
 
 
 def belady_hits(requests: Sequence[Sequence[int]], slots: int) -> int:

@@ -5,6 +5,7 @@ Counters are plain integers on the host, added to once per layer step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -116,6 +117,7 @@ class Stats:
         store: "disk" or "ram".
         read_busy_ms: wall time in which at least one read was in progress.
         generation: how `generate` launched its steps.
+        eviction: what decides who leaves each layer's cache, in words; empty without a cache.
     """
 
     layers: tuple[LayerStats, ...]
@@ -124,6 +126,7 @@ class Stats:
     store: str
     read_busy_ms: float
     generation: GenerationStats = field(default_factory=GenerationStats)
+    eviction: tuple[str, ...] = ()
     total: LayerStats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -154,9 +157,14 @@ class Stats:
             "read_busy_ms": self.read_busy_ms,
             "read_gbps": self.read_gbps,
             "overlap": self.overlap,
+            "eviction": list(self.eviction),
             "generation": asdict(self.generation),
             "layers": [layer.as_dict() for layer in self.layers],
         }
+
+    def _eviction_lines(self) -> list[str]:
+        names = Counter(self.eviction).most_common()
+        return [f"eviction: {', '.join(f'{name} ({n} layers)' for name, n in names)}"] * bool(names)
 
     def __str__(self) -> str:
         head = ("layer", "hits", "misses", "hit %", "demand", "specul.", "useful %", "recall %")
@@ -170,6 +178,7 @@ class Stats:
                 f"store: {self.store}, {_mib(self.store_bytes)}; fast tier:"
                 f" {_mib(self.fast_tier_bytes)}; read at {self.read_gbps:.2f} GB/s,"
                 f" {100 * self.overlap:.0f} % of it overlapped",
+                *self._eviction_lines(),
             )
         )
 

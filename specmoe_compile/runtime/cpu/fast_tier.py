@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from specmoe_compile.options import SpeculationConfig
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
-from specmoe_compile.runtime.cache.slot_table import ExpertCache, Policy, slots_per_layer
+from specmoe_compile.runtime.cache.eviction import Policy
+from specmoe_compile.runtime.cache.slot_table import ExpertCache, slots_per_layer
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner

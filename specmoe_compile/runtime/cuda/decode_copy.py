@@ -24,6 +24,7 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError, TransferError
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
+from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
@@ -79,9 +80,7 @@ class _Arrival:
 class CopyDecoder(Decoder):
     """Decodes with the host in the loop."""
 
-    def __init__(
-        self, parts: DecoderParts, supply: Supply, *, policy: Literal["lru", "lfu"]
-    ) -> None:
+    def __init__(self, parts: DecoderParts, supply: Supply, *, policy: Policy) -> None:
         """Tie the parts together, with empty slots.
 
         Args:
@@ -168,6 +167,9 @@ class CopyDecoder(Decoder):
 
     def stats(self) -> tuple[LayerStats, ...]:
         return tuple(counters.copy() for counters in self._counters)
+
+    def followed(self) -> tuple[str, ...]:
+        return self._table.followed()
 
     def reset_stats(self) -> None:
         for counters in self._counters:

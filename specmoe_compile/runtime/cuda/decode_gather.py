@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES, CachePlanTensors, plan_cache
+from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
@@ -59,9 +60,7 @@ class GatherDecoder(Decoder):
         limit: [1] int32 on the device, records that a prefetch may bring; None for no limit.
     """
 
-    def __init__(
-        self, parts: DecoderParts, records: Sequence[Tensor], *, policy: Literal["lru", "lfu"]
-    ) -> None:
+    def __init__(self, parts: DecoderParts, records: Sequence[Tensor], *, policy: Policy) -> None:
         """Tie the parts together; none is owned.
 
         Args:
@@ -118,6 +117,9 @@ class GatherDecoder(Decoder):
 
     def stats(self) -> tuple[LayerStats, ...]:
         return layer_stats(self._cache, self._record_bytes)
+
+    def followed(self) -> tuple[str, ...]:
+        return self._cache.followed(self._policy)
 
     def reset_stats(self) -> None:
         self._cache.reset_counters()

@@ -96,6 +96,10 @@ class Decoder(ABC):
         """Counters of each layer so far, as copies; may wait for the device."""
 
     @abstractmethod
+    def followed(self) -> tuple[str, ...]:
+        """What decides who leaves each layer's slots, in words; may wait for the device."""
+
+    @abstractmethod
     def reset_stats(self) -> None:
         """Set the counters to zero."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decode_copy import CopyDecoder
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder
@@ -148,7 +149,7 @@ def open_decoders(
     records: Sequence[Tensor],
     supply: Supply | None,
     *,
-    policy: Literal["lru", "lfu"],
+    policy: Policy,
     measure: Callable[[], TransferRates] | None,
 ) -> Decoders:
     """Make the decoders of a session.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
 from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.streams import CudaStreams
@@ -28,7 +28,7 @@ def open_device_session(
     store: ExpertStore,
     *,
     expert_cache_bytes: int,
-    cache_policy: Literal["lru", "lfu"],
+    cache_policy: Policy,
     top_k: int,
     reader_threads: int,
 ) -> DeviceSession:

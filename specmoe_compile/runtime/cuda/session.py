@@ -20,6 +20,7 @@ from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
 from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.slot_table import slots_per_layer
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.cuda.committed import Commitments, Routing
@@ -64,7 +65,7 @@ class DeviceSession:
         supply: StagedSupply | None = None,
         device: torch.device,
         expert_cache_bytes: int,
-        cache_policy: Literal["lru", "lfu"] = "lru",
+        cache_policy: Policy = DEFAULT_POLICY,
         top_k: int,
         streams: Streams | None = None,
         measure: Callable[[], TransferRates] | None = None,
@@ -197,6 +198,7 @@ class DeviceSession:
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
             read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
+            eviction=self._decoders.active.followed(),
         )
 
     def configure(self, speculation: SpeculationConfig) -> None:

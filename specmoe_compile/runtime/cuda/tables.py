@@ -3,7 +3,7 @@
 Tables of all layers are rows of a few [L, ...] tensors, so that their addresses are stable and
 statistics come back in one copy. A layer with fewer experts or slots uses the front of its row.
 
-Shape letters: L MoE layers, E experts, S slots.
+Shape letters: L MoE layers, E experts, S slots, D decays.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, CacheTables
+from specmoe_compile.runtime.cache.eviction import CANDIDATES, LFU_CANDIDATE, Policy, followed
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 
 
@@ -51,12 +52,14 @@ class DeviceCache:
         slot_of = rows(most_experts, -1, torch.int32)
         expert_of = rows(most_slots, -1, torch.int32)
         last_use = rows(most_slots, 0, torch.int64)
-        count, pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(3))
+        pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(2))
+        # A layer's [D + 1, E] table is the front of a flat row, so that it is contiguous.
+        scores = rows(CANDIDATES * most_experts, 0, torch.int64)
+        regret = rows(CANDIDATES + 1, 0, torch.int64)
+        regret[:, -1] = LFU_CANDIDATE
+        self._regret = regret
         clock = rows(1, 0, torch.int64)
-        self._emptied_to = (
-            ((slot_of, expert_of), -1),
-            ((last_use, count, pending, unused), 0),
-        )
+        self._emptied_to = (((slot_of, expert_of), -1), ((last_use, pending, unused), 0))
         self.counters = rows(len(COUNTERS), 0, torch.int64)
         self.skipped = rows(1, 0, torch.int64)[:, 0]
         self.tables = [
@@ -64,14 +67,20 @@ class DeviceCache:
                 slot_of=slot_of[layer, :experts],
                 expert_of=expert_of[layer, :own],
                 last_use=last_use[layer, :own],
-                count=count[layer, :own],
+                scores=scores[layer, : CANDIDATES * experts].view(CANDIDATES, experts),
                 pending=pending[layer, :own],
                 unused=unused[layer, :own],
                 clock=clock[layer],
+                regret=regret[layer],
                 counters=self.counters[layer],
             )
             for layer, (experts, own) in enumerate(zip(num_experts, slots, strict=True))
         ]
+
+    def followed(self, policy: Policy) -> tuple[str, ...]:
+        """What decides who leaves, of each layer, in words; waits for the device."""
+        candidates: list[int] = self._regret[:, -1].tolist()
+        return tuple(followed(policy, candidate) for candidate in candidates)
 
     def forget(self) -> None:
         """Drop what the slots hold; statistics stay."""
