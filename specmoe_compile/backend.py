@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule
 
 from specmoe_compile.errors import CompileError
-from specmoe_compile.options import CompileOptions
+from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
 from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
@@ -149,6 +149,9 @@ def _lower(
 ) -> Compiled:
     if config.lowering == "eager":
         return _lower_eager(gm, example_inputs, speculation)
+    if not config.compile_prefill and _is_prefill(gm):
+        # Bound by large products and by reading experts, and compiled as long as decode.
+        return gm.forward
     patches = {"post_grad_custom_pre_pass": speculation, "freezing": False}
     return _lower_with_inductor(gm, example_inputs, config, patches)
 
@@ -200,6 +203,14 @@ def _captures(gm: GraphModule, config: CompileOptions) -> bool:
     if reason is not None:
         log.info("no CUDA graph for this step: %s", reason)
     return reason is None
+
+
+def _is_prefill(gm: GraphModule) -> bool:
+    """Whether the graph was traced for steps longer than decode; of an open number, by its hint."""
+    nodes: list[Any] = find_dispatch_nodes(gm.graph)
+    steps = [node.args[1].meta["example_value"].shape[0] for node in nodes]
+    hints = [tokens if isinstance(tokens, int) else tokens.node.hint for tokens in steps]
+    return all(hint is not None and hint > MAX_DECODE_TOKENS for hint in hints)
 
 
 def _lower_untouched(

@@ -10,8 +10,7 @@
 The clone is made of the model's own nodes, so sigmoid routers, group limits, biases and scaling
 need no code of their own. With a lookahead of n the step is repeated: q becomes l+1's output with
 default vectors for the predicted experts, then l+2's, and so on. With `prefetch_width` the clone's
-last top-k takes more candidates. On a GPU it becomes `specmoe_kernels::top_k`, one launch in the
-place of two; of equal scores it may take others, which no prediction minds.
+last top-k takes more candidates.
 Shape letters: T tokens, K top-k, P predicted experts per token, H hidden.
 """
 
@@ -23,10 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
-from specmoe_compile.kernels.checks import FLOAT_DTYPES
-from specmoe_compile.kernels.top_k.op import MAX_K, MAX_SCORES
 from specmoe_compile.passes.fx_utils import (
-    argument_of,
     call_op,
     clone_nodes,
     context_after,
@@ -138,13 +134,8 @@ def _clone_router(
     ids, weights = copies.get(layer.ids, layer.ids), copies[layer.weights]
     clones = [copies[n] for n in layer.router]
     top_k = _last_top_k_or_none(ids, clones)
-    if predicting is not None and top_k is not None:
-        if predicting.prefetch_width is not None:
-            _widen(top_k, predicting.prefetch_width, clones)
-        if not predicting.control and _is_small(top_k):
-            top_k.args = (argument_of(top_k, "self"), argument_of(top_k, "k"))
-            top_k.kwargs = {}
-            top_k.target = torch.ops.specmoe_kernels.top_k.default
+    if predicting is not None and predicting.prefetch_width is not None and top_k is not None:
+        _widen(top_k, predicting.prefetch_width, clones)
     return ids, weights
 
 
@@ -170,24 +161,6 @@ def _widen(top_k: Node, width: int, clones: Sequence[Node]) -> None:
     for clone in clones:
         if clone >= top_k:
             set_value(clone)
-
-
-def _is_small(top_k: Node) -> bool:
-    """Whether an `aten.topk` is one on a GPU that `specmoe_kernels::top_k` can do."""
-    k = argument_of(top_k, "k")
-    value = value_of(argument_of(top_k, "self"))
-    count = value.shape[-1]
-    return (
-        value.is_cuda
-        and value.dtype in FLOAT_DTYPES
-        and value.dim() == 2
-        and argument_of(top_k, "dim") in (-1, 1)
-        and argument_of(top_k, "largest") is True
-        and isinstance(count, int)
-        and count <= MAX_SCORES
-        and isinstance(k, int)
-        and k <= MAX_K
-    )
 
 
 def _clone_update(

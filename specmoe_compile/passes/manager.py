@@ -31,6 +31,7 @@ from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_rout
 from specmoe_compile.passes.insert_predictor import insert_predictor
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
+from specmoe_compile.passes.replace_top_k import replace_top_k
 from specmoe_compile.passes.report import PassReport, PipelineReport
 from specmoe_compile.passes.split_expert_execution import split_expert_execution
 
@@ -52,9 +53,14 @@ PASSES: tuple[Pass, ...] = (
     insert_predictor,
     insert_expert_prefetch,
     split_expert_execution,
+    replace_top_k,
     guard_speculation,
 )
 """The passes, in order."""
+WITHOUT_PREFETCH: tuple[Pass, ...] = (replace_top_k,)
+"""Those that are left where nothing is fetched ahead."""
+
+_PREFETCH_OFF = "option prefetch is off"
 
 
 def run_passes(
@@ -93,7 +99,7 @@ def _run_timed(
     started = time.perf_counter()
     report = PipelineReport(nodes_before=len(graph.nodes), nodes_after=len(graph.nodes))
     report.reason = _why_not(graph, config)
-    if report.reason is None:
+    if report.reason in (None, _PREFETCH_OFF):
         debugging = log.isEnabledFor(logging.DEBUG)
         check_each = debugging if check_each is None else check_each
         _run(graph, config, report, SpeculationPlan() if plan is None else plan, check_each)
@@ -104,14 +110,12 @@ def _run_timed(
 
 
 def _why_not(graph: Graph, config: PassConfig) -> str | None:
-    if not config.prefetch:
-        return "option prefetch is off"
     ops = specmoe_ops()
     if next(find_calls(graph, ops.wait_prefetch.default), None) is not None:
         return "it was rewritten before"
     if next(find_calls(graph, ops.experts.default), None) is None:
         return "it dispatches no experts"
-    return None
+    return None if config.prefetch else _PREFETCH_OFF
 
 
 def _run(
@@ -123,7 +127,7 @@ def _run(
 ) -> None:
     _trace("specmoe_before_passes", graph)
     aliases = output_aliases(graph)
-    for run in PASSES:
+    for run in PASSES if config.prefetch else WITHOUT_PREFETCH:
         started = time.perf_counter()
         done = run(graph, config, plan)
         done.elapsed_ms = _ms_since(started)
@@ -131,10 +135,10 @@ def _run(
         for layer, reason in done.skipped.items():
             log.debug("%s: MoE layer %d: %s", done.name, layer, reason)
         if check_each:
-            check_invariants(graph, aliases, complete=run in PASSES[-2:])
+            check_invariants(graph, aliases, complete=run in PASSES[-3:])
     graph.eliminate_dead_code()
     check_invariants(graph, aliases)
-    if not any(layer.is_split for layer in plan.layers):
+    if config.prefetch and not any(layer.is_split for layer in plan.layers):
         report.reason = "no MoE layer can be predicted"
         _warn_unless_on_purpose(report)
     _trace("specmoe_after_passes", graph)

@@ -218,8 +218,9 @@ def _why_not(found: _Attention, device_types: tuple[str, ...]) -> str | None:
         return "an operand has not 4 dimensions"
     if q.device.type not in device_types:
         return f"attention on a {q.device.type} is left to PyTorch"
-    if not all(isinstance(size, int) for size in (*q.shape, *k.shape, *mask.shape)):
-        return "a size is not fixed: a cache that grows holds nothing that is not filled"
+    fixed = (*q.shape, *k.shape[:2], k.shape[3], *mask.shape[:3])
+    if not all(isinstance(size, int) for size in fixed):
+        return "a size other than the cache's length is not fixed"
     sequences, heads, queries, head = q.shape
     if queries > MAX_QUERIES:
         return f"{queries} new tokens are a prefill"

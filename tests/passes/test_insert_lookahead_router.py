@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-import specmoe_compile.passes.insert_lookahead_router as module
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
@@ -131,66 +129,6 @@ def test_lookahead_of_two_repeats_the_step(monkeypatch: Any) -> None:
     next_state = q + session.blend_default_vectors(1, i1, w1, x)
     want = route(norm(next_state), inputs()[3])
     torch.testing.assert_close([i2, w2], list(want), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("width", [None, 5])
-def test_our_top_k_predicts_the_same_experts(monkeypatch: Any, width: int | None) -> None:
-    use_session(monkeypatch)
-    # On a GPU it says so of this graph's topk: tests/runtime/cuda/test_fake_device.py.
-    found = []
-    for is_small in (False, True):
-        monkeypatch.setattr(module, "_is_small", lambda top_k, answer=is_small: answer)
-        gm = trace(plain_block)
-        plan, _ = _predicted(gm, PassConfig(prefetch_width=width))
-        assert len(_top_ks(gm)) == (2 if is_small else 0)
-        outputs = [
-            part for layer in plan.layers for _, *parts in layer.predictions for part in parts
-        ]
-        found.append(_run(gm, [*outputs, plan.layers[2].ids]))
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-def test_control_keeps_the_models_own_top_k(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "_is_small", lambda top_k: True)
-    gm = trace(plain_block)
-    _predicted(gm, PassConfig(control=True))
-    assert not _top_ks(gm)
-
-
-def test_a_top_k_on_the_cpu_is_not_ours() -> None:
-    gm = trace(plain_block)
-    _predicted(gm)
-    assert not _top_ks(gm)
-
-
-@pytest.mark.parametrize(
-    ("shape", "arguments", "named", "ours"),
-    [
-        ((2, 64), (8,), {}, True),
-        ((2, 64), (8, 1, True, False), {}, True),
-        ((2, 64), (), {"k": 8, "dim": -1}, True),
-        ((2, 64), (8,), {"largest": False}, False),
-        ((2, 64), (2, 0), {}, False),
-        ((2, 64), (2,), {"dim": 0}, False),
-        ((2, 64), (40,), {}, False),
-        ((2, 600), (8,), {}, False),
-        ((2, 4, 64), (8,), {}, False),
-    ],
-)
-def test_which_top_k_on_a_gpu_is_ours(
-    shape: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any], ours: bool
-) -> None:
-    graph = Graph()
-    scores = graph.placeholder("scores")
-    with FakeTensorMode():
-        scores.meta["val"] = torch.empty(shape, device="cuda")
-    node = graph.call_function(torch.ops.aten.topk.default, (scores, *arguments), named)
-    assert module._is_small(node) == ours
-
-
-def _top_ks(gm: GraphModule) -> list[Node]:
-    target = torch.ops.specmoe_kernels.top_k.default
-    return list(gm.graph.find_nodes(op="call_function", target=target))
 
 
 def test_width_predicts_more_experts_than_the_model_uses() -> None:

@@ -114,12 +114,12 @@ def attended_range_kernel(
 
 
 @triton.jit
-def _part_tiles(bounds, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _part_tiles(bounds, parts, BLOCK_N: tl.constexpr):
     """First key, one past the last, and keys per part, of the sequence that `bounds` points at."""
     first = tl.load(bounds)
     last = tl.load(bounds + 1)
     tiles = tl.cdiv(last - first, BLOCK_N)
-    return first, last, tl.cdiv(tiles, PARTS) * BLOCK_N
+    return first, last, tl.cdiv(tiles, parts) * BLOCK_N
 
 
 @triton.jit
@@ -151,11 +151,12 @@ def decode_attention_kernel(
     out_b,
     out_h,
     out_q,
+    parts,
     G: tl.constexpr,
     REPEATS: tl.constexpr,
     Q: tl.constexpr,
     D: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     MASK_IS_BOOL: tl.constexpr,
     MASK_PER_ROW: tl.constexpr,
@@ -168,18 +169,19 @@ def decode_attention_kernel(
     Args:
         q: [B, N, Q, D]; k, v: [B, G, S, D]; mask: [B, N, Q, S]; out: [B, N, Q, D]: strides given,
             the last one is 1. bounds: [B, 2] int32. sinks: [N].
-        part_out: [B * N * Q, P, D], part_max, part_sum: [B * N * Q, P] fp32; written with P > 1,
-            for the parts that have keys. `out` is written with P = 1.
+        part_out: [B * N * Q, P, D], part_max, part_sum: [B * N * Q, P] fp32; written with SPLIT,
+            for the parts that have keys. `out` is written without.
+        parts: P.
         MASK_PER_ROW: the mask differs between heads or queries.
     """
     part = tl.program_id(0)
     group = tl.program_id(1)
     sequence = (group // G).to(tl.int64)
     kv_head = (group % G).to(tl.int64)
-    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, PARTS, BLOCK_N)
+    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, parts, BLOCK_N)
     start = first + part * per_part
     end = tl.minimum(start + per_part, last)
-    if PARTS > 1:  # noqa: SIM102  (a constant of the compiler beside a value of the GPU)
+    if SPLIT:  # noqa: SIM102  (a constant of the compiler beside a value of the GPU)
         if start >= end:
             return
 
@@ -226,9 +228,9 @@ def decode_attention_kernel(
         sum_v += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
         largest = new_largest
 
-    if PARTS > 1:
+    if SPLIT:
         queries = (sequence * G * REPEATS + head) * Q + query
-        places = queries * PARTS + part
+        places = queries * parts + part
         tl.store(part_max + places, largest, mask=row_exists)
         tl.store(part_sum + places, total, mask=row_exists)
         tl.store(part_out + places[:, None] * D + dims[None, :], sum_v, mask=exists)
@@ -257,10 +259,10 @@ def sum_parts_kernel(
     out_b,
     out_h,
     out_q,
+    parts,
     N: tl.constexpr,
     Q: tl.constexpr,
     D: tl.constexpr,
-    PARTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -274,15 +276,15 @@ def sum_parts_kernel(
     row = tl.program_id(0).to(tl.int64)
     sequence = row // (N * Q)
     head = row // Q % N
-    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, PARTS, BLOCK_N)
+    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, parts, BLOCK_N)
     count = tl.cdiv(last - first, tl.maximum(per_part, 1))
     dims = tl.arange(0, BLOCK_D)
     largest = float("-inf")
     if HAS_SINKS:
         largest = tl.load(sinks + head).to(tl.float32)
     for offset in range(0, count, BLOCK_P):
-        parts = offset + tl.arange(0, BLOCK_P)
-        maxima = tl.load(part_max + row * PARTS + parts, mask=parts < count, other=float("-inf"))
+        part = offset + tl.arange(0, BLOCK_P)
+        maxima = tl.load(part_max + row * parts + part, mask=part < count, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(maxima, axis=0))
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     total = 0.0
@@ -290,13 +292,13 @@ def sum_parts_kernel(
         total = tl.exp(tl.load(sinks + head).to(tl.float32) - safe)
     value = tl.zeros([BLOCK_D], tl.float32)
     for offset in range(0, count, BLOCK_P):
-        parts = offset + tl.arange(0, BLOCK_P)
-        there = parts < count
-        maxima = tl.load(part_max + row * PARTS + parts, mask=there, other=float("-inf"))
+        part = offset + tl.arange(0, BLOCK_P)
+        there = part < count
+        maxima = tl.load(part_max + row * parts + part, mask=there, other=float("-inf"))
         rescale = tl.exp(maxima - safe)
-        sums = tl.load(part_sum + row * PARTS + parts, mask=there, other=0.0)
+        sums = tl.load(part_sum + row * parts + part, mask=there, other=0.0)
         total += tl.sum(sums * rescale, axis=0)
-        places = (row * PARTS + parts)[:, None] * D + dims[None, :]
+        places = (row * parts + part)[:, None] * D + dims[None, :]
         values = tl.load(part_out + places, mask=there[:, None] & (dims < D)[None, :], other=0.0)
         value += tl.sum(values * rescale[:, None], axis=0)
     value = value / tl.where(total == 0.0, 1.0, total)  # without a key both are zero
@@ -359,7 +361,7 @@ def launch_decode_attention(
     workspace = (rows, parts) if parts > 1 else (0,)
     part_max, part_sum = (q.new_empty(workspace, dtype=torch.float32) for _ in range(2))
     part_out = q.new_empty((*workspace, head), dtype=torch.float32)
-    common = {"Q": queries, "D": head, "PARTS": parts, "HAS_SINKS": sinks is not None}
+    common = {"Q": queries, "D": head, "HAS_SINKS": sinks is not None}
     block_d = max(16, triton.next_power_of_2(head))
     # A pointer is needed all the same.
     some_sinks = out if sinks is None else sinks
@@ -383,6 +385,8 @@ def launch_decode_attention(
         mask.stride(2),
         bounds_b,
         *out.stride()[:3],
+        parts,
+        SPLIT=parts > 1,
         G=kv_heads,
         REPEATS=repeats,
         MASK_IS_BOOL=is_bool,
@@ -404,6 +408,7 @@ def launch_decode_attention(
             out,
             bounds_b,
             *out.stride()[:3],
+            parts,
             N=heads,
             BLOCK_N=config.block_n,
             BLOCK_P=_PARTS_BLOCK,
