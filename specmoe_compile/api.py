@@ -42,9 +42,8 @@ from specmoe_compile.runtime.experts.module import (
 )
 from specmoe_compile.runtime.session import Session, session_of
 from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
-from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.header import HEADER_NAME
-from specmoe_compile.runtime.store.matching import open_matching
+from specmoe_compile.runtime.store.matching import open_matching, open_packed
 from specmoe_compile.runtime.store.module_source import (
     ModuleSource,
     expert_devices,
@@ -361,9 +360,7 @@ def _fill_store(
     """
     if kind == "disk":
         report = pack_source(source, options.store_dir, progress=options.progress)
-        return DiskStore.open(
-            report.path, expected_fingerprint=source.fingerprint, verify=options.verify
-        )
+        return open_packed(source, report.path, verify=options.verify)
     _check_ram(_total_bytes(source.layers))
     node = gpu_node_or_none(options.device)
     if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import specmoe_compile
+from specmoe_compile import api
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf import checkpoint as checkpoint_module
 from specmoe_compile.hf.conversion import CheckpointSource
@@ -336,3 +339,22 @@ def test_notes_that_are_damaged_or_cannot_be_kept_do_no_harm(
 def test_the_file_system_of_a_device_is_found() -> None:
     device = os.stat("/proc").st_dev
     assert known_files._file_system_or_none(device) == "proc"
+
+
+def test_a_store_that_another_process_replaced_meanwhile_is_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    copy = Path(shutil.copytree(folder, tmp_path / "other" / "model"))
+    change(copy, "in place")
+    other = pack_quietly(copy, tmp_path / "store")
+    real = api.pack_source
+
+    def replaced(source: Any, store: Path, **kwargs: Any) -> StoreReport:
+        return dataclasses.replace(real(source, store, **kwargs), path=other.path)
+
+    monkeypatch.setattr(api, "pack_source", replaced)
+    with pytest.raises(StoreError, match="were changed since"):
+        specmoe_compile.from_pretrained(
+            folder, device="cpu", store="disk", store_dir=tmp_path / "own", progress=False
+        )

@@ -45,6 +45,23 @@ def open_matching(
     return store
 
 
+def open_packed(source: RecordSource, folder: Path, *, verify: bool = False) -> DiskStore:
+    """Open a store that was just found or packed for `source`.
+
+    Another process may have packed a changed checkpoint into the folder meanwhile; of files whose
+    hashes are known by now, that is looked at once more.
+
+    Raises:
+        StoreError: as `open_matching`.
+    """
+    store = DiskStore.open(folder, expected_fingerprint=source.fingerprint, verify=verify)
+    packed = store.header.packed_from
+    if source.content is not None and packed and not source.content.equals(packed):
+        store.close()
+        raise _other_weights(source, folder)
+    return store
+
+
 def belongs_to_others(source: RecordSource, folder: Path, *, progress: bool = False) -> bool:
     """Return whether a folder holds the sound store of other files with other experts."""
     try:
