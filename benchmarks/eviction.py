@@ -3,9 +3,9 @@
     python -m benchmarks.eviction --out eviction.json [--tokens 20000]
 
 Texts: what this machine's Python and the repository hold, and generated ones (tables, logs, words
-in another alphabet, chat turns); the reference model reads them in windows, its routers' choices are
-the streams. `joined` changes its text every so many tokens. Also: hits in the 200 tokens that begin
-200 after each change.
+in another alphabet, chat turns); the reference model reads them in windows, its routers' choices
+are the streams. `joined` changes its text every so many tokens. Also: hits in the 200 tokens that
+begin 200 after each change.
 """
 
 from __future__ import annotations
