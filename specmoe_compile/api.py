@@ -23,7 +23,6 @@ from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.guards import refuse_adapted_experts
 from specmoe_compile.hf.missing_weights import MissingWeights
 from specmoe_compile.hf.model_loader import (
-    ExpertNumbers,
     Skeleton,
     checked_dtype,
     load_without_experts,
@@ -62,7 +61,6 @@ logger = logging.getLogger(__name__)
 StoreKind = Literal["auto", "ram", "disk"]
 
 _DEFAULT_CACHE = "25%"
-_CODE_DEVICES = ("cpu",)  # where experts are computed from codes; elsewhere they are unpacked
 _RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
 _COMPILING_BYTES = 512 << 20
 """RAM that compiling takes besides: 350 MiB of the C++ compiler, and Inductor's own modules."""
@@ -176,9 +174,7 @@ def from_pretrained(
                 hf_options=hf_kwargs,
                 place_experts=place_experts,
                 missing_weights=missing_weights,
-                numbers=ExpertNumbers(
-                    keep_codes=options.device.type in _CODE_DEVICES, quantize=options.quantize
-                ),
+                quantize=options.quantize,
                 adapter=adapter,
             )
             _to_device(model, options.device)
@@ -489,14 +485,8 @@ def _checked(
         raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
     if expert_cache is not None:
         parse_size(expert_cache, total_bytes=1 << 40)
-    found = _checked_device(device)
-    if quantize is not None and found.type not in _CODE_DEVICES:
-        raise ValueError(
-            f"quantize={quantize!r} is for experts that are computed on the CPU, and device is"
-            f" {found}: leave it out."
-        )
     return _Options(
-        device=found,
+        device=_checked_device(device),
         quantize=checked_quantize(quantize),
         store=store,  # type: ignore[arg-type]
         expert_cache=expert_cache,

@@ -131,6 +131,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
         "compiler": find_compiler_or_none(),
         "python_headers": python_headers_found(),
     }
+    result["store"] = _store_or_none(folder, disk.gbps[READER_THREADS])
     result["advice"] = advice(result)
     return result
 
@@ -155,6 +156,23 @@ def _check_space(folder: Path, record_bytes: int, file_bytes: int) -> int:
             f" {needed >> 20} MiB: choose another --store-dir, or a smaller --file-mib."
         )
     return free_bytes
+
+
+def _store_or_none(folder: Path, gbps: float) -> dict[str, Any] | None:
+    """What a store in the folder holds and what a fetch from it costs; None where there is none."""
+    from specmoe_compile.runtime.store.header import HEADER_NAME, read_header
+
+    if not (folder / HEADER_NAME).is_file():
+        return None
+    layers = read_header(folder).layers
+    records = sum(layer.num_experts for layer in layers)
+    record_bytes = sum(layer.total_bytes for layer in layers) // records
+    return {
+        "experts": " and ".join(dict.fromkeys(layer.layout.numbers for layer in layers)),
+        "records": records,
+        "record_bytes": record_bytes,
+        "fetch_ms": record_bytes / 1e6 / gbps if gbps else None,
+    }
 
 
 def find_compiler_or_none() -> str | None:
@@ -244,6 +262,11 @@ def _print(result: dict[str, Any]) -> None:
         mark = " (what the runtime uses)" if threads == str(READER_THREADS) else ""
         what = f"{rate:.2f} GB/s in records of {size} of a {disk['source']}{mark}"
         rows.append((f"Disk, {threads} readers", what))
+    store = result["store"]
+    if store is not None:
+        cost = "" if store["fetch_ms"] is None else f", a fetch costs {store['fetch_ms']:.2f} ms"
+        what = f"{store['experts']}, {store['records']} of {format_bytes(store['record_bytes'])}"
+        rows.append(("Experts in the store", what + cost))
     rows += [
         ("Memory, read", f"{memory['read_gbps']:.1f} GB/s"),
         ("Memory, bf16 GEMV", f"{memory['gemv_bfloat16_gbps']:.1f} GB/s of weights"),

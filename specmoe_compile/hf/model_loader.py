@@ -56,20 +56,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertNumbers:
-    """What the records of experts hold.
-
-    Attributes:
-        keep_codes: the codes of a quantised checkpoint; else their values, in the model's dtype.
-        quantize: codes made while packing, a key of `QUANTISED_FORMATS`; None for the
-            checkpoint's own numbers.
-    """
-
-    keep_codes: bool = True
-    quantize: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
     """A model whose parameters are still on the meta device, and the records of its experts."""
 
@@ -91,7 +77,7 @@ def load_without_experts(
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
     missing_weights: MissingWeights = "error",
-    numbers: ExpertNumbers = ExpertNumbers(),
+    quantize: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """Load a model; its experts go to `place_experts`, and its modules get empty parameters.
@@ -103,7 +89,8 @@ def load_without_experts(
         hf_options: options of the Hugging Face loader, and fields of the configuration.
         place_experts: called once, before any weight is read.
         missing_weights: what becomes of weights that the checkpoint lacks: "error", or "random".
-        numbers: what the experts' records hold.
+        quantize: experts are quantised while they are packed, a key of `QUANTISED_FORMATS`; None
+            for the checkpoint's own numbers.
         adapter: folder or hub name of a LoRA adapter to merge.
 
     Raises:
@@ -147,7 +134,7 @@ def load_without_experts(
                 str(path_or_id),
                 device,
                 place_experts,
-                numbers,
+                quantize,
                 read_adapters[0] if read_adapters else None,
             )
             # Weights go straight to the device; the loader's own option would need accelerate.
@@ -198,7 +185,7 @@ def read_experts(
     dtype: torch.dtype | str,
     hf_options: Mapping[str, Any],
     place_experts: Callable[[Skeleton], None],
-    numbers: ExpertNumbers = ExpertNumbers(),
+    quantize: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> None:
     """Hand a checkpoint's experts to `place_experts`, and load nothing else. Raises as loading."""
@@ -215,7 +202,7 @@ def read_experts(
             hf_options=hf_options,
             place_experts=place_and_stop,
             missing_weights="random",  # nothing else is loaded
-            numbers=numbers,
+            quantize=quantize,
             adapter=adapter,
         )
     except _Finished:
@@ -252,7 +239,7 @@ def _take_experts(
     name: str,
     device: torch.device,
     place_experts: Callable[[Skeleton], None],
-    numbers: ExpertNumbers,
+    quantize: str | None,
     adapter: Adapter | None,
 ) -> tuple[dict[str, Any], set[str]]:
     """Place the experts and empty their parameters.
@@ -272,12 +259,10 @@ def _take_experts(
         top_k=top_k,
         name=name,
         plain=plain,
-        keep_codes=numbers.keep_codes and numbers.quantize is None and not adds,
+        keep_codes=quantize is None and not adds,
         adapter=adapter,
     )
-    made = (
-        source if numbers.quantize is None else QuantisingSource(source, layers, numbers.quantize)
-    )
+    made = source if quantize is None else QuantisingSource(source, layers, quantize)
     coded = list(made.experts_layers)
     place_experts(Skeleton(model=model, layers=coded, source=made, top_k=top_k))
     for layer in layers:

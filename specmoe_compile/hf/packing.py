@@ -49,7 +49,7 @@ def pack(
         StoreError: the folder cannot be written or holds another store, or the disk is full.
     """
     # transformers takes a second to import; who opens a store does not need it.
-    from specmoe_compile.hf.model_loader import ExpertNumbers, Skeleton, checked_dtype, read_experts
+    from specmoe_compile.hf.model_loader import Skeleton, checked_dtype, read_experts
 
     reports: list[StoreReport] = []
 
@@ -62,7 +62,7 @@ def pack(
         dtype=checked_dtype(dtype),
         hf_options=hf_kwargs,
         place_experts=place_experts,
-        numbers=ExpertNumbers(quantize=checked_quantize(quantize)),
+        quantize=checked_quantize(quantize),
         adapter=adapter,
     )
     if verify:
@@ -98,5 +98,5 @@ def default_store_dir(source: RecordSource) -> Path:
     """Return where a model's store lies unless the caller says: named after model and weights."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "--", source.name.strip("/").rpartition("/")[2]) or "model"
     layout = source.layers[0].layout
-    dtype = layout.format.slug or str(layout.tensors[0].dtype).removeprefix("torch.")
+    dtype = layout.format.slug or layout.numbers
     return cache_folder() / f"{name}-{dtype}-{source.fingerprint[:12]}"

@@ -257,6 +257,8 @@ class Session:
             fast_tier_bytes=self._residency.fast_tier_bytes,
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
+            experts=self.store.numbers,
+            record_bytes=self.store.record_bytes,
             read_busy_ms=self._busy_ms() - self._busy_before_ms,
             eviction=self.cache.followed() if isinstance(self.cache, ExpertCache) else (),
         )

@@ -11,8 +11,10 @@ import torch
 
 from specmoe_compile.bench import probes
 from specmoe_compile.bench.link_rates import measure_link
-from specmoe_compile.cli.doctor import _print, advice
+from specmoe_compile.cli.doctor import _print, _store_or_none, advice
 from specmoe_compile.cli.main import run
+from specmoe_compile.runtime.store.writer import pack_records
+from tests.runtime.store_helpers import RandomSource
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,23 @@ def test_a_store_is_read_itself_and_a_small_or_missing_one_is_not(
     assert records.read_bytes() == bytes(16 << 16)
     rates = probes.disk_rates(tmp_path, threads=(32,), **read)
     assert rates.source == "temporary file", "fewer records than readers say nothing"
+
+
+def test_a_store_says_what_its_experts_are_and_what_a_fetch_costs(
+    result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert result["store"] is None and _store_or_none(tmp_path, 1.0) is None
+    source = RandomSource()
+    pack_records(source, tmp_path / "store", progress=False)
+    found = _store_or_none(tmp_path / "store", 2.0)
+    assert found is not None
+    total = sum(layer.total_bytes for layer in source.layers)
+    records = sum(layer.num_experts for layer in source.layers)
+    assert (found["records"], found["record_bytes"]) == (records, total // records)
+    assert found["fetch_ms"] == found["record_bytes"] / 2e6
+    _print({**result, "store": {**found, "experts": "MXFP4"}})
+    shown = capsys.readouterr().out
+    assert "Experts in the store" in shown and f"MXFP4, {records} of" in shown
 
 
 def test_the_link_to_a_gpu_is_shown_by_record_size(

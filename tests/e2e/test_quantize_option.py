@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import specmoe_compile
+from specmoe_compile.cli.main import run
 from specmoe_compile.errors import CheckpointError, StoreError
 from specmoe_compile.hf.packing import pack
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
@@ -111,6 +113,19 @@ def test_a_model_that_could_not_be_offloaded_keeps_its_experts(
     with pytest.raises(RuntimeError, match="no session"):
         specmoe_compile.offload(model, device="cpu", quantize="int4", store="ram", progress=False)
     torch.testing.assert_close(logits(model), logits(quantised_by_hand(folder, "int4")))
+
+
+def test_the_command_line_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_checkpoints.write("qwen3_moe", tmp_path / "model")
+    out = tmp_path / "pack.json"
+    command = ["pack", str(folder), "--store-dir", str(tmp_path / "store")]
+    assert run([*command, "--quantize", "int3"]) == 2
+    assert "--quantize 'int3' is not valid: choose int4" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    assert run([*command, "--quantize", "int4", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["total_bytes"] > 0
+    with contextlib.closing(DiskStore.open(tmp_path / "store")) as store:
+        assert store.numbers == "int4, groups of 32"
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
+import pytest
+
 from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from tests.runtime.fakes import L, token_batch
 from tests.runtime.test_session import make_session
@@ -31,6 +33,8 @@ def some_stats() -> Stats:
         store_bytes=64 << 20,
         store="disk",
         read_busy_ms=10.0,
+        experts="int4, groups of 32",
+        record_bytes=1 << 20,
     )
 
 
@@ -75,6 +79,9 @@ def test_table_has_a_row_per_layer_and_a_total() -> None:
     assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "total"]
     assert "4.0 MiB" in lines[4]
     assert "50 % of it overlapped" in lines[5]
+    # 6 MiB in 10 ms, and a record is one of them
+    assert lines[6] == "experts: int4, groups of 32, 1.0 MiB each; a fetch costs 1.67 ms"
+    assert some_stats().fetch_ms == pytest.approx(10 / 6)
 
 
 def test_snapshot_does_not_change_and_reset_forgets() -> None:

@@ -118,6 +118,8 @@ class Stats:
         read_busy_ms: wall time in which at least one read was in progress.
         generation: how `generate` launched its steps.
         eviction: what decides who leaves each layer's cache, in words; empty without a cache.
+        experts: what experts' weights are in their records, such as "MXFP4" or "bfloat16".
+        record_bytes: of one expert, padding included; the mean where layers differ.
     """
 
     layers: tuple[LayerStats, ...]
@@ -127,6 +129,8 @@ class Stats:
     read_busy_ms: float
     generation: GenerationStats = field(default_factory=GenerationStats)
     eviction: tuple[str, ...] = ()
+    experts: str = ""
+    record_bytes: int = 0
     total: LayerStats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +151,11 @@ class Stats:
         read_bytes = self.total.demand_bytes + self.total.speculative_bytes
         return read_bytes / 1e6 / self.read_busy_ms if self.read_busy_ms > 0.0 else 0.0
 
+    @property
+    def fetch_ms(self) -> float:
+        """Time of one record at the rate of the reads so far; 0 without reads."""
+        return self.record_bytes / 1e6 / self.read_gbps if self.read_gbps > 0.0 else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, for JSON: totals at the top, `layers` as a list."""
         return {
@@ -154,6 +163,9 @@ class Stats:
             "fast_tier_bytes": self.fast_tier_bytes,
             "store_bytes": self.store_bytes,
             "store": self.store,
+            "experts": self.experts,
+            "record_bytes": self.record_bytes,
+            "fetch_ms": self.fetch_ms,
             "read_busy_ms": self.read_busy_ms,
             "read_gbps": self.read_gbps,
             "overlap": self.overlap,
@@ -179,8 +191,15 @@ class Stats:
                 f" {_mib(self.fast_tier_bytes)}; read at {self.read_gbps:.2f} GB/s,"
                 f" {100 * self.overlap:.0f} % of it overlapped",
                 *self._eviction_lines(),
+                *self._experts_line(),
             )
         )
+
+    def _experts_line(self) -> tuple[str, ...]:
+        if not self.experts:
+            return ()
+        cost = f"; a fetch costs {self.fetch_ms:.2f} ms" if self.fetch_ms else ""
+        return (f"experts: {self.experts}, {_mib(self.record_bytes)} each{cost}",)
 
 
 def _row(name: str, layer: LayerStats) -> tuple[str, ...]:

@@ -197,6 +197,8 @@ class DeviceSession:
             fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
             store_bytes=self.store.total_bytes,
             store=self.store.kind,
+            experts=self.store.numbers,
+            record_bytes=self.store.record_bytes,
             read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
             eviction=self._decoders.active.followed(),
         )

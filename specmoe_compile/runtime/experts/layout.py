@@ -79,6 +79,11 @@ class ExpertLayout:
         """Bytes of weights in a record, without padding."""
         return sum(spec.size_bytes for spec in self.tensors)
 
+    @property
+    def numbers(self) -> str:
+        """What the weights are, for people: "MXFP4", or a dtype such as "bfloat16"."""
+        return self.format.name or str(self.tensors[0].dtype).removeprefix("torch.")
+
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors of one record as views.
 

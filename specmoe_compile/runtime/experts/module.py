@@ -98,8 +98,9 @@ def _experts_layer(index: int, name: str, module: torch.nn.Module) -> ExpertsLay
             )
         if parameter.dtype not in _FLOAT_DTYPES:
             raise UnsupportedModelError(
-                f"The experts of {name} are quantised ({parameter.dtype}); specmoe offloads "
-                "experts in float32, bfloat16 or float16. Load the model dequantised."
+                f"The experts of {name} are quantised ({parameter.dtype}) by the library that"
+                " loaded them; load the checkpoint with specmoe_compile.from_pretrained instead,"
+                " which keeps its codes."
             )
         counts.add(parameter.shape[0])
         shapes[parameter_name] = (tuple(parameter.shape[1:]), parameter.dtype)

@@ -54,6 +54,8 @@ class ExpertStore(ABC):
         fingerprint: hex digest that finds the store of some weights in a record format.
         top_k: K, the most experts that one token uses in a layer.
         total_bytes: bytes of all records, with padding.
+        numbers: what experts' weights are, for people; several where layers differ.
+        record_bytes: of one expert; the mean where layers differ.
     """
 
     kind: Literal["disk", "ram"]
@@ -65,6 +67,8 @@ class ExpertStore(ABC):
         self.layouts: tuple[ExpertLayout, ...] = tuple(layer.layout for layer in self.layers)
         self.num_experts: tuple[int, ...] = tuple(layer.num_experts for layer in self.layers)
         self.total_bytes = sum(layer.total_bytes for layer in self.layers)
+        self.numbers = " and ".join(dict.fromkeys(layout.numbers for layout in self.layouts))
+        self.record_bytes = self.total_bytes // max(1, sum(self.num_experts))
         self._layer_offsets = layer_offsets(self.layers)
 
     @abstractmethod
