@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
+from benchmarks.gpu_full_size_model import coded
 from specmoe_compile import backend
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.compiled_calls import cache_argument
@@ -30,6 +31,7 @@ from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
 from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
@@ -169,7 +171,12 @@ class FakeRun:
 
 
 @contextmanager
-def fake_run(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun]:
+def fake_run(
+    config: PretrainedConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    format: ExpertFormat = PLAIN_FORMAT,
+) -> Iterator[FakeRun]:
     """A model of this configuration without weights, offloaded; a quarter of its experts fit."""
     recognise_form = parts.recognise_form
 
@@ -185,6 +192,7 @@ def fake_run(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> Itera
     with FakeTensorMode(), torch.no_grad():
         for layer in layers:
             release_experts(layer, torch.device("meta"))
+        layers = [coded(layer, format) for layer in layers]
         _move_to_cuda(model)
         store, streams = EmptyStore(layers, top_k), UnorderedStreams()
         session = DeviceSession(

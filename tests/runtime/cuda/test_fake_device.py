@@ -18,6 +18,7 @@ from specmoe_compile.cli.doctor import find_compiler_or_none
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.runtime.cuda import decoder
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from tests.runtime.cuda.cuda_guard import install_cuda_guard
 from tests.runtime.cuda.fake_device import CUDA, FakeRun, fake_run
 
@@ -67,10 +68,16 @@ def check_graph(run: FakeRun, layers: int, *, decodes: bool) -> None:
     assert run.ran["correct_experts"] == (layers if decodes else 0)
 
 
-def trace(config: Any, monkeypatch: pytest.MonkeyPatch, batch: int = 1, **options: Any) -> None:
+def trace(
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int = 1,
+    format: ExpertFormat = PLAIN_FORMAT,
+    **options: Any,
+) -> None:
     """A prompt and two steps of one token."""
     layers = config.num_hidden_layers
-    with fake_run(config, monkeypatch) as run:
+    with fake_run(config, monkeypatch, format=format) as run:
         run.compile(**options)
         cache = run.cache(64)
         for tokens in (40, 1, 1):
@@ -91,6 +98,12 @@ def test_decode_step_of_the_reference_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_steps_of_two_layers_of_qwen3_30b(monkeypatch: pytest.MonkeyPatch) -> None:
     trace(qwen3_30b(layers=2), monkeypatch, batch=2, policy="default_vector")
+
+
+def test_steps_of_a_model_with_coded_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES["Qwen3-30B-A3B-nvfp4"]
+    config = qwen3_30b(layers=2)
+    trace(config, monkeypatch, format=shape.format)
 
 
 @pytest.mark.slow
