@@ -6,11 +6,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The ends of what pyproject.toml allows, for `make compat`.
+OLDEST := torch==2.11.0 transformers==5.17.0
+NEWEST := torch==2.15.0 transformers==5.24.0
 # Tests run in so many processes; each takes about 0.6 GB.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format bench peers publish clean
+.PHONY: help setup demo test check lint format compat compat-oldest compat-newest bench peers publish clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -20,6 +23,8 @@ setup: $(STAMP)  ## Create .venv and install the package with everything that te
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "specmoe needs Python 3.11 or newer; none is on the path. Name one: make PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Without a GPU a PyTorch that lies in a folder of wheels (PIP_FIND_LINKS) will do: the index's needs gigabytes of CUDA.
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --no-index --no-deps torch 2>/dev/null || true
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -35,6 +40,19 @@ lint: $(STAMP)  ## Lint, format and types.
 	$(BIN)/mypy
 
 check: lint test  ## What continuous integration runs: lint, types and tests.
+
+compat: compat-oldest compat-newest  ## The fast tests with the oldest and the newest PyTorch and transformers, each in an environment of its own.
+
+.venv-oldest/.installed: PINS := $(OLDEST)
+.venv-newest/.installed: PINS := $(NEWEST)
+.venv-%/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "specmoe needs Python 3.11 or newer; none is on the path. Name one: make PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --editable '.[dev]' $(PINS)
+	@touch $@
+
+compat-oldest compat-newest: compat-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 
 format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 	$(BIN)/ruff check --fix .

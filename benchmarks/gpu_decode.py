@@ -191,7 +191,7 @@ def _measure_model(name: str, dtype: torch.dtype, arms: Sequence[str]) -> list[d
             model, device="cuda", store="ram", expert_cache=cache, progress=False
         )
         session: Any = session_of(model)
-        for bank in session.cache.banks:
+        for bank in session.engine.cache.banks:
             bank.fill_(
                 255
             )  # NaN in every float type: a slot that is read before it is filled shows
@@ -208,15 +208,19 @@ def _measure_model(name: str, dtype: torch.dtype, arms: Sequence[str]) -> list[d
             "model": name,
             "dtype": str(dtype),
             "arm": arm,
-            "transfer": session.transfer,
-            "transfer_rates": str(session.transfer_rates) if session.transfer_rates else None,
-            "slots": session.cache.slots[0],
+            "transfer": session.engine.transfer,
+            "transfer_rates": str(session.engine.transfer_rates)
+            if session.engine.transfer_rates
+            else None,
+            "slots": session.engine.cache.slots[0],
             "differing_tokens": int((got != want).sum() + (again != want).sum()),
             "generate_ms_per_token": token_ms,
             "hit_rate": total.hits / max(1, total.hits + total.misses),
             "demand_bytes_per_step": total.demand_bytes * layers / max(1, total.steps),
             "speculative_bytes_per_step": total.speculative_bytes * layers / max(1, total.steps),
-            **profile_steps(compiled, model.config, ids, host_waits=session.transfer == "copy"),
+            **profile_steps(
+                compiled, model.config, ids, host_waits=session.engine.transfer == "copy"
+            ),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

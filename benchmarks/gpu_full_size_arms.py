@@ -26,7 +26,8 @@ from benchmarks.gpu_full_size_model import (
 from benchmarks.gpu_full_size_routing import TracedRouting, install_routing
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.session import Session
 
 Routing = Literal["trace", "router"]
 Mode = Literal["graph", "compiled", "eager"]
@@ -199,12 +200,12 @@ class Bench:
     turns: Path | None = None
 
     @contextmanager
-    def opened(self, slots: int) -> Iterator[tuple[Any, DeviceSession, TracedRouting]]:
+    def opened(self, slots: int) -> Iterator[tuple[Any, Session, TracedRouting]]:
         """A model of its own with so many slots per layer; gives all back afterwards."""
         # On the CPU all fetches are over when they are issued, which needs no side streams.
         streams = InlineStreams() if self.device.type == "cpu" else None
         model, layers = build_skeleton(self.shape, self.device, layers=self.layers)
-        session = DeviceSession(
+        session = open_cuda_session(
             layers,
             self.store,
             device=self.device,
@@ -213,7 +214,7 @@ class Bench:
             streams=streams,
         )
         try:
-            attach_session(model, session)  # type: ignore[arg-type]  # answers the same calls
+            attach_session(model, session)
             if self.vectors is not None:
                 session.default_vectors.load(self.vectors)
             routing = install_routing(model, layers, self.tables)
@@ -255,10 +256,10 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def fill_slots(session: DeviceSession) -> None:
+def fill_slots(session: Session) -> None:
     """Put every expert into the slot of its number."""
     for layer, (bank, tables) in enumerate(
-        zip(session.cache.banks, session.cache.tables, strict=True)
+        zip(session.engine.cache.banks, session.engine.cache.tables, strict=True)
     ):
         bank.copy_(session.store.layer_records(layer), non_blocking=True)
         everyone = torch.arange(len(bank), dtype=torch.int32, device=bank.device)
@@ -273,10 +274,10 @@ class SlotLimit:
     and the tables say of the rest that they hold an expert that does not exist and was just used.
     """
 
-    def __init__(self, session: DeviceSession, slots: int) -> None:
+    def __init__(self, session: Session, slots: int) -> None:
         """Allow the first `slots` of each layer; with transfer `copy` those are all."""
         self._session = session
-        tables = session.cache.tables[0]
+        tables = session.engine.cache.tables[0]
         # The tables of a layer are rows of tensors of all layers: one launch each.
         expert_of, last_use = tables.expert_of._base, tables.last_use._base
         assert expert_of is not None and last_use is not None, "rows of a common tensor"

@@ -35,10 +35,10 @@ from benchmarks.gpu_full_size_profile import profile_steps
 from benchmarks.gpu_full_size_routing import TracedRouting, trace_predictions
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.compiled_calls import cache_argument
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.system.output import sentence, user_error_or_none
 
-MOST_TRIAL_PASSES = 9
+MAX_TRIAL_PASSES = 9
 """How often a run goes through its steps before, at most, where the session finds out by trying how
 many records to fetch ahead. Most trials are over after 200 to 400 steps, the longest after 1009."""
 
@@ -67,7 +67,7 @@ class Run:
         self,
         bench: Bench,
         compiled: Any,
-        session: DeviceSession | None,
+        session: Session | None,
         routing: TracedRouting,
         filled: FilledCache,
     ) -> None:
@@ -244,7 +244,7 @@ def _measured(
                     "slots_allocated": slots,
                     "policy": arm.options.get("policy", "exact"),
                     **timed,
-                    "transfer": session.transfer,
+                    "transfer": session.engine.transfer,
                     "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
                 }
             yield name, rows
@@ -253,14 +253,14 @@ def _measured(
 def _timed(
     bench: Bench,
     run: Run,
-    session: DeviceSession,
+    session: Session,
     kind: Routing,
     arm: Arm,
     trace_file: Path | None,
 ) -> dict[str, Any]:
     """Warm up, time and profile one arm under one routing."""
     steps = bench.steps
-    session.restart_trials()
+    session.engine.restart_trials()
     trial_steps = _try_amounts(run, session, kind, arm, steps.total) if arm.tries else 0
     run.start(kind == "trace", arm)
     started = time.perf_counter()
@@ -280,12 +280,12 @@ def _timed(
         "tokens": run.tokens,
         "warm_up_s": warm_up_s,
         "steps": [steps.warm_up, steps.timed, steps.profiled],
-        "prefetch_records": session.prefetch_records if arm.speculates else None,
+        "prefetch_records": session.engine.prefetch_records if arm.speculates else None,
         "trial_steps": trial_steps,
     }
 
 
-def _try_amounts(run: Run, session: DeviceSession, kind: Routing, arm: Arm, count: int) -> int:
+def _try_amounts(run: Run, session: Session, kind: Routing, arm: Arm, count: int) -> int:
     """Go through the `count` steps until a trial has ended; how many steps that took."""
     run.start(kind == "trace", arm)
     steps = 0
@@ -293,13 +293,13 @@ def _try_amounts(run: Run, session: DeviceSession, kind: Routing, arm: Arm, coun
         for _ in range(count):
             run.step()
         steps += count
-        if session.prefetch_found or steps == MOST_TRIAL_PASSES * count:
+        if session.engine.prefetch_found or steps == MAX_TRIAL_PASSES * count:
             return steps
         # A cache that is empty again would slow down the amounts that are tried next.
         run.rewind(kind == "trace")
 
 
-def _counters(session: DeviceSession, steps: int) -> dict[str, Any]:
+def _counters(session: Session, steps: int) -> dict[str, Any]:
     total = session.stats.total
     needed = total.demand_bytes + total.useful_speculative_bytes
     return {

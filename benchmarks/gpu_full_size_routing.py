@@ -187,9 +187,9 @@ def trace_predictions() -> Iterator[None]:
     passes = (*manager.PASSES[:at], predict_from_trace, *manager.PASSES[at:])
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     # Compiled code without this pass must not be found in the cache.
-    identity = f"{manager._source_hash()}-{own}"
+    identity = f"{manager.source_hash()}-{own}"
     with (
         mock.patch.object(manager, "PASSES", passes),
-        mock.patch.object(manager, "_source_hash", lambda: identity),
+        mock.patch.object(manager, "source_hash", lambda: identity),
     ):
         yield

@@ -88,11 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = result_parser(__doc__)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=reference.ROUNDS)
-    margins = (reference.FIRST_MARGIN, reference.LEAST_MARGIN)
+    margins = (reference.FIRST_MARGIN, reference.MIN_MARGIN)
     parser.add_argument("--margins", type=int, nargs=2, default=margins, metavar=("FIRST", "LEAST"))
     args = parser.parse_args(arguments)
     reference.ROUNDS = args.rounds
-    reference.FIRST_MARGIN, reference.LEAST_MARGIN = args.margins
+    reference.FIRST_MARGIN, reference.MIN_MARGIN = args.margins
     for model, results, (true, predicted) in read_models(args.result, args.trace):
         experts = int(results.about["experts"])
         amounts = amounts_to_try(len(true[0][0]))

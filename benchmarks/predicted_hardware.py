@@ -31,7 +31,7 @@ from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.demo import repository_root
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
@@ -182,7 +182,7 @@ def setting(share: float, predictor: str, total_bytes: int, policy: Any = "exact
         cache_bytes=int(share * total_bytes),
         cache_policy="lru",
         predictor=predictor,
-        speculation=SpeculationConfig(auto_off=False, policy=policy),
+        speculation=SessionOptions(auto_off=False, policy=policy),
     )
 
 

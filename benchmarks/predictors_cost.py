@@ -15,6 +15,7 @@ import specmoe_compile
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.bench.records import quantile, spread
 from specmoe_compile.calibrate.calibration import Calibration, use_calibration, use_networks
+from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.runtime.session import session_of
 
 NOTHING = "nothing"
@@ -80,7 +81,7 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
     samples: dict[str, list[float]] = {}
     for name, predict in kinds.items():
         if name != NOTHING:
-            session.predictions.use(name)
+            session.predictions.use(PREDICTORS[name])
             use_networks(session, calibration, name)
             for layer in layers:
                 session.predictions.note(layer, ids)

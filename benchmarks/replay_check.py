@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -223,11 +223,11 @@ def base_compute_ms(times: ComputeTimes, trace: RoutingTrace) -> float:
 
 def session_speculation(trace: RoutingTrace) -> Any:
     """The speculation that a run was set to."""
-    from specmoe_compile.options import SpeculationConfig
+    from specmoe_compile.options import SessionOptions
 
-    fields = dict(trace.setting["speculation"])
-    fields["skip_layers"] = tuple(fields["skip_layers"])
-    return replace(SpeculationConfig(), **fields)
+    given = dict(trace.setting["speculation"])
+    given.pop("captures", None)
+    return SessionOptions(**{**given, "skip_layers": tuple(given["skip_layers"])})
 
 
 def measure(checkpoint: Path, arguments: argparse.Namespace, traces: Path) -> dict[str, Any]:

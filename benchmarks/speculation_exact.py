@@ -39,7 +39,7 @@ class Predictor:
 
     def __init__(self, session: Session) -> None:
         """Take the place of the speculator's `start` and `settle`."""
-        self._speculator: Any = session._speculator
+        self._speculator: Any = session.engine
         self._num_experts = session.store.num_experts
         self._start, self._settle = self._speculator.start, self._speculator.settle
         self._speculator.start, self._speculator.settle = self.start, self.settle

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,7 @@ from specmoe_compile.hf.packing import pack_source
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.cpu.engine import open_session
 from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
@@ -39,7 +40,7 @@ from specmoe_compile.runtime.experts.module import (
     find_top_k,
     release_experts,
 )
-from specmoe_compile.runtime.session import Session, session_of
+from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
 from specmoe_compile.runtime.store.header import HEADER_NAME
 from specmoe_compile.runtime.store.matching import open_matching, open_packed
@@ -324,7 +325,7 @@ def _attach(
         from specmoe_compile.runtime.cuda.opening import open_device_session
 
         assert cache_bytes is not None, "only experts that stay on the CPU need no cache"
-        on_device = open_device_session(
+        session = open_device_session(
             model,
             layers,
             store,
@@ -333,17 +334,15 @@ def _attach(
             top_k=top_k,
             reader_threads=options.reader_threads,
         )
-        attach_session(model, cast(Session, on_device))  # answers the same calls
-        return
-    session = Session(
-        layers,
-        store,
-        device=options.device,
-        expert_cache_bytes=cache_bytes,
-        cache_policy=options.cache_policy,
-        reader_threads=options.reader_threads,
-        top_k=top_k,
-    )
+    else:
+        session = open_session(
+            layers,
+            store,
+            expert_cache_bytes=cache_bytes,
+            cache_policy=options.cache_policy,
+            reader_threads=options.reader_threads,
+            top_k=top_k,
+        )
     attach_session(model, session)
 
 

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from specmoe_compile.errors import CompileError
-from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
+from specmoe_compile.errors import CalibrationError, CompileError
+from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
 from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
-from specmoe_compile.runtime.cpu.live_session import LiveModules
+from specmoe_compile.runtime.cpu.live_engine import LiveModules
+from specmoe_compile.system.compilers import check_compiler
 from specmoe_compile.system.progress import phase
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
+    from specmoe_compile.runtime.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -111,34 +113,68 @@ def _warn_once(message: str) -> None:
 
 
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
-    """Hand the run-time half of the options to the graph's sessions; returns the passes."""
-    from specmoe_compile.calibrate.calibration import use_calibration, use_networks
-    from specmoe_compile.options import SpeculationConfig
+    """Hand the options to the graph's sessions; returns the passes."""
     from specmoe_compile.passes.manager import SpeculationPass
     from specmoe_compile.runtime.session import get_session
 
-    handles = {node.args[3] for node in find_dispatch_nodes(gm.graph)}
+    handles = dict.fromkeys(node.args[3] for node in find_dispatch_nodes(gm.graph))
     sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
-    offloaded = all(getattr(s, "cache", None) is not None for s in sessions)
-    poor: set[int] = set()
+    fetching = [session for session in sessions if session.engine.fetches]
+    offloaded = len(fetching) == len(sessions)
+    if fetching and not offloaded:
+        _warn_once(
+            "specmoe predicts no experts in a graph of several models, of which only"
+            f" {len(fetching)} of {len(sessions)} fetch experts: compile each model by itself"
+        )
     network_layers: tuple[int, ...] = ()
     if config.default_vectors is not None and offloaded:
-        for session in sessions:
-            calibration = use_calibration(session, config.default_vectors)
-            predictor = calibration.resolved(config.predictor, lookahead=config.lookahead)
-            config = replace(config, predictor=predictor)
-            use_networks(session, calibration, config.predictor)
-            poor.update(calibration.poor_layers(config.policy, config.predictor))
-            network_layers = calibration.network_layers(config.predictor)
-    if config.skip_layers == "auto":
-        config = replace(config, skip_layers=tuple(sorted(poor)))
+        config, network_layers = _calibrated(sessions, config, config.default_vectors)
     for session in sessions:
-        session.configure(SpeculationConfig.from_options(config))
-    conditional = all(session.plans_steps for session in sessions)
+        session.configure(SessionOptions.view(config))
+    conditional = all(session.engine.plans_steps for session in sessions)
     return SpeculationPass.from_options(
         config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
     )
+
+
+def _calibrated(
+    sessions: Sequence[Session], config: CompileOptions, path: str
+) -> tuple[CompileOptions, tuple[int, ...]]:
+    """Give sessions what a calibration file holds.
+
+    Returns:
+        The options with what the file decides of them, and the layers that networks predict.
+
+    Raises:
+        CalibrationError: the file cannot be read, or belongs to another model.
+        CompileError: it belongs to one of several models in the graph.
+    """
+    from specmoe_compile.calibrate.calibration import Calibration, use_networks
+
+    calibration = Calibration.load(path)
+    others: list[CalibrationError] = []
+    for session in sessions:
+        try:
+            calibration.check(session, path=path)
+        except CalibrationError as error:
+            others.append(error)
+    if others and len(others) == len(sessions):
+        raise others[0]
+    if others:
+        raise CompileError(
+            f"one graph runs the experts of {len(sessions)} models, and default_vectors={path!r}"
+            f" is not of {len(others)} of them: compile each model by itself, with its own file"
+        )
+    predictor = calibration.resolved(config.predictor, lookahead=config.lookahead)
+    for session in sessions:
+        session.default_vectors.load(calibration.default_vectors)
+        use_networks(session, calibration, predictor)
+    skip_layers = config.skip_layers
+    if skip_layers == "auto":
+        skip_layers = calibration.poor_layers(config.policy, predictor)
+    config = replace(config, predictor=predictor, skip_layers=skip_layers)
+    return config, calibration.network_layers(predictor)
 
 
 def _lower(
@@ -152,6 +188,7 @@ def _lower(
     if not config.compile_prefill and _is_prefill(gm):
         # Bound by large products and by reading experts, and compiled as long as decode.
         return gm.forward
+    _check_compiler(example_inputs)
     patches = {"post_grad_custom_pre_pass": speculation, "freezing": False}
     return _lower_with_inductor(gm, example_inputs, config, patches)
 
@@ -168,6 +205,15 @@ def _lower_with_inductor(
     patches = {**patches, "triton.cudagraphs": True} if captures else dict(patches)
     compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     return _telling_of_capture(compiled, gm) if captures else compiled
+
+
+def _check_compiler(example_inputs: Sequence[Any]) -> None:
+    """Raise `CompileError`, one sentence, instead of what Inductor says without a compiler."""
+    on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs)
+    try:
+        check_compiler("cuda" if on_gpu else "cpu")
+    except FileNotFoundError as error:
+        raise CompileError(str(error)) from error
 
 
 def _telling_of_capture(compiled: Compiled, gm: GraphModule) -> Compiled:

@@ -1,11 +1,16 @@
-"""Options of `torch.compile(model, backend="specmoe", options={...})`.
+"""Options of `torch.compile(model, backend="specmoe", options={...})`, each declared once.
 
-Every option is one field of `CompileOptions`; an unknown name is an error listing the valid ones.
-Environment variables are read here and nowhere else:
+Every option is one field, with its default; its metadata says its effect, its unit, and what a
+default of None means. The class that declares it says who reads it:
 
-- `SPECMOE_STRICT=1`: the default of `strict` (the test-suite runs with it).
-- `NSYS_PROFILING_SESSION_ID`, `NVTX_INJECTION64_PATH`: set by Nsight in what it profiles; NVTX
-  ranges are on then.
+- `GraphOptions`: they change the rewritten graph, and make the key of compiled code;
+- `SessionOptions`: those, and what a session does with predictions;
+- `CompileOptions`: those, and what only the backend reads. This is what a user gives.
+
+A pass or a session gets its view of the options that a user gave: an instance of the class further
+up with the same values. An unknown name is an error that lists the valid ones.
+
+Environment variables: `SPECMOE_STRICT=1` is the default of `strict` (the test-suite runs with it).
 """
 
 from __future__ import annotations
@@ -14,10 +19,10 @@ import difflib
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Literal, Self, cast, get_args
 
-from specmoe_compile.predict.registry import AUTO, DEFAULT_PREDICTOR, PREDICTORS, without_auto
+from specmoe_compile.predict.registry import AUTO, PREDICTORS, Predictor, without_auto
 
 Policy = Literal["exact", "default_vector", "commit"]
 CommitWeights = Literal["predicted", "true"]
@@ -29,15 +34,23 @@ CpuMath = Literal["exact", "int8"]
 MAX_DECODE_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 
-_POLICIES = ("exact", "default_vector", "commit")
-_COMMIT_WEIGHTS = ("predicted", "true")
-_LOWERINGS = ("inductor", "eager")
-_MODES = ("default", "reduce-overhead")
-_SWITCHES = ("prefetch", "auto_off", "control", "attention", "compile_prefill")
-_TRANSFERS = ("auto", "copy", "gather")
-_CPU_MATHS = ("exact", "int8")
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
+
+
+def option(default: Any, effect: str, *, unit: str = "", none: str = "") -> Any:
+    """Declare an option.
+
+    Args:
+        default: a value, or a function that makes one.
+        effect: what it does, as documents say it.
+        unit: of a number.
+        none: what the default means, where the value does not say it.
+    """
+    about = {"effect": effect, "unit": unit, "none": none}
+    if callable(default):
+        return field(default_factory=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
 def _strict_default() -> bool:
@@ -45,102 +58,185 @@ def _strict_default() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompileOptions:
-    """How a graph is rewritten, lowered and run.
+class GraphOptions:
+    """What changes the rewritten graph."""
 
-    Fields marked "graph" change the compiled code and are part of the FX graph cache's key.
-    """
-
-    prefetch: bool = True
-    """graph: speculate on the next layer's experts (offloaded models only)."""
-    policy: Policy = "exact"
-    """graph: what a miss gets; `exact` keeps the model's tokens, the others approximate."""
-    default_vector_threshold: float = 0.1
-    """router weight (0..1) below which a miss gets its default vector, policy `default_vector`."""
-    commit_weights: CommitWeights = "predicted"
-    """router weights of policy `commit`: the predicted ones, or the true ones renormalised."""
-    skip_layers: Literal["auto"] | tuple[int, ...] = ()
-    """graph: MoE layers (ordinals) that never speculate; `auto` chooses by measured recall."""
-    predictor: str = AUTO
-    """graph: what predicts experts, a name of `predictors.registry.PREDICTORS`; `auto` is `hybrid`
-    where `default_vectors` names a file with trained networks, else `default_vectors`."""
-    lookahead: int = 1
-    """graph: how many MoE layers ahead the lookahead router predicts (>= 1)."""
-    prefetch_width: int | None = None
-    """experts predicted per token; None is the model's top-k."""
-    prefetch_budget_bytes: int | None = None
-    """most bytes fetched ahead per layer; None: no limit, with `transfer="gather"` what `auto_off`
-    finds, and one expert without it."""
-    auto_off: bool = True
-    """fetch ahead only what pays, by measurement: on the CPU it turns layers, unsure guesses and
-    all of it off; on a GPU it chooses how many experts with `transfer="gather"`, and all or none
-    with `copy`."""
-    default_vectors: str | None = None
-    """path of a `specmoe calibrate` artefact; None learns default vectors online."""
-    control: bool = False
-    """graph: feed the lookahead with the true router input; recall must then read 100 %."""
-    mode: Mode = "default"
-    """graph: `reduce-overhead` captures the decode step as a CUDA graph."""
-    transfer: TransferKind = "auto"
-    """how a GPU gets the experts of a decode step: `copy` by the copy engine, with ids that the
-    host reads; `gather` by the GPU itself, the only one that CUDA graphs can hold; `auto` measures
-    both once and takes the faster, or `gather` with CUDA graphs. `auto` alone on the CPU."""
-    cpu_math: CpuMath = "exact"
-    """what a CPU multiplies 4- and 8-bit integer codes with in decode: `exact` the activations in
-    float32, `int8` the activations rounded to 8 bits in blocks of 32, which approximates."""
-    attention: bool = True
-    """graph: on a GPU the attention of a decode step reads the filled part of a static cache, once
-    for all heads that share its keys, instead of all of it, repeated."""
-    compile_prefill: bool = False
-    """graph: let Inductor compile steps of more than 16 tokens too; they run as traced otherwise,
-    which takes half the time to start, and no longer to run."""
-    lowering: Lowering = "inductor"
-    """graph: `eager` runs the rewritten graph node by node, for debugging."""
-    strict: bool = field(default_factory=_strict_default)
-    """raise where specmoe would fall back to the untouched graph."""
-    nvtx: bool = False
-    """annotate layers and phases with NVTX ranges; on by itself under Nsight."""
+    prefetch: bool = option(
+        True,
+        "fetch the next layer's experts before its router has spoken, as the current layer"
+        " predicts them",
+    )
+    skip_layers: Literal["auto"] | tuple[int, ...] = option(
+        (),
+        'MoE layers (0 is the first) that never speculate; `"auto"` leaves out those whose recall'
+        " in the file of `default_vectors` is low",
+        none="none",
+    )
+    predictor: str = option(
+        AUTO,
+        f"what predicts experts: {', '.join(f'`{name}`' for name in PREDICTORS)}; `auto` is"
+        " `hybrid` with networks from `specmoe calibrate --train-estimator`, else"
+        " `default_vectors` ([compared](docs/results/predictors.md))",
+    )
+    lookahead: int = option(1, "how many MoE layers ahead to predict", unit="MoE layers")
+    prefetch_width: int | None = option(
+        None, "experts predicted per token", unit="experts", none="top-k"
+    )
+    control: bool = option(
+        False, "predict from the true router input, for tests: recall must then be 100 %"
+    )
+    attention: bool = option(
+        True,
+        "on a GPU, attention of decode steps reads the filled part of a static cache only, keys and"
+        " values once for all heads",
+    )
+    lowering: Lowering = option(
+        "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'
+    )
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, _POLICIES)
-        _check_choice("commit_weights", self.commit_weights, _COMMIT_WEIGHTS)
-        _check_choice("lowering", self.lowering, _LOWERINGS)
-        _check_choice("mode", self.mode, _MODES)
-        _check_choice("transfer", self.transfer, _TRANSFERS)
-        _check_choice("cpu_math", self.cpu_math, _CPU_MATHS)
+        _check_choice("lowering", self.lowering, get_args(Lowering))
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
-        for name in (
-            "prefetch",
-            "auto_off",
-            "control",
-            "attention",
-            "compile_prefill",
-            "strict",
-            "nvtx",
+        for name in ("prefetch", "control", "attention"):
+            _check_type(name, getattr(self, name), bool)
+        _check_integer("lookahead", self.lookahead, minimum=1)
+        if self.prefetch_width is not None:
+            _check_integer("prefetch_width", self.prefetch_width, minimum=1)
+        layers = self.skip_layers
+        if layers != "auto" and (
+            isinstance(layers, str) or not all(isinstance(i, int) and i >= 0 for i in layers)
         ):
+            raise ValueError(
+                f"option skip_layers={layers!r} is not valid: give 'auto' or MoE layer numbers"
+                " (0 is the first MoE layer)"
+            )
+
+    @classmethod
+    def view(cls, options: GraphOptions, **changes: Any) -> Self:
+        """Take the fields of this class from options that have more of them.
+
+        `skip_layers="auto"`, if no calibration resolved it to layers, skips none.
+        """
+        known = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
+        known["skip_layers"] = () if options.skip_layers == "auto" else options.skip_layers
+        return cls(**{**known, **changes})
+
+    @property
+    def kind(self) -> Predictor:
+        """The predictor; `auto`, if no calibration resolved it, is the one that needs no file."""
+        return PREDICTORS[without_auto(self.predictor)]
+
+    def graph_key(self) -> str:
+        """Hash of the options that change the rewritten graph."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(GraphOptions)]
+        return hashlib.sha256(repr(values).encode()).hexdigest()
+
+    def skips(self, layer: int) -> bool:
+        """Whether a MoE layer never speculates."""
+        return self.skip_layers != "auto" and layer in self.skip_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions(GraphOptions):
+    """What a session does with predictions; the graph is the same for all values."""
+
+    policy: Policy = option(
+        "exact",
+        "what a miss gets: `exact` keeps the model's tokens; `default_vector` and `commit`"
+        " approximate",
+    )
+    default_vector_threshold: float = option(
+        0.1,
+        "router weight below which a miss gets its default vector (policy `default_vector`)",
+        unit="0 to 1",
+    )
+    commit_weights: CommitWeights = option(
+        "predicted",
+        "router weights of policy `commit`: `predicted`, or the `true` ones renormalised",
+    )
+    prefetch_budget_bytes: int | None = option(
+        None,
+        "most bytes fetched ahead per layer",
+        unit="bytes",
+        none="unlimited; with `gather` what `auto_off` finds, and one expert without it",
+    )
+    auto_off: bool = option(
+        True,
+        "fetch ahead only what pays, by measurement: on the CPU it turns layers, unsure guesses"
+        " and all of it off; on a GPU with `gather` it finds how many experts, with `copy` whether"
+        " at all",
+    )
+    transfer: TransferKind = option(
+        "auto",
+        "how a GPU gets experts: `copy` by its copy engine, `gather` by itself (needed for CUDA"
+        " graphs); `auto` measures both once",
+    )
+    cpu_math: CpuMath = option(
+        "exact",
+        "`int8` on a CPU: integer codes (`quantize=`, MXFP4) times activations rounded to 8 bits in"
+        " blocks of 32; approximate",
+    )
+    mode: Mode = option("default", '`"reduce-overhead"` means CUDA graphs, as elsewhere')
+    nvtx: bool = option(
+        False, "annotate layers and phases with NVTX ranges; on by itself under Nsight"
+    )
+
+    def __post_init__(self) -> None:
+        GraphOptions.__post_init__(self)  # slots leave no super() without arguments
+        _check_choice("policy", self.policy, get_args(Policy))
+        _check_choice("commit_weights", self.commit_weights, get_args(CommitWeights))
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("cpu_math", self.cpu_math, get_args(CpuMath))
+        _check_choice("transfer", self.transfer, get_args(TransferKind))
+        for name in ("auto_off", "nvtx"):
             _check_type(name, getattr(self, name), bool)
         _check_number(
             "default_vector_threshold", self.default_vector_threshold, minimum=0.0, maximum=1.0
         )
-        _check_integer("lookahead", self.lookahead, minimum=1)
-        if self.prefetch_width is not None:
-            _check_integer("prefetch_width", self.prefetch_width, minimum=1)
         if self.prefetch_budget_bytes is not None:
             _check_integer("prefetch_budget_bytes", self.prefetch_budget_bytes, minimum=0)
-        if self.skip_layers != "auto":
-            layers = self.skip_layers
-            if isinstance(layers, str) or not all(isinstance(i, int) and i >= 0 for i in layers):
-                raise ValueError(
-                    f"option skip_layers={layers!r} is not valid: give 'auto' or MoE layer numbers"
-                    " (0 is the first MoE layer)"
-                )
-        if self.default_vectors is not None:
-            _check_type("default_vectors", self.default_vectors, str)
-        if self.transfer == "copy" and self.mode == "reduce-overhead":
+        if self.transfer == "copy" and self.captures:
             raise ValueError(
                 "option transfer='copy' reads expert ids on the host, which the CUDA graphs of"
                 " mode='reduce-overhead' cannot hold: use transfer='gather' or another mode"
             )
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are captured in CUDA graphs."""
+        return self.mode == "reduce-overhead"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Names and values, for JSON and traces."""
+        return {**asdict(self), "captures": self.captures}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions(SessionOptions):
+    """How a graph is rewritten, lowered and run: all options."""
+
+    default_vectors: str | None = option(
+        None,
+        "file of calibrated default vectors; without one they are learned while running",
+        none="learned",
+    )
+    compile_prefill: bool = option(
+        False,
+        "let Inductor compile steps of more than 16 tokens as well; without it they run as traced,"
+        " and less is compiled before the second token",
+    )
+    strict: bool = option(
+        _strict_default,
+        "raise where specmoe would leave a graph to Inductor untouched (`SPECMOE_STRICT=1`)",
+        none="`False`",
+    )
+
+    def __post_init__(self) -> None:
+        SessionOptions.__post_init__(self)
+        for name in ("compile_prefill", "strict"):
+            _check_type(name, getattr(self, name), bool)
+        if self.default_vectors is not None:
+            _check_type("default_vectors", self.default_vectors, str)
         self._check_predictor()
         if self.policy != "exact" and not self.prefetch:
             raise ValueError(
@@ -193,79 +289,23 @@ class CompileOptions:
             given["skip_layers"] = tuple(sorted(layers))
         return cls(**given)
 
-    def graph_key(self) -> str:
-        """Hash of the fields that change the compiled code."""
-        parts = (
-            self.prefetch,
-            self.policy,
-            self.skip_layers,
-            self.predictor,
-            self.lookahead,
-            self.control,
-            self.mode,
-            self.attention,
-            self.compile_prefill,
-            self.lowering,
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+def option_table() -> str:
+    """The options as a table in Markdown, which the documents hold."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for declared in fields(CompileOptions):
+        about = declared.metadata
+        unit = "" if about["unit"] in about["effect"] else f" ({about['unit']})"
+        lines.append(f"| `{declared.name}` | {_default(declared)} | {about['effect']}{unit} |")
+    return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationConfig:
-    """What a session does with predictions; see the fields of `CompileOptions`."""
-
-    prefetch: bool = True
-    """whether graphs predict at all; without, decoding learns no default vectors."""
-    policy: Literal["exact", "default_vector", "commit"] = "exact"
-    """what a miss gets."""
-    default_vector_threshold: float = 0.1
-    """router weight (0..1) below which a miss gets its default vector."""
-    commit_weights: Literal["predicted", "true"] = "predicted"
-    """router weights of policy `commit`."""
-    prefetch_width: int | None = None
-    """experts prefetched per token, at most as many as are predicted; None: all of them."""
-    prefetch_budget_bytes: int | None = None
-    """most bytes per prefetch of a layer; None: no limit, with transfer `gather` what `auto_off`
-    finds, and one record without it."""
-    auto_off: bool = True
-    """fetch ahead only what pays, by measurement: turns layers, unsure guesses and all of it off on
-    the CPU, chooses the number of records on a GPU with transfer `gather`, all or none with `copy`.
-    """
-    skip_layers: tuple[int, ...] = ()
-    """MoE layers that never speculate."""
-    predictor: str = DEFAULT_PREDICTOR
-    """what predicts experts; a name of `PREDICTORS`."""
-    lookahead: int = 1
-    """MoE layers between a prediction and its use."""
-    transfer: Literal["auto", "copy", "gather"] = "auto"
-    """how a GPU gets the experts of a decode step."""
-    captures: bool = False
-    """steps are captured in CUDA graphs."""
-    cpu_math: Literal["exact", "int8"] = "exact"
-    """what a CPU multiplies integer codes with."""
-    nvtx: bool = False
-    """annotate phases with NVTX ranges."""
-
-    @classmethod
-    def from_options(cls, options: CompileOptions) -> SpeculationConfig:
-        """Take the run-time fields of a compile's options; `skip_layers="auto"` skips none here."""
-        skip = options.skip_layers if isinstance(options.skip_layers, tuple) else ()
-        return cls(
-            prefetch=options.prefetch,
-            policy=options.policy,
-            default_vector_threshold=options.default_vector_threshold,
-            commit_weights=options.commit_weights,
-            prefetch_width=options.prefetch_width,
-            prefetch_budget_bytes=options.prefetch_budget_bytes,
-            auto_off=options.auto_off,
-            skip_layers=skip,
-            predictor=without_auto(options.predictor),
-            lookahead=options.lookahead,
-            transfer=options.transfer,
-            captures=options.mode == "reduce-overhead",
-            cpu_math=options.cpu_math,
-            nvtx=options.nvtx,
-        )
+def _default(declared: Field[Any]) -> str:
+    if declared.metadata["none"]:
+        return str(declared.metadata["none"])
+    assert declared.default is not MISSING, f"{declared.name} says what its default is"
+    value = declared.default
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

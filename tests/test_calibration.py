@@ -33,10 +33,10 @@ def _offloaded(**kwargs: Any) -> Any:
     return specmoe_compile.offload(tiny_qwen3_moe(**kwargs), store="ram")
 
 
-def _with_cache(folder: Path) -> Any:
+def _with_cache(folder: Path, **kwargs: Any) -> Any:
     """An offloaded model that fetches experts, so that there is something to predict."""
     return specmoe_compile.offload(
-        tiny_qwen3_moe(), store="disk", store_dir=folder / "store", expert_cache="50%"
+        tiny_qwen3_moe(**kwargs), store="disk", store_dir=folder / "store", expert_cache="50%"
     )
 
 
@@ -293,6 +293,21 @@ def test_option_default_vectors_refuses_a_stale_file(
     run = torch.compile(model, backend="specmoe", options=options)
     with torch.no_grad(), pytest.raises(Exception, match="is stale"):
         run(prompts(1, 4), use_cache=False)
+
+
+def test_one_file_is_refused_for_two_models_in_one_graph(
+    calibration: Calibration, tmp_path: Path
+) -> None:
+    calibration.save(tmp_path / "c")
+    one, other = _with_cache(tmp_path / "one"), _with_cache(tmp_path / "other", layers=2)
+    options = {"default_vectors": str(tmp_path / "c"), "lowering": "eager"}
+
+    def both(ids: torch.Tensor) -> Any:
+        return one(ids, use_cache=False).logits, other(ids, use_cache=False).logits
+
+    run = torch.compile(both, backend="specmoe", options=options, fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match=r"2 models.* not of 1 of them"):
+        run(prompts(1, 4))
 
 
 def test_experts_with_a_kernel_of_their_own_are_calibrated() -> None:

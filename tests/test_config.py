@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from specmoe_compile.options import CompileOptions
+from specmoe_compile.options import CompileOptions, option_table
 
 
 def test_defaults_are_exact_with_prefetch() -> None:
@@ -64,3 +66,13 @@ def test_strict_can_be_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not CompileOptions.from_kwargs().strict
     monkeypatch.setenv("SPECMOE_STRICT", "1")
     assert CompileOptions.from_kwargs().strict
+
+
+def test_documents_hold_the_options_as_they_are_declared() -> None:
+    root = Path(__file__).parents[1]
+    found = [
+        text.partition("<!-- options: ")[2].partition("-->\n")[2].partition("\n<!-- /options")[0]
+        for path in (root / "README.md", *(root / "docs").glob("*.md"))
+        if "<!-- options: " in (text := path.read_text())
+    ]
+    assert found and all(table == option_table() for table in found), option_table()

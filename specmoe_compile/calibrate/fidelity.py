@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from specmoe_compile.errors import CompileError
 from specmoe_compile.hf.compiled_calls import cache_argument
-from specmoe_compile.options import CompileOptions, SpeculationConfig
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.session import Session
 
@@ -54,7 +54,7 @@ class PolicyRun:
             text += f", skip {','.join(map(str, self.skip_layers))}"
         return text
 
-    def config(self, options: CompileOptions) -> SpeculationConfig:
+    def config(self, options: CompileOptions) -> SessionOptions:
         """The session's configuration: this policy, everything else as in `options`.
 
         Prefetching that does not pay is not turned off: it would turn the policy off with it.
@@ -62,7 +62,7 @@ class PolicyRun:
         from dataclasses import replace
 
         return replace(
-            SpeculationConfig.from_options(options),
+            SessionOptions.view(options),
             policy=self.policy,
             default_vector_threshold=self.threshold,
             commit_weights=self.commit_weights,

@@ -26,6 +26,7 @@ from specmoe_compile.cli.options import (
     check_dtype,
     check_quantize,
     compile_options,
+    require_compiler,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def bench(
 
       specmoe bench ./checkpoint --memory-cap 700MiB --dtype bfloat16
     """
-    from specmoe_compile.bench.arms import checked_arms
+    from specmoe_compile.bench.arms import ARMS, checked_arms
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
@@ -138,6 +139,8 @@ def bench(
             f" --skip-tokens {skip_tokens}: give at least {skip_tokens + 3}."
         )
     check_writable(json)
+    if any(ARMS[name].options is not None for name in names):
+        require_compiler(device, options)
     quiet_transformers()
     prompts, prompt_note = load_prompts(model, prompt_file)
     description = describe_model(model, dtype)

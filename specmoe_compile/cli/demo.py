@@ -60,11 +60,13 @@ def demo(
     """
     from rich.console import Console
 
+    from specmoe_compile.system.compilers import check_compiler
     from specmoe_compile.system.machine import cache_folder
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
     check_writable(json)
+    check_compiler("cpu")
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
     cap_bytes = parse_size(memory_cap, total_bytes=1 << 40, option="--memory-cap")
     root = repository_root()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import sysconfig
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +24,7 @@ _DISK_MARGIN_BYTES = 64 << 20
 def doctor(
     record_mib: Annotated[
         float,
-        typer.Option(min=0.004, help="Size of one expert, as it is read or moved."),
+        typer.Option(min=0.004, max=65536, help="Size of one expert, as it is read or moved."),
     ] = 3.0,
     store_dir: Annotated[
         Path | None,
@@ -88,6 +87,7 @@ def examine(folder: Path, record_bytes: int, file_bytes: int, seconds: float) ->
     from specmoe_compile.bench import probes
     from specmoe_compile.bench.machine import provenance
     from specmoe_compile.bench.memory_cap import why_not_permitted
+    from specmoe_compile.system.compilers import find_compiler_or_none, python_headers_found
     from specmoe_compile.system.machine import available_ram_bytes
     from specmoe_compile.system.memory_groups import own_memory_groups
 
@@ -173,19 +173,6 @@ def _store_or_none(folder: Path, gbps: float) -> dict[str, Any] | None:
         "record_bytes": record_bytes,
         "fetch_ms": record_bytes / 1e6 / gbps if gbps else None,
     }
-
-
-def find_compiler_or_none() -> str | None:
-    """Name of the C++ compiler that Inductor would use; None if there is none."""
-    import os
-
-    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return next((name for name in candidates if name and shutil.which(name)), None)
-
-
-def python_headers_found() -> bool:
-    """Whether Python.h is there, which Inductor's C++ code includes."""
-    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def advice(result: dict[str, Any]) -> list[str]:

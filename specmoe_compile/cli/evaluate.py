@@ -23,6 +23,7 @@ from specmoe_compile.cli.options import (
     check_dtype,
     check_quantize,
     compile_options,
+    require_compiler,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
@@ -110,6 +111,7 @@ def evaluate(
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
+    require_compiler("cpu", options)
     if context >= window - 1:
         raise ValueError(
             f"--context {context} leaves nothing of a --window of {window} to decode: give at most"

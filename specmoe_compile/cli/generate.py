@@ -29,6 +29,7 @@ from specmoe_compile.cli.options import (
     check_dtype,
     check_quantize,
     compile_options,
+    require_compiler,
 )
 from specmoe_compile.system.progress import phase
 
@@ -100,6 +101,8 @@ def generate(
     check_writable(json)
     check_writable(trace, "trace")
     text = _prompt_text(prompt)
+    if temperature and not 0.001 <= temperature <= 1000:
+        raise ValueError(f"--temperature {temperature} is not 0 or between 0.001 and 1000.")
 
     with phase("starting PyTorch and transformers"):
         import torch
@@ -107,6 +110,8 @@ def generate(
 
         import specmoe_compile
 
+    if compile:
+        require_compiler(device, options)
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_transformers()
@@ -129,6 +134,7 @@ def generate(
         store=specmoe_compile.stats(inner).store,
         kv_cache=kv_cache,
     )
+    _check_length(inner.config, ids.shape[1], max_new_tokens)
     runner = torch.compile(inner, backend="specmoe", options=options) if compile else inner
     settings: dict[str, Any] = {"do_sample": temperature > 0.0}
     if temperature > 0.0:
@@ -224,18 +230,25 @@ def load_tokenizer(model: str) -> Any:
         check_checkpoint_folder(Path(model))
     elif Path(model).exists():
         raise ValueError(f"{model} is a file: give the checkpoint's folder.")
+    none = ValueError(
+        f"{model} has no tokenizer that transformers can load: add tokenizer.json and"
+        " tokenizer_config.json to the folder."
+    )
     try:
-        return loader.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if not Path(model).is_dir():
+        tokenizer = loader.from_pretrained(model)
+    except ImportError:
+        raise  # says which package is missing
+    except Exception as error:  # the tokenizers library raises plain ones
+        if isinstance(error, (OSError, ValueError)) and not Path(model).is_dir():
             raise FileNotFoundError(
                 f"{model!r} is neither a folder nor a model that the Hugging Face hub or its local"
                 " cache has: check the name, or your connection."
             ) from error
-        raise ValueError(
-            f"{model} has no tokenizer that transformers can load: add tokenizer.json and"
-            " tokenizer_config.json to the folder."
-        ) from error
+        raise none from error
+    # From a folder without its files transformers makes one without a vocabulary.
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise none
+    return tokenizer
 
 
 def _recorder(model: Any) -> TraceRecorder:
@@ -250,24 +263,48 @@ def _prompt_text(prompt: str | None) -> str:
         raise ValueError(
             "There is no prompt: give --prompt TEXT, or --prompt - for standard input."
         )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # what the shell could not decode is in it as surrogates
+    except UnicodeError as error:
+        raise ValueError(
+            "The prompt is not UTF-8 text: convert it first, for example with iconv."
+        ) from error
     if not text:
         raise ValueError("The prompt is empty: give --prompt some text to continue.")
     return text
 
 
 def _encode(tokenizer: Any, text: str, *, chat: bool) -> Any:
-    """Prompt as [1, W] int64."""
-    if not chat:
-        return tokenizer(text, return_tensors="pt").input_ids
-    if not tokenizer.chat_template:
+    """Prompt as [1, W] int64, at least one token."""
+    if chat and not tokenizer.chat_template:
         raise ValueError("This model has no chat template: leave out --chat.")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).input_ids
+    try:
+        if chat:
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).input_ids
+        else:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+    except Exception as error:  # the tokenizers library and templates raise plain ones
+        raise ValueError(f"The model's tokenizer does not take the prompt: {error}") from error
+    if ids.shape[1] == 0:
+        raise ValueError("The prompt is empty once it is tokens: give --prompt some more text.")
+    return ids
+
+
+def _check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `ValueError` where a text would be longer than the model's positions."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and prompt_tokens + new_tokens > longest:
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens and --max-new-tokens asks for {new_tokens}"
+            f" more, but the model knows {longest} positions: give at most"
+            f" {max(longest - prompt_tokens, 0)}."
+        )
 
 
 def _pad_token(tokenizer: Any) -> int | None:

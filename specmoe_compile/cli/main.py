@@ -6,7 +6,9 @@ is imported before it is needed, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from specmoe_compile.cli.demo import demo
 from specmoe_compile.cli.doctor import doctor
 from specmoe_compile.cli.evaluate import evaluate
 from specmoe_compile.cli.generate import generate
-from specmoe_compile.cli.options import DEBUG
+from specmoe_compile.cli.options import DEBUG, check_no_value_is_empty, checked_numbers
 from specmoe_compile.cli.pack import pack
 from specmoe_compile.cli.replay import replay
 from specmoe_compile.cli.serve import serve
@@ -29,6 +31,7 @@ from specmoe_compile.system.progress import progress_lines
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+BROKEN_PIPE_STATUS = 141
 
 # Typer carries click inside itself from some version on; its errors are reached by way of a class
 # that every version exports.
@@ -70,8 +73,8 @@ def _root(
 
 
 for command in (demo, generate, serve, bench, pack, calibrate, replay, doctor):
-    app.command()(command)
-app.command("eval")(evaluate)
+    app.command()(checked_numbers(command))
+app.command("eval")(checked_numbers(evaluate))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -80,6 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     if debug:
         logging.getLogger("specmoe_compile").setLevel(logging.DEBUG)
     try:
+        check_no_value_is_empty(arguments)
         with progress_lines():
             status = app(args=list(arguments), prog_name="specmoe", standalone_mode=False)
     except KeyboardInterrupt:
@@ -89,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
         return USER_ERROR_STATUS
     except typer.Abort:
         return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        return _nobody_reads()
     except Exception as error:
         known = user_error_or_none(error)
         if known is None:
@@ -104,10 +110,25 @@ def _complain(message: str) -> None:
     print(f"specmoe: {sentence(ValueError(message))}", file=sys.stderr)
 
 
+def _nobody_reads() -> int:
+    """Whoever read our output has enough (`| head`): what is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return BROKEN_PIPE_STATUS
+
+
 def main() -> None:
     """Run the command line of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that is not UTF-8 shows what it can; a character that it lacks ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(format="specmoe: %(message)s", level=logging.WARNING)
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = _nobody_reads()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +85,9 @@ MISSING_WEIGHTS = Annotated[
 ]
 THREADS = Annotated[
     int | None,
-    typer.Option(min=1, help="PyTorch's threads. By default its own choice.", show_default=False),
+    typer.Option(
+        min=1, max=1024, help="PyTorch's threads. By default its own choice.", show_default=False
+    ),
 ]
 JSON = Annotated[
     Path | None,
@@ -93,6 +96,9 @@ JSON = Annotated[
 DEBUG = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error, and debug messages.")
 ]
+
+_LARGEST_NUMBER = 2**31 - 1
+_ANY_64_BITS = ("seed",)
 
 QUANTIZED = ("int4", "mxfp4", "fp8", "int8")  # without torch, which takes a second to import
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -103,6 +109,58 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"--{option} {value!r} is not valid: choose {', '.join(choices)}.")
     return value
+
+
+def require_compiler(device: str, options: Mapping[str, Any]) -> None:
+    """Raise before anything is loaded if what compiles for a device is missing.
+
+    Args:
+        device: the value of --device.
+        options: of `torch.compile(backend="specmoe")`.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+    """
+    import torch
+
+    from specmoe_compile.system.compilers import check_compiler
+
+    if options.get("lowering") == "eager":
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    check_compiler("cuda" if on_gpu else "cpu")
+
+
+def checked_numbers(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that a number beyond all use is refused before it begins."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, value in values.items():
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, float) and not abs(value) <= _LARGEST_NUMBER:  # NaN too
+                raise ValueError(f"{option} {value} is not a number that it can have.")
+            largest = 2**63 - 1 if name in _ANY_64_BITS else _LARGEST_NUMBER
+            if isinstance(value, int) and abs(value) > largest:
+                raise ValueError(f"{option} {value} is too large: give at most {largest}.")
+        command(**values)
+
+    return run
+
+
+def check_no_value_is_empty(arguments: Sequence[str]) -> None:
+    """Raise `ValueError` for an empty argument, as an unset shell variable leaves behind.
+
+    An empty path would mean the current folder.
+    """
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument == "" and index:
+            name = arguments[index - 1]
+        elif not (equals and not value and name.startswith("--") and " " not in name):
+            continue
+        what = name if name.startswith("-") else "An argument"
+        raise ValueError(f"{what} is empty: give it a value, or leave it out.")
 
 
 def check_dtype(value: str) -> str:

@@ -13,7 +13,7 @@ import typer
 from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choice, compile_options
 
 if TYPE_CHECKING:
-    from specmoe_compile.options import SpeculationConfig
+    from specmoe_compile.options import SessionOptions
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
@@ -97,7 +97,7 @@ def replay(
 
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
     """
-    from specmoe_compile.options import CompileOptions, SpeculationConfig
+    from specmoe_compile.options import CompileOptions, SessionOptions
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
     from specmoe_compile.runtime.cache.eviction import Policy
@@ -106,7 +106,7 @@ def replay(
     policies = _names("policy", policy, get_args(Policy))
     predictors = None if predictor is None else _names("predictor", predictor, tuple(PREDICTORS))
     sizes = [size.strip() for size in expert_cache.split(",")]
-    speculation = SpeculationConfig.from_options(CompileOptions(**compile_options(option)))
+    speculation = SessionOptions.view(CompileOptions(**compile_options(option)))
     check_writable(json)
     loaded = RoutingTrace.load(trace.expanduser())
     if store_dir is not None:
@@ -225,7 +225,7 @@ def _chosen_predictors(sweep: Sweep, asked: list[str] | None) -> list[str]:
 
 
 def _setting(
-    trace: RoutingTrace, size: str, policy: Any, predictor: str, speculation: SpeculationConfig
+    trace: RoutingTrace, size: str, policy: Any, predictor: str, speculation: SessionOptions
 ) -> ReplaySetting:
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.system.sizes import parse_size
@@ -276,7 +276,7 @@ def _run_all(sweep: Sweep, settings: Sequence[tuple[str, ReplaySetting]]) -> _Re
 
 
 def _as_dict(
-    trace: RoutingTrace, machine: dict[str, Any], speculation: SpeculationConfig, result: _Result
+    trace: RoutingTrace, machine: dict[str, Any], speculation: SessionOptions, result: _Result
 ) -> dict[str, Any]:
     return {
         "schema": 1,
@@ -289,7 +289,7 @@ def _as_dict(
             "setting": dict(trace.setting),
         },
         "machine": machine,
-        "speculation": asdict(speculation),
+        "speculation": speculation.as_dict(),
         "replays": [summary.as_dict() for summary in result.summaries],
         "refused": result.refused,
         "sufficient": result.sufficient,

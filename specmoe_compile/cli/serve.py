@@ -22,6 +22,7 @@ from specmoe_compile.cli.options import (
     check_choice,
     check_dtype,
     compile_options,
+    require_compiler,
 )
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -68,7 +69,7 @@ def serve(
             "--served-name",
             help="The model's name for clients. By default as given.",
             show_default=False,
-            metavar="NAME",
+            metavar="ALIAS",
         ),
     ] = None,
     debug: DEBUG = False,
@@ -86,6 +87,7 @@ def serve(
     check_choice("store", store, ("auto", "ram", "disk"))
     options = compile_options(option)
     check_packages()
+    require_compiler(device, options)
 
     from specmoe_compile.serve.server import bind, check_exposure, warm_up
     from specmoe_compile.serve.server import serve as run_server

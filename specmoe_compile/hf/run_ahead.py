@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
@@ -283,22 +284,33 @@ def _can_go_back(outputs: Any, config: Any, stats: GenerationStats) -> bool:
     cache = cache_of(outputs)
     if cache is None or not _is_kept(cache, config):
         return True
-    croppable = getattr(cache, "is_croppable", False) and not any(
-        hasattr(layer, "record_past") for layer in cache.layers
+    can = _counts_tokens(cache) or (
+        getattr(cache, "is_croppable", False)
+        and not any(hasattr(layer, "record_past") for layer in cache.layers)
     )
-    if not croppable:
+    if not can:
         stats.reason = "the caller keeps its cache, which cannot go back by a token"
-    return croppable
+    return can
 
 
 def _is_kept(cache: Any, config: Any) -> bool:
-    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", True))
+    return bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
+
+
+def _counts_tokens(cache: Any) -> bool:
+    """Whether a cache forgets its last token by counting one token less."""
+    return all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def _go_back(cache: Any, config: Any) -> None:
     """Let a cache that the caller keeps forget its last token."""
-    if cache is not None and _is_kept(cache, config):
+    if cache is None or not _is_kept(cache, config):
+        return
+    if not _counts_tokens(cache):
         cache.crop(-1)
+        return
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(1)
 
 
 def _result(config: Any, chooser: _Chooser, tokens: Tensor, cache: Any) -> Any:

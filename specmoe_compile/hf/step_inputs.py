@@ -68,10 +68,13 @@ class StepInputs:
         ):
             return False
         # A window moves over the padding, and would show it where it has moved away.
-        padded = model_kwargs.get("attention_mask") is not None
-        if padded and any(layer.is_sliding for layer in layers):
+        given = model_kwargs.get("attention_mask")
+        slides = any(layer.is_sliding for layer in layers)
+        if slides and given is not None and not bool((given == 1).all()):
             return False
         masks = inputs.get("attention_mask")
+        if masks is None:
+            return given is None  # the model makes its masks itself
         if isinstance(masks, dict) and masks.keys() - _KNOWN_MASKS:
             return False
         if getattr(self._model.config.get_text_config(), "attention_chunk_size", None) is not None:
@@ -87,7 +90,7 @@ class StepInputs:
         positions = inputs.get("position_ids")
         if isinstance(positions, Tensor):
             self._inputs["position_ids"] = positions.clone()
-        self._masks = _masks_of(inputs["attention_mask"])
+        self._masks = _masks_of(inputs.get("attention_mask"))
         self._filled = int(cache_of(inputs).get_seq_length())
 
     def _advance(self, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:

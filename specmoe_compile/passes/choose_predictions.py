@@ -28,7 +28,7 @@ def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) 
 
     Args:
         graph: aten graph, not changed.
-        config: `lookahead`, `skip_layers`, `most_tokens`, `control`, `predictor`.
+        config: `lookahead`, `skip_layers`, `max_tokens`, `control`, `predictor`.
         plan: with its layers.
 
     Returns:
@@ -56,10 +56,10 @@ def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
     target = path[-1]
     if len(path) == 1 and (config.control or not _predicts_itself(config)):
         return FIRST_LAYER
-    if target.index in config.skip_layers:
+    if config.skips(target.index):
         return SKIPPED
     tokens = value_of(target.ids).shape[0]
-    if config.most_tokens is not None and statically_known_true(tokens > config.most_tokens):
+    if config.max_tokens is not None and statically_known_true(tokens > config.max_tokens):
         return PREFILL
     if target.reason is not None:
         return target.reason

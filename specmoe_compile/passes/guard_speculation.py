@@ -71,7 +71,7 @@ def guard_speculation(graph: Graph, config: PassConfig, plan: SpeculationPlan) -
             with graph.inserting_after(wanted):
                 answer = graph.call_function(torch.ops.aten.select.int, (wanted, 0, place))
             set_value(answer)
-            _guard(graph, layer, answer, settle=config.inductor)
+            _guard(graph, layer, answer, settle=config.lowering == "inductor")
             report.matches += 1
     return report
 

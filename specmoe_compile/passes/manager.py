@@ -7,12 +7,9 @@ trace: `TORCH_LOGS="+specmoe_compile.passes"` logs what matched and why layers w
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch._dynamo.utils import dynamo_timed
@@ -25,6 +22,7 @@ from specmoe_compile.passes.choose_predictions import ON_PURPOSE, choose_predict
 from specmoe_compile.passes.find_moe_layers import find_moe_layers
 from specmoe_compile.passes.fx_utils import find_calls, module_of, specmoe_ops
 from specmoe_compile.passes.guard_speculation import guard_speculation
+from specmoe_compile.passes.identity import source_hash
 from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_expert_prefetch import insert_expert_prefetch
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
@@ -189,19 +187,9 @@ class SpeculationPass(CustomGraphPass):
         self.reports.append(run_passes(graph, self.config))
 
     def uuid(self) -> str:
-        """Identity for the FX graph cache: sources of passes and predictors, and the options."""
-        return f"specmoe-{_source_hash()}-{self.config.key()}"
+        """Identity for the FX graph cache: sources of passes and of what they need, and options."""
+        return f"specmoe-{source_hash()}-{self.config.key()}"
 
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled so far is no part of the identity.
         return {"config": self.config, "reports": []}
-
-
-@functools.cache
-def _source_hash() -> str:
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    beside = (folder.parent / "ops.py", folder.parent / "predict" / "registry.py")
-    for path in (*sorted(folder.glob("*.py")), *beside):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()

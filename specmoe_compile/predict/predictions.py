@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.predict.network import ExpertNetwork
-from specmoe_compile.predict.registry import DEFAULT_PREDICTOR, PREDICTORS
+from specmoe_compile.predict.registry import DEFAULT_PREDICTOR, PREDICTORS, Predictor
 
 
 class Predictions:
@@ -27,9 +27,9 @@ class Predictions:
         self._predictor = PREDICTORS[DEFAULT_PREDICTOR]
         self._last: list[Tensor | None] = [None] * layers
 
-    def use(self, predictor: str) -> None:
-        """Predict by this name of `PREDICTORS` from now on."""
-        self._predictor = PREDICTORS[predictor]
+    def use(self, predictor: Predictor) -> None:
+        """Predict by this one from now on."""
+        self._predictor = predictor
         self._last = [None] * len(self._last)
 
     def load(self, networks: Sequence[ExpertNetwork | None], device: torch.device) -> None:

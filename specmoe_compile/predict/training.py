@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from specmoe_compile.predict.network import ExpertNetwork, normalised
 
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 """Memory for recorded states; of longer texts a random part of the tokens is kept."""
 
 
@@ -98,8 +98,8 @@ class Recording:
 
 
 def share_that_fits(tokens: int, states_per_token: int, hidden: int) -> float:
-    """The share of tokens whose float16 states fit in MOST_BYTES."""
-    return min(1.0, MOST_BYTES / max(1, tokens * states_per_token * hidden * 2))
+    """The share of tokens whose float16 states fit in MAX_BYTES."""
+    return min(1.0, MAX_BYTES / max(1, tokens * states_per_token * hidden * 2))
 
 
 def train_network(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
+from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.replay.link import Link, SimulatedLink
 from specmoe_compile.replay.predictors import PREDICTORS, Predictor
@@ -108,7 +108,7 @@ class ReplaySetting:
     cache_bytes: int
     cache_policy: Policy
     predictor: str
-    speculation: SpeculationConfig
+    speculation: SessionOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,9 +283,9 @@ class _Run:
         vectors = DefaultVectors(store.num_experts, [1] * len(runners))
         vectors.frozen = True
         self._speculator = Speculator(residency, runners, self.stats, vectors)
-        self._speculator.config = setting.speculation
-        skipped = setting.speculation.skip_layers
-        targets = [layer for layer in range(1, len(runners)) if layer not in skipped]
+        self._speculator.use_options(setting.speculation)
+        skips = setting.speculation.skips
+        targets = [layer for layer in range(1, len(runners)) if not skips(layer)]
         # A layer nearer to the first one than `lookahead` is predicted from the first.
         self._edges = [(max(0, target - self._lookahead), target) for target in targets]
         self._targets: list[list[int]] = [[] for _ in runners]
@@ -324,7 +324,8 @@ class _Run:
         if not self._speculator.config.auto_off:
             return self._split
         flat = [layer for edge in self._edges for layer in edge]
-        return self._speculator.plan(range(count), flat)
+        ids, _ = self._steps.routed(step, 0)
+        return self._speculator.plan(range(count), flat, ids)
 
     def _predict(self, step: int, target: int, tickets: dict[int, int]) -> None:
         assert self._predictor is not None, "a step without a predictor is not split"

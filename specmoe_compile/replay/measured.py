@@ -59,5 +59,5 @@ def timed_steps(trace: RoutingTrace, steps: Sequence[int]) -> list[int]:
     followed = [step for step in steps if step + 1 in decode and times[step] > 0]
     if not followed:
         return []
-    most_ms = 3 * median(times[step] for step in followed)
-    return [step for step in followed if times[step] <= most_ms]
+    max_ms = 3 * median(times[step] for step in followed)
+    return [step for step in followed if times[step] <= max_ms]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from specmoe_compile.errors import TraceError
 from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.replay.trace import RoutingTrace
+from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.cpu.engine import CpuEngine
 from specmoe_compile.runtime.session import Session
 
 Rows = tuple[Tensor, Tensor]
@@ -49,12 +51,14 @@ class TraceRecorder:
             TraceError: its experts are computed in place or on a GPU, where nothing is fetched, or
                 the device decides.
         """
-        if not isinstance(session, Session) or session.cache is None:
+        engine = session.engine
+        if not isinstance(engine, CpuEngine) or engine.cache is None:
             raise TraceError(
                 "a routing trace is recorded where experts are fetched by the CPU: load the model"
                 ' with device="cpu" and store="disk"'
             )
         self._session = session
+        self._cache = engine.cache
         self._steps: list[_Step] = []
         self._step: _Step | None = None
         self._guesses: dict[int, Rows] = {}
@@ -96,7 +100,7 @@ class TraceRecorder:
             num_experts=store.num_experts,
             record_bytes=tuple(layout.record_bytes for layout in store.layouts),
             top_k=max(ids.shape[1] for step in steps for ids, _ in step.routed),
-            setting=_setting(self._session),
+            setting=_setting(self._session, self._cache),
             tensors=_tensors(steps),
         )
 
@@ -125,13 +129,11 @@ def _own(ids: Tensor, weights: Tensor) -> Rows:
     return ids.to(torch.int16, copy=True), weights.to(torch.float32, copy=True)
 
 
-def _setting(session: Session) -> dict[str, Any]:
-    cache = session.cache
-    cached = isinstance(cache, ExpertCache)
+def _setting(session: Session, cache: ExpertCache | DoubleBuffers) -> dict[str, Any]:
     return {
         "slots": [len(slots) for slots in cache.expert_of] if isinstance(cache, ExpertCache) else 0,
-        "cache_policy": cache.policy if cached and isinstance(cache, ExpertCache) else None,
-        "speculation": asdict(session.speculation),
+        "cache_policy": cache.policy if isinstance(cache, ExpertCache) else None,
+        "speculation": session.speculation.as_dict(),
     }
 
 

@@ -133,10 +133,10 @@ class Sweep:
             return self.run(one, name="", on_step=on_step).tpot_mean_ms
 
         too_small, enough = trace.top_k - 1, max(trace.num_experts)
-        most_ms = (1 + PAYS) * tpot_ms(enough)
+        max_ms = (1 + PAYS) * tpot_ms(enough)
         while enough - too_small > 1:
             middle = (too_small + enough) // 2
-            if tpot_ms(middle) <= most_ms:
+            if tpot_ms(middle) <= max_ms:
                 enough = middle
             else:
                 too_small = middle

@@ -1,9 +1,11 @@
-"""The one owner of what an offloaded model needs at run time, and the table of open sessions.
+"""The one object that ops name: what an offloaded model needs at run time, and who runs its layers.
 
-Graphs name a session by its handle, a small integer that is the same in every process that makes
-its sessions in the same order, so that compiled code can be reused.
+A session owns a store and an `Engine`, which takes the steps of the MoE layers on one device. It
+serialises the calls, marks them for profilers, tells an observer, and closes everything. Graphs
+name a session by its handle, a small integer that is the same in every process that makes its
+sessions in the same order, so that compiled code can be reused.
 
-Shape letters: T tokens, E experts, K top-k, H hidden, L MoE layers.
+Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, L MoE layers.
 """
 
 from __future__ import annotations
@@ -14,47 +16,24 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
-from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
-from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
-from specmoe_compile.runtime.cache.slot_table import ExpertCache
-from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
-from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu.experts import ExpertRunner
-from specmoe_compile.runtime.cpu.fast_tier import FastTier
-from specmoe_compile.runtime.cpu.native.layer import settle, use_cpu_math
-from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
-from specmoe_compile.runtime.cpu.speculator import Speculator
+from specmoe_compile.runtime.cache.statistics import Stats
+from specmoe_compile.runtime.engine import Engine
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.store.base import ExpertStore
-from specmoe_compile.runtime.transfer.disk import DiskTransfer
 from specmoe_compile.system import nvtx
 from specmoe_compile.system.nvtx import layer_range
 
-if TYPE_CHECKING:
-    from specmoe_compile.runtime.cpu.live_session import LiveSession
-
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
-
-
-def register_session(session: Session | LiveSession) -> int:
-    """Enter a session into the table, which does not keep it alive, and return its handle.
-
-    The handle is the lowest number that is free, so that compiled code is found again by a process
-    that opens and closes sessions in turn.
-    """
-    handle = next(number for number in itertools.count() if number not in _sessions)
-    _sessions[handle] = cast(Session, session)  # a LiveSession has what a graph may call
-    return handle
 
 
 def get_session(handle: int) -> Session:
@@ -113,114 +92,52 @@ class RoutingObserver(Protocol):
 
 
 class Session:
-    """Store, cache, transfer and counters of one model; a context manager that closes them.
+    """An engine with its store; a context manager that closes both.
 
     One caller runs at a time; another waits for it. Two generations that interleave are exact, and
-    slower, since they share slots. In a forked process it is used on by itself: its memory is
-    copied on write, and its reader threads start again.
+    slower, since they share slots. In a forked process it is used on by itself, if its engine can:
+    memory is copied on write, and reader threads start again.
 
     Attributes:
-        handle: what graphs call the session by.
-        layers: the MoE layers, by ordinal.
-        store: the slow tier; closed with the session.
-        cache: `ExpertCache`, or `DoubleBuffers` without a cache; None when experts are in place.
-        device: where experts are computed.
+        handle: what graphs call the session by: the lowest number that is free, so that compiled
+            code is found again by a process that opens and closes sessions in turn.
+        engine: what runs the layers.
+        layers: the MoE layers, by ordinal; empty for a model that was not offloaded.
         top_k: K, the most experts of a token.
-        default_vectors: mean outputs of the experts, learned while running.
+        speculation: what happens to predictions, as `configure` set it.
         observer: is told every routing and prediction; None for nobody.
-        predictions: trained networks and past choices, for predictors that are no router.
-        plans_steps: whether a graph may branch on `plan_step`.
     """
-
-    plans_steps = True
 
     def __init__(
         self,
-        layers: Sequence[ExpertsLayer],
-        store: ExpertStore,
+        engine: Engine,
         *,
-        device: torch.device | str = "cpu",
-        expert_cache_bytes: int | None,
-        cache_policy: Policy = DEFAULT_POLICY,
-        reader_threads: int = 4,
-        top_k: int,
+        layers: Sequence[ExpertsLayer] = (),
+        store: ExpertStore | None = None,
+        top_k: int = 0,
     ) -> None:
-        """Reserve memory and start the reader threads.
+        """Enter the table of open sessions, which does not keep the session alive.
 
         Args:
-            layers: by MoE layer ordinal; their modules say how an expert is computed.
-            store: records of all of them.
-            device: "cpu".
-            expert_cache_bytes: bytes of slots over all layers; 0 for no cache, only the buffers of
-                two layers; None, with a store in RAM, to compute from the store itself.
-            cache_policy: which expert leaves a full cache.
-            reader_threads: reads in flight at most.
+            engine: closed with the session.
+            layers: by MoE layer ordinal.
+            store: records of all of them, closed with the session; None where nothing is offloaded.
             top_k: K.
-
-        Raises:
-            ValueError: the cache does not hold one token's experts, or the store is another
-                model's.
         """
-        self.device = torch.device(device)
-        if self.device.type != "cpu":
-            raise ValueError(f"device={device!r}: this session computes on the CPU only.")
+        self.engine = engine
         self.layers = tuple(layers)
-        self.store = store
         self.top_k = top_k
-        self.cache: ExpertCache | DoubleBuffers | None = None
         self.observer: RoutingObserver | None = None
-        _check_store(self.layers, store)
-        self._runners = tuple(
-            ExpertRunner(layer.module, layer.layout, layer.num_experts, native=True)
-            for layer in self.layers
-        )
-        self._layer_stats = tuple(LayerStats() for _ in self.layers)
+        self.speculation = SessionOptions()
+        self._store = store
+        self._last_stats: Stats | None = None
         self._lock = threading.RLock()
+        self._is_forked = False
         self._lookahead = nvtx.OpenRange()
-        self._busy_before_ms = 0.0
-        self._transfer: DiskTransfer | None = None
-        self._residency = self._make_residency(expert_cache_bytes, cache_policy, reader_threads)
-        self.default_vectors = DefaultVectors(
-            [runner.num_experts for runner in self._runners],
-            [runner.hidden_size for runner in self._runners],
-        )
-        self.predictions = Predictions(len(self.layers))
-        self._speculator = Speculator(
-            self._residency, self._runners, self._layer_stats, self.default_vectors
-        )
-        self.handle = register_session(self)
+        self.handle = next(number for number in itertools.count() if number not in _sessions)
+        _sessions[self.handle] = self
         # Runs at exit too, and does not keep the session alive.
-        self._finalizer = weakref.finalize(self, _close_parts, self.handle, self._transfer, store)
-
-    def _make_residency(
-        self, cache_bytes: int | None, policy: Policy, reader_threads: int
-    ) -> Residency:
-        if cache_bytes is None:
-            if self.store.kind != "ram":
-                raise ValueError(
-                    "A store on disk needs an expert cache: give expert_cache in bytes, or 0 for"
-                    " none but the buffers of two layers."
-                )
-            return InPlaceResidency(self.store, self._runners, self._layer_stats)
-        self._transfer = DiskTransfer(self.store, reader_threads=reader_threads)
-        self._tier = FastTier(
-            self.store,
-            self._transfer,
-            self._runners,
-            self._layer_stats,
-            top_k=self.top_k,
-            reader_threads=reader_threads,
-        )
-        if cache_bytes == 0:
-            return self._buffered(SpeculationConfig())
-        residency = self._tier.cached(cache_bytes, policy)
-        self.cache = residency.table
-        return residency
-
-    def _buffered(self, speculation: SpeculationConfig) -> CachedResidency:
-        residency = self._tier.buffered(speculation)
-        self.cache = residency.table
-        return residency
+        self._finalizer = weakref.finalize(self, _close_parts, self.handle, engine, store)
 
     def __enter__(self) -> Session:
         return self
@@ -239,78 +156,84 @@ class Session:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """End the reader threads and close the store; a waiting caller gets a TransferError.
+        """Close the engine and the store; a caller that waits for a read gets a TransferError.
 
         The modules forget the handle, which another session may get: code that was compiled for
         this one is guarded by it and cannot reach the other's experts.
         """
-        if not self.closed:
+        self.engine.interrupt()
+        with self._lock:
+            if self.closed:
+                return
             for layer in self.layers:
                 layer.module._specmoe_session = None  # type: ignore[assignment]
-        self._finalizer()
+            try:
+                self._last_stats = self.engine.stats()
+            finally:
+                self._finalizer()
+
+    @property
+    def store(self) -> ExpertStore:
+        """The slow tier.
+
+        Raises:
+            SpecMoEError: the model was not offloaded.
+        """
+        if self._store is None:
+            raise SpecMoEError("This model's experts are not offloaded: it has no expert store.")
+        return self._store
+
+    @property
+    def device(self) -> torch.device:
+        """Where experts are computed."""
+        return self.engine.device
+
+    @property
+    def default_vectors(self) -> DefaultVectors:
+        """Mean outputs of the experts."""
+        return self.engine.default_vectors
+
+    @property
+    def predictions(self) -> Predictions:
+        """What predicts where no router does."""
+        return self.engine.predictions
 
     @property
     def stats(self) -> Stats:
-        """Counters so far, as a copy."""
-        return Stats(
-            layers=tuple(layer.copy() for layer in self._layer_stats),
-            fast_tier_bytes=self._residency.fast_tier_bytes,
-            store_bytes=self.store.total_bytes,
-            store=self.store.kind,
-            experts=self.store.numbers,
-            record_bytes=self.store.record_bytes,
-            read_busy_ms=self._busy_ms() - self._busy_before_ms,
-            eviction=self.cache.followed() if isinstance(self.cache, ExpertCache) else (),
-        )
-
-    def configure(self, speculation: SpeculationConfig) -> None:
-        """Set what happens to predictions, from now on.
-
-        Raises:
-            ValueError: a transfer that only a GPU has, or int8 arithmetic for experts without it.
-        """
-        if speculation.transfer != "auto":
-            raise ValueError(
-                f"transfer={speculation.transfer!r} is for experts that are computed on a GPU, and"
-                " these are computed on the CPU: leave it out, or load the model with"
-                " device='cuda'."
-            )
-        with self._lock:
-            use_cpu_math(speculation.cpu_math, [runner.native for runner in self._runners])
-            previous = self._speculator.config
-            if isinstance(self.cache, DoubleBuffers) and _buffers_differ(previous, speculation):
-                settle()  # the old buffers go away
-                self._residency = self._buffered(speculation)
-                self._speculator.use(self._residency)
-            self._speculator.config = speculation
-            self._speculator.learns_from_decode = speculation.prefetch
-            self.predictions.use(speculation.predictor)
-            if speculation.nvtx:
-                nvtx.enable()
-
-    @property
-    def speculation(self) -> SpeculationConfig:
-        """What happens to predictions, as `configure` set it."""
-        return self._speculator.config
+        """Counters so far, as a copy; those at the end once it is closed. May wait for a GPU."""
+        if self._last_stats is not None:
+            return self._last_stats
+        self.check_open()
+        return self.engine.stats()
 
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
         with self._lock:
-            for layer in self._layer_stats:
-                layer.reset()
-            self._busy_before_ms = self._busy_ms()
+            self.check_open()
+            self.engine.reset_stats()
 
-    def _busy_ms(self) -> float:
-        return self._transfer.busy_ms if self._transfer is not None else 0.0
+    def configure(self, speculation: SessionOptions) -> None:
+        """Set what happens to predictions, from now on.
+
+        Raises:
+            ValueError, SpecMoEError: the engine cannot do what one of the options asks for.
+        """
+        with self._lock:
+            self.check_open()
+            self.engine.configure(speculation)
+            self.engine.predictions.use(speculation.kind)
+            self.speculation = speculation
+            if speculation.nvtx:
+                nvtx.enable()
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the experts of one layer, fetching what is missing.
 
         Args:
             layer: MoE layer ordinal.
-            x: [T, H] float, CPU.
-            ids: [T, K] int64 or int32, CPU.
-            weights: [T, K] float, CPU.
+            x: [T, H] float, on the session's device, like the others.
+            ids: [T, K] int64 or int32.
+            weights: [T, K] float.
 
         Returns:
             [T, H] in the dtype of `x`: the weighted sum over K.
@@ -323,8 +246,7 @@ class Session:
             self.check_open()
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=False)
-            self.predictions.note(layer, ids)
-            return self._speculator.demand(layer, x, ids, weights)
+            return self.engine.demand(layer, x, ids, weights)
 
     def blend_default_vectors(
         self, layer: int, ids: Tensor, weights: Tensor, like: Tensor
@@ -332,7 +254,7 @@ class Session:
         """Weighted sum of the experts' default vectors: [T, K], [T, K] -> [T, H] like `like`."""
         with self._lock, layer_range(layer, "blend"):
             self._lookahead.open(layer, "lookahead")
-            return self.default_vectors.blend(layer, ids, weights, like)
+            return self.engine.blend(layer, ids, weights, like)
 
     def predict_experts(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Predict a layer without its router: [T, H] -> ids and weights [T, P], for a prefetch.
@@ -341,7 +263,7 @@ class Session:
             SpecMoEError: the layer has no trained network.
         """
         with self._lock, layer_range(layer, "predict"):
-            return self.predictions.predict(layer, state, width)
+            return self.engine.predict(layer, state, width)
 
     def start_prefetch(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction of a layer's routing and start reading what it lacks; never blocks.
@@ -359,7 +281,7 @@ class Session:
             self.check_open()
             if self.observer is not None:
                 self.observer.predicted(layer, ids, weights)
-            return self._speculator.start(layer, ids, weights)
+            return self.engine.start(layer, ids, weights)
 
     def plan_step(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         """Decide which of `layers` speculate in the step that begins.
@@ -371,7 +293,7 @@ class Session:
         """
         with self._lock:
             self.check_open()
-            return self._speculator.plan(layers, edges)
+            return self.engine.plan(layers, edges, ids)
 
     def wait_prefetch(self, ticket: int, layer: int, ids: Tensor) -> int:
         """Settle a ticket against the true ids, [T, K]; issues demand reads, never blocks.
@@ -381,8 +303,7 @@ class Session:
         """
         with self._lock, layer_range(layer, "wait"):
             self.check_open()
-            self.predictions.note(layer, ids)
-            return self._speculator.settle(ticket, layer, ids)
+            return self.engine.settle(ticket, layer, ids)
 
     def run_resident_experts(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, state: int
@@ -395,7 +316,7 @@ class Session:
             self.check_open()
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=True)
-            return self._speculator.run(state, layer, x, ids, weights)
+            return self.engine.run(state, layer, x, ids, weights)
 
     def correct_experts(
         self, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, state: int
@@ -407,19 +328,31 @@ class Session:
         """
         with self._lock, layer_range(layer, "correct"):
             self.check_open()
-            return self._speculator.correct(state, layer, partial, x, ids, weights)
+            return self.engine.correct(state, layer, partial, x, ids, weights)
 
     def check_open(self) -> None:
-        """Raise `SpecMoEError` if the session is closed."""
+        """Raise `SpecMoEError` if the session is closed, or another process's."""
+        if self._is_forked:
+            raise SpecMoEError(
+                "This process was forked from one that computes the model on a GPU, and CUDA does"
+                " not work in a forked process: load the model in this process, or start processes"
+                " with the method 'spawn'."
+            )
         if self.closed:
             raise SpecMoEError("The session is closed: load the model again.")
 
     def renew_after_fork(self) -> None:
-        """In a forked process: forget a lock that a thread of the parent's holds."""
+        """In a forked process: forget a lock that a thread of the parent's holds.
+
+        An engine that is of the parent alone is refused from now on, and what it has left alone.
+        """
         self._lock = threading.RLock()
+        if not self.engine.survives_fork:
+            self._is_forked = True
+            self._finalizer.detach()
 
 
-def _check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
+def check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
     """Raise `ValueError` when a store does not hold the experts of these layers."""
     wanted = [(layer.num_experts, layer.layout) for layer in layers]
     stored = list(zip(store.num_experts, store.layouts, strict=True))
@@ -430,13 +363,10 @@ def _check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
         )
 
 
-def _buffers_differ(one: SpeculationConfig, other: SpeculationConfig) -> bool:
-    return (one.lookahead, one.prefetch_width) != (other.lookahead, other.prefetch_width)
-
-
-def _close_parts(handle: int, transfer: DiskTransfer | None, store: ExpertStore) -> None:
+def _close_parts(handle: int, engine: Engine, store: ExpertStore | None) -> None:
     _sessions.pop(handle, None)
-    if transfer is not None:
-        transfer.close()
-    settle()
-    store.close()
+    try:
+        engine.close()
+    finally:
+        if store is not None:
+            store.close()

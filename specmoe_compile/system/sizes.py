@@ -16,6 +16,7 @@ _UNITS = {
     "TIB": 2**40,
 }
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+|%)?\s*")
+_LARGEST = 1e18
 _EXPECTED = 'bytes as an int, a size such as "2GiB" or "500MB", or a share such as "25%"'
 
 
@@ -43,6 +44,8 @@ def parse_size(value: int | str, *, total_bytes: int, option: str = "expert_cach
     if match is None:
         raise ValueError(f"{option}={value!r} is not a size; give {_EXPECTED}.")
     number, unit = float(match[1]), (match[2] or "B").upper()
+    if number > _LARGEST:
+        raise ValueError(f"{option}={_shortened(value)} is more than any machine has.")
     if unit == "%":
         if number > 100:
             raise ValueError(f"{option}={value!r} must be at most 100%.")
@@ -50,6 +53,10 @@ def parse_size(value: int | str, *, total_bytes: int, option: str = "expert_cach
     if unit not in _UNITS:
         raise ValueError(f"{option}={value!r} has an unknown unit {match[2]!r}; give {_EXPECTED}.")
     return _whole(number * _UNITS[unit])
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:20]}...{text[-10:]}")
 
 
 def _whole(size: float) -> int:

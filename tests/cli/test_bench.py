@@ -122,7 +122,7 @@ def test_speculating_arms_prefetch_under_their_policy(
     stats = loaded.read_stats()
     assert stats.total.prefetches > 0
     assert stats.fast_tier_bytes < stats.store_bytes
-    policy = session_of(loaded.inner)._speculator.config.policy
+    policy = session_of(loaded.inner).speculation.policy
     assert policy == ARMS[name].policy == (name if name in get_args(Policy) else "exact")
 
 

@@ -29,7 +29,7 @@ from benchmarks.gpu_full_size_trace import (
     map_trace,
     record_reference,
 )
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.session import Session
 
 CPU = torch.device("cpu")
 STD = 0.2  # so large that experts decide tokens
@@ -104,7 +104,7 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
 ) -> None:
     guessed: list[tuple[int, list[int]]] = []
     routed: list[tuple[int, list[int]]] = []
-    start, wait = DeviceSession.start_prefetch, DeviceSession.wait_prefetch
+    start, wait = Session.start_prefetch, Session.wait_prefetch
 
     def spy_start(self: Any, layer: int, ids: Any, weights: Any) -> int:
         guessed.append((layer, sorted(ids[0].tolist())))
@@ -114,8 +114,8 @@ def test_exact_arms_give_the_tokens_of_the_eager_model(
         routed.append((layer, sorted(ids[0].tolist())))
         return wait(self, ticket, layer, ids)
 
-    monkeypatch.setattr(DeviceSession, "start_prefetch", spy_start)
-    monkeypatch.setattr(DeviceSession, "wait_prefetch", spy_wait)
+    monkeypatch.setattr(Session, "start_prefetch", spy_start)
+    monkeypatch.setattr(Session, "wait_prefetch", spy_wait)
     want = _eager_tokens(qwen, CONTEXT)
     # A given number is not tried: every predicted expert comes ahead in every step.
     arms, routings = ["prefetch_no_cache_most_4"], ("trace", "router")

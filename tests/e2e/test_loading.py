@@ -220,11 +220,11 @@ def test_the_cache_gets_the_bytes_that_were_asked_for(
     folder: Path, expert_cache: int | str | None, slots: int
 ) -> None:
     session = session_of(load(folder, store="disk", expert_cache=expert_cache))
-    assert session.cache is not None
+    assert session.engine.cache is not None
     for layer, layout in zip(session.layers, session.store.layouts, strict=True):
-        plan = session.cache.plan(layer.index, range(slots))
+        plan = session.engine.cache.plan(layer.index, range(slots))
         assert len(plan.fills) == slots and not plan.bypassed
-        assert session.cache.plan(layer.index, range(8)).hits == plan.fills
+        assert session.engine.cache.plan(layer.index, range(8)).hits == plan.fills
         assert layout == layer.layout
 
 

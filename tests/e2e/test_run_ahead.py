@@ -269,11 +269,12 @@ def test_inputs_that_are_advanced_are_those_that_would_be_made(
     model, _ = tiny(family, **changes)
     tokens = prompts(2, 6)
     padding = torch.ones(2, 5, dtype=torch.long)
-    padding[0, :2] = 0
+    if padded:
+        padding[0, :2] = 0
     cache = StaticCache(config=model.config, max_cache_len=20)
     kwargs: dict[str, Any] = {
         **cache_argument(model, cache),
-        "attention_mask": padding if padded else None,
+        "attention_mask": padding,
         "position_ids": torch.arange(5).expand(2, 5),
         "use_cache": True,
     }

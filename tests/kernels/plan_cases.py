@@ -33,15 +33,15 @@ class Step:
     ids: list[list[int]]
     bypass: bool = False
     speculative: bool = False
-    most_fills: int = MAX_CHOICES
+    max_fills: int = MAX_CHOICES
     by_tensor: bool = False
 
     def options(self, device: torch.device) -> dict[str, Any]:
         if self.by_tensor:
-            limit = torch.tensor([self.most_fills], dtype=torch.int32, device=device)
+            limit = torch.tensor([self.max_fills], dtype=torch.int32, device=device)
             budget: dict[str, Any] = {"fill_limit": limit}
         else:
-            budget = {"most_fills": self.most_fills}
+            budget = {"max_fills": self.max_fills}
         return {"bypass": self.bypass, "speculative": self.speculative, **budget}
 
 
@@ -61,7 +61,7 @@ class ExpectedCache:
         flat = [expert for row in step.ids for expert in row]
         plan = self.cache.plan(
             0,
-            self._afforded(flat, step.most_fills),
+            self._afforded(flat, step.max_fills),
             pinned_slots=set(self.pending),
             bypass=step.bypass,
             speculative=step.speculative,
@@ -95,14 +95,14 @@ class ExpectedCache:
             "fill_count": [len(fills)],
         }
 
-    def _afforded(self, choices: list[int], most_fills: int) -> list[int]:
+    def _afforded(self, choices: list[int], max_fills: int) -> list[int]:
         afforded: list[int] = []
         for expert in choices:
             if expert >= 0 and expert not in afforded:
                 missing = self.cache.slot(0, expert) < 0
-                if missing and most_fills == 0:
+                if missing and max_fills == 0:
                     continue
-                most_fills -= missing
+                max_fills -= missing
                 afforded.append(expert)
         return afforded
 
@@ -166,7 +166,7 @@ def plan_by_kernel(
     policy: str,
     bypass: bool = False,
     speculative: bool = False,
-    most_fills: int = MAX_CHOICES,
+    max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> CachePlanTensors:
     """`plan_cache` by its launch, on poisoned buffers."""
@@ -178,7 +178,7 @@ def plan_by_kernel(
         policy=policy,
         bypass=bypass,
         speculative=speculative,
-        most_fills=most_fills,
+        max_fills=max_fills,
         fill_limit=fill_limit,
     )
     return plan

@@ -73,7 +73,7 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
                 ids=draw(st.lists(row, min_size=tokens, max_size=tokens)),
                 bypass=draw(st.sampled_from([False, False, False, True])),
                 speculative=speculative,
-                most_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
+                max_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
                 by_tensor=speculative and draw(st.booleans()),
             )
         )
@@ -248,13 +248,13 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
         (ValueError, "slot_of has 513 entries", ids, LayerTables(513, 3).layer, {}),
         (ValueError, "expert_of has 513 entries", ids, LayerTables(5, 513).layer, {}),
         (ValueError, "policy is 'fifo', expected one of 'lru'", ids, good, {"policy": "fifo"}),
-        (ValueError, "most_fills is 1, expected 0 to 256", ids, good, {"most_fills": 1}),
+        (ValueError, "max_fills is 1, expected 0 to 256", ids, good, {"max_fills": 1}),
         (
             ValueError,
-            "most_fills is -1, expected 0 to 256",
+            "max_fills is -1, expected 0 to 256",
             ids,
             good,
-            {"most_fills": -1, "speculative": True},
+            {"max_fills": -1, "speculative": True},
         ),
         (
             TypeError,

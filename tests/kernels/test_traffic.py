@@ -241,7 +241,7 @@ def test_a_plan_without_misses_moves_what_it_claims(
         policy="lru",
         bypass=False,
         speculative=False,
-        most_fills=MAX_CHOICES,
+        max_fills=MAX_CHOICES,
     )
     counter.assert_equals(traffic)
 

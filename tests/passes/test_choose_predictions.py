@@ -44,8 +44,8 @@ def test_skipped_layers_are_sources_still() -> None:
 
 
 def test_prefill_is_not_predicted() -> None:
-    assert _chosen(PassConfig(most_tokens=TOKENS))[0] == [[0, 1], [1, 2], [2, 3]]
-    paths, skipped = _chosen(PassConfig(most_tokens=TOKENS - 1))
+    assert _chosen(PassConfig(max_tokens=TOKENS))[0] == [[0, 1], [1, 2], [2, 3]]
+    paths, skipped = _chosen(PassConfig(max_tokens=TOKENS - 1))
     assert paths == []
     assert skipped == {0: FIRST_LAYER, 1: PREFILL, 2: PREFILL, 3: PREFILL}
 

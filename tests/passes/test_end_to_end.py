@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import specmoe_compile
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 
@@ -68,7 +68,7 @@ def test_steady_decode_breaks_and_compiles_nothing(tmp_path: Path, cache: str, g
         # What is predicted changes from step to step, and must not show in the graphs. Judged by
         # time a layer may be off, and then nothing is counted: here the test says what is off.
         for skipped, predicted_layers in (((), 1), ((1,), 0), ((0,), 1)):
-            speculation = replace(SpeculationConfig(), skip_layers=skipped, auto_off=False)
+            speculation = replace(SessionOptions(), skip_layers=skipped, auto_off=False)
             session_of(model).configure(speculation)
             before = specmoe_compile.stats(model).total.needed
             greedy(run, prompts(1, 20, seed=1), 24, **kwargs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch._inductor import inductor_prims
 
 from specmoe_compile.errors import InvariantError
+from specmoe_compile.options import Lowering
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.manager import SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
@@ -142,11 +143,11 @@ def test_operands_are_contiguous_but_for_views_of_inputs() -> None:
 
 
 def test_a_graph_that_inductor_does_not_compile_pays_for_no_layout() -> None:
-    for inductor in (True, False):
+    for lowering in get_args(Lowering):
         gm = trace(plain_block, layers=3)
-        run_passes(gm, PassConfig(conditional=True, inductor=inductor), check_each=True)
+        run_passes(gm, PassConfig(conditional=True, lowering=lowering), check_each=True)
         settled = [n for n in gm.graph.nodes if n.target is inductor_prims.force_stride_order]
-        assert bool(settled) == inductor
+        assert bool(settled) == (lowering == "inductor")
 
 
 def test_twice_is_once() -> None:

@@ -6,16 +6,19 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
-from specmoe_compile.options import CompileOptions
+from specmoe_compile.options import CompileOptions, GraphOptions
 from specmoe_compile.passes import manager
+from specmoe_compile.passes.identity import modules_behind, source_hash
 from specmoe_compile.passes.manager import PASSES, SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from tests.passes.graphs import OPS, calls, inputs, norm, plain_block, route, trace, use_session
@@ -121,7 +124,7 @@ def test_graph_that_cannot_be_predicted_is_warned_about(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run_passes(trace(plain_block), PassConfig(skip_layers=(1, 2)))
-    run_passes(trace(plain_block), PassConfig(most_tokens=1))
+    run_passes(trace(plain_block), PassConfig(max_tokens=1))
     assert "predicts no experts" not in caplog.text
 
     def no_residual(r: torch.Tensor, gate: torch.Tensor, layer: int) -> torch.Tensor:
@@ -133,35 +136,105 @@ def test_graph_that_cannot_be_predicted_is_warned_about(
     assert "layer 1: no addition after its experts" in caplog.text
 
 
-def test_identity_depends_on_every_option_and_on_nothing_else() -> None:
+def another_value(options: GraphOptions, name: str) -> Any:
+    """A valid value of an option that is not its own."""
+    value, kind = getattr(options, name), get_type_hints(type(options))[name]
+    if isinstance(value, bool):
+        return not value
+    if name == "predictor":
+        return "residual"
+    if value in get_args(kind):
+        return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(value, tuple):
+        return (1,)
+    if isinstance(value, str):
+        return f"{value} 2"
+    return value / 2 if isinstance(value, float) else (value or 1) + 1
+
+
+@pytest.mark.parametrize("name", [declared.name for declared in fields(PassConfig)])
+def test_identity_depends_on_every_field(name: str) -> None:
     base = SpeculationPass(PassConfig())
     assert base.uuid() == SpeculationPass(PassConfig()).uuid()
-    others = [
-        PassConfig(prefetch=False),
-        PassConfig(lookahead=2),
-        PassConfig(prefetch_width=4),
-        PassConfig(skip_layers=(1,)),
-        PassConfig(control=True),
-        PassConfig(most_tokens=4),
-    ]
-    identities = {SpeculationPass(config).uuid() for config in others} | {base.uuid()}
-    assert len(identities) == len(others) + 1
+    changed = PassConfig(**{name: another_value(PassConfig(), name)})
+    assert SpeculationPass(changed).uuid() != base.uuid()
+
+
+def test_identity_is_kept_by_a_copy_and_its_reports_are_not() -> None:
+    base = SpeculationPass(PassConfig())
     base(trace(plain_block).graph)
     copy = pickle.loads(pickle.dumps(base))
     assert copy.uuid() == base.uuid() and copy.reports == [] and len(base.reports) == 1
 
 
+@pytest.mark.parametrize("name", [declared.name for declared in fields(CompileOptions)])
+def test_options_that_reach_the_passes_are_the_graph_s(name: str) -> None:
+    base = CompileOptions(default_vectors="file")
+    changed = replace(base, **{name: another_value(base, name)})
+    of_graph = name in {declared.name for declared in fields(GraphOptions)}
+    assert (changed.graph_key() != base.graph_key()) == of_graph
+    one, other = (SpeculationPass.from_options(options) for options in (base, changed))
+    assert (one.uuid() != other.uuid()) == of_graph
+
+
+def test_identity_covers_what_steers_a_rewrite(tmp_path: Path) -> None:
+    package = Path(manager.__file__).parents[1]
+    copied = tmp_path / package.name
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    known = {source_hash(), source_hash(copied)}
+    assert len(known) == 1
+    steering = (
+        "MAX_K = ",
+        "MAX_SCORES = ",
+        "FLOAT_DTYPES = ",
+        "class Predictor:",
+        "class GraphOptions",
+        "_SCHEMAS = ",
+        "def outline_experts",
+        "class ExpertForm:",
+    )
+    for number, line in enumerate(steering):
+        (path,) = (p for p in copied.rglob("*.py") if f"\n{line}" in p.read_text())
+        path.write_text(f"{path.read_text()}\n# {number}")
+        source_hash.cache_clear()
+        assert source_hash(copied) not in known
+        known.add(source_hash(copied))
+
+
+def test_modules_are_followed_wherever_they_are_imported(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "room").mkdir(parents=True)
+    sources = {
+        "start.py": "import os\nfrom package.room.first import NUMBER",
+        "room/__init__.py": "",
+        "room/first.py": "def late():\n    import package.second",
+        "second.py": "if False:\n    from package.room import third",
+        "room/third.py": "",
+        "alone.py": "",
+    }
+    for name, source in sources.items():
+        (package / name).write_text(source)
+    found = modules_behind(["start"], package)
+    assert set(found) == {
+        "start",
+        "room",
+        "room.first",
+        "second",
+        "room.third",
+    }
+
+
 def test_options_reach_the_passes() -> None:
     options = CompileOptions(lookahead=3, prefetch_width=6, skip_layers=(1,), control=True)
     assert SpeculationPass.from_options(options).config == PassConfig(
-        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, most_tokens=16
+        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, max_tokens=16
     )
     automatic = CompileOptions(skip_layers="auto")
     assert SpeculationPass.from_options(automatic).config.skip_layers == ()
 
 
 @pytest.mark.parametrize(
-    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}, {"most_tokens": 0}]
+    "options", [{"lookahead": 0}, {"prefetch_width": 0}, {"skip_layers": (-1,)}, {"max_tokens": 0}]
 )
 def test_wrong_values_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

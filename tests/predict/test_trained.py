@@ -14,7 +14,7 @@ import specmoe_compile
 from specmoe_compile.calibrate.calibration import Calibration, LayerWorth, calibrate, use_networks
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import CalibrationError
-from specmoe_compile.options import CompileOptions, SpeculationConfig
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.predict.network import ExpertNetwork, normalised
 from specmoe_compile.predict.registry import PREDICTORS, TRAINED
 from specmoe_compile.predict.training import (
@@ -241,7 +241,7 @@ def test_compiled_code_predicts_as_the_probe_measured(
     session = session_of(model)
     started: dict[int, list[Any]] = {layer: [] for layer in range(LAYERS)}
     seen: dict[int, list[Any]] = {layer: [] for layer in range(LAYERS)}
-    start, predict = session._speculator.start, session.predictions.predict
+    start, predict = session.engine.start, session.predictions.predict
 
     def watch_start(layer: int, ids: Any, weights: Any) -> int:
         started[layer].append(ids.tolist())
@@ -253,7 +253,7 @@ def test_compiled_code_predicts_as_the_probe_measured(
         )  # type: ignore[union-attr]
         return predict(layer, state, width)
 
-    session._speculator.start = watch_start  # type: ignore[method-assign]
+    session.engine.start = watch_start  # type: ignore[method-assign]
     session.predictions.predict = watch_predict  # type: ignore[method-assign]
     options = {"predictor": "estimator", "default_vectors": str(artefact), "auto_off": False}
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
@@ -268,7 +268,7 @@ def test_previous_token_prefetches_what_the_layer_chose_before(tmp_path: Path) -
     session = session_of(model)
     chosen: list[Any] = []
     started: list[Any] = []
-    settle, start = session._speculator.settle, session._speculator.start
+    settle, start = session.engine.settle, session.engine.start
 
     def watch_settle(number: int, layer: int, ids: Any) -> int:
         if layer == 1:
@@ -280,8 +280,8 @@ def test_previous_token_prefetches_what_the_layer_chose_before(tmp_path: Path) -
             started.append(ids.tolist())
         return start(layer, ids, weights)
 
-    session._speculator.settle = watch_settle  # type: ignore[method-assign]
-    session._speculator.start = watch_start  # type: ignore[method-assign]
+    session.engine.settle = watch_settle  # type: ignore[method-assign]
+    session.engine.start = watch_start  # type: ignore[method-assign]
     options = {"predictor": "previous_token", "auto_off": False, "lowering": "eager"}
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
     greedy(compiled, prompts(1, 20), 6, cache_implementation="static")
@@ -305,7 +305,7 @@ def test_device_session_predicts_with_networks(artefact: Path) -> None:
 def test_device_session_refuses_what_a_captured_graph_cannot_remember() -> None:
     _, session = on_device(tiny_qwen3_moe(), StreamModel(), slots=4)
     with session, pytest.raises(ValueError, match="previous_token"):
-        session.configure(SpeculationConfig(predictor="previous_token"))
+        session.configure(SessionOptions(predictor="previous_token"))
 
 
 @pytest.mark.parametrize("policy", ["default_vector", "commit"])

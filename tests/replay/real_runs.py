@@ -92,8 +92,8 @@ def slow_down_reads(session: Session, read_s: float) -> None:
 
 def use_reads_at_once(session: Session) -> None:
     """Replace a session's reader threads by reads in the caller."""
-    residency: Any = session._residency
-    assert residency.transfer is session._transfer
+    residency: Any = session.engine.residency
+    assert residency.transfer is session.engine.transfer
     residency.transfer = ReadsAtOnce(session.store)
 
 

@@ -76,7 +76,7 @@ def test_demand_goes_before_guesses_that_wait() -> None:
 
 def test_a_promoted_guess_begins_at_once_where_a_reader_is_free() -> None:
     link = link_of(readers=2)
-    link._queue.most_guesses = 1
+    link._queue.max_guesses = 1
     reads = link.start(1, requests(0, 1), speculative=True).reads
     assert reads[1].state == QUEUED
     assert link.promote(reads[1])

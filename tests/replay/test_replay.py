@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.measured import measured, timed_steps
@@ -25,7 +25,7 @@ LINK = Link(gbps=1.0)
 COMPUTE = ComputeTimes(layer_ms=1.0, expert_ms=0.1)
 # Everything that is started has arrived when the next layer begins.
 FAST_LINK = Link(gbps=1e5)
-ALWAYS = SpeculationConfig(auto_off=False)
+ALWAYS = SessionOptions(auto_off=False)
 
 
 def setting(
@@ -33,7 +33,7 @@ def setting(
     size: str | int,
     policy: Any = "lru",
     predictor: str = "none",
-    speculation: SpeculationConfig = ALWAYS,
+    speculation: SessionOptions = ALWAYS,
 ) -> ReplaySetting:
     return ReplaySetting(
         cache_bytes=parse_size(size, total_bytes=trace.total_bytes),
@@ -237,8 +237,8 @@ def test_sufficient_cache_is_the_smallest_that_is_nearly_as_fast_as_all(run: Rea
     def tpot_ms(count: int) -> float:
         return sweep.run(setting(run.trace, count * slot_bytes), name="").tpot_mean_ms
 
-    most_ms = 1.05 * tpot_ms(max(run.trace.num_experts))
-    assert tpot_ms(slots) <= most_ms < tpot_ms(slots - 1)
+    max_ms = 1.05 * tpot_ms(max(run.trace.num_experts))
+    assert tpot_ms(slots) <= max_ms < tpot_ms(slots - 1)
 
 
 def test_previous_token_is_its_own_prediction(run: RealRun) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import E, H, K, SlowStore, ram_store
 from tests.runtime.test_session import LAYERS, RECORD, make_session
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 @pytest.fixture(name="session")
 def open_session() -> Iterator[Session]:
     with make_session("half", store=SlowStore(ram_store(LAYERS))) as opened:
-        opened.configure(SpeculationConfig(auto_off=False))
+        opened.configure(SessionOptions(auto_off=False))
         yield opened
 
 
@@ -60,8 +60,10 @@ def hold_readers(session: Session) -> threading.Event:
     """Occupy every reader until the event is set."""
     blocked = threading.Event()
     session.store.before_read = lambda layer, expert: blocked.wait(10)  # type: ignore[attr-defined]
-    assert session._transfer is not None
-    session._transfer.start(2, [(e, torch.empty(RECORD, dtype=torch.uint8)) for e in range(4)])
+    assert session.engine.transfer is not None
+    session.engine.transfer.start(
+        2, [(e, torch.empty(RECORD, dtype=torch.uint8)) for e in range(4)]
+    )
     while len(reads(session)) < 4:
         time.sleep(0.001)
     return blocked

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.system import nvtx
 from tests.helpers import tiny_qwen3_moe
@@ -48,7 +48,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
 
 def configure(name: str, session: Session, *, on: bool) -> None:
     transfer: Any = "auto" if name == "cpu" else name
-    session.configure(SpeculationConfig(nvtx=on, transfer=transfer))
+    session.configure(SessionOptions(nvtx=on, transfer=transfer))
 
 
 def one_layer(name: str, session: Session) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig as Config
+from specmoe_compile.options import SessionOptions as Config
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.policy.amount import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.speculation import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Issued, Read
 from tests.runtime.fakes import E, K, SlowStore, ram_store, token_batch
 from tests.runtime.split_path import predict, step
@@ -83,7 +83,7 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
             time.sleep(0.003)
             step(session, 0, batch, ticket)
-        judge = session._speculator.judge
+        judge = session.engine.judge
         heavy, light = judge.ranks[0]
         assert judge.layers[0].closures == 0
         assert heavy.closures == 0
@@ -151,12 +151,12 @@ def test_a_step_is_timed_with_what_it_lacked(pushed_out: int) -> None:
 def test_a_session_remembers_when_it_waited() -> None:
     store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.005)
     with make_session("one_token", store=store) as session:
-        before_s = session._residency.now_s()
+        before_s = session.engine.residency.now_s()
         session.experts(0, *token_batch(0, 1))
-        after_s = session._residency.now_s()
+        after_s = session.engine.residency.now_s()
         waited_ms = session.stats.layers[0].stall_ms
         assert waited_ms > 0.0
-        assert isinstance(session._residency, CachedResidency)
-        stalled_s = session._residency._stalled_s
+        assert isinstance(session.engine.residency, CachedResidency)
+        stalled_s = session.engine.residency._stalled_s
         assert stalled_s(before_s, after_s) == pytest.approx(waited_ms / 1e3)
         assert stalled_s(0.0, before_s) == stalled_s(after_s, after_s + 1.0) == 0.0

@@ -14,6 +14,7 @@ import torch
 from specmoe_compile.errors import SpecMoEError, StoreError, TransferError
 from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
+from specmoe_compile.runtime.cpu.engine import open_session
 from specmoe_compile.runtime.session import Session, get_session
 from specmoe_compile.runtime.transfer.base import DONE, Read
 from tests.runtime.fakes import (
@@ -48,12 +49,12 @@ def make_session(cache: str, *, store: Any = None, **kwargs: Any) -> Session:
         store = ram_store(LAYERS)
         if cache != "in_place":
             store = SlowStore(store, delay_s=random_delays(0))
-    return Session(LAYERS, store, expert_cache_bytes=CACHES[cache], top_k=K, **kwargs)
+    return open_session(LAYERS, store, expert_cache_bytes=CACHES[cache], top_k=K, **kwargs)
 
 
 def poison(session: Session) -> None:
     """Fill every slot with NaNs before another expert is read into it."""
-    residency = session._residency
+    residency = session.engine.residency
     assert isinstance(residency, CachedResidency)
     residency.set_poison(True)
 
@@ -116,18 +117,18 @@ def test_expert_out_of_range_is_refused(session: Session) -> None:
 def test_cache_smaller_than_a_token_is_refused_with_numbers() -> None:
     bytes_needed = K * L * RECORD
     with pytest.raises(ValueError, match=rf"at least {bytes_needed} bytes"):
-        Session(LAYERS, ram_store(LAYERS), expert_cache_bytes=bytes_needed - 1, top_k=K)
+        open_session(LAYERS, ram_store(LAYERS), expert_cache_bytes=bytes_needed - 1, top_k=K)
 
 
 def test_store_of_another_model_is_refused() -> None:
     other = [experts_layer(0, qwen_experts(intermediate=INTERMEDIATE * 2))]
     with pytest.raises(ValueError, match="another model"):
-        Session(LAYERS, ram_store(other), expert_cache_bytes=None, top_k=K)
+        open_session(LAYERS, ram_store(other), expert_cache_bytes=None, top_k=K)
 
 
 def test_disk_store_needs_a_cache() -> None:
     with pytest.raises(ValueError, match="needs an expert cache"):
-        Session(LAYERS, SlowStore(ram_store(LAYERS)), expert_cache_bytes=None, top_k=K)
+        open_session(LAYERS, SlowStore(ram_store(LAYERS)), expert_cache_bytes=None, top_k=K)
 
 
 def test_repeated_tokens_hit_and_read_nothing(session: Session) -> None:
@@ -151,15 +152,15 @@ def test_double_buffers_keep_nothing_between_tokens() -> None:
 
 def test_prefill_leaves_the_slots_of_decode_alone(session: Session) -> None:
     decode = [token_batch(seed, 1) for seed in (0, 1)]
-    while session.cache.slot(0, int(decode[1][1][0, 0])) < 0:  # type: ignore[union-attr]
+    while session.engine.cache.slot(0, int(decode[1][1][0, 0])) < 0:  # type: ignore[union-attr]
         for batch in decode:
             session.experts(0, *batch)
     # Fill the free slots, so that a prefill could only evict.
     for seed in range(20):
         session.experts(0, *token_batch(seed, 1))
-    held = [e for e in range(E) if session.cache.slot(0, e) >= 0]  # type: ignore[union-attr]
+    held = [e for e in range(E) if session.engine.cache.slot(0, e) >= 0]  # type: ignore[union-attr]
     session.experts(0, *token_batch(5, 40))
-    assert [e for e in range(E) if session.cache.slot(0, e) >= 0] == held  # type: ignore[union-attr]
+    assert [e for e in range(E) if session.engine.cache.slot(0, e) >= 0] == held  # type: ignore[union-attr]
 
 
 def test_handle_is_the_lowest_free_number_and_dies_with_its_session() -> None:
@@ -313,7 +314,7 @@ def in_time(call: Any, seconds: float = 20.0) -> Any:
 
 def test_bytes_that_come_while_the_caller_computes_are_not_waited_for() -> None:
     with make_session("half") as session:
-        residency: Any = session._residency
+        residency: Any = session.engine.residency
         residency._stalls.extend([(0.0, 1.0), (2.0, 3.0)])
         read = Read(0, 0, torch.empty(800, dtype=torch.uint8), speculative=False)
         read.state, read.started_s, read.finished_s = DONE, 0.5, 2.5

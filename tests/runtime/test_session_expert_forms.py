@@ -12,7 +12,7 @@ from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.cpu.engine import open_session
 from tests.runtime.fakes import (
     E,
     H,
@@ -84,7 +84,7 @@ def test_form_equals_hugging_face_bit_for_bit(form: str, tokens: int, dtype: tor
     expected = reference(module, x, ids, weights)
     cache_bytes = E // 2 * layer.layout.record_bytes
     store = SlowStore(ram_store([layer]))
-    with Session([layer], store, expert_cache_bytes=cache_bytes, top_k=K) as session:
+    with open_session([layer], store, expert_cache_bytes=cache_bytes, top_k=K) as session:
         for _ in range(2):
             out = session.experts(0, x, ids, weights)
             assert out.dtype == dtype
@@ -97,7 +97,7 @@ def test_router_weights_may_be_wider_than_the_experts() -> None:
     layer = experts_layer(0, module)
     x, ids, weights = token_batch(0, 2)
     x = x.bfloat16()
-    with Session([layer], ram_store([layer]), expert_cache_bytes=None, top_k=K) as session:
+    with open_session([layer], ram_store([layer]), expert_cache_bytes=None, top_k=K) as session:
         out = session.experts(0, x, ids, weights)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, reference(module, x, ids, weights))
@@ -108,7 +108,7 @@ def test_layers_may_differ_in_shape() -> None:
     layers = [experts_layer(index, module) for index, module in enumerate(modules)]
     for cache_bytes in (0, 3 * sum(layer.layout.record_bytes for layer in layers)):
         store = SlowStore(ram_store(layers))
-        with Session(layers, store, expert_cache_bytes=cache_bytes, top_k=K) as session:
+        with open_session(layers, store, expert_cache_bytes=cache_bytes, top_k=K) as session:
             for seed in range(12):
                 for index, (experts, module) in enumerate(zip((E, 4), modules, strict=True)):
                     batch = token_batch(seed, 1 + seed % 3, experts=experts)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig as Config
-from specmoe_compile.runtime.policy.speculation import TRIAL_STEPS
+from specmoe_compile.options import SessionOptions as Config
+from specmoe_compile.runtime.policy.amount import TRIAL_STEPS
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import E, H, K, L, reference, token_batch
 from tests.runtime.split_path import open_session, predict, reads, step  # noqa: F401

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specmoe_compile.errors import StoreError, TransferError
-from specmoe_compile.options import SpeculationConfig as Config
+from specmoe_compile.options import SessionOptions as Config
 from specmoe_compile.runtime.session import Session
 from tests.runtime.fakes import K, L, SlowStore, ram_store, reference, token_batch
 from tests.runtime.split_path import (  # noqa: F401
@@ -125,7 +125,9 @@ def test_experts_that_made_room_for_a_cancelled_guess_are_still_there() -> None:
         step(session, 0, batch, -1)
         blocked = hold_readers(session)
         ticket = session.start_prefetch(0, *predict("wrong", batch, generator))
-        assert session.cache is not None and session.cache.slot(0, int(ids[0, 0])) == -1
+        assert (
+            session.engine.cache is not None and session.engine.cache.slot(0, int(ids[0, 0])) == -1
+        )
         state = session.wait_prefetch(ticket, 0, ids)
         partial = session.run_resident_experts(0, x, ids, weights, state)
         out = in_time(lambda: session.correct_experts(0, partial, x, ids, weights, state))
@@ -160,8 +162,8 @@ def test_what_useless_guesses_push_out_is_counted_when_it_is_read_again() -> Non
         batch = token_batch(0, 1)
         step(session, 0, batch, -1)
         ticket = session.start_prefetch(0, *predict("wrong", batch, generator))
-        assert session._transfer is not None
-        while session._transfer.busy_ms == 0.0 or len(reads(session)) < 2 * K:
+        assert session.engine.transfer is not None
+        while session.engine.transfer.busy_ms == 0.0 or len(reads(session)) < 2 * K:
             time.sleep(0.001)
         step(session, 0, batch, ticket)
         assert session.stats.layers[0].pushed_out_bytes == K * RECORD

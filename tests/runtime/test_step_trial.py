@@ -12,7 +12,7 @@ from specmoe_compile.runtime.policy.step_trial import (
     BLOCK_STEPS,
     COMPARED_STEPS,
     FIRST_HOLD_STEPS,
-    MOST_COMPARED_STEPS,
+    MAX_COMPARED_STEPS,
     WARM_STEPS,
     WORTH,
     StepTrial,
@@ -20,7 +20,7 @@ from specmoe_compile.runtime.policy.step_trial import (
 
 RECORD = 3 << 20
 TRIAL = WARM_STEPS + COMPARED_STEPS
-LONGEST_TRIAL = WARM_STEPS + MOST_COMPARED_STEPS
+LONGEST_TRIAL = WARM_STEPS + MAX_COMPARED_STEPS
 
 
 class Machine:
@@ -72,7 +72,7 @@ def test_a_trial_takes_as_long_as_it_has_to() -> None:
     }
     assert set(lengths[-0.3, 0.1]) == {TRIAL}
     assert len(set(lengths[-0.08, 4.0])) > 2
-    looks = range(COMPARED_STEPS, MOST_COMPARED_STEPS + 1, BETWEEN_LOOKS)
+    looks = range(COMPARED_STEPS, MAX_COMPARED_STEPS + 1, BETWEEN_LOOKS)
     assert set(lengths[-0.08, 4.0]) <= {WARM_STEPS + look for look in looks}
     assert lengths[-0.01, 4.0].count(LONGEST_TRIAL) > 10
 

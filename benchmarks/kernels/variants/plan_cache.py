@@ -62,7 +62,7 @@ def plan_spec(
             "ADAPTIVE": policy == "adaptive",
             "BYPASS": False,
             "SPECULATIVE": speculative,
-            "MOST_FILLS": MAX_CHOICES,
+            "MAX_FILLS": MAX_CHOICES,
             "LIMITED": speculative,
             "BLOCK_C": block_c,
             "CHUNK": chunk,

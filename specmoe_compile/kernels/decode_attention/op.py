@@ -112,12 +112,12 @@ def _check(
     check_tensor(_NAME, "bounds", bounds, (mask.shape[0], 2), (torch.int32,), like=q)
     if sinks is not None:
         check_tensor(_NAME, "sinks", sinks, (heads,), FLOAT_DTYPES, like=q)
-    most_rows = MAX_ROWS[q.dtype]
+    max_rows = MAX_ROWS[q.dtype]
     rows = heads // k.shape[1] * queries
-    if heads % k.shape[1] or rows > most_rows or queries > MAX_QUERIES or head > MAX_HEAD:
+    if heads % k.shape[1] or rows > max_rows or queries > MAX_QUERIES or head > MAX_HEAD:
         raise ValueError(
             f"specmoe_kernels::{_NAME}: q is {tuple(q.shape)} with {k.shape[1]} heads of keys,"
-            f" expected a multiple of those, at most {most_rows} queries for each, {MAX_QUERIES}"
+            f" expected a multiple of those, at most {max_rows} queries for each, {MAX_QUERIES}"
             f" tokens and a head size of {MAX_HEAD}"
         )
 

@@ -224,7 +224,7 @@ def plan_cache_kernel(
     ADAPTIVE: tl.constexpr,
     BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
-    MOST_FILLS: tl.constexpr,
+    MAX_FILLS: tl.constexpr,
     LIMITED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -276,7 +276,7 @@ def plan_cache_kernel(
     slots_to_fill = tl.full([BLOCK_C], -1, tl.int32)
     fills = tl.zeros([], tl.int32)
     misses = tl.zeros([], tl.int32)
-    most = tl.full([], MOST_FILLS, tl.int32)
+    most = tl.full([], MAX_FILLS, tl.int32)
     if LIMITED:
         most = tl.minimum(most, tl.load(fill_limit))
     absent = (expert >= 0) & (slot < 0)
@@ -368,7 +368,7 @@ def launch_plan(
     policy: str,
     bypass: bool,
     speculative: bool,
-    most_fills: int,
+    max_fills: int,
     fill_limit: Tensor | None = None,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
@@ -398,7 +398,7 @@ def launch_plan(
         ADAPTIVE=policy == "adaptive",
         BYPASS=bypass,
         SPECULATIVE=speculative,
-        MOST_FILLS=most_fills,
+        MAX_FILLS=max_fills,
         LIMITED=fill_limit is not None,
         BLOCK_C=block_c,
         CHUNK=chunk,

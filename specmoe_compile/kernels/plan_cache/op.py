@@ -23,7 +23,7 @@ LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) scores, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
     " Tensor(i!) regret, Tensor(h!) counters, *, str policy, bool bypass=False,"
-    " bool speculative=False, int most_fills=256, Tensor? fill_limit=None)"
+    " bool speculative=False, int max_fills=256, Tensor? fill_limit=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -97,7 +97,7 @@ def plan_cache(
     policy: str,
     bypass: bool = False,
     speculative: bool = False,
-    most_fills: int = MAX_CHOICES,
+    max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
@@ -113,7 +113,7 @@ def plan_cache(
         policy: "lru", "lfu" or "adaptive".
         bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
-        most_fills: slots that a guess may fill, those of the first choices; the rest is left out.
+        max_fills: slots that a guess may fill, those of the first choices; the rest is left out.
         fill_limit: [1] int32, the same, read on the device when the plan runs; the smaller counts.
 
     Returns:
@@ -128,7 +128,7 @@ def plan_cache(
     options = {
         "bypass": bypass,
         "speculative": speculative,
-        "most_fills": most_fills,
+        "max_fills": max_fills,
         "fill_limit": fill_limit,
     }
     return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
@@ -139,7 +139,7 @@ def _check(
     tables: CacheTables,
     policy: str,
     speculative: bool,
-    most_fills: int,
+    max_fills: int,
     fill_limit: Tensor | None,
 ) -> None:
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
@@ -167,9 +167,9 @@ def _check(
     if policy not in get_args(Policy):
         names = ", ".join(map(repr, get_args(Policy)))
         raise ValueError(f"specmoe_kernels::{_NAME}: policy is {policy!r}, expected one of {names}")
-    if not 0 <= most_fills <= MAX_CHOICES or (most_fills < MAX_CHOICES and not speculative):
+    if not 0 <= max_fills <= MAX_CHOICES or (max_fills < MAX_CHOICES and not speculative):
         raise ValueError(
-            f"specmoe_kernels::{_NAME}: most_fills is {most_fills}, expected 0 to {MAX_CHOICES},"
+            f"specmoe_kernels::{_NAME}: max_fills is {max_fills}, expected 0 to {MAX_CHOICES},"
             f" and {MAX_CHOICES} if the plan is not speculative: what a step needs is not left out"
         )
     if fill_limit is not None:
@@ -199,11 +199,11 @@ def _fake(
     policy: str,
     bypass: bool = False,
     speculative: bool = False,
-    most_fills: int = MAX_CHOICES,
+    max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, most_fills, fill_limit)
+    _check(ids, named, policy, speculative, max_fills, fill_limit)
     return tuple(_new_plan(ids, named))
 
 
@@ -213,17 +213,17 @@ def _cpu(
     policy: Any,
     bypass: bool = False,
     speculative: bool = False,
-    most_fills: int = MAX_CHOICES,
+    max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, speculative, most_fills, fill_limit)
+    _check(ids, CacheTables(*tables), policy, speculative, max_fills, fill_limit)
     return plan_cache_reference(
         ids,
         *tables,
         policy=policy,
         bypass=bypass,
         speculative=speculative,
-        most_fills=most_fills,
+        max_fills=max_fills,
         fill_limit=fill_limit,
     )
 
@@ -234,14 +234,14 @@ def _cuda(
     policy: str,
     bypass: bool = False,
     speculative: bool = False,
-    most_fills: int = MAX_CHOICES,
+    max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, most_fills, fill_limit)
+    _check(ids, named, policy, speculative, max_fills, fill_limit)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -251,7 +251,7 @@ def _cuda(
             policy=policy,
             bypass=bypass,
             speculative=speculative,
-            most_fills=most_fills,
+            max_fills=max_fills,
             fill_limit=fill_limit,
         )
     return tuple(plan)

@@ -30,7 +30,7 @@ def plan_cache_reference(
     policy: Policy,
     bypass: bool,
     speculative: bool,
-    most_fills: int,
+    max_fills: int,
     fill_limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
@@ -50,10 +50,10 @@ def plan_cache_reference(
     cache = _cache_of(*tables, policy=policy)
     in_flight: list[int] = pending.tolist()
     if fill_limit is not None:
-        most_fills = min(most_fills, int(fill_limit))
+        max_fills = min(max_fills, int(fill_limit))
     plan = cache.plan(
         0,
-        _within_budget(choices, cache.slot_of[0], most_fills),
+        _within_budget(choices, cache.slot_of[0], max_fills),
         pinned_slots=[slot for slot, flag in enumerate(in_flight) if flag],
         bypass=bypass,
         speculative=speculative,
@@ -140,11 +140,11 @@ def _keep_books(
     counters += counters.new_tensor(added)
 
 
-def _within_budget(choices: Sequence[int], slot_of: Sequence[int], most_fills: int) -> list[int]:
-    """Experts chosen, in order, without the absent ones that come after the first `most_fills`."""
+def _within_budget(choices: Sequence[int], slot_of: Sequence[int], max_fills: int) -> list[int]:
+    """Experts chosen, in order, without the absent ones that come after the first `max_fills`."""
     experts = dict.fromkeys(expert for expert in choices if expert >= 0)
     absent = [expert for expert in experts if slot_of[expert] == NOBODY]
-    left_out = set(absent[most_fills:])
+    left_out = set(absent[max_fills:])
     return [expert for expert in experts if expert not in left_out]
 
 

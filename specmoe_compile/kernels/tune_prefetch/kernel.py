@@ -31,7 +31,7 @@ FIRST_HOLD = tl.constexpr(words.FIRST_HOLD)
 MAX_DOUBLINGS = tl.constexpr(words.MAX_DOUBLINGS)
 OUTLIER = tl.constexpr(words.OUTLIER)
 FIRST_MARGIN = tl.constexpr(words.FIRST_MARGIN)
-LEAST_MARGIN = tl.constexpr(words.LEAST_MARGIN)
+MIN_MARGIN = tl.constexpr(words.MIN_MARGIN)
 NEVER = tl.constexpr(1 << 62)
 
 
@@ -99,7 +99,7 @@ def tune_prefetch_kernel(
                 turn = tl.zeros([], tl.int64)
                 rounds += 1
                 margin = tl.full([], FIRST_MARGIN, tl.int64) // rounds
-                margin = tl.maximum(margin, LEAST_MARGIN)
+                margin = tl.maximum(margin, MIN_MARGIN)
                 alive = ((alive > 0) & (mean * 100 <= best * (100 + margin))).to(tl.int64)
                 ends = ((rounds == ROUNDS) | (tl.sum(alive, axis=0) == 1)).to(tl.int64)
             if ends != 0:

@@ -29,8 +29,8 @@ FIRST_HOLD = 1024
 MAX_DOUBLINGS = 3
 OUTLIER = 4
 """Times the shortest step of the trial beyond which a step does not count."""
-FIRST_MARGIN, LEAST_MARGIN = 160, 1
-"""Percent: after round r an amount stays within max(LEAST_MARGIN, FIRST_MARGIN / r) of the best.
+FIRST_MARGIN, MIN_MARGIN = 160, 1
+"""Percent: after round r an amount stays within max(MIN_MARGIN, FIRST_MARGIN / r) of the best.
 With a cache the steps of one amount differ by a third; half of the margin and a quarter of the
 rounds missed the best amount in 15 of 288 trials, these in 1, simulated
 (docs/results/full_size.md)."""
@@ -86,7 +86,7 @@ def _next_block(words: list[int], arms: int) -> None:
         words[ROUND] += 1
         means = {arm: words[SUMS + arm] // max(1, words[COUNTS + arm]) for arm in alive}
         best = min(means.values())
-        margin = max(LEAST_MARGIN, FIRST_MARGIN // words[ROUND])
+        margin = max(MIN_MARGIN, FIRST_MARGIN // words[ROUND])
         alive = [arm for arm in alive if means[arm] * 100 <= best * (100 + margin)]
         for arm in range(arms):
             words[ALIVE + arm] = int(arm in alive)

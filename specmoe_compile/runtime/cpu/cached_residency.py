@@ -32,7 +32,7 @@ from specmoe_compile.system.nvtx import layer_range
 _STALLS_KEPT = 32
 
 
-class _Pending(NamedTuple):
+class _InFlight(NamedTuple):
     """A read into a slot that nobody has waited for yet."""
 
     read: Read
@@ -64,7 +64,7 @@ class CachedResidency(Residency):
         self._record_bytes = [layout.record_bytes for layout in store.layouts]
         # By bank and slot: no slot is given away while something reads into it, and layers that
         # share a bank share its slots.
-        self._pending: list[dict[int, _Pending]] = [{} for _ in range(max(memory.bank_of) + 1)]
+        self._in_flight: list[dict[int, _InFlight]] = [{} for _ in range(max(memory.bank_of) + 1)]
         # Prefetched experts that no step has used yet.
         self._unused: list[set[int]] = [set() for _ in memory.bank_of]
         # Experts that a useless guess pushed out, until they are read again.
@@ -82,16 +82,16 @@ class CachedResidency(Residency):
 
     def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
         stats = self._stats[layer]
-        pending = self._pending[self._memory.bank_of[layer]]
-        if pending:
+        in_flight = self._in_flight[self._memory.bank_of[layer]]
+        if in_flight:
             self.settle(layer, set(experts))
-        plan = self.table.plan(layer, experts, pinned_slots=pending.keys(), bypass=prefill)
+        plan = self.table.plan(layer, experts, pinned_slots=in_flight.keys(), bypass=prefill)
         step = Step(layer)
         unused = self._unused[layer]
         if unused:
             self._count_use(layer, plan)
         for expert, slot in plan.hits:
-            entry = pending.get(slot)
+            entry = in_flight.get(slot)
             if entry is None:
                 step.ready.append((expert, self._memory.weights(layer, slot)))
             else:
@@ -133,7 +133,7 @@ class CachedResidency(Residency):
         if slot is None:
             raise_unless_done(read)
             return expert, self._runners[step.layer].weights(read.destination)
-        self._pending[self._memory.bank_of[step.layer]].pop(slot, None)
+        self._in_flight[self._memory.bank_of[step.layer]].pop(slot, None)
         if read.state != DONE:
             self.table.forget(step.layer, expert)
             raise_unless_done(read)
@@ -164,8 +164,8 @@ class CachedResidency(Residency):
         predicted: Sequence[int],
         budget_bytes: int | None,
     ) -> Issued:
-        pending = self._pending[self._memory.bank_of[layer]]
-        if pending:
+        in_flight = self._in_flight[self._memory.bank_of[layer]]
+        if in_flight:
             self.settle(layer, set(predicted))
         missing = [expert for expert in experts if self.table.slot(layer, expert) < 0]
         size_bytes = self._record_bytes[layer]
@@ -174,7 +174,7 @@ class CachedResidency(Residency):
         if not missing:
             return NOTHING_ISSUED
         # The predicted experts that are there must not make room for those that are not.
-        pinned = {*pending, *(self.table.slot(layer, expert) for expert in predicted)}
+        pinned = {*in_flight, *(self.table.slot(layer, expert) for expert in predicted)}
         plan = self.table.plan(layer, missing, pinned_slots=pinned, speculative=True)
         if self._unused[layer]:
             self._count_use(layer, plan)
@@ -185,7 +185,7 @@ class CachedResidency(Residency):
         requests = [(e, self._memory.record(layer, slot)) for e, slot in plan.fills]
         ticket = self.transfer.start(layer, requests, speculative=True)
         for expert, slot in plan.fills:
-            pending[slot] = _Pending(ticket.reads[expert], ticket, True)
+            in_flight[slot] = _InFlight(ticket.reads[expert], ticket, True)
             self._unused[layer].add(expert)
         stats = self._stats[layer]
         stats.prefetches += len(plan.fills)
@@ -205,8 +205,8 @@ class CachedResidency(Residency):
         self._pushed_out[layer].update(experts)
 
     def settle(self, layer: int, wanted: Collection[int]) -> None:
-        pending = self._pending[self._memory.bank_of[layer]]
-        for slot, entry in list(pending.items()):
+        in_flight = self._in_flight[self._memory.bank_of[layer]]
+        for slot, entry in list(in_flight.items()):
             read = entry.read
             if not read.final:
                 if read.layer == layer and read.expert in wanted:
@@ -214,11 +214,11 @@ class CachedResidency(Residency):
                 else:
                     self.transfer.cancel(entry.ticket, (read.expert,))
             if read.final:
-                del pending[slot]
+                del in_flight[slot]
                 if read.state != DONE:
                     self._drop(slot, entry)
 
-    def _drop(self, slot: int, entry: _Pending) -> None:
+    def _drop(self, slot: int, entry: _InFlight) -> None:
         """Forget an expert whose read brought nothing, and take its bytes off the books."""
         layer, expert = entry.read.layer, entry.read.expert
         if self.table.slot(layer, expert) == slot:
@@ -278,10 +278,10 @@ class CachedResidency(Residency):
             for expert, _ in fills:
                 self.table.forget(layer, expert)
             raise
-        pending = self._pending[self._memory.bank_of[layer]]
+        in_flight = self._in_flight[self._memory.bank_of[layer]]
         for expert, slot in fills:
             read = ticket.reads[expert]
-            pending[slot] = _Pending(read, ticket, False)
+            in_flight[slot] = _InFlight(read, ticket, False)
             step.waiting[expert] = read
             step.places[expert] = slot
 

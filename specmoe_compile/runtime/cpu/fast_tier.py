@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, slots_per_layer
@@ -71,7 +71,7 @@ class FastTier:
         memory = SlotMemory(self._runners, store.layouts, slots, allocate=self._allocate)
         return self._residency(table, memory)
 
-    def buffered(self, speculation: SpeculationConfig) -> CachedResidency:
+    def buffered(self, speculation: SessionOptions) -> CachedResidency:
         """Return a residency without a cache, with the buffers that the predictions need."""
         width = max(self._top_k, speculation.prefetch_width or 0)
         slots = tuple(min(width, count) for count in self._store.num_experts)

@@ -17,14 +17,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from specmoe_compile.options import MAX_DECODE_TOKENS, SpeculationConfig
+from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.cpu.residency import Residency, Step
-from specmoe_compile.runtime.policy.commit import committed_routing
+from specmoe_compile.runtime.policy.amount import take_part
+from specmoe_compile.runtime.policy.misses import Choices, MissPolicy, weak_misses
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.speculation import take_part
 from specmoe_compile.runtime.transfer.base import Issued
 
 _REST = 4
@@ -74,8 +75,10 @@ class Speculator:
     """Runs layer steps, with or without predictions. Callers serialise their calls.
 
     Attributes:
-        config: run-time options; may be replaced between steps.
-        vectors: default vectors.
+        config: options, as `use_options` took them between steps.
+        misses: what they say of misses.
+        default_vectors: means of outputs.
+        predictions: told what every layer chooses.
         judge: turns predictions off that do not pay.
     """
 
@@ -86,8 +89,9 @@ class Speculator:
         stats: Sequence[LayerStats],
         vectors: DefaultVectors,
     ) -> None:
-        self.config = SpeculationConfig()
-        self.vectors = vectors
+        self.use_options(SessionOptions())
+        self.default_vectors = vectors
+        self.predictions = Predictions(len(runners))
         self.residency = residency
         # Asked for anew each time: the residency may be replaced.
         self.judge = PrefetchJudge(len(runners), lambda: self.residency.now_s())
@@ -102,6 +106,11 @@ class Speculator:
         self._learning_turn = 0
         self._state: _State | None = None
 
+    def use_options(self, options: SessionOptions) -> None:
+        """Take the options from now on."""
+        self.config = options
+        self.misses = MissPolicy(options)
+
     def use(self, residency: Residency) -> None:
         """Run from another residency from now on; what was predicted is forgotten."""
         self._abandon()
@@ -111,6 +120,7 @@ class Speculator:
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One layer without speculation: [T, H], [T, K], [T, K] -> [T, H]."""
         self._abandon()
+        self.predictions.note(layer, ids)
         runner = self._runners[layer]
         routing = Routing(x, ids, runner)
         step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > MAX_DECODE_TOKENS)
@@ -123,7 +133,7 @@ class Speculator:
         self._end_step(layer)
         return reduce_experts(y, weights, x)
 
-    def plan(self, layers: Sequence[int], edges: Sequence[int]) -> list[bool]:
+    def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         """Which layers take part in a step: those to predict, and those they are predicted from.
 
         A `start` that follows keeps to the answer.
@@ -131,6 +141,7 @@ class Speculator:
         Args:
             layers: MoE layer ordinals.
             edges: pairs in one list: a layer, and one that can be predicted from it.
+            ids: [T, K], the experts of the first of `layers`; here they decide nothing.
         """
         predicts = not self._is_judged() or self.judge.begin_step(self._stats)
         targets = set(edges[1::2])
@@ -153,12 +164,9 @@ class Speculator:
             return number
         config = self.config
         rows: list[list[int]] = ids.tolist()
-        commits = config.policy == "commit"
-        prediction = _Prediction(number, rows, weights.clone() if commits else None)
+        prediction = _Prediction(number, rows, weights.clone() if self.misses.commits else None)
         self._predictions[layer] = prediction
-        # A miss below the threshold would not be fetched.
-        floor = config.default_vector_threshold if config.policy == "default_vector" else None
-        experts = _by_weight(rows, weights.tolist(), config.prefetch_width, floor)
+        experts = self.misses.worth_fetching(rows, weights.tolist())
         experts = admitted = [e for e in experts if 0 <= e < self._runners[layer].num_experts]
         if self._is_judged():
             admitted, prediction.ranks = self.judge.admitted(layer, experts, len(rows[0]))
@@ -169,10 +177,10 @@ class Speculator:
 
     def _is_judged(self) -> bool:
         # What is committed to is never read in vain; and off, a step would have to be exact.
-        return self.config.auto_off and self.config.policy != "commit"
+        return self.config.auto_off and not self.misses.commits
 
     def _wants(self, layer: int) -> bool:
-        if layer in self.config.skip_layers:
+        if self.config.skips(layer):
             return False
         return not self._is_judged() or self.judge.predicts(layer)
 
@@ -183,6 +191,7 @@ class Speculator:
         missing, unless which ones these are depends on the router weights.
         """
         self._abandon()
+        self.predictions.note(layer, ids)
         state = self._state = _State(next(self._numbers), layer)
         prediction, self._predictions[layer] = self._predictions[layer], None
         tokens = ids.shape[0]
@@ -190,7 +199,6 @@ class Speculator:
             return state.number
         rows: list[list[int]] = ids.tolist()
         needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-        commits = self.config.policy == "commit"
         known = prediction is not None and number in (prediction.number, _CURRENT)
         if prediction is not None and known and len(prediction.rows) == tokens:
             self._count_recall(layer, rows, prediction.rows)
@@ -199,12 +207,12 @@ class Speculator:
                     layer, prediction.issued, prediction.ranks, set(needed)
                 )
                 self.residency.note_pushed_out(layer, pushed_out)
-            if commits and prediction.weights is not None and prediction.weights.numel():
+            guessed = prediction.weights if self.misses.commits else None
+            if guessed is not None and guessed.numel():
                 state.prediction = prediction
                 self.residency.settle(layer, set(itertools.chain.from_iterable(prediction.rows)))
                 return state.number
-        # In a layer that never speculates every miss is fetched.
-        if self.config.policy == "default_vector" and layer not in self.config.skip_layers:
+        if self.misses.needs_weights(layer):
             self.residency.settle(layer, set(needed))
             return state.number
         self._runners[layer].check_ids(needed)
@@ -218,13 +226,8 @@ class Speculator:
         y = x.new_empty((*ids.shape, x.shape[-1]))
         if state.prediction is not None:
             assert state.prediction.weights is not None, "settle() keeps no other"
-            state.ids, state.weights = committed_routing(
-                ids.new_tensor(state.prediction.rows),
-                state.prediction.weights,
-                ids,
-                weights,
-                use_true_weights=self.config.commit_weights == "true",
-            )
+            predicted = Choices(ids.new_tensor(state.prediction.rows), state.prediction.weights)
+            state.ids, state.weights = self.misses.committed(predicted, Choices(ids, weights))
             self._stats[layer].skipped_experts += _count_missing(ids, state.ids)
         routing = Routing(x, ids if state.ids is None else state.ids, runner)
         if state.step is None:
@@ -269,24 +272,16 @@ class Speculator:
     def _needed(
         self, state: _State, routing: Routing, ids: Tensor, weights: Tensor, y: Tensor
     ) -> list[int]:
-        """Return the experts to fetch and run; gives the others' rows of `y` default vectors.
-
-        Policy default_vector: an expert that is neither there nor on its way, and whose router
-        weight is below the threshold for each of its tokens, is left out.
-        """
-        exact = self.config.policy != "default_vector" or state.prediction is not None
-        if exact or ids.shape[0] > MAX_DECODE_TOKENS:
+        """Return the experts to fetch and run; gives the others' rows of `y` default vectors."""
+        threshold = self.misses.threshold
+        if threshold is None or ids.shape[0] > MAX_DECODE_TOKENS:
             return routing.experts
         absent = self.residency.absent(state.layer, routing.experts)
         if not absent:
             return routing.experts
-        strongest: dict[int, float] = {}
         flat_ids: list[int] = ids.reshape(-1).tolist()
-        for expert, weight in zip(flat_ids, weights.reshape(-1).tolist(), strict=True):
-            strongest[expert] = max(weight, strongest.get(expert, 0.0))
-        threshold = self.config.default_vector_threshold
-        state.filled = tuple(e for e in absent if strongest[e] < threshold)
-        table = self.vectors.tables[state.layer]
+        state.filled = weak_misses(absent, flat_ids, weights.reshape(-1).tolist(), threshold)
+        table = self.default_vectors.tables[state.layer]
         rows = y.view(-1, y.shape[-1])
         for row, expert in enumerate(flat_ids):
             if expert in state.filled:
@@ -315,7 +310,7 @@ class Speculator:
                 return
             self._learning_turn = rest * len(self._runners)
         if experts:
-            self.vectors.update(layer, ids, y, experts)
+            self.default_vectors.update(layer, ids, y, experts)
 
     def _abandon(self) -> None:
         """End the live step, if there is one, complete or not."""
@@ -331,31 +326,6 @@ class Speculator:
             stats.needed += len(true)
             stats.predicted += len(guess)
             stats.recalled += len(set(true).intersection(guess))
-
-
-def _by_weight(
-    rows: Sequence[Sequence[int]],
-    weights: Sequence[Sequence[float]],
-    width: int | None,
-    floor: float | None,
-) -> list[int]:
-    """Return the predicted experts, the most wanted ones (by weight over all tokens) first.
-
-    Args:
-        rows: [T][P] experts.
-        weights: [T][P].
-        width: experts per token that count, the heaviest; None: all.
-        floor: leave out experts whose weight is below it for each token; None: none.
-    """
-    total: dict[int, float] = {}
-    heaviest: dict[int, float] = {}
-    for experts, shares in zip(rows, weights, strict=True):
-        pairs = sorted(zip(experts, shares, strict=True), key=lambda pair: -pair[1])
-        for expert, share in pairs[:width]:
-            total[expert] = total.get(expert, 0.0) + share
-            heaviest[expert] = max(share, heaviest.get(expert, share))
-    chosen = [e for e in total if floor is None or heaviest[e] >= floor]
-    return sorted(chosen, key=lambda expert: -total[expert])
 
 
 def _count_missing(ids: Tensor, executed: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Policy `commit` on a device: which experts a step runs, without the host reading a value.
+"""Policy `commit` on a device: predictions until their steps, without the host reading a value.
 
 Shape letters: T tokens, K top-k, P predicted per token.
 """
@@ -6,22 +6,14 @@ Shape letters: T tokens, K top-k, P predicted per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.streams import Streams
-from specmoe_compile.runtime.policy.commit import committed_routing
-
-
-class Routing(NamedTuple):
-    """Experts and weights of a step, both [T, K]."""
-
-    ids: Tensor
-    weights: Tensor
+from specmoe_compile.runtime.policy.misses import Choices, MissPolicy
 
 
 class Commitments:
@@ -31,12 +23,12 @@ class Commitments:
         """Start without predictions for so many layers, and count on the device."""
         self._left_out = torch.zeros(layers, dtype=torch.int64, device=device)
         self._streams = streams
-        self._config = SpeculationConfig()
-        self._predicted: list[Routing | None] = [None] * layers
+        self._misses = MissPolicy(SessionOptions())
+        self._predicted: list[Choices | None] = [None] * layers
 
-    def use(self, config: SpeculationConfig) -> None:
-        """Take the options from now on."""
-        self._config = config
+    def use(self, misses: MissPolicy) -> None:
+        """Take a policy from now on."""
+        self._misses = misses
         self._predicted = [None] * len(self._predicted)
 
     def keep(self, layer: int, ids: Tensor, weights: Tensor) -> None:
@@ -44,9 +36,9 @@ class Commitments:
 
         They are copied: a compiled graph may use their memory again.
         """
-        if self._config.policy == "commit" and ids.numel():
+        if self._misses.commits and ids.numel():
             with self._streams.on("compute"):
-                self._predicted[layer] = Routing(ids.clone(), weights.clone())
+                self._predicted[layer] = Choices(ids.clone(), weights.clone())
 
     def drop(self, layer: int) -> None:
         """Let the next step of a layer be exact."""
@@ -57,24 +49,18 @@ class Commitments:
         predicted = self._predicted[layer]
         return predicted is not None and len(predicted.ids) == len(ids)
 
-    def take(self, layer: int, true: Routing) -> Routing:
-        """Return what to run instead of the true routing, see `committed_routing`; drops it."""
+    def take(self, layer: int, true: Choices) -> Choices:
+        """Return what to run instead of the true choices; drops the prediction."""
         if not self.has(layer, true.ids):
             self.drop(layer)
             return true
         predicted, self._predicted[layer] = self._predicted[layer], None
         assert predicted is not None, "has() says so"
         with self._streams.on("compute"):
-            ids, weights = committed_routing(
-                predicted.ids.to(true.ids.dtype),
-                predicted.weights,
-                true.ids,
-                true.weights,
-                use_true_weights=self._config.commit_weights == "true",
-            )
+            ids, weights = self._misses.committed(predicted, true)
             runs = (true.ids.unsqueeze(2) == ids.unsqueeze(1)).any(dim=2)
             self._left_out[layer] += (~runs).sum()
-            return Routing(ids.contiguous(), weights.contiguous())
+            return Choices(ids.contiguous(), weights.contiguous())
 
     def add_to(self, layers: Sequence[LayerStats]) -> None:
         """Count the experts that were left out among a session's; waits for the device."""

@@ -30,7 +30,7 @@ from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.supply import Request, Supply
-from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
+from specmoe_compile.runtime.policy.misses import weak_misses_on_device
 from specmoe_compile.system.nvtx import layer_range
 
 GUESSES_IN_FLIGHT = 2
@@ -45,14 +45,14 @@ class _Guess:
     Attributes:
         layer: MoE layer ordinal.
         values: [T, P] on the host, valid once `event` is reached.
-        most: records that may still be copied for it.
+        max_records: that may still be copied for it.
         experts: left to be copied, most probable first; None until they are known.
     """
 
     layer: int
     values: Tensor
     event: Any
-    most: int
+    max_records: int
     experts: deque[int] | None = None
 
 
@@ -97,7 +97,7 @@ class CopyDecoder(Decoder):
         layers = range(len(parts.layouts))
         self._counters = [LayerStats() for _ in layers]
         # Experts on their way into a layer's slots.
-        self._arriving: list[dict[int, _Arrival]] = [{} for _ in layers]
+        self._in_flight: list[dict[int, _Arrival]] = [{} for _ in layers]
         # Those among them whose records the host does not have yet, in the order of asking.
         self._reading: list[_Arrival] = []
         # Experts that were copied on a guess and not used since.
@@ -105,14 +105,14 @@ class CopyDecoder(Decoder):
         # Slots of a layer may be written after this event.
         self._last_read = [parts.streams.record("compute")] * len(layers)
         self._guesses: deque[_Guess] = deque()
-        self._flying: list[_Arrival] = []
+        self._guesses_in_flight: list[_Arrival] = []
         self._urgent: _Arrival | None = None
 
-    def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
+    def prefetch(self, layer: int, ids: Tensor, max_records: int = MAX_CHOICES) -> None:
         self._refuse_capture()
         self._cancel(layer)
         values = self._streams.to_host(ids)
-        self._guesses.append(_Guess(layer, values, self._streams.record("compute"), most))
+        self._guesses.append(_Guess(layer, values, self._streams.record("compute"), max_records))
         self.issue_guesses()
 
     def demand(
@@ -132,14 +132,14 @@ class CopyDecoder(Decoder):
         skipped = None
         if shares is not None:
             slot_of = torch.tensor(self._table.slot_of[layer], dtype=torch.int32)
-            on_host, left_out, number = skip_weak_misses(on_host, shares, slot_of, threshold)
+            on_host, left_out, number = weak_misses_on_device(on_host, shares, slot_of, threshold)
             self._counters[layer].skipped_experts += int(number)
             skipped = self._streams.to_device(left_out, ids.device)
         choices: list[int] = on_host.reshape(-1).tolist()
         awaited = self._plan_demand(layer, choices)
-        arriving, slot_of_expert = self._arriving[layer], self._table.slot_of[layer]
+        in_flight, slot_of_expert = self._in_flight[layer], self._table.slot_of[layer]
         slots = [slot_of_expert[expert] if expert >= 0 else -1 for expert in choices]
-        is_late = [expert in arriving for expert in choices]
+        is_late = [expert in in_flight for expert in choices]
         places = torch.tensor(
             [
                 [-1 if late else slot for slot, late in zip(slots, is_late, strict=True)],
@@ -155,14 +155,14 @@ class CopyDecoder(Decoder):
             self._streams.wait("compute", self._settle(arrival))
 
     def join(self, layer: int) -> None:
-        arriving = self._arriving[layer]
+        in_flight = self._in_flight[layer]
         self._copy_what_was_read()
         while self._reading:
             self._supply.block()
             self._copy_what_was_read()
-        for arrival in arriving.values():
+        for arrival in in_flight.values():
             self._streams.wait("compute", arrival.event)
-        arriving.clear()
+        in_flight.clear()
         self._last_read[layer] = self._streams.record("compute")
 
     def stats(self) -> tuple[LayerStats, ...]:
@@ -176,7 +176,7 @@ class CopyDecoder(Decoder):
             counters.reset()
 
     def forget(self) -> None:
-        for layer in range(len(self._arriving)):
+        for layer in range(len(self._in_flight)):
             self._cancel(layer)
             self.join(layer)
             self._untouched[layer].clear()
@@ -194,8 +194,8 @@ class CopyDecoder(Decoder):
             experts = self._known_or_none(guess)
             if experts is None:
                 return
-            if experts and guess.most > 0:
-                guess.most -= self._issue_guess(guess.layer, experts.popleft())
+            if experts and guess.max_records > 0:
+                guess.max_records -= self._issue_guess(guess.layer, experts.popleft())
             else:
                 self._guesses.popleft()
 
@@ -216,8 +216,10 @@ class CopyDecoder(Decoder):
             if not self._has_arrived(self._urgent):
                 return False
             self._urgent = None
-        self._flying = [arrival for arrival in self._flying if not self._has_arrived(arrival)]
-        return len(self._flying) < GUESSES_IN_FLIGHT
+        self._guesses_in_flight = [
+            arrival for arrival in self._guesses_in_flight if not self._has_arrived(arrival)
+        ]
+        return len(self._guesses_in_flight) < GUESSES_IN_FLIGHT
 
     def _issue_guess(self, layer: int, expert: int) -> int:
         """Start the copy of an expert, if it is absent; returns the number of copies."""
@@ -227,7 +229,7 @@ class CopyDecoder(Decoder):
         self._count_wasted(layer, plan.evicted)
         for copied, slot in plan.fills:
             self._untouched[layer].add(copied)
-            self._flying.append(self._fetch("prefetch", layer, copied, slot))
+            self._guesses_in_flight.append(self._fetch("prefetch", layer, copied, slot))
             self._counters[layer].prefetches += 1
             self._counters[layer].speculative_bytes += self._record_bytes[layer]
         return len(plan.fills)
@@ -239,12 +241,12 @@ class CopyDecoder(Decoder):
             Those that are on their way.
         """
         self._take_arrived(layer)
-        arriving, counters = self._arriving[layer], self._counters[layer]
+        in_flight, counters = self._in_flight[layer], self._counters[layer]
         wanted = [expert for expert in dict.fromkeys(choices) if expert >= 0]
-        if self._cache.slots[layer] < len(set(wanted).union(arriving)):
+        if self._cache.slots[layer] < len(set(wanted).union(in_flight)):
             # Slots under transfer are not evicted, and the others would not do.
             self.join(layer)
-        awaited = [arriving[expert] for expert in wanted if expert in arriving]
+        awaited = [in_flight[expert] for expert in wanted if expert in in_flight]
         counters.late_prefetches += len(awaited)
         plan = self._table.plan(layer, wanted, pinned_slots=self._pinned_slots(layer))
         assert not plan.bypassed, "fits() promises a slot for every choice"
@@ -269,7 +271,7 @@ class CopyDecoder(Decoder):
         """Ask for a record that goes to a slot, and start copying it if the host has it."""
         request = self._supply.request(layer, expert, speculative=stream == "prefetch")
         arrival = _Arrival(layer, expert, slot, stream, request)
-        self._arriving[layer][expert] = arrival
+        self._in_flight[layer][expert] = arrival
         self._reading.append(arrival)
         self._copy_what_was_read()
         return arrival
@@ -294,7 +296,7 @@ class CopyDecoder(Decoder):
             return arrival.request.record_or_none()
         except TransferError as error:
             self._reading.remove(arrival)
-            del self._arriving[arrival.layer][arrival.expert]
+            del self._in_flight[arrival.layer][arrival.expert]
             self._untouched[arrival.layer].discard(arrival.expert)
             self._table.forget(arrival.layer, arrival.expert)
             arrival.error = error
@@ -317,10 +319,10 @@ class CopyDecoder(Decoder):
 
     def _take_arrived(self, layer: int) -> None:
         """Count experts whose copies have ended among those that are there."""
-        arriving = self._arriving[layer]
-        for arrival in list(arriving.values()):
+        in_flight = self._in_flight[layer]
+        for arrival in list(in_flight.values()):
             if self._has_arrived(arrival):
-                self._streams.wait("compute", arriving.pop(arrival.expert).event)
+                self._streams.wait("compute", in_flight.pop(arrival.expert).event)
 
     def _await(self, event: Any) -> None:
         """Wait on the host, starting guesses meanwhile."""
@@ -342,7 +344,7 @@ class CopyDecoder(Decoder):
 
     def _pinned_slots(self, layer: int) -> list[int]:
         slot_of = self._table.slot_of[layer]
-        return [slot_of[expert] for expert in self._arriving[layer]]
+        return [slot_of[expert] for expert in self._in_flight[layer]]
 
     def _count_wasted(self, layer: int, evicted: Iterable[int]) -> None:
         wasted = self._untouched[layer].intersection(evicted)

@@ -22,7 +22,7 @@ from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.stats import layer_stats
-from specmoe_compile.runtime.cuda.wanted import skip_weak_misses
+from specmoe_compile.runtime.policy.misses import weak_misses_on_device
 from specmoe_compile.system.nvtx import layer_range
 
 
@@ -77,14 +77,14 @@ class GatherDecoder(Decoder):
         self._demanded: list[_Fetch | None] = [None] * len(records)
         self._last_demand: Any = None
 
-    def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
+    def prefetch(self, layer: int, ids: Tensor, max_records: int = MAX_CHOICES) -> None:
         self.join(layer)
         if self._last_demand is not None:
             # What the step waits for now has the link to itself.
             self._streams.wait("prefetch", self._last_demand)
         # The first choices of all tokens come first.
         ids = ids.t().contiguous()
-        self._prefetched[layer] = self._fetch("prefetch", layer, ids, min(most, MAX_CHOICES))
+        self._prefetched[layer] = self._fetch("prefetch", layer, ids, min(max_records, MAX_CHOICES))
 
     def demand(
         self, layer: int, ids: Tensor, weights: Tensor | None = None, threshold: float = 0.0
@@ -93,7 +93,7 @@ class GatherDecoder(Decoder):
         if weights is not None:
             with self._streams.on("compute"):
                 slot_of = self._cache.tables[layer].slot_of
-                ids, skipped, number = skip_weak_misses(ids, weights, slot_of, threshold)
+                ids, skipped, number = weak_misses_on_device(ids, weights, slot_of, threshold)
                 self._cache.skipped[layer] += number
         self._wait(self._demanded, layer)
         early = self._prefetched[layer]
@@ -137,13 +137,15 @@ class GatherDecoder(Decoder):
         if fetch is not None:
             self._streams.wait("compute", fetch.event)
 
-    def _plan(self, layer: int, ids: Tensor, *, speculative: bool, most: int) -> CachePlanTensors:
+    def _plan(
+        self, layer: int, ids: Tensor, *, speculative: bool, max_records: int
+    ) -> CachePlanTensors:
         return plan_cache(
             ids,
             self._cache.tables[layer],
             policy=self._policy,
             speculative=speculative,
-            most_fills=most,
+            max_fills=max_records,
             fill_limit=self.limit if speculative else None,
         )
 
@@ -152,11 +154,11 @@ class GatherDecoder(Decoder):
         stream: Literal["demand", "prefetch"],
         layer: int,
         ids: Tensor,
-        most: int = MAX_CHOICES,
+        max_records: int = MAX_CHOICES,
     ) -> _Fetch:
         self.captured |= self._streams.capturing
         with self._streams.on("compute"):
-            plan = self._plan(layer, ids, speculative=stream == "prefetch", most=most)
+            plan = self._plan(layer, ids, speculative=stream == "prefetch", max_records=max_records)
         self._streams.wait(stream, self._streams.record("compute"))
         with self._streams.on(stream):
             gather_experts(

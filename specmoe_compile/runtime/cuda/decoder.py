@@ -60,13 +60,13 @@ class Decoder(ABC):
         return 0 < choices <= MAX_CHOICES and needed <= self._cache.slots[layer]
 
     @abstractmethod
-    def prefetch(self, layer: int, ids: Tensor, most: int = MAX_CHOICES) -> None:
+    def prefetch(self, layer: int, ids: Tensor, max_records: int = MAX_CHOICES) -> None:
         """Start fetching predicted experts; never waits on the host.
 
         Args:
             layer: MoE layer ordinal.
             ids: [T, P], most probable first; -1 is nobody.
-            most: records to fetch at most.
+            max_records: records to fetch at most.
         """
 
     @abstractmethod

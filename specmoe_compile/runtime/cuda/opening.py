@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.runtime.cache.eviction import Policy
+from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.page_lock import PageLock
-from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.cuda.streams import CudaStreams
 from specmoe_compile.runtime.cuda.supply import StagedSupply, staging_bytes
 from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.aligned import aligned_empty
@@ -31,7 +33,7 @@ def open_device_session(
     cache_policy: Policy,
     top_k: int,
     reader_threads: int,
-) -> DeviceSession:
+) -> Session:
     """Page-lock a store in RAM, or a ring of buffers before one on disk, and open its session.
 
     Raises:
@@ -54,7 +56,7 @@ def open_device_session(
             held.callback(PageLock(ring).release)
             supply = StagedSupply(store, ring, streams, reader_threads=reader_threads)
             held.callback(supply.close)  # comes before the ring is unlocked
-        return DeviceSession(
+        return open_session(
             layers,
             store,
             supply=supply,
@@ -68,6 +70,14 @@ def open_device_session(
     except BaseException:
         held.close()
         raise
+
+
+def open_session(
+    layers: Sequence[ExpertsLayer], store: ExpertStore, *, top_k: int, **given: Any
+) -> Session:
+    """Open a session of a `CudaEngine`, which takes the arguments; the store is closed with it."""
+    engine = CudaEngine(layers, store, top_k=top_k, **given)
+    return Session(engine, layers=layers, store=store, top_k=top_k)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -20,7 +20,7 @@ from torch import Tensor
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import HOLDS, LAST, MAX_AMOUNTS, STATE_WORDS
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.store.base import ExpertStore
@@ -59,7 +59,7 @@ class PrefetchBudget:
         self._lacked_bytes = lacked_bytes
         self._store = store
         self._streams = streams
-        self._config = SpeculationConfig()
+        self._config = SessionOptions()
         self._transfer: Literal["copy", "gather"] = "gather"
         amounts = amounts_to_try(top_k)
         self._amounts = torch.tensor(amounts, dtype=torch.int32, device=device)
@@ -84,7 +84,7 @@ class PrefetchBudget:
         """Whether the host knows in front of a step if anything is fetched ahead in it."""
         return self._host_trial is not None
 
-    def use(self, config: SpeculationConfig, transfer: Literal["copy", "gather"]) -> None:
+    def use(self, config: SessionOptions, transfer: Literal["copy", "gather"]) -> None:
         """Take the options and the transfer from now on; trials begin again.
 
         With policy `default_vector` what is there decides what is computed, which must not depend
@@ -137,7 +137,7 @@ class PrefetchBudget:
             else:
                 tune_prefetch(self._state, self.limit, self._amounts)
 
-    def most(self, layer: int) -> int:
+    def max_records(self, layer: int) -> int:
         """Records that a prefetch of the layer may bring, if `limit` allows them."""
         budget = self._config.prefetch_budget_bytes
         if budget is not None:

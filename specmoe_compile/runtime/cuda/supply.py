@@ -17,7 +17,7 @@ from specmoe_compile.runtime.transfer.base import DONE, Read
 from specmoe_compile.runtime.transfer.disk import DiskTransfer, raise_unless_done
 
 MAX_STAGING_BYTES = 1 << 30
-LEAST_BUFFERS = 4
+MIN_BUFFERS = 4
 """Two for guesses whose copies have not been issued, two that go round."""
 
 
@@ -198,5 +198,5 @@ class StagedSupply:
 def staging_bytes(store: ExpertStore, reader_threads: int) -> int:
     """Size of the ring: records of the largest layer, enough to keep the readers busy."""
     largest = max(layout.record_bytes for layout in store.layouts)
-    count = min(2 * reader_threads + LEAST_BUFFERS, MAX_STAGING_BYTES // largest)
-    return max(LEAST_BUFFERS, count) * largest
+    count = min(2 * reader_threads + MIN_BUFFERS, MAX_STAGING_BYTES // largest)
+    return max(MIN_BUFFERS, count) * largest

@@ -38,7 +38,7 @@ class DeviceCache:
         device: torch.device,
     ) -> None:
         """Reserve device memory for empty slots."""
-        layers, most_experts, most_slots = len(slots), max(num_experts), max(slots)
+        layers, max_experts, max_slots = len(slots), max(num_experts), max(slots)
         self.slots = tuple(slots)
         self.banks = [
             torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
@@ -49,12 +49,12 @@ class DeviceCache:
         def rows(width: int, fill: int, dtype: torch.dtype) -> Tensor:
             return torch.full((layers, width), fill, dtype=dtype, device=device)
 
-        slot_of = rows(most_experts, -1, torch.int32)
-        expert_of = rows(most_slots, -1, torch.int32)
-        last_use = rows(most_slots, 0, torch.int64)
-        pending, unused = (rows(most_slots, 0, torch.int32) for _ in range(2))
+        slot_of = rows(max_experts, -1, torch.int32)
+        expert_of = rows(max_slots, -1, torch.int32)
+        last_use = rows(max_slots, 0, torch.int64)
+        pending, unused = (rows(max_slots, 0, torch.int32) for _ in range(2))
         # A layer's [D + 1, E] table is the front of a flat row, so that it is contiguous.
-        scores = rows(CANDIDATES * most_experts, 0, torch.int64)
+        scores = rows(CANDIDATES * max_experts, 0, torch.int64)
         regret = rows(CANDIDATES + 1, 0, torch.int64)
         regret[:, -1] = LFU_CANDIDATE
         self._regret = regret

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.policy.speculation import PrefetchGate
+from specmoe_compile.runtime.policy.amount import PrefetchGate
 from specmoe_compile.runtime.policy.step_trial import StepTrial
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING, Issued
 

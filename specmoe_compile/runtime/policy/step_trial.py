@@ -26,7 +26,7 @@ WARM_STEPS = 32
 """Steps that predict and are not compared, at first: slots fill, and gates learn what is right."""
 COMPARED_STEPS = 64
 """Steps that are compared at least, half of them with predictions."""
-MOST_COMPARED_STEPS = 320
+MAX_COMPARED_STEPS = 320
 """Steps that are compared at most."""
 CLEAR = 2.0
 """Standard errors that the difference has to be from `WORTH`, before that."""
@@ -94,7 +94,7 @@ class StepTrial:
         compared = sum(map(len, self._steps))
         if compared >= self._compare_at and all(self._steps):
             self._compare_at = compared + BETWEEN_LOOKS
-            self._decide(compared >= MOST_COMPARED_STEPS)
+            self._decide(compared >= MAX_COMPARED_STEPS)
 
     def _tried_way(self) -> bool:
         block = (self._begun - self._warm) // BLOCK_STEPS

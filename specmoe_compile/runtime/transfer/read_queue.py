@@ -25,7 +25,7 @@ class ReadQueue:
     Attributes:
         running: how many reads are in progress.
         busy_s: time in which at least one read was in progress, up to the last time none was.
-        most_guesses: speculative reads in progress at most.
+        max_guesses: speculative reads in progress at most.
     """
 
     def __init__(self, *, readers: int, largest_record_bytes: int) -> None:
@@ -36,7 +36,7 @@ class ReadQueue:
             largest_record_bytes: of the store.
         """
         self.busy_s = 0.0
-        self.most_guesses = max(1, min(readers, GUESSED_BYTES_IN_FLIGHT // largest_record_bytes))
+        self.max_guesses = max(1, min(readers, GUESSED_BYTES_IN_FLIGHT // largest_record_bytes))
         self._busy_since_s = 0.0
         self._demand: deque[Read] = deque()
         self._speculative: deque[Read] = deque()
@@ -124,7 +124,7 @@ class ReadQueue:
                 return read
         if self.running - len(self._guesses) > DEMAND_BESIDE_GUESS:
             return None
-        while self._speculative and len(self._guesses) < self.most_guesses:
+        while self._speculative and len(self._guesses) < self.max_guesses:
             read = self._speculative.popleft()
             if read.state == QUEUED and read.speculative:
                 return read

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cpu.native import build, layer, library
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertFormat
 from tests.runtime.cpu.test_native_kernels import Experts
@@ -31,8 +31,8 @@ def tiny_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_caches_and_predictions_change_no_bit(cache: str) -> None:
     generator = random.Random(cache)
     with make_session(cache) as session, make_session("in_place") as plain:
-        assert all(runner.native is not None for runner in session._runners)
-        session.configure(SpeculationConfig(auto_off=False))
+        assert all(runner.native is not None for runner in session.engine._runners)
+        session.configure(SessionOptions(auto_off=False))
         poison(session)
         for seed in range(40):
             number = seed % L
@@ -50,7 +50,7 @@ def test_caches_and_predictions_change_no_bit(cache: str) -> None:
 @pytest.mark.usefixtures("tiny_experts")
 def test_int8_arithmetic_is_refused_where_there_is_none_and_undone_by_exact() -> None:
     with make_session("half") as session, pytest.raises(ValueError, match="quantize='int4'"):
-        session.configure(SpeculationConfig(cpu_math="int8"))
+        session.configure(SessionOptions(cpu_math="int8"))
     tool = layer.engine_or_none()
     assert tool is not None
     experts = Experts(64, 96, ExpertFormat(up=MXFP4, down=NF4), torch.float32)

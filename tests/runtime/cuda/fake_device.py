@@ -30,7 +30,7 @@ from specmoe_compile.ops import _IMPLEMENTATIONS
 from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.runtime.cuda import parts
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
@@ -38,6 +38,7 @@ from specmoe_compile.runtime.experts.module import (
     find_top_k,
     release_experts,
 )
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.ram import RamStore
 
 CUDA = torch.device("cuda", 0)
@@ -117,7 +118,7 @@ class FakeRun:
         ran: ops of `specmoe` that ran in the latest step.
     """
 
-    def __init__(self, model: Any, session: DeviceSession, streams: UnorderedStreams) -> None:
+    def __init__(self, model: Any, session: Session, streams: UnorderedStreams) -> None:
         self.session = session
         self.graphs: list[GraphModule] = []
         self.decodes: list[bool] = []
@@ -195,7 +196,7 @@ def fake_run(
         layers = [coded(layer, format) for layer in layers]
         _move_to_cuda(model)
         store, streams = EmptyStore(layers, top_k), UnorderedStreams()
-        session = DeviceSession(
+        session = open_cuda_session(
             layers,
             store,
             device=CUDA,
@@ -203,7 +204,7 @@ def fake_run(
             top_k=top_k,
             streams=streams,  # type: ignore[arg-type]
         )
-        attach_session(model, session)  # type: ignore[arg-type]
+        attach_session(model, session)
         run = FakeRun(model, session, streams)
         monkeypatch.setattr(backend, "_lower_eager", run.lower)
         try:

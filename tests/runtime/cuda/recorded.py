@@ -16,10 +16,10 @@ import torch
 
 from specmoe_compile import backend
 from specmoe_compile.hf.attach import attach_session
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.passes.manager import SpeculationPass
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.session import Session
 from tests.helpers import greedy, prompts
 from tests.runtime.cuda.device_models import open_session
 from tests.runtime.cuda.stream_model import StreamModel
@@ -85,13 +85,13 @@ class Recorder:
         streams: StreamModel,
         *,
         slots: int = 4,
-        config: SpeculationConfig | None = None,
+        config: SessionOptions | None = None,
         **kwargs: Any,
-    ) -> Iterator[DeviceSession]:
+    ) -> Iterator[Session]:
         """Give the model a new session; it runs on its streams until the end."""
         self.streams = streams
         with open_session(self._plain, self._model, streams, slots=slots, **kwargs) as opened:
-            attach_session(self._model, opened)  # type: ignore[arg-type]
+            attach_session(self._model, opened)
             if self._compiled is None:  # a wrapper learns from the session to generate compiled
                 self._compiled = torch.compile(
                     self._model, backend="specmoe", options=self._options
@@ -100,7 +100,7 @@ class Recorder:
             self._config = config
             yield opened
 
-    def run(self, prompt: Prompt, session: DeviceSession) -> torch.Tensor:
+    def run(self, prompt: Prompt, session: Session) -> torch.Tensor:
         """Generate, and let the streams run dry.
 
         Graphs are compiled first, since that configures the session.

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.session import Session
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
@@ -22,8 +23,8 @@ from tests.runtime.test_session import LAYERS, RECORD, make_session
 KINDS = ("right", "wrong", "random", "wide", "empty")
 
 
-def open_device_session(streams: StreamModel) -> DeviceSession:
-    return DeviceSession(
+def open_device_session(streams: StreamModel) -> Session:
+    return open_cuda_session(
         LAYERS,
         ram_store(LAYERS),
         device=torch.device("cpu"),
@@ -36,7 +37,7 @@ def open_device_session(streams: StreamModel) -> DeviceSession:
 @pytest.mark.parametrize("transfer", ["gather", "copy"])
 @pytest.mark.parametrize("commit_weights", ["predicted", "true"])
 def test_a_device_runs_what_the_cpu_runs(commit_weights: Any, transfer: Any) -> None:
-    config = SpeculationConfig(policy="commit", commit_weights=commit_weights)
+    config = SessionOptions(policy="commit", commit_weights=commit_weights)
     streams, generator = StreamModel(), random.Random(0)
     with make_session("half") as host, open_device_session(streams) as device:
         host.configure(config)
@@ -62,7 +63,7 @@ def test_a_device_runs_what_the_cpu_runs(commit_weights: Any, transfer: Any) -> 
 def test_what_is_committed_to_is_fetched_ahead_whole() -> None:
     streams = StreamModel()
     with open_device_session(streams) as session:
-        session.configure(SpeculationConfig(policy="commit", transfer="gather"))
+        session.configure(SessionOptions(policy="commit", transfer="gather"))
         x, ids, weights = token_batch(0, 1)
         guess = predict("wrong", (x, ids, weights), random.Random(0))
         step(session, 1, (x, ids, weights), session.start_prefetch(1, *guess))  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ def test_a_step_without_a_prediction_of_its_own_is_exact(case: str) -> None:
     streams = StreamModel()
     skip = (1,) if case == "skipped layer" else ()
     with open_device_session(streams) as session:
-        session.configure(SpeculationConfig(policy="commit", skip_layers=skip, transfer="gather"))
+        session.configure(SessionOptions(policy="commit", skip_layers=skip, transfer="gather"))
         x, ids, weights = token_batch(0, 2)
         guess, guess_weights = predict("wrong", (x, ids, weights), random.Random(0))
         rows = 1 if case == "other batch" else 2
@@ -85,7 +86,7 @@ def test_a_step_without_a_prediction_of_its_own_is_exact(case: str) -> None:
             out = session.experts(1, x, ids, weights)
         else:
             out = step(session, 1, (x, ids, weights), ticket)  # type: ignore[arg-type]
-        session.configure(SpeculationConfig(transfer="gather"))
+        session.configure(SessionOptions(transfer="gather"))
         expected = session.experts(1, x, ids, weights)
         streams.finish()
         assert session.stats.total.skipped_experts == 0
@@ -98,7 +99,7 @@ def test_committed_generation_has_no_unordered_pair(monkeypatch: pytest.MonkeyPa
     # The first one compiles, and learns default vectors meanwhile; the others start alike.
     for transfer, late in (("gather", True), ("gather", True), ("gather", False), ("copy", True)):
         streams = StreamModel(late=late)
-        config = SpeculationConfig(policy="commit", transfer=transfer)  # type: ignore[arg-type]
+        config = SessionOptions(policy="commit", transfer=transfer)  # type: ignore[arg-type]
         with recorder.session(streams, config=config, slots=5) as opened:
             tokens.append(recorder.run(Prompt(), opened))
             assert opened.stats.total.skipped_experts > 0

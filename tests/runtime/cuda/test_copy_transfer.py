@@ -11,17 +11,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import CompileOptions, SpeculationConfig
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.runtime.cuda.decode_copy import GUESSES_IN_FLIGHT, CopyDecoder
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.runtime.session import Session
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import decide_trials, on_device
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.test_session import make_session
 
-COPY = SpeculationConfig(transfer="copy", auto_off=False)
+COPY = SessionOptions(transfer="copy", auto_off=False)
 NEVER = 10**9
 
 
@@ -31,7 +31,7 @@ def plain() -> Any:
 
 
 @pytest.fixture
-def opened(plain: Any, request: pytest.FixtureRequest) -> Iterator[tuple[DeviceSession, Any]]:
+def opened(plain: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Session, Any]]:
     """A session with the copy transfer, and its streams."""
     streams = StreamModel(**getattr(request, "param", {}))
     _, session = on_device(plain, streams, slots=4)
@@ -47,7 +47,7 @@ def routing(*experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(1, 64, generator=generator), ids, torch.full(ids.shape, 0.5)
 
 
-def step(session: DeviceSession, layer: int, *experts: int) -> torch.Tensor:
+def step(session: Session, layer: int, *experts: int) -> torch.Tensor:
     return session.experts(layer, *routing(*experts))
 
 
@@ -61,7 +61,7 @@ def expected(plain: Any, layer: int, *experts: int) -> torch.Tensor:
 
 
 def test_outputs_are_those_of_the_module_whatever_was_guessed(
-    plain: Any, opened: tuple[DeviceSession, StreamModel]
+    plain: Any, opened: tuple[Session, StreamModel]
 ) -> None:
     session, streams = opened
     _, ids, weights = routing(1, 2, 6)
@@ -78,11 +78,11 @@ def test_outputs_are_those_of_the_module_whatever_was_guessed(
 
 @pytest.mark.parametrize("opened", [{"patience": NEVER}], indirect=True)
 def test_guesses_that_have_not_started_are_cancelled_and_leave_no_trace(
-    opened: tuple[DeviceSession, StreamModel],
+    opened: tuple[Session, StreamModel],
 ) -> None:
     session, _ = opened
     step(session, 1, 0, 1)
-    decoder: Any = session._decoder
+    decoder: Any = session.engine._decoder
     before = list(decoder._table.slot_of[1])
     session.start_prefetch(1, *routing(4, 5)[1:])
     assert decoder._table.slot_of[1] == before, "the host does not have the guess yet"
@@ -134,16 +134,16 @@ class Journal:
 
 
 @pytest.fixture
-def journal(plain: Any) -> Iterator[tuple[CopyDecoder, Journal, DeviceSession]]:
+def journal(plain: Any) -> Iterator[tuple[CopyDecoder, Journal, Session]]:
     streams: Any = Journal()
     _, session = on_device(plain, streams, slots=8)
     with session:
         session.configure(COPY)
-        yield session._decoder, streams, session  # type: ignore[misc]
+        yield session.engine._decoder, streams, session  # type: ignore[misc]
 
 
 def test_few_guesses_are_on_the_link_at_once(
-    journal: tuple[CopyDecoder, Journal, DeviceSession],
+    journal: tuple[CopyDecoder, Journal, Session],
 ) -> None:
     decoder, streams, _ = journal
     decoder.prefetch(1, torch.tensor([[3, 4, 5, 6, 7]]))
@@ -156,7 +156,7 @@ def test_few_guesses_are_on_the_link_at_once(
 
 
 def test_a_guess_brings_no_more_records_than_it_may(
-    journal: tuple[CopyDecoder, Journal, DeviceSession],
+    journal: tuple[CopyDecoder, Journal, Session],
 ) -> None:
     decoder, streams, session = journal
     decoder.demand(1, torch.tensor([[3]]))
@@ -170,7 +170,7 @@ def test_a_guess_brings_no_more_records_than_it_may(
 
 
 def test_no_guess_starts_while_a_demanded_record_is_on_the_link(
-    journal: tuple[CopyDecoder, Journal, DeviceSession],
+    journal: tuple[CopyDecoder, Journal, Session],
 ) -> None:
     decoder, streams, _ = journal
     decoder.demand(0, torch.tensor([[0, 1]]))
@@ -183,7 +183,7 @@ def test_no_guess_starts_while_a_demanded_record_is_on_the_link(
 
 
 def test_a_demand_keeps_what_is_on_its_way_and_cancels_the_rest(
-    journal: tuple[CopyDecoder, Journal, DeviceSession],
+    journal: tuple[CopyDecoder, Journal, Session],
 ) -> None:
     decoder, streams, session = journal
     decoder.prefetch(1, torch.tensor([[3, 4, 5, 6]]))
@@ -198,7 +198,7 @@ def test_a_demand_keeps_what_is_on_its_way_and_cancels_the_rest(
 
 
 def test_the_correction_waits_for_its_own_misses_only(
-    journal: tuple[CopyDecoder, Journal, DeviceSession],
+    journal: tuple[CopyDecoder, Journal, Session],
 ) -> None:
     decoder, streams, _ = journal
     decoder.demand(1, torch.tensor([[0, 1]]))
@@ -232,8 +232,8 @@ def test_auto_measures_once_and_takes_the_faster(
     model, session = on_device(plain, StreamModel(), slots=4, measure=measure)
     with session:
         for _ in range(2):
-            session.configure(SpeculationConfig(captures=captures))
-            assert session.transfer == expected
+            session.configure(SessionOptions(mode="reduce-overhead" if captures else "default"))
+            assert session.engine.transfer == expected
         assert len(measured) == (0 if captures else 1)
     del model  # a session is closed with its model
 
@@ -243,7 +243,7 @@ def test_switching_keeps_results_and_statistics(plain: Any) -> None:
     _, session = on_device(plain, streams, slots=4)
     with session:
         for transfer in ("gather", "copy", "gather"):
-            session.configure(SpeculationConfig(transfer=transfer))  # type: ignore[arg-type]
+            session.configure(SessionOptions(transfer=transfer))  # type: ignore[arg-type]
             torch.testing.assert_close(step(session, 0, 1, 2), expected(plain, 0, 1, 2))
         assert session.stats.layers[0].misses == 6, "each starts with empty slots"
         session.reset_stats()
@@ -253,19 +253,19 @@ def test_switching_keeps_results_and_statistics(plain: Any) -> None:
 
 
 def test_copy_is_refused_where_graphs_are_captured(
-    opened: tuple[DeviceSession, StreamModel],
+    opened: tuple[Session, StreamModel],
 ) -> None:
     session, streams = opened
     streams.capturing = True
     with pytest.raises(SpecMoEError, match="transfer='copy' reads expert ids on the host"):
         step(session, 0, 0, 1)
-    session.configure(SpeculationConfig(captures=True))
+    session.configure(SessionOptions(mode="reduce-overhead"))
     step(session, 0, 0, 1)
     streams.capturing = False
     with pytest.raises(SpecMoEError, match="captured with transfer='gather'"):
         session.configure(COPY)
-    session.configure(SpeculationConfig())
-    assert session.transfer == "gather"
+    session.configure(SessionOptions())
+    assert session.engine.transfer == "gather"
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -301,13 +301,13 @@ def test_rates_count_the_bytes_of_the_records_over_the_median_time() -> None:
 @pytest.mark.parametrize(
     ("configs", "times"),
     [
-        ([SpeculationConfig(), SpeculationConfig(transfer="gather")], 1),
-        ([SpeculationConfig(captures=True)], 0),
+        ([SessionOptions(), SessionOptions(transfer="gather")], 1),
+        ([SessionOptions(mode="reduce-overhead")], 0),
         ([COPY], 0),
     ],
 )
 def test_one_hint_says_that_a_gpu_wants_graphs(
-    configs: list[SpeculationConfig], times: int, plain: Any, caplog: pytest.LogCaptureFixture
+    configs: list[SessionOptions], times: int, plain: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, session = on_device(plain, StreamModel(), slots=4)
     with session:

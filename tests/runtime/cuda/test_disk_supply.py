@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError, TransferError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda import opening
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.cuda.page_lock import PageLock
-from specmoe_compile.runtime.cuda.session import DeviceSession
-from specmoe_compile.runtime.cuda.supply import LEAST_BUFFERS, StagedSupply
+from specmoe_compile.runtime.cuda.supply import MIN_BUFFERS, StagedSupply
 from specmoe_compile.system.aligned import aligned_empty
 from tests.runtime.cuda.fake_cudart import FakeCudart
 from tests.runtime.cuda.order_checker import unordered_pairs
@@ -37,7 +37,7 @@ L = 3
 class Disk:
     """A session over a slow store, with the modules that its experts come from."""
 
-    def __init__(self, *, slots: int = E // 2, buffers: int = LEAST_BUFFERS, seed: int = 0) -> None:
+    def __init__(self, *, slots: int = E // 2, buffers: int = MIN_BUFFERS, seed: int = 0) -> None:
         self.modules = [qwen_experts(seed=index) for index in range(L)]
         layers = [experts_layer(index, module) for index, module in enumerate(self.modules)]
         self.store = SlowStore(ram_store(layers), delay_s=random_delays(seed))
@@ -46,7 +46,7 @@ class Disk:
         self.supply = StagedSupply(
             self.store, aligned_empty(buffers * size), self.streams, reader_threads=2
         )
-        self.session = DeviceSession(
+        self.session = open_cuda_session(
             layers,
             self.store,
             supply=self.supply,
@@ -69,7 +69,7 @@ def disk() -> Iterator[Disk]:
         yield opened
 
 
-@pytest.mark.parametrize("buffers", [LEAST_BUFFERS, 9])
+@pytest.mark.parametrize("buffers", [MIN_BUFFERS, 9])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_outputs_are_those_of_the_modules(tokens: int, buffers: int) -> None:
     disk = Disk(buffers=buffers, slots=E - 1, seed=tokens)
@@ -138,12 +138,12 @@ def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(disk: Disk) 
 
 
 def test_the_gpu_cannot_read_a_disk(disk: Disk) -> None:
-    assert disk.session.transfer == "copy"
-    for config in (SpeculationConfig(transfer="gather"), SpeculationConfig(captures=True)):
+    assert disk.session.engine.transfer == "copy"
+    for config in (SessionOptions(transfer="gather"), SessionOptions(mode="reduce-overhead")):
         with pytest.raises(SpecMoEError, match="load the model with store='ram'"):
             disk.session.configure(config)
-    disk.session.configure(SpeculationConfig())
-    assert disk.session.transfer == "copy"
+    disk.session.configure(SessionOptions())
+    assert disk.session.engine.transfer == "copy"
 
 
 def test_closing_ends_the_readers_and_unlocks_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig
-from specmoe_compile.runtime.cuda.session import DeviceSession
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.session import Session
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.fakes import E, K, experts_layer, ram_store, randomise, reference, token_batch
 from tests.runtime.test_session_expert_forms import FORMS, normed
 
 
-def open_session(module: Any, streams: StreamModel, *, slots: int) -> DeviceSession:
+def open_session(module: Any, streams: StreamModel, *, slots: int) -> Session:
     layer = experts_layer(0, module)
-    return DeviceSession(
+    return open_cuda_session(
         [layer],
         ram_store([layer]),
         device=torch.device("cpu"),
@@ -35,7 +36,7 @@ def test_form_is_that_of_the_module(form: str, tokens: int, transfer: Any) -> No
     batches = [token_batch(seed, tokens) for seed in range(3)]
     expected = [reference(module, *batch) for batch in batches]
     with open_session(module, streams, slots=E - 1) as session:
-        session.configure(SpeculationConfig(transfer=transfer))
+        session.configure(SessionOptions(transfer=transfer))
         for batch, out in zip(batches, expected, strict=True):
             torch.testing.assert_close(session.experts(0, *batch), out)
     streams.finish()
@@ -49,7 +50,7 @@ def test_default_vectors_stand_in_behind_a_norm(transfer: Any) -> None:
     x, ids, _ = token_batch(0, 1)
     weights = torch.tensor([[0.01] + [1.0] * (K - 1)])
     with open_session(module, StreamModel(), slots=E) as session:
-        config = SpeculationConfig(
+        config = SessionOptions(
             transfer=transfer, policy="default_vector", default_vector_threshold=0.1
         )
         session.configure(config)
@@ -57,7 +58,7 @@ def test_default_vectors_stand_in_behind_a_norm(transfer: Any) -> None:
         session.default_vectors.load([vectors])
         out = session.experts(0, x, ids, weights)
         assert torch.allclose(out, reference(module, x, ids, weights), atol=1e-4)
-        session.configure(SpeculationConfig(transfer="gather" if transfer == "copy" else "copy"))
+        session.configure(SessionOptions(transfer="gather" if transfer == "copy" else "copy"))
         session.configure(config)  # the slots are empty again
         state = session.wait_prefetch(-1, 0, ids)
         partial = session.run_resident_experts(0, x, ids, weights, state)

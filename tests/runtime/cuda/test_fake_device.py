@@ -14,11 +14,11 @@ from transformers import AutoConfig, PretrainedConfig
 from benchmarks.gpu_full_size_model import SHAPES
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.calibrate.layer_probe import LayerMeasure, LayerProbe
-from specmoe_compile.cli.doctor import find_compiler_or_none
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
 from specmoe_compile.runtime.cuda import decoder
 from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
+from specmoe_compile.system.compilers import find_compiler_or_none
 from tests.runtime.cuda.cuda_guard import install_cuda_guard
 from tests.runtime.cuda.fake_device import CUDA, FakeRun, fake_run
 

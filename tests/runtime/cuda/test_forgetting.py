@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.tables import DeviceCache
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from tests.helpers import tiny_qwen3_moe
@@ -26,13 +26,13 @@ def test_emptied_slots_are_filled_anew(transfer: Any) -> None:
     model, session = on_device(plain, streams, slots=4)
     module = model.model.layers[1].mlp.experts
     with session:
-        session.configure(SpeculationConfig(transfer=transfer))
+        session.configure(SessionOptions(transfer=transfer))
         for _ in range(2):
             module(x, ids, weights)
         session.start_prefetch(1, torch.tensor([[2, 3]]), weights)
-        session.forget_slots()
+        session.engine.forget_slots()
         streams.finish()
-        for bank in session.cache.banks:
+        for bank in session.engine.cache.banks:
             bank.fill_(255)  # NaN
         torch.testing.assert_close(module(x, ids, weights), expected)
         total = session.stats.total

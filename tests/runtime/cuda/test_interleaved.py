@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
@@ -55,12 +55,12 @@ def test_steps_of_two_threads_interleave_exactly(transfer: Any) -> None:
         for order in ORDERS:
             model, session = on_device(plain, StreamModel(), slots=2)
             with session:
-                session.configure(SpeculationConfig(transfer=transfer))
+                session.configure(SessionOptions(transfer=transfer))
                 steps = {"A": Step(session, [1, 6], 0), "B": Step(session, [3, 4], 1)}
                 left = {name: iter(("wait", "run", "correct")) for name in steps}
                 for name in order:
                     steps[name].do(next(left[name]))
-                session.forget_slots()
+                session.engine.forget_slots()
                 for name, step in steps.items():
                     expected = plain.model.layers[LAYER].mlp.experts(step.x, step.ids, step.weights)
                     message = f"step {name} of {''.join(order)}"

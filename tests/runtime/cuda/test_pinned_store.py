@@ -15,8 +15,8 @@ import torch
 from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.runtime.cuda import opening, page_lock
 from specmoe_compile.runtime.cuda.page_lock import PageLock
-from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.experts.module import find_experts_layers
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.module_source import ModuleSource
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.aligned import aligned_empty
@@ -102,7 +102,7 @@ def test_a_device_that_fails_does_not_keep_the_lock(
     assert runtime.calls[-1] == "cudaHostUnregister"
 
 
-def open_session(model: Any, runtime: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> DeviceSession:
+def open_session(model: Any, runtime: FakeCudart, monkeypatch: pytest.MonkeyPatch) -> Session:
     """`open_device_session` on CPU tensors."""
     layers = find_experts_layers(model)
     store = RamStore.from_source(ModuleSource(layers, name="m", top_k=2), progress=False)

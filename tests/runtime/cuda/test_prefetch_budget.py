@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
@@ -21,8 +21,8 @@ def test_the_surest_missing_experts_are_fetched_within_the_budget(
     _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
     with session:
         budget = records * session.store.layouts[1].record_bytes
-        session.configure(SpeculationConfig(transfer="gather", prefetch_budget_bytes=budget))
-        decoder: Any = session._decoder
+        session.configure(SessionOptions(transfer="gather", prefetch_budget_bytes=budget))
+        decoder: Any = session.engine._decoder
         decoder.demand(1, torch.tensor([[3, 4]]))
         streams.finish()
         # Two tokens: the first choices of both come first, and what is there costs nothing.
@@ -44,10 +44,10 @@ def test_without_a_budget_only_what_can_be_cancelled_is_fetched_in_number(
     streams = StreamModel()
     _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
     with session:
-        session.configure(SpeculationConfig(transfer=transfer, auto_off=False))
+        session.configure(SessionOptions(transfer=transfer, auto_off=False))
         session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
         streams.finish()
-        decoder: Any = session._decoder
+        decoder: Any = session.engine._decoder
         decoder.demand(1, torch.tensor([[1]]))
         streams.finish()
         assert session.stats.layers[1].prefetches == fetched
@@ -57,8 +57,8 @@ def test_predicted_records_wait_for_demanded_ones() -> None:
     streams = StreamModel()
     _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
     with session:
-        session.configure(SpeculationConfig(transfer="gather"))
-        decoder: Any = session._decoder
+        session.configure(SessionOptions(transfer="gather"))
+        decoder: Any = session.engine._decoder
         decoder.demand(0, torch.tensor([[1, 2]]))
         decoder.prefetch(1, torch.tensor([[3, 4]]))
         assert ("prefetch", "demand") in streams.waits

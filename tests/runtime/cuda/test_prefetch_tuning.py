@@ -18,28 +18,28 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
     ROUNDS,
     SHORTEST,
 )
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
-from specmoe_compile.runtime.cuda.session import DeviceSession
 from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
+from specmoe_compile.runtime.session import Session
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
 
 
 @contextmanager
-def opened(**options: Any) -> Iterator[DeviceSession]:
+def opened(**options: Any) -> Iterator[Session]:
     _model, session = on_device(tiny_qwen3_moe(layers=3), StreamModel(late=False), slots=8)
     with session:
-        session.configure(SpeculationConfig(**{"transfer": "gather", **options}))
+        session.configure(SessionOptions(**{"transfer": "gather", **options}))
         yield session
 
 
-def one_step(session: DeviceSession, experts: tuple[int, int]) -> list[int]:
+def one_step(session: Session, experts: tuple[int, int]) -> list[int]:
     """Prefetch layers 1 and 2, then empty the slots' plans; returns records that came ahead."""
     before = [layer.prefetches for layer in session.stats.layers]
-    decoder: Any = session._decoder
+    decoder: Any = session.engine._decoder
     for layer in (1, 2):
         session.start_prefetch(layer, torch.tensor([experts]), torch.tensor([[0.6, 0.4]]))
     decoder.forget()
@@ -47,10 +47,10 @@ def one_step(session: DeviceSession, experts: tuple[int, int]) -> list[int]:
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
-def skip_warm_up(session: DeviceSession) -> None:
+def skip_warm_up(session: Session) -> None:
     """Let the next step begin the trial."""
     one_step(session, (5, 6))
-    session._budget._state[HOLD] = 1
+    session.engine._budget._state[HOLD] = 1
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_amounts_double_up_to_the_experts_of_a_token(top_k: int, amounts: list[i
 def test_every_layer_of_a_step_is_given_the_amount_of_the_trial() -> None:
     with opened() as session:
         skip_warm_up(session)
-        seen = [(one_step(session, (5, 6)), session.prefetch_records) for _ in range(6)]
+        seen = [(one_step(session, (5, 6)), session.engine.prefetch_records) for _ in range(6)]
     assert [records for _, records in seen] == [1, 1, 2, 2, 0, 0]
     assert all(ahead == [0, records, records] for ahead, records in seen)
 
@@ -74,28 +74,28 @@ def test_trials_begin_again_when_told_to() -> None:
         skip_warm_up(session)
         for _ in range(3):
             one_step(session, (5, 6))
-        assert session.prefetch_records == 2
-        session.restart_trials()
+        assert session.engine.prefetch_records == 2
+        session.engine.restart_trials()
         one_step(session, (5, 6))
-        assert session.prefetch_records == 1
+        assert session.engine.prefetch_records == 1
 
 
 def test_a_session_says_when_a_trial_has_ended() -> None:
     with opened() as session:
         skip_warm_up(session)
-        state = session._budget._state
+        state = session.engine._budget._state
         for _ in range(5 * BLOCK_STEPS):
             one_step(session, (5, 6))
-        assert not session.prefetch_found
+        assert not session.engine.prefetch_found
         # The next round is the last.
         state[ROUND] = ROUNDS - 1
         for _ in range(4 * BLOCK_STEPS):
             one_step(session, (5, 6))
-        assert session.prefetch_found and int(state[HOLD]) > 0
-        session.restart_trials()
-        assert not session.prefetch_found
+        assert session.engine.prefetch_found and int(state[HOLD]) > 0
+        session.engine.restart_trials()
+        assert not session.engine.prefetch_found
     with opened(auto_off=False) as session:
-        assert session.prefetch_found
+        assert session.engine.prefetch_found
 
 
 def test_a_prefill_is_not_measured() -> None:
@@ -103,7 +103,7 @@ def test_a_prefill_is_not_measured() -> None:
         one_step(session, (5, 6))
         skip_warm_up(session)
         one_step(session, (5, 6))
-        state = session._budget._state
+        state = session.engine._budget._state
         assert int(state[LAST]) > 0
         many = torch.zeros(400, 2, dtype=torch.int64)
         for layer in (1, 2):
@@ -131,8 +131,8 @@ def test_nothing_is_tried_where_the_number_is_given_or_must_not_depend_on_times(
     with opened(**options) as session:
         for _ in range(3):
             session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
-        assert session.prefetch_records is None
-        assert int(session._budget._state.abs().sum()) == 0
+        assert session.engine.prefetch_records is None
+        assert int(session.engine._budget._state.abs().sum()) == 0
 
 
 @pytest.mark.parametrize(("slower", "goes_on"), [(3.0, False), (0.5, True)])
@@ -141,7 +141,7 @@ def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster
 ) -> None:
     now_s = [0.0]
     with opened(transfer="copy") as session:
-        budget = session._budget
+        budget = session.engine._budget
         budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
 
         def prefetches() -> bool:
@@ -152,7 +152,7 @@ def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster
         tried = [prefetches() for _ in range(WARM_STEPS + COMPARED_STEPS + 1)]
         assert abs(tried.count(True) - (WARM_STEPS + COMPARED_STEPS // 2)) <= 2
         assert {prefetches() for _ in range(20)} == {goes_on}
-        session.configure(SpeculationConfig(transfer="copy", auto_off=False))
+        session.configure(SessionOptions(transfer="copy", auto_off=False))
         assert all(prefetches() for _ in range(8))
 
 
@@ -160,8 +160,8 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
     now_s = [0.0]
     layers, edges, ids = [0, 1, 2], [0, 1, 1, 2], torch.tensor([[5, 6]])
     with opened(transfer="copy") as session:
-        assert session.plans_steps
-        budget = session._budget
+        assert session.engine.plans_steps
+        budget = session.engine._budget
         budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
 
         def speculates(ids: Tensor = ids) -> bool:
@@ -172,14 +172,14 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
             assert answers in ([True] * 3, [False] * 3)
             return answers[0]
 
-        assert not session.prefetch_found
+        assert not session.engine.prefetch_found
         tried = [speculates() for _ in range(WARM_STEPS + COMPARED_STEPS + 1)]
         assert abs(tried.count(True) - (WARM_STEPS + COMPARED_STEPS // 2)) <= 2
         assert not any(speculates() for _ in range(20))
-        assert session.prefetch_found
-        session.restart_trials()
+        assert session.engine.prefetch_found
+        session.engine.restart_trials()
         assert not speculates(torch.zeros(400, 2, dtype=torch.int64)), "a prefill predicts nothing"
-        session.configure(SpeculationConfig(transfer="copy", skip_layers=(1,)))
+        session.configure(SessionOptions(transfer="copy", skip_layers=(1,)))
         assert session.plan_step(layers, edges, ids) == [False, True, True]
 
 
@@ -189,7 +189,7 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
 )
 def test_no_graph_branches_where_the_host_does_not_try(options: dict[str, Any]) -> None:
     with opened(**options) as session:
-        assert not session.plans_steps
+        assert not session.engine.plans_steps
         # One that was compiled with other options does, and speculates.
         assert session.plan_step([0, 1], [0, 1], torch.tensor([[5, 6]])) == [True, True]
 

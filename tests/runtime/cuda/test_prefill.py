@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.stream_model import StreamModel
@@ -21,11 +21,11 @@ def test_slots_hold_after_a_prefill_what_they_held_before(transfer: Any) -> None
     token, prompt = torch.randn(1, 64), torch.randn(24, 64)
     everyone = torch.arange(48).remainder(8).view(24, 2)
     with session:
-        session.configure(SpeculationConfig(transfer=transfer))
+        session.configure(SessionOptions(transfer=transfer))
         for module in modules:
             module(token, torch.tensor([[5, 2]]), torch.full((1, 2), 0.5))
         streams.finish()
-        before = [bank.clone() for bank in session.cache.banks]
+        before = [bank.clone() for bank in session.engine.cache.banks]
         counted = session.stats.total
         assert counted.misses == 4
         for layer, module in enumerate(modules):
@@ -34,7 +34,7 @@ def test_slots_hold_after_a_prefill_what_they_held_before(transfer: Any) -> None
             expected = experts(prompt, everyone, torch.full((24, 2), 0.5)).detach()
             torch.testing.assert_close(out, expected)
         streams.finish()
-        assert all(map(torch.equal, session.cache.banks, before))
+        assert all(map(torch.equal, session.engine.cache.banks, before))
         for module in modules:
             module(token, torch.tensor([[5, 2]]), torch.full((1, 2), 0.5))
         total = session.stats.total

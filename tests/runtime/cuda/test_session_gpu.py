@@ -43,15 +43,15 @@ def test_tokens_are_those_of_the_plain_model(
         copy.deepcopy(plain), device="cuda", store="ram", expert_cache="50%", progress=False
     )
     session: Any = session_of(model)
-    for bank in session.cache.banks:
+    for bank in session.engine.cache.banks:
         bank.fill_(255)  # NaN in every float type: a slot that is read before it is filled shows
     compiled = torch.compile(model, backend="specmoe", options=OPTIONS[name])
     for _ in range(2):
         assert torch.equal(greedy(compiled, ids, 16, **static), expected)
     if name == "auto":
-        rates = session.transfer_rates
+        rates = session.engine.transfer_rates
         assert min(rates.copy_gbps, rates.gather_gbps) > 0
-        assert session.transfer == rates.faster
+        assert session.engine.transfer == rates.faster
     region = session.store.region
     assert region.is_pinned()
     specmoe_compile.close(model)
@@ -71,7 +71,7 @@ def test_copied_steps_in_branches_give_the_plain_models_tokens(
     session: Any = session_of(model)
     compiled = torch.compile(model, backend="specmoe", options={"transfer": "copy"})
     greedy(compiled, ids, 2)
-    assert session.plans_steps
+    assert session.engine.plans_steps
     session.reset_stats()
     assert torch.equal(greedy(compiled, ids, 16), expected)
     assert (session.stats.total.speculative_bytes > 0) == pays
@@ -115,14 +115,14 @@ def test_experts_on_disk_give_the_plain_models_tokens(
         progress=False,
     )
     session: Any = session_of(model)
-    for bank in session.cache.banks:
+    for bank in session.engine.cache.banks:
         bank.fill_(255)
     compiled = torch.compile(
         model, backend="specmoe", options={"prefetch": prefetch, "auto_off": False}
     )
     for _ in range(2):
         assert torch.equal(greedy(compiled, ids, 16, cache_implementation="static"), expected)
-    assert session.transfer == "copy"
+    assert session.engine.transfer == "copy"
     total = session.stats.total
     if batch == 1:  # three tokens choose more experts than there are slots
         assert total.hits > 0

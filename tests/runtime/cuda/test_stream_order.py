@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
-from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda import decoders
 from specmoe_compile.runtime.cuda.decode_gather import GatherDecoder, _Fetch
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
@@ -19,7 +19,7 @@ from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
 from tests.runtime.cuda.stream_model import StreamModel
 
-GATHER, COPY = SpeculationConfig(transfer="gather"), SpeculationConfig(transfer="copy")
+GATHER, COPY = SessionOptions(transfer="gather"), SessionOptions(transfer="copy")
 DECODE, PREFILL = Prompt(), Prompt(length=20, new_tokens=2)
 
 
@@ -29,7 +29,7 @@ def plain() -> Any:
 
 
 def check(
-    recorder: Recorder, plain: Any, prompt: Prompt, config: SpeculationConfig, **session: Any
+    recorder: Recorder, plain: Any, prompt: Prompt, config: SessionOptions, **session: Any
 ) -> None:
     """Generate under late, poisoned streams; compare tokens, and look for unordered pairs."""
     what = (config.transfer, session)
@@ -73,7 +73,7 @@ def test_other_rewrites_have_no_unordered_pair(
 ) -> None:
     recorder = Recorder(plain, monkeypatch, **options)
     for transfer in ("gather", "copy"):
-        config = SpeculationConfig(transfer=transfer, **options)  # type: ignore[arg-type]
+        config = SessionOptions(transfer=transfer, **options)  # type: ignore[arg-type]
         check(recorder, plain, Prompt(new_tokens=2), config)
     assert (recorder.prefetches > 0) == options.get("prefetch", True)
 
@@ -86,7 +86,7 @@ def test_default_vectors_leave_no_unordered_pair(
     tokens: list[torch.Tensor] = []
     # The first one compiles, and learns default vectors meanwhile; the others start alike.
     for transfer, late in (("gather", True), ("gather", True), ("gather", False), ("copy", True)):
-        config = SpeculationConfig(transfer=transfer, **weak)  # type: ignore[arg-type]
+        config = SessionOptions(transfer=transfer, **weak)  # type: ignore[arg-type]
         streams = StreamModel(late=late)
         with recorder.session(streams, config=config, slots=2) as opened:
             tokens.append(recorder.run(DECODE, opened))
@@ -150,7 +150,7 @@ class PlansAside(GatherDecoder):
     ) -> _Fetch:
         streams: Any = self._streams
         with streams.at_once(stream):
-            plan = self._plan(layer, ids, speculative=stream == "prefetch", most=most)
+            plan = self._plan(layer, ids, speculative=stream == "prefetch", max_records=most)
         with streams.on(stream):
             torch.ops.specmoe_kernels.gather_experts(
                 [self._records[layer]], [self._cache.banks[layer]], *plan[2:]

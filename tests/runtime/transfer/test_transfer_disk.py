@@ -116,7 +116,7 @@ def test_cancel_takes_back_what_has_not_started(
 def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     """Small records: as many as fit the limit; a demand read finds a free reader."""
     transfer = DiskTransfer(store, reader_threads=2)
-    transfer._queue.most_guesses = 1
+    transfer._queue.max_guesses = 1
     event = threading.Event()
     store.before_read = lambda layer, expert: (event.wait(10) if expert < 4 else True) and None
     guess = transfer.start(0, buffers([0, 1, 2]), speculative=True)
@@ -152,7 +152,7 @@ def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
 def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
     """The first guess holds one reader and the place of guesses; the other reader is idle."""
     transfer = DiskTransfer(store, reader_threads=2)
-    transfer._queue.most_guesses = 1
+    transfer._queue.max_guesses = 1
     event = threading.Event()
     store.before_read = lambda layer, expert: (event.wait(10) if expert == 0 else True) and None
     guess = transfer.start(0, buffers([0, 1]), speculative=True)

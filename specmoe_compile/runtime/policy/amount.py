@@ -1,7 +1,4 @@
-"""Run-time options of speculation, and the rule that turns prefetches off.
-
-Shape letters: T tokens, K top-k, L MoE layers.
-"""
+"""How much may be guessed: which layers take part in a step, and a gate for a kind of guess."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The session of a plain model: experts run from the modules' own parameters, nothing is moved.
+"""The engine of a plain model: experts run from the modules' own parameters, nothing is moved.
 
 A model that was not offloaded has all its experts in the fast tier already. Its dispatch nodes name
-a `LiveSession`, which holds the modules by weak reference and keeps nothing of theirs alive.
+the session of a `LiveEngine`, which holds the modules by weak reference and keeps nothing of theirs
+alive. Their graphs are not rewritten, so that of a step only `demand` is called.
 
 Shape letters: T tokens, K top-k, H hidden.
 """
@@ -11,45 +12,44 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner, Routing, reduce_experts
 from specmoe_compile.runtime.cpu.native.layer import use_cpu_math
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.module import find_experts_layers
-from specmoe_compile.runtime.session import register_session
-
-if TYPE_CHECKING:
-    from specmoe_compile.options import SpeculationConfig
+from specmoe_compile.runtime.session import Session
 
 
-class LiveSession:
-    """Runs plain experts modules; the counterpart of `Session` for models that fit.
+class LiveEngine:
+    """Runs plain experts modules where they are."""
 
-    Attributes:
-        handle: number that dispatch nodes carry.
-    """
-
+    device = torch.device("cpu")
+    fetches = False
+    survives_fork = True
     plans_steps = False
 
     def __init__(self) -> None:
-        self.handle = register_session(self)
+        self.default_vectors = DefaultVectors([], [])
+        self.predictions = Predictions(0)
         self._modules: list[weakref.ref[nn.Module]] = []
         self._cpu: dict[int, _CpuLayer] = {}
-
-    def renew_after_fork(self) -> None:
-        """In a forked process: there is no lock and no thread to renew."""
 
     def add(self, module: nn.Module) -> int:
         """Take a module in and return its layer number in this session."""
         self._modules.append(weakref.ref(module))
         return len(self._modules) - 1
 
-    def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run one layer: x [T,H], ids [T,K], weights [T,K] -> [T,H].
 
         Raises:
@@ -69,13 +69,27 @@ class LiveSession:
             state = self._cpu[layer] = _CpuLayer(module)
         return state.run(x, ids, weights)
 
-    def configure(self, config: SpeculationConfig) -> None:
+    def configure(self, speculation: SessionOptions) -> None:
         """Accept run-time options; a model that is all there has nothing to speculate on.
 
         Raises:
             ValueError: int8 arithmetic, which experts of plain numbers do not have.
         """
-        use_cpu_math(config.cpu_math, [])
+        use_cpu_math(speculation.cpu_math, [])
+
+    def _never(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError("the graph of a plain model does not speculate")
+
+    blend = predict = start = plan = settle = run = correct = _never
+
+    def stats(self) -> Stats:
+        return Stats(layers=(), fast_tier_bytes=0, store_bytes=0, store="ram", read_busy_ms=0.0)
+
+    def reset_stats(self) -> None:
+        pass
+
+    def interrupt(self) -> None:
+        pass
 
     def close(self) -> None:
         """Forget the modules."""
@@ -123,16 +137,15 @@ class _CpuLayer:
         return reduce_experts(y.view(*ids.shape, x.shape[-1]), weights, x)
 
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, tuple[LiveSession, int]] = (
-    weakref.WeakKeyDictionary()
-)
+_sessions: weakref.WeakKeyDictionary[nn.Module, tuple[Session, int]] = weakref.WeakKeyDictionary()
 
 
 class LiveModules:
     """Finds the experts modules of a Dynamo graph, and a session for those of one graph."""
 
     def __init__(self) -> None:
-        self._session: LiveSession | None = None
+        self._engine = LiveEngine()
+        self._session: Session | None = None
 
     def owner_of(
         self, parameters: Sequence[Any], module_class: type[nn.Module] | str
@@ -157,7 +170,7 @@ class LiveModules:
         found = _sessions.get(module)
         if found is None:
             if self._session is None:
-                self._session = LiveSession()
-            found = _sessions[module] = (self._session, self._session.add(module))
+                self._session = Session(self._engine)
+            found = _sessions[module] = (self._session, self._engine.add(module))
         session, layer = found
         return session.handle, layer

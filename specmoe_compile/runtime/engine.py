@@ -1,0 +1,95 @@
+"""What a session asks of the device that runs its layers.
+
+Shape letters: T tokens, K top-k, P predicted per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.predict.default_vectors import DefaultVectors
+from specmoe_compile.predict.predictions import Predictions
+from specmoe_compile.runtime.cache.statistics import Stats
+
+
+class Engine(Protocol):
+    """Takes the steps of a model's MoE layers on one device; its session serialises the calls.
+
+    A layer runs in one piece (`demand`), or in parts: `start` some layers earlier, then `settle`,
+    `run` and `correct`. Numbers lead from one part to the next; an engine may keep its steps by
+    layer and give numbers that mean nothing. Tensors are on `device`; `layer` is an ordinal.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where experts are computed."""
+
+    @property
+    def default_vectors(self) -> DefaultVectors:
+        """Mean outputs of the experts, learned while running."""
+
+    @property
+    def predictions(self) -> Predictions:
+        """Trained networks and past choices, for predictors that are no router."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether experts may be missing where they are computed."""
+
+    @property
+    def plans_steps(self) -> bool:
+        """Whether a graph may branch on `plan`."""
+
+    @property
+    def survives_fork(self) -> bool:
+        """Whether a forked process can go on with it."""
+
+    def configure(self, speculation: SessionOptions) -> None:
+        """Take the options from now on.
+
+        Raises:
+            ValueError, SpecMoEError: the engine cannot do what one of them asks for.
+        """
+
+    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run a layer, fetching what is missing: [T, H], [T, K], [T, K] -> [T, H]."""
+
+    def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+        """Blend default vectors: [T, K], [T, K] -> [T, H] in the dtype of `like`."""
+
+    def predict(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Predict a layer without its router: [T, H] -> ids and weights, [T, P]."""
+
+    def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        """Take a prediction, [T, P], and start fetching; returns the ticket's number."""
+
+    def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
+        """Decide which of `layers` speculate in the step that begins, see `Session.plan_step`."""
+
+    def settle(self, ticket: int, layer: int, ids: Tensor) -> int:
+        """Meet a prediction with the true ids, [T, K]; returns the step's number."""
+
+    def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Run what is there: [T, H], [T, K], [T, K] -> [T, K, H], unweighted."""
+
+    def correct(
+        self, number: int, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Run the rest of `partial` and sum over K: [T, K, H] -> [T, H]."""
+
+    def stats(self) -> Stats:
+        """Counters so far, as a copy."""
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+
+    def interrupt(self) -> None:
+        """Let a call that waits for a transfer fail, if it can; called from any thread."""
+
+    def close(self) -> None:
+        """Give back threads, memory and locks; called once, and nothing after it."""

@@ -1,0 +1,46 @@
+"""The compilers that PyTorch calls: whether they are there, before anything long is begun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+
+def find_compiler_or_none() -> str | None:
+    """Name of the C++ compiler that Inductor would use; None if there is none."""
+    return _first_or_none(os.environ.get("CXX", ""), "g++", "clang++", "c++")
+
+
+def python_headers_found() -> bool:
+    """Whether Python.h is there, which Inductor's C++ code includes."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def check_compiler(device_type: str) -> None:
+    """Raise before a graph is compiled for a device that lacks its compiler.
+
+    Args:
+        device_type: "cpu", for which Inductor writes C++, or "cuda", for which Triton compiles the
+            C code that launches its kernels.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what to do.
+    """
+    if device_type == "cuda":
+        what, packages, variable = "C compiler", "gcc", "CC"
+        found = _first_or_none(os.environ.get("CC", ""), "gcc", "clang", "cc")
+    else:
+        what, packages, variable = "C++ compiler", "g++ and python3-dev", "CXX"
+        found = find_compiler_or_none()
+    if found is None:
+        raise FileNotFoundError(
+            f"There is no {what} on the path, which torch.compile needs: install one (Debian,"
+            f" Ubuntu: apt install {packages}), name one in {variable},"
+            ' or do without compiling: --no-compile, or options={"lowering": "eager"}.'
+        )
+
+
+def _first_or_none(*names: str) -> str | None:
+    return next((name for name in names if name and shutil.which(name.split()[0])), None)
