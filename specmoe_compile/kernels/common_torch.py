@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_bank, check_tensor
+from specmoe_compile.kernels.packed_experts.config import reason_against
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_gate, format_of_texts
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode, WeightPlanes
 
@@ -127,11 +128,9 @@ def _check_planes(
         shape: S, outputs and inputs of the weight.
     """
     slots, outputs, inputs = shape
-    if inputs * code.functions.bits % 32:
-        raise ValueError(
-            f"specmoe_kernels::{op}: a row of {name} has {inputs} codes of {code.functions.bits}"
-            " bits, expected a multiple of 4 bytes"
-        )
+    reason = reason_against(code, inputs)
+    if reason is not None:
+        raise ValueError(f"specmoe_kernels::{op}: {name}: {reason}")
     wanted = code.plane_shapes(name, outputs, inputs, x.dtype)
     for suffix, tensor in zip(("", "_scales", "_zeros", "_global"), planes, strict=True):
         plane = f"{name}{suffix}"

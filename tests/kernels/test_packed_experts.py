@@ -216,7 +216,7 @@ def test_wrong_planes_are_refused_with_one_sentence() -> None:
         with pytest.raises(error, match=re.escape(message)):
             run_experts_decode(case.x, case.slots, case.weights, wrong, case.form)
     narrow = make_packed_case(ExpertForm(), FORMATS["nvfp4"], hidden=36, inner=24)
-    with pytest.raises(ValueError, match="a row of up has 36 codes of 4 bits"):
+    with pytest.raises(ValueError, match="up: a row has 36 codes of 4 bits"):
         run_experts_decode(narrow.x, narrow.slots, narrow.weights, narrow.bank, narrow.form)
     with pytest.raises(ValueError, match="row-major"):
         ExpertForm(transposed=True, format=FORMATS["nvfp4"])

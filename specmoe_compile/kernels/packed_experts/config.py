@@ -8,10 +8,23 @@ from __future__ import annotations
 from specmoe_compile.kernels.expert_mlp.config import GemvConfig, ceil_div, next_power_of_2
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
 
+_GROUP_MULTIPLE = 16  # inputs of the narrowest product of prefill
 _LANE_BYTES = 16  # one load of a lane
 # Codes of one program, in bytes: four loads of each of 128 lanes.
 _TILE_BYTES = 8192
 _MOST_PADDING = 0.1  # of a row's inputs; a masked lane reads nothing, but its place is lost
+
+
+def reason_against(code: WeightCode, inputs: int) -> str | None:
+    """Why the kernels cannot compute a weight of so many inputs in this code; None if they can."""
+    if code.is_plain:
+        return None
+    bits, columns = code.functions.bits, code.block[1]
+    if inputs * bits % 32:
+        return f"a row has {inputs} codes of {bits} bits, expected a multiple of 4 bytes"
+    if 0 < columns < inputs and columns % _GROUP_MULTIPLE:
+        return f"{columns} inputs share a scale, expected a multiple of {_GROUP_MULTIPLE}"
+    return None
 
 
 def codes_per_lane(code: WeightCode) -> int:

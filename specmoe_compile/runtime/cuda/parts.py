@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.kernels.packed_experts.config import reason_against
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.cuda.tables import DeviceCache
 from specmoe_compile.runtime.experts.form import ExpertForm, recognise_form
+from specmoe_compile.runtime.experts.formats.expert_format import DOWN_NAME, UP_NAMES
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 
@@ -52,6 +55,8 @@ class DecoderParts(NamedTuple):
         Raises:
             UnsupportedModelError: the kernels cannot compute these experts.
         """
+        for layer in layers:
+            _refuse_odd_codes(layer)
         forms = [recognise_form(layer.module).with_format(layer.layout.format) for layer in layers]
         layouts = [layer.layout for layer in layers]
         num_experts = [layer.num_experts for layer in layers]
@@ -69,6 +74,23 @@ class DecoderParts(NamedTuple):
         """H of each layer."""
         pairs = zip(self.layouts, self.forms, strict=True)
         return [_hidden_size(layout, form) for layout, form in pairs]
+
+
+def _refuse_odd_codes(layer: ExpertsLayer) -> None:
+    """Raise `UnsupportedModelError` for coded weights that the kernels cannot read."""
+    for spec in layer.layout.tensors:
+        if spec.name not in (*UP_NAMES, DOWN_NAME):
+            continue
+        code = layer.layout.format.code(spec.name)
+        if code.is_plain:
+            continue
+        inputs = spec.shape[1] * (2 if code.functions.bits == 4 else 1)
+        reason = reason_against(code, inputs)
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"The kernels for a GPU cannot read {spec.name} of {layer.name}"
+                f" ({layer.layout.format.name}): {reason}. It runs with device='cpu'."
+            )
 
 
 def _norm_or_none(layer: ExpertsLayer) -> Norm | None:
