@@ -7,7 +7,7 @@ leave both out of a comparison. What remains is shown by an arm that is there tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -82,17 +82,25 @@ def ratio(ours_ms: Sequence[float], base_ms: Sequence[float]) -> Ratio:
     return Ratio(fmean(ratios), stdev(ratios) / len(ratios) ** 0.5)
 
 
-def run_paired(jobs: Mapping[str, ArmJob], rounds: int) -> tuple[dict[str, PairedArm], int]:
+def run_paired(
+    jobs: Mapping[str, ArmJob],
+    rounds: int,
+    *,
+    prepare: Callable[[str, Measurement], None] = lambda name, warm: None,
+) -> tuple[dict[str, PairedArm], int]:
     """Run arms in turns, each a prompt, back and forth.
 
     Args:
         jobs: by name, what each arm runs; prompts and numbers of tokens are the same.
         rounds: over all prompts.
+        prepare: called with each arm when it is warm, before the first turn.
 
     Returns:
         The arms by name; and how many of them gave other tokens than the first one.
     """
     warm = {name: Measurement(job, emit=lambda *_, **__: None) for name, job in jobs.items()}
+    for name, measurement in warm.items():
+        prepare(name, measurement)
     arms = {name: PairedArm() for name in jobs}
     for number in range(rounds):
         for arm in arms.values():

@@ -102,6 +102,11 @@ class Measurement:
         self._generator = generator
         self._first_token_s = self._timer().warm_up(job.started_s)
 
+    @property
+    def model(self) -> Any:
+        """The model that is generated with, not the wrapper that compiles it."""
+        return self._loaded.inner
+
     def _timer(self) -> _Timer:
         return _Timer(self._job, self._generator, self._loaded.read_stats)
 

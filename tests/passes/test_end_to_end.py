@@ -76,3 +76,21 @@ def test_steady_decode_breaks_and_compiles_nothing(tmp_path: Path, cache: str, g
             assert needed == 23 * 2 * predicted_layers
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     specmoe_compile.close(model)
+
+
+def test_a_graph_with_a_plain_model_too_predicts_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    offloaded = specmoe_compile.offload(
+        tiny_qwen3_moe(layers=2), store="disk", store_dir=tmp_path / "store", expert_cache="50%"
+    )
+    plain, ids = tiny_qwen3_moe(layers=2), prompts(1, 4)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        return offloaded(ids, use_cache=False).logits, plain(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        ours, theirs = torch.compile(both, backend="specmoe", options={"lowering": "eager"})()
+    assert torch.equal(ours, theirs)
+    assert "only 1 of 2 fetch experts" in caplog.text
+    assert specmoe_compile.stats(offloaded).total.predicted == 0

@@ -101,9 +101,7 @@ class PrefetchJudge:
             Experts that useless guesses pushed out of their slots, to be counted if they are read
             again.
         """
-        useless = [expert for expert in issued.reads if expert not in wanted]
-        # The first ones would have gone for the useful records anyway.
-        pushed_out = issued.evicted[len(issued.reads) - len(useless) :]
+        pushed_out = evicted_for_nothing(issued, wanted)
         by_rank: dict[int, list[int]] = {}
         for expert, read in issued.reads.items():
             if read.state in (RUNNING, DONE):  # else it cost nothing, and said nothing
@@ -118,6 +116,12 @@ class PrefetchJudge:
             gate.measure(right, wrong)
         self.layers[layer].measure(sum(right for right, _ in by_rank.values()), certain)
         return pushed_out
+
+
+def evicted_for_nothing(issued: Issued, wanted: Collection[int]) -> list[int]:
+    """Experts that made room for guesses that nobody wanted."""
+    useful = sum(expert in wanted for expert in issued.reads)
+    return issued.evicted[useful:]  # the first ones would have gone for those anyway
 
 
 def _read_bytes(stats: Sequence[LayerStats]) -> tuple[int, int]:
