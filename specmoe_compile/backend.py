@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 ATTENTION_DEVICES = ("cuda",)
 """Where `read_filled_cache` rewrites attention."""
 
+MIN_PARALLEL_ELEMENTS = 16384
+"""Elements of a loop per thread, below which OpenMP's threads do not pay on a CPU: Inductor's own
+bound of 512 is a tenth of a microsecond of work, and a parallel region costs several, or a slice of
+the scheduler where another process has one of the cores."""
+
 Compiled = Callable[..., Any]
 
 
@@ -189,8 +194,18 @@ def _lower(
         # Bound by large products and by reading experts, and compiled as long as decode.
         return gm.forward
     _check_compiler(example_inputs)
-    patches = {"post_grad_custom_pre_pass": speculation, "freezing": False}
+    patches = {
+        "post_grad_custom_pre_pass": speculation,
+        "freezing": False,
+        "cpp.min_chunk_size": _min_chunk_size(),
+    }
     return _lower_with_inductor(gm, example_inputs, config, patches)
+
+
+def _min_chunk_size() -> int:
+    from torch._inductor import config
+
+    return max(MIN_PARALLEL_ELEMENTS, config.cpp.min_chunk_size)  # TORCHINDUCTOR_CPP_MIN_CHUNK_SIZE
 
 
 def _lower_with_inductor(

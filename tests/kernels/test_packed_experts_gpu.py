@@ -89,7 +89,9 @@ def test_prefill_matches_the_reference(
     expected = run_grouped_experts_reference(y, case.x, case.slots, case.bank, case.form)
     run_grouped_experts_(y, case.x, case.slots, case.bank, case.form)
     error = (y.float() - expected.float()).norm() / expected.float().norm()
-    bound = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    # Sums of 7168 products in another order are 2.5e-6 off in float32; a weight that was rounded to
+    # 16 bits would be 1e-4 off or more.
+    bound = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     assert error < bound, error
     # In parts of one slot: the bits of one call, without a wait.
     monkeypatch.setattr(packed, "SCRATCH_BYTES", 1)

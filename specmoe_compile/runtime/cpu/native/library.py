@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
 import threading
 from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from specmoe_compile.runtime.cpu.native import build
 from specmoe_compile.runtime.cpu.native.structures import STRUCTURES, ExpertSpec, ExpertTask
-from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.machine import cache_folder, cpu_count
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +85,7 @@ def _declared(library: CDLL) -> CDLL:
 
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and the quota of its control group."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        cores = os.cpu_count() or 1
+    cores = cpu_count()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         if quota != "max":
