@@ -12,7 +12,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ _DTYPES = {
     "F4": torch.uint8,  # two to a byte
     "BOOL": torch.bool,
 }
+_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself takes
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -123,7 +125,7 @@ class _SafetensorsFile:
     def _parse(self) -> tuple[bytes, dict[str, CheckpointTensor]]:
         """Read the header; returns it and the tensors it names."""
         length = int.from_bytes(os.pread(self.fd, 8, 0), "little")
-        if self.size_bytes < 8 or not 0 < length <= self.size_bytes - 8:
+        if self.size_bytes < 8 or not 0 < length <= min(self.size_bytes - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{self.path} is truncated or is not a safetensors file: it has {self.size_bytes} "
                 "bytes and its header does not fit in them. Download it again."
@@ -136,6 +138,7 @@ class _SafetensorsFile:
                 if name == "__metadata__":
                     continue
                 start, stop = item["data_offsets"]
+                _check_entry(name, item, start, stop)
                 tensors[name] = CheckpointTensor(
                     file=self,
                     dtype_name=item["dtype"],
@@ -144,9 +147,10 @@ class _SafetensorsFile:
                     stop=8 + length + stop,
                 )
                 end = max(end, 8 + length + stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f" ({error})" if isinstance(error, _EntryError) else ""
             raise CheckpointError(
-                f"{self.path} has a damaged safetensors header. Download it again."
+                f"{self.path} has a damaged safetensors header{why}. Download it again."
             ) from error
         if end != self.size_bytes:
             raise CheckpointError(
@@ -160,7 +164,12 @@ class _SafetensorsFile:
         view = buffer.numpy().data
         done = 0
         while done < len(view):
-            count = pread_into(self.fd, view[done:], start + done)
+            try:
+                count = pread_into(self.fd, view[done:], start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"Reading {self.path} at byte {start + done} failed: {error.strerror or error}."
+                ) from error
             if count == 0:
                 raise CheckpointError(f"{self.path} ended while it was read: it was truncated.")
             done += count
@@ -187,6 +196,20 @@ class _SafetensorsFile:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+class _EntryError(ValueError):
+    """What is wrong with an entry of a header, as a clause."""
+
+
+def _check_entry(name: str, item: dict[str, Any], start: Any, stop: Any) -> None:
+    """Raise `_EntryError` unless a tensor's place is inside the data and fits dtype and shape."""
+    shape, dtype = item["shape"], _DTYPES.get(item["dtype"])
+    numbers = [*shape, start, stop]
+    if any(type(number) is not int or number < 0 for number in numbers) or stop < start:
+        raise _EntryError(f"{name[:100]} has no shape or no place")
+    if dtype is not None and prod(shape) * dtype.itemsize != stop - start:
+        raise _EntryError(f"{name[:100]} has a shape of other bytes than its place")
 
 
 class Checkpoint:
@@ -281,10 +304,16 @@ def check_checkpoint_folder(folder: Path, variant: str | None = None) -> None:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         names_its_weights = bool(config.get("transformers_weights"))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{config_path} is damaged: it is not a JSON object.") from error
     if not names_its_weights:
         Checkpoint(_checkpoint_files(folder, variant)).close()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a shard's name, as an index gives it, stays in the checkpoint's folder."""
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _checkpoint_files(folder: Path, variant: str | None) -> list[Path]:
@@ -304,8 +333,14 @@ def _checkpoint_files(folder: Path, variant: str | None) -> list[Path]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        outside = [name for name in names if not _is_inside(name)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path} is damaged. Download it again.") from error
+    if outside:
+        raise CheckpointError(
+            f"{index_path} names a file outside of its folder, {outside[0][:100]!r}: that is no"
+            " shard of this checkpoint. Do not trust it; download it again from its author."
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

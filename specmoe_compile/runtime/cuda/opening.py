@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specmoe_compile.errors import UnsupportedModelError
+from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.page_lock import PageLock
@@ -37,7 +37,7 @@ def open_device_session(
     """Page-lock a store in RAM, or a ring of buffers before one on disk, and open its session.
 
     Raises:
-        StoreError: the memory cannot be page-locked.
+        StoreError: the memory cannot be page-locked, or the GPU has too little for the cache.
         UnsupportedModelError: the model spans several devices, or the kernels lack its experts.
         ValueError: the cache does not hold one token's experts.
     """
@@ -67,6 +67,9 @@ def open_device_session(
             streams=streams,
             release=held.close,
         )
+    except torch.OutOfMemoryError as error:
+        held.close()
+        raise _too_little(device, max(expert_cache_bytes, smallest), smallest) from error
     except BaseException:
         held.close()
         raise
@@ -78,6 +81,17 @@ def open_session(
     """Open a session of a `CudaEngine`, which takes the arguments; the store is closed with it."""
     engine = CudaEngine(layers, store, top_k=top_k, **given)
     return Session(engine, layers=layers, store=store, top_k=top_k)
+
+
+def _too_little(device: torch.device, cache_bytes: int, smallest_bytes: int) -> StoreError:
+    """Say what the expert cache needs, what there is, and how small it may be."""
+    free, total = torch.cuda.mem_get_info(device)
+    return StoreError(
+        f"The expert cache of {format_bytes(cache_bytes)} does not fit: {format_bytes(free)} of the"
+        f" {format_bytes(total)} of {device} are free, and keys and values need some of it too."
+        f" Give a smaller expert_cache (at least {format_bytes(smallest_bytes)}), or free GPU"
+        " memory."
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -96,7 +96,7 @@ def _layer_from_json(data: dict[str, Any]) -> StoreLayer:
     tensors = tuple(
         TensorSpec(
             name=item["name"],
-            shape=tuple(item["shape"]),
+            shape=tuple(_count(size) for size in item["shape"]),
             dtype=_dtype(item["dtype"]),
             offset_bytes=item["offset_bytes"],
         )
@@ -107,7 +107,16 @@ def _layer_from_json(data: dict[str, Any]) -> StoreLayer:
     # The reader trusts these numbers with raw memory, so they must be what this version lays out.
     if layout != ExpertLayout.from_shapes({t.name: (t.shape, t.dtype) for t in tensors}, format):
         raise ValueError(f"the record of {data['name']} is laid out in another way")
-    return StoreLayer(name=data["name"], num_experts=data["num_experts"], layout=layout)
+    if not isinstance(data["name"], str) or not tensors:
+        raise ValueError("a layer has no name or no tensors")
+    return StoreLayer(name=data["name"], num_experts=_count(data["num_experts"]), layout=layout)
+
+
+def _count(value: Any) -> int:
+    """Return a number of things, at least one; raises `ValueError` for anything else."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is not a number of experts or a size")
+    return value
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -160,7 +169,7 @@ def read_header(folder: Path) -> StoreHeader:
         raise _damaged(path, "it is not text") from error
     try:
         body = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too deep
         raise _damaged(path, "it is not JSON") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise StoreError(f"{path} is not the header of an expert store.")
@@ -191,7 +200,9 @@ def _parse(path: Path, body: dict[str, Any]) -> StoreHeader:
         )
         if [len(values) for values in header.checksums] != [n.num_experts for n in header.layers]:
             raise ValueError("it does not have one checksum per record")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if not header.layers or header.top_k < 1:
+            raise ValueError("it has no layers, or no expert per token")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise _damaged(path, str(error)) from error
     return header
 

@@ -38,6 +38,12 @@ def open_matching(
     """
     store = DiskStore.open(folder, expected_fingerprint=source.fingerprint, verify=verify)
     try:
+        if store.layers != tuple(source.layers):
+            # A fingerprint is only text in a file; these sizes are what memory is read with.
+            raise StoreError(
+                f"The expert store {folder} says that it is {source.name}'s, and has other layers:"
+                " its header was altered. Delete the folder and pack again."
+            )
         _check_content(source, store, progress=progress)
     except BaseException:
         store.close()

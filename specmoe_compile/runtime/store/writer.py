@@ -314,14 +314,16 @@ def _read_journal(source: RecordSource, folder: Path) -> list[list[int]]:
     try:
         lines = (folder / _JOURNAL_NAME).read_text(encoding="utf-8").splitlines()
         size_bytes = (folder / _PARTIAL_NAME).stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError):
         return []
     ends = (*layer_offsets(source.layers)[1:], _total_bytes(source))
     checksums: list[list[int]] = []
     for index, line in enumerate(lines):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict):
             break
         if index == 0:
             if entry.get("fingerprint") != source.fingerprint:
@@ -332,7 +334,10 @@ def _read_journal(source: RecordSource, folder: Path) -> list[list[int]]:
             break
         if entry.get("source") != _layer_digest_or_none(source, layer):
             break
-        checksums.append(entry["checksums"])
+        sums = entry.get("checksums")
+        if not isinstance(sums, list) or len(sums) != source.layers[layer].num_experts:
+            break
+        checksums.append(sums)
     return checksums
 
 
@@ -382,5 +387,11 @@ def _disk_error(error: OSError, source: RecordSource, folder: Path) -> StoreErro
             f"The disk became full while packing {source.name} into {folder}, which needs "
             f"{format_bytes(_total_bytes(source))}; what was written has been removed. Free some "
             "space, or choose a store_dir on another disk."
+        )
+    if error.errno == errno.EFBIG:
+        return StoreError(
+            f"The store of {source.name} in {folder}, of {format_bytes(_total_bytes(source))}, is "
+            "larger than a file may be here (ulimit -f, or the file system); what was written has "
+            "been removed. Raise the limit, or choose a store_dir on another disk."
         )
     return StoreError(f"Packing {source.name} into {folder} failed: {error.strerror or error}.")
