@@ -56,7 +56,7 @@ def measure_first_token(
         prompt = random_tokens(config.vocab_size, context, device)
         times: list[float] = []
         for _ in range(repeats + 1):
-            session.forget_slots()
+            session.engine.forget_slots()
             _wait(device)
             started = time.perf_counter()
             compiled.generate(

@@ -286,7 +286,7 @@ class SlotLimit:
 
     def empty(self) -> None:
         """Forget what the slots hold: what a machine without a cache does after each token."""
-        self._session.forget_slots()
+        self._session.engine.forget_slots()
         expert_of, last_use = self._rest
         if expert_of.numel():
             expert_of.fill_(self._no_expert)

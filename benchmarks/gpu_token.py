@@ -138,7 +138,7 @@ class Generation:
 def measure_cell(bench: Bench, run: Generation, name: str) -> dict[str, Any]:
     """One arm: trials, timed tokens, profiled tokens."""
     steps, arm = bench.steps, ARMS[name]
-    run.session.restart_trials()
+    run.session.engine.restart_trials()
     run.start(name)
     trials = 0
     while arm.tries and trials < MOST_TRIAL_RUNS and not run.session.engine.prefetch_found:
