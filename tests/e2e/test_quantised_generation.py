@@ -1,0 +1,96 @@
+"""Tokens from codes are those of the model that is dequantised in float32, whatever is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import specmoe_compile
+from specmoe_compile.runtime.session import session_of
+from tests.e2e.test_quantize_option import quantised_by_hand
+from tests.helpers import greedy, prompts
+from tests.runtime import tiny_checkpoints
+from tests.runtime.quantised_checkpoints import VARIETIES, write_pair
+from tests.runtime.test_packing import load_reference
+
+NEW_TOKENS = 8
+GPT_OSS = ("mxfp4 checkpoint", "int4", "mxfp4", "fp8", "int8")
+# One of each code, scale and block; the other varieties differ in how they are read.
+GENERATED = (
+    "fp8_block",
+    "ct_fp8_channel",
+    "ct_int4",
+    "ct_int4_zeros",
+    "ct_nvfp4",
+    "ct_mxfp4",
+    "nf4",
+)
+
+
+def _mostly_slow(names: tuple[str, ...], fast: str) -> list[Any]:
+    """One case for every run, the others with the slow tests."""
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def load_qwen3(variety: str, tmp_path: Path, **options: Any) -> tuple[Any, Any]:
+    """An offloaded quantised model with a cache that misses, and the plain one that it means."""
+    folder, plain = write_pair(variety, tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    return offloaded(folder, tmp_path, **options), reference.eval()
+
+
+def load_gpt_oss(form: str, tmp_path: Path) -> tuple[Any, Any]:
+    if form == "mxfp4 checkpoint":
+        folder = tiny_checkpoints.write("gpt_oss_mxfp4", tmp_path / "model")
+        reference = load_reference(folder, dtype=torch.float32).eval()
+        return offloaded(folder, tmp_path), reference
+    folder = tiny_checkpoints.write("gpt_oss", tmp_path / "model")
+    return offloaded(folder, tmp_path, quantize=form), quantised_by_hand(folder, form)
+
+
+def offloaded(folder: Path, tmp_path: Path, **options: Any) -> Any:
+    return specmoe_compile.from_pretrained(
+        folder,
+        device="cpu",
+        dtype="float32",
+        store="disk",
+        expert_cache="50%",
+        store_dir=tmp_path / "store",
+        progress=False,
+        **options,
+    )
+
+
+def check_tokens(model: Any, reference: Any, *, lowering: str) -> None:
+    """Static and dynamic cache, batches of 1 and 3, prefill and decode, with guesses."""
+    compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
+    for batch, kwargs in ((1, {"cache_implementation": "static"}), (3, {})):
+        ids = prompts(batch, 7)
+        want = greedy(reference, ids, NEW_TOKENS)
+        assert torch.equal(greedy(compiled, ids, NEW_TOKENS, **kwargs), want)
+    stats = session_of(model).stats
+    assert stats.total.speculative_bytes > 0, "nothing was guessed"
+    specmoe_compile.close(model)
+
+
+@pytest.mark.parametrize("variety", _mostly_slow(GENERATED, "ct_nvfp4"))
+def test_qwen3_moe_generates_what_its_codes_mean(variety: str, tmp_path: Path) -> None:
+    assert VARIETIES[variety]
+    check_tokens(*load_qwen3(variety, tmp_path), lowering="eager")
+
+
+@pytest.mark.parametrize("form", _mostly_slow(GPT_OSS, "mxfp4 checkpoint"))
+def test_gpt_oss_generates_what_its_codes_mean(form: str, tmp_path: Path) -> None:
+    check_tokens(*load_gpt_oss(form, tmp_path), lowering="eager")
