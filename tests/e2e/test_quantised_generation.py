@@ -94,3 +94,35 @@ def test_qwen3_moe_generates_what_its_codes_mean(variety: str, tmp_path: Path) -
 @pytest.mark.parametrize("form", _mostly_slow(GPT_OSS, "mxfp4 checkpoint"))
 def test_gpt_oss_generates_what_its_codes_mean(form: str, tmp_path: Path) -> None:
     check_tokens(*load_gpt_oss(form, tmp_path), lowering="eager")
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(tmp_path: Path) -> None:
+    check_tokens(*load_gpt_oss("mxfp4 checkpoint", tmp_path), lowering="inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["default_vector", "commit"])
+def test_approximate_policies_run_from_codes(policy: str, tmp_path: Path) -> None:
+    model, reference = load_qwen3("ct_int4", tmp_path)
+    options: dict[str, Any] = {"lowering": "eager", "policy": policy}
+    if policy == "default_vector":
+        options["default_vector_threshold"] = 0.0  # nothing is left out: the exact tokens
+    compiled = torch.compile(model, backend="specmoe", options=options)
+    ids = prompts(1, 7)
+    tokens = greedy(compiled, ids, NEW_TOKENS)
+    assert tokens.shape == (1, 7 + NEW_TOKENS)
+    if policy == "default_vector":
+        assert torch.equal(tokens, greedy(reference, ids, NEW_TOKENS))
+
+
+def test_counters_count_packed_bytes(tmp_path: Path) -> None:
+    model, _ = load_qwen3("ct_int4", tmp_path)
+    session = session_of(model)
+    greedy(model, prompts(1, 7), 4)
+    stats, record = session.stats, session.store.layouts[0].record_bytes
+    payload = session.store.layouts[0].payload_bytes
+    assert payload == 3 * (64 * 32 + 64 * 2 * 2)  # codes, and a bfloat16 scale per 32
+    assert stats.store_bytes == session.store.total_bytes == 2 * 8 * record
+    assert stats.total.demand_bytes == stats.total.misses * record > 0
+    assert (stats.experts, stats.record_bytes) == ("int4, groups of 32", record)
