@@ -32,7 +32,6 @@ from specmoe_compile.runtime.session import Session
 Routing = Literal["trace", "router"]
 Mode = Literal["graph", "compiled", "eager"]
 ROUTINGS: tuple[Routing, ...] = ("trace", "router")
-_NEVER_LEAVES = 1 << 52  # later than any plan, and room for the kernel's own bits above it
 MODES: tuple[Mode, ...] = ("graph", "compiled", "eager")
 """CUDA graphs; compiled without them; not compiled at all, which no speculation is."""
 
@@ -271,7 +270,7 @@ class SlotLimit:
     """How many slots of a session's an arm may use, and how to empty them between two steps.
 
     Arms with the same options share a compiled graph: the session has the slots of the largest,
-    and the tables say of the rest that they hold an expert that does not exist and was just used.
+    and the tables say of the rest that they hold an expert that does not exist: out of use.
     """
 
     def __init__(self, session: Session, slots: int) -> None:
@@ -279,18 +278,16 @@ class SlotLimit:
         self._session = session
         tables = session.engine.cache.tables[0]
         # The tables of a layer are rows of tensors of all layers: one launch each.
-        expert_of, last_use = tables.expert_of._base, tables.last_use._base
-        assert expert_of is not None and last_use is not None, "rows of a common tensor"
-        self._rest = (expert_of[:, slots:], last_use[:, slots:])
+        expert_of = tables.expert_of._base
+        assert expert_of is not None, "rows of a common tensor"
+        self._rest = expert_of[:, slots:]
         self._no_expert = max(session.store.num_experts)
 
     def empty(self) -> None:
         """Forget what the slots hold: what a machine without a cache does after each token."""
         self._session.engine.forget_slots()
-        expert_of, last_use = self._rest
-        if expert_of.numel():
-            expert_of.fill_(self._no_expert)
-            last_use.fill_(_NEVER_LEAVES)
+        if self._rest.numel():
+            self._rest.fill_(self._no_expert)
 
 
 @torch.no_grad()

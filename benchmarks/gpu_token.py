@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.gpu_full_size import VECTOR_TOKENS
@@ -71,6 +71,7 @@ class Advance(LogitsProcessor):
 
     def __init__(self, routing: Any, filled: FilledCache) -> None:
         self._routing, self._filled = routing, filled
+        filled.cache.__class__ = LentCache
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._routing.advance()
@@ -93,6 +94,23 @@ class Clock(BaseStreamer):
         """Nothing is left."""
 
 
+class LentCache(StaticCache):
+    """A cache that nobody looks at after a run: `FilledCache` rewinds it before the next one.
+
+    To `generate` it is as its own, so that a step too many need not be undone. Models with sliding
+    windows could not undo it, and would run one step after the other, as no user's call does that
+    leaves the cache to `generate`.
+    """
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return False
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        """transformers says that the caller made it."""
+
+
 class Generation:
     """`generate` of one compiled model, over and over from the same context."""
 
@@ -102,6 +120,7 @@ class Generation:
         """Tie the parts together."""
         self._bench, self._compiled, self.session = bench, compiled, session
         self._routing, self._filled = routing, filled
+        filled.cache.__class__ = LentCache
         vocabulary = bench.shape.configured(bench.layers).vocab_size
         generator = torch.Generator().manual_seed(SEED)
         length = filled.context + 1

@@ -155,6 +155,20 @@ def test_adaptive_follows_another_candidate(planner: Callable[..., CachePlanTens
 
 
 @planners
+@pytest.mark.parametrize("policy", POLICIES)
+def test_slots_out_of_use_stay_so(planner: Callable[..., CachePlanTensors], policy: str) -> None:
+    """A benchmark limits an arm's slots so; whoever took them would measure a larger cache."""
+    tables = LayerTables(9, 6).layer
+    tables.expert_of[3:] = 9
+    for step in random_steps(12, experts=9, tokens=1, top_k=2):
+        planner(
+            torch.tensor(step.ids, device=DEVICE), tables, policy=policy, **step.options(DEVICE)
+        )
+    assert tables.expert_of[3:].tolist() == [9, 9, 9]
+    assert sum(slot >= 0 for slot in tables.slot_of.tolist()) == 3
+
+
+@planners
 def test_pending_slots_are_late_and_stay(planner: Callable[..., CachePlanTensors]) -> None:
     steps = [
         Step(ids=[[0, 1]]),

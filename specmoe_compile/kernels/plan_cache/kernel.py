@@ -263,7 +263,7 @@ def plan_cache_kernel(
     else:
         worth = (used << INDEX_BITS) | slots
     occupied = (held_before >= 0).to(tl.int64)
-    free = real & ~hit & ~in_flight
+    free = real & ~hit & ~in_flight & (held_before < E)
     if BYPASS:
         free = free & (held_before < 0)
     # Smallest key leaves first; slots that hold nothing in their order. Keys differ.

@@ -48,7 +48,7 @@ class CacheTables(NamedTuple):
 
     Attributes:
         slot_of: [E] int32, slot of each expert or -1.
-        expert_of: [S] int32, expert of each slot or -1.
+        expert_of: [S] int32, expert of each slot or -1; E or more: the slot is out of use.
         last_use: [S] int64, plan in which the slot was last used or filled; 0 is never.
         scores: [D + 1, E] int64, what each expert is worth (`runtime.cache.eviction.Scores`).
         pending: [S] int32, 1 while a speculative transfer into the slot may be in flight.

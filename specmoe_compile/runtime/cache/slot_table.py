@@ -46,7 +46,7 @@ class ExpertCache:
 
     Attributes:
         slot_of: slot of each expert or -1, [L][E].
-        expert_of: expert of each slot or -1, [L][S].
+        expert_of: expert of each slot or -1, [L][S]; E or more: the slot is out of use.
         last_use: plan of the layer in which each slot was last used or filled, [L][S]; 0 is never.
         scores: what each layer's experts are worth, [L]; not kept by "lru".
         clock: plans of each layer so far, [L].
@@ -177,7 +177,8 @@ class ExpertCache:
     def _fillable(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
         """Slots that may be filled, those to be given up first in front."""
         expert_of, last_use = self.expert_of[layer], self.last_use[layer]
-        free = [slot for slot in range(len(expert_of)) if slot not in taken]
+        experts = len(self.slot_of[layer])
+        free = [s for s, held in enumerate(expert_of) if s not in taken and held < experts]
         if empty_only:
             return [slot for slot in free if expert_of[slot] == NOBODY]
         if self.policy == "lru":
