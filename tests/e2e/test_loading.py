@@ -186,7 +186,7 @@ def test_offload_counts_the_parameters_it_frees(monkeypatch: pytest.MonkeyPatch)
 
 
 def session_slots(model: Any) -> int:
-    cache = session_of(model).cache
+    cache = session_of(model).engine.cache
     assert cache is not None
     return len(cache.expert_of[0])
 
@@ -359,7 +359,7 @@ def test_an_offload_that_fails_at_the_end_leaves_the_model_whole(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no session today")
 
-    monkeypatch.setattr(loading, "Session", fail)
+    monkeypatch.setattr(loading, "open_session", fail)
     with pytest.raises(RuntimeError, match="no session today"):
         specmoe_compile.offload(model, device="cpu", store=store, progress=False)
     assert torch.equal(generate(model), expected)
