@@ -16,11 +16,13 @@ from specmoe_compile.cli.options import (
     DTYPE,
     EXPERT_CACHE,
     MODEL,
+    QUANTIZE,
     STORE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_quantize,
     compile_options,
     require_compiler,
 )
@@ -33,6 +35,7 @@ def serve(
     model: MODEL,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
+    quantize: QUANTIZE = None,
     store: STORE = "auto",
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
@@ -85,6 +88,7 @@ def serve(
     started_s = time.perf_counter()
     check_dtype(dtype)
     check_choice("store", store, ("auto", "ram", "disk"))
+    quantize = check_quantize(quantize)
     options = compile_options(option)
     check_packages()
     require_compiler(device, options)
@@ -114,6 +118,7 @@ def serve(
         model,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
