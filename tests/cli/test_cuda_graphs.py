@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import specmoe_compile
 from benchmarks.reference_model.tokenizer import build_tokenizer
@@ -52,7 +53,8 @@ def test_where_no_graph_is_possible(device: str, store: str, kv_cache: str) -> N
 def test_a_prompt_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tensor without contents stands for one on a GPU."""
     build_tokenizer(256).save_pretrained(save_tiny(tmp_path))
-    inner = SimpleNamespace(device=torch.device("meta"))
+    config = AutoConfig.from_pretrained(tmp_path)
+    inner = SimpleNamespace(device=torch.device("meta"), config=config)
     monkeypatch.setattr(specmoe_compile, "from_pretrained", lambda *_, **__: inner)
     monkeypatch.setattr(specmoe_compile, "stats", lambda _: SimpleNamespace(store="ram"))
 
