@@ -59,7 +59,11 @@ class DeviceCache:
         regret[:, -1] = LFU_CANDIDATE
         self._regret = regret
         clock = rows(1, 0, torch.int64)
-        self._emptied_to = (((slot_of, expert_of), -1), ((last_use, pending, unused), 0))
+        self._emptied_to = (
+            ((slot_of, expert_of), -1),
+            ((last_use, pending, unused, scores, regret[:, :-1]), 0),
+            ((regret[:, -1:],), LFU_CANDIDATE),
+        )
         self.counters = rows(len(COUNTERS), 0, torch.int64)
         self.skipped = rows(1, 0, torch.int64)[:, 0]
         self.tables = [
@@ -83,7 +87,7 @@ class DeviceCache:
         return tuple(followed(policy, candidate) for candidate in candidates)
 
     def forget(self) -> None:
-        """Drop what the slots hold; statistics stay."""
+        """Drop what the slots hold, and what experts were worth; statistics stay."""
         for tables, value in self._emptied_to:
             for table in tables:
                 table.fill_(value)  # all layers in one launch
