@@ -36,7 +36,7 @@ def check(
     streams = StreamModel()
     with recorder.session(streams, config=config, **session) as opened:
         tokens = recorder.run(prompt, opened)
-        assert opened.transfer == config.transfer
+        assert opened.engine.transfer == config.transfer
     assert torch.equal(tokens, prompt.generate(plain)), what
     assert {"compute", "demand"} <= {op.stream for op in streams.ops}, what
     assert any(op.name == "aten.mm.default" for op in streams.ops), "the graph's own ops are there"
