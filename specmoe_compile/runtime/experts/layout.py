@@ -81,7 +81,12 @@ class ExpertLayout:
 
     @property
     def numbers(self) -> str:
-        """What the weights are, for people: "MXFP4", or a dtype such as "bfloat16"."""
+        """What the weights are, for people: "MXFP4", or a dtype such as "bfloat16".
+
+        A replay knows the size of a record only: "unknown".
+        """
+        if not self.tensors:
+            return "unknown"
         return self.format.name or str(self.tensors[0].dtype).removeprefix("torch.")
 
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
