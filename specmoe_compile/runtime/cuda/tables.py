@@ -51,17 +51,19 @@ class DeviceCache:
 
         slot_of = rows(max_experts, -1, torch.int32)
         expert_of = rows(max_slots, -1, torch.int32)
-        last_use = rows(max_slots, 0, torch.int64)
-        pending, unused = (rows(max_slots, 0, torch.int32) for _ in range(2))
-        # A layer's [D + 1, E] table is the front of a flat row, so that it is contiguous.
-        scores = rows(CANDIDATES * max_experts, 0, torch.int64)
-        regret = rows(CANDIDATES + 1, 0, torch.int64)
+        # What is emptied together lies together: one launch each. A layer's [D + 1, E] table of
+        # scores is the front of a flat row, so that it is contiguous.
+        flags = rows(2 * max_slots, 0, torch.int32)
+        pending, unused = flags[:, :max_slots], flags[:, max_slots:]
+        end = max_slots + CANDIDATES * max_experts
+        worth = rows(end + CANDIDATES + 1, 0, torch.int64)
+        last_use, scores, regret = worth[:, :max_slots], worth[:, max_slots:end], worth[:, end:]
         regret[:, -1] = LFU_CANDIDATE
         self._regret = regret
         clock = rows(1, 0, torch.int64)
         self._emptied_to = (
             ((slot_of, expert_of), -1),
-            ((last_use, pending, unused, scores, regret[:, :-1]), 0),
+            ((flags, worth), 0),
             ((regret[:, -1:],), LFU_CANDIDATE),
         )
         self.counters = rows(len(COUNTERS), 0, torch.int64)
