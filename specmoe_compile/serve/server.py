@@ -17,9 +17,11 @@ from specmoe_compile.serve.guards import is_loopback
 
 logger = logging.getLogger(__name__)
 
-_WARM_LENGTHS = (24, 40)
+_WARM_LENGTHS = (24, 40, 64)
 """Prompts that are read before the server is ready. Of two lengths: the first is compiled as it is,
-with the second the length becomes a variable."""
+with the second the length becomes a variable. The third goes on where the second ended, as a chat's
+next turn does: a prompt behind a cache that holds something has a mask, and so a graph of its own.
+"""
 _GRACE_S = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,7 +57,8 @@ def warm_up(engine: Engine) -> None:
     vocabulary = max(2, len(engine.tokenizer))
     for length in _WARM_LENGTHS:
         fitting = max(1, min(length, engine.max_context - 4))
-        prompt = [1 + (7 * at + length) % (vocabulary - 1) for at in range(fitting)]
+        shift = 0 if length == _WARM_LENGTHS[0] else 1  # the second shares no beginning with it
+        prompt = [1 + (7 * at + shift) % (vocabulary - 1) for at in range(fitting)]
         engine.run(
             Job(
                 prompts=[prompt],

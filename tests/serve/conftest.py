@@ -37,7 +37,12 @@ class Process:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+                "TORCH_LOGS": "recompiles",
+            },
         )
         self.lines: list[str] = []
         self.url = ""
@@ -61,6 +66,11 @@ class Process:
         """Standard error so far."""
         return "".join(self.lines)
 
+    def compiled_late(self) -> list[str]:
+        """What was compiled again after the server said that it was ready."""
+        ready = next(at for at, line in enumerate(self.lines) if "Ready after" in line)
+        return [line for line in self.lines[ready:] if "Recompiling" in line]
+
     def end(self, how: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         if self.process.poll() is None:
@@ -83,11 +93,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """One server for all tests of this folder; it must end cleanly on SIGTERM."""
+    """One server for all tests of this folder; it compiles nothing late and ends cleanly."""
     process = Process(checkpoint, tmp_path_factory.mktemp("serve") / "store", "--max-queue", "64")
     yield process
     assert process.end() == 0, process.log()
     assert "Traceback" not in process.log(), process.log()
+    assert not process.compiled_late(), process.log()
 
 
 @pytest.fixture(scope="package")

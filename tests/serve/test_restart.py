@@ -1,0 +1,86 @@
+"""A server that is killed in the middle of an answer starts again on the same store and port."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.serve.conftest import NAME, Process
+
+openai = pytest.importorskip("openai")
+PROMPT = "BEGIN AGAIN"
+_CUT = {"APIConnectionError", "RemoteProtocolError", "ReadError"}
+"""How a client hears of a connection that is gone; which one depends on its HTTP library."""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _client(server: Process) -> Any:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def _interrupted(server: Process, how: int) -> BaseException:
+    """Signal the server after a stream's first chunk; returns what the client then sees."""
+    stream = iter(
+        _client(server).completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=150, temperature=0, stream=True
+        )
+    )
+    next(stream)
+    server.process.send_signal(how)
+    with pytest.raises(Exception) as seen:
+        for _ in stream:
+            pass
+    return seen.value
+
+
+@pytest.mark.slow
+def test_a_server_that_was_killed_starts_again(checkpoint: Path, tmp_path: Path) -> None:
+    store, port = tmp_path / "store", str(_free_port())
+
+    server = Process(checkpoint, store, "--port", port)
+    written = _digests(store)
+    assert written
+    seen = _interrupted(server, signal.SIGKILL)
+    assert type(seen).__name__ in _CUT, repr(seen)
+    assert server.process.wait(30) == -signal.SIGKILL
+    assert _digests(store) == written
+
+    server = Process(checkpoint, store, "--port", port)
+    seen = _interrupted(server, signal.SIGTERM)
+    assert isinstance(seen, openai.APIError) and "shutting down" in str(seen), repr(seen)
+    assert server.process.wait(30) == 0, server.log()
+    assert "Traceback" not in server.log(), server.log()
+    assert _digests(store) == written
+
+    server = Process(checkpoint, store, "--port", port)
+    answer = _client(server).completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=12, temperature=0
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    plain: Any = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        want = plain.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert answer.choices[0].text == tokenizer.decode(want, skip_special_tokens=True)
+    assert server.end(signal.SIGINT) == 0, server.log()
+    assert "Traceback" not in server.log(), server.log()
