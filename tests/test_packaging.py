@@ -82,8 +82,8 @@ def test_package_is_typed() -> None:
         ("demo", "specmoe demo"),
         ("test", 'pytest -m "not slow and not gpu"'),
         ("check", "mypy"),
-        ("bench", "benchmarks.cpu_disk"),
-        ("publish", "benchmarks.end_to_end"),
+        ("bench", "benchmarks cpu_disk"),
+        ("publish", "benchmarks end_to_end"),
     ],
 )
 def test_make_targets_set_up_an_environment_first(

@@ -1,10 +1,10 @@
 """Write the model card from what the checkpoint folder records: training.json and metrics.json.
 
-python -m benchmarks.reference_model.card [CHECKPOINT]
+python -m benchmarks model_card [CHECKPOINT]
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ torch {torch}, transformers {transformers}.
 The routers' lower rate is there for recall in the early layers.{gain}{selection}
 
     {command}
-    python -m benchmarks.reference_model.evaluate OUT --source STDLIB
-    python -m benchmarks.reference_model.card OUT
+    python -m benchmarks evaluate OUT --source STDLIB
+    python -m benchmarks model_card OUT
 
 The seed fixes initial weights and data order. Floating-point sums differ between machines, so a
 repeated run gives close numbers, not the same weights.
@@ -90,7 +90,7 @@ def _command(training: dict[str, Any]) -> str:
     words = [f"--{name.replace('_', '-')} {training[name]:g}" for name in flags]
     if training["include_tests"]:
         words.append("--include-tests")
-    lines = ["python -m benchmarks.reference_model.train --out OUT --source STDLIB"]
+    lines = ["python -m benchmarks train --out OUT --source STDLIB"]
     lines += [" ".join(words[start : start + 4]) for start in range(0, len(words), 4)]
     return " \\\n        ".join(lines)
 
@@ -146,12 +146,9 @@ def render_card(checkpoint: Path) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write README.md beside the weights of a checkpoint folder."""
-    checkpoint = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKPOINT_DIR
+    checkpoint = Path(argv[0]) if argv else CHECKPOINT_DIR
     (checkpoint / "README.md").write_text(render_card(checkpoint))
     print(checkpoint / "README.md")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -15,7 +15,7 @@ expert e of layer l over the tokens that were routed to it. No attention of laye
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,14 +227,14 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure a stored checkpoint in float32 and write `metrics.json` beside its weights."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINT_DIR)
     parser.add_argument("--source", type=Path, default=None, help="standard library folder")
     parser.add_argument("--batch", type=int, default=16, help="windows per forward pass")
     parser.add_argument("--out", type=Path, default=None, help="where metrics.json goes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     source = args.source or default_source()
     training = json.loads((args.checkpoint / "training.json").read_text())
     files = training_files(source, include_tests=training["include_tests"])
@@ -249,7 +249,4 @@ def main() -> None:
     out = args.out or args.checkpoint / "metrics.json"
     out.write_text(json.dumps(metrics, indent=2) + "\n")
     print(format_metrics(metrics))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Train the reference model from the Python standard library's sources.
 
-    python -m benchmarks.reference_model.train --out DIR --device cuda
+    python -m benchmarks train --out DIR --device cuda
 
 Shapes: B windows, W tokens per window, T = B * W tokens, E experts, K top-k, H hidden.
 
@@ -14,7 +14,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ def describe_hardware(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
@@ -315,12 +315,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--router-rate", type=float, default=defaults.router_rate)
     parser.add_argument("--embedding-gain", type=float, default=defaults.embedding_gain)
     parser.add_argument("--include-tests", action="store_true", help="also read test folders")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train, save, measure the saved weights."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     device, source = torch.device(args.device), args.source or default_source()
     options = TrainingOptions(
         steps=args.steps,
@@ -365,7 +365,4 @@ def main() -> None:
     metrics = evaluate_model(stored, held_out, calibration) | measurement_record("bfloat16")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{record['steps']} steps in {record['seconds']:.0f} s; {format_metrics(metrics)}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Write the reference model with expert records of a chosen size, its function unchanged.
 
-    python -m benchmarks.reference_model.widen OUT --record-mib 3 --dtype float32
+    python -m benchmarks widen OUT --record-mib 3 --dtype float32
 
 Each FFN neuron of each expert becomes c copies: its gate and up rows are repeated and its down
 column is repeated and divided by c. With c a power of two the division is exact, so the sums differ
@@ -262,7 +262,7 @@ def count_different_tokens(
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reference_model.widen", description=widen.__doc__.split("\n")[0]
+        prog="python -m benchmarks widen", description=widen.__doc__.split("\n")[0]
     )
     parser.add_argument("out", type=Path, help="new folder of the widened checkpoint")
     parser.add_argument("--source", type=Path, default=CHECKPOINT_DIR, help="checkpoint to widen")
@@ -301,7 +301,3 @@ def main(argv: list[str] | None = None) -> int:
     different = count_different_tokens(args.source, args.out)
     print(f"{total - different} of {total} greedy tokens equal to the source's in float32")
     return 1 if different else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

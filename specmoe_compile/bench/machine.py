@@ -22,7 +22,7 @@ def provenance() -> dict[str, Any]:
 
 def commit_or_none() -> str | None:
     """Return the commit of the source tree, "-dirty" added if it has changes; None outside one."""
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

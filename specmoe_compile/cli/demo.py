@@ -147,7 +147,7 @@ def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "floa
             f"{place} has {free >> 20} MiB free, and this needs about {needed >> 20} MiB: choose"
             " another --folder"
         )
-    command = [sys.executable, "-m", "benchmarks.reference_model.widen", str(model)]
+    command = [sys.executable, "-m", "benchmarks", "widen", str(model)]
     command += ["--record-mib", str(record_mib), "--dtype", dtype, "--no-verify"]
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import specmoe_compile
-from benchmarks.end_to_end import held_out_prompts
-from benchmarks.mapped_trace import SHAPES, mapped_trace
+from benchmarks.end_to_end.run import held_out_prompts
+from benchmarks.simulation.mapped_trace import SHAPES, mapped_trace
 from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.replay.engine import replay
 from specmoe_compile.replay.recorder import TraceRecorder

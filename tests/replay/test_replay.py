@@ -88,7 +88,7 @@ def test_without_prefetch_every_layer_hits_and_misses_as_it_did(
 def test_the_time_of_a_token_is_predicted_within_a_tenth(tmp_path: Path) -> None:
     """A disk that takes 40 ms per record; computing is that of a run with everything cached.
 
-    What a real disk and all processors do to these times: `benchmarks.replay_check`.
+    What a real disk and all processors do to these times: `benchmarks.simulation.replay_check`.
     """
     cached = real_run(tmp_path / "all", expert_cache="100%").trace
     computing = measured(cached, cached.decode_steps()[TOKENS:]).compute_ms

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig, StaticCache
 
-from benchmarks.gpu_full_size_model import coded
+from benchmarks.full_size.model import coded
 from specmoe_compile import backend
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.compiled_calls import cache_argument

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_full_size_model import InlineStreams, coded
+from benchmarks.full_size.model import InlineStreams, coded
 from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertFormat

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, PretrainedConfig
 
-from benchmarks.gpu_full_size_model import SHAPES
+from benchmarks.full_size.model import SHAPES
 from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.calibrate.layer_probe import LayerMeasure, LayerProbe
 from specmoe_compile.passes.check_invariants import check_invariants

@@ -1,0 +1,1 @@
+"""The published comparison on a CPU with the experts on disk."""

@@ -1,0 +1,1 @@
+"""The reference model end to end: tokens, times, start-up."""

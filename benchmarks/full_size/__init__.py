@@ -1,0 +1,1 @@
+"""Decode on a GPU at full model size."""

@@ -1,0 +1,127 @@
+"""The first token of a prompt on a GPU at full size, through `generate`.
+
+    python -m benchmarks gpu_first_token --out first.json --models Qwen3-30B-A3B-nvfp4
+    python -m benchmarks gpu_first_token --out dry.json --dry
+
+The model has random weights and its own routers; nearly all experts of each layer are used, and
+all of them cross the link. The first call compiles; the others are timed, wall clock, synchronised.
+Beside it stands what the experts' bytes take at the rate of a large copy, which no first token of a
+model whose experts are not on the GPU can go below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full_size.arms import ARMS, Bench, Steps
+from benchmarks.full_size.extra import measure_link
+from benchmarks.full_size.model import SHAPES, RandomStore, build_skeleton, random_tokens
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
+
+REPEATS = 4
+_STEPS = Steps(warm_up=1, timed=1, profiled=1)
+
+
+@torch.no_grad()
+def measure_first_token(
+    name: str, device: torch.device, *, context: int, arm: str, layers: int | None, repeats: int
+) -> dict[str, Any]:
+    """Seconds until the first token of a prompt of `context` tokens; slots empty each time."""
+    shape = SHAPES[name]
+    _, found = build_skeleton(shape, device, layers=layers)
+    config = shape.configured(layers)
+    top_k = config.num_experts_per_tok
+    store = RandomStore(found, top_k, device, std=config.initializer_range)
+    tables = torch.zeros(len(found), 1, 2, found[0].num_experts, device=device)
+    bench = Bench(
+        shape=shape, device=device, store=store, tables=tables, steps=_STEPS, layers=layers
+    )
+    link = measure_link(bench)["copy_gbps"]
+    options: dict[str, Any] = {"strict": True, **ARMS[arm].options}
+    if device.type == "cuda":
+        options["mode"] = "reduce-overhead"
+    with bench.opened(bench.slots(ARMS[arm])) as (model, session, routing):
+        routing.start(False)
+        compiled = torch.compile(model, backend="specmoe", options=options)
+        prompt = random_tokens(config.vocab_size, context, device)
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            session.engine.forget_slots()
+            _wait(device)
+            started = time.perf_counter()
+            compiled.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=1,
+                do_sample=False,
+                pad_token_id=0,
+                cache_implementation="static",
+            )
+            _wait(device)
+            times.append(time.perf_counter() - started)
+    row = {
+        "model": name,
+        "context": context,
+        "layers": len(found),
+        "arm": arm,
+        "first_call_s": times[0],
+        "first_token_s": statistics.median(times[1:]),
+        "all_s": times[1:],
+        "store_bytes": store.total_bytes,
+        "copy_gbps": link,
+        "link_s": store.total_bytes / link / 1e9,
+    }
+    store.give_back()
+    return row
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print rows; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES))
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--arm", choices=list(ARMS), default="cache_25")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
+    args = parser.parse_args(arguments)
+    if not args.dry and not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device and found none; run --dry", file=sys.stderr)
+        return 2
+    device = torch.device("cpu") if args.dry else torch.device("cuda", 0)
+    models = args.models or ["tiny-qwen3-nvfp4" if args.dry else "Qwen3-30B-A3B-nvfp4"]
+    result: dict[str, Any] = {"schema": 1, **provenance(), "dry": args.dry, "rows": []}
+    try:
+        for name in models:
+            row = measure_first_token(
+                name,
+                device,
+                context=40 if args.dry else args.context,
+                arm=args.arm,
+                layers=args.layers,
+                repeats=1 if args.dry else REPEATS,
+            )
+            result["rows"].append(row)
+            write_json(args.out, result)
+            print(json.dumps(row), flush=True)
+    except USER_ERRORS as error:
+        print(sentence(error), file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""What a GPU and its link can do: first run, decode, host reads."""

@@ -1,0 +1,1 @@
+"""What benchmarks share: results and their schema, turns, claims, traffic, plots."""

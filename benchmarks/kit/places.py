@@ -1,0 +1,9 @@
+"""Where results and documents lie in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ROOT / "docs" / "results"

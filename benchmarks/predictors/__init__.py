@@ -1,0 +1,1 @@
+"""Predictors of experts on equal terms."""

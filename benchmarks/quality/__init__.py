@@ -1,0 +1,1 @@
+"""What coded experts cost in output."""

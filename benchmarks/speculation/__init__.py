@@ -1,0 +1,1 @@
+"""What speculation and its self-tuning are worth."""

@@ -1,0 +1,33 @@
+"""The benchmark of a token through `generate`, dry: a tiny model on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.full_size import token as gpu_token
+
+TRACE = ["--trace", "unused", "--dry"]
+
+
+def test_attention_alone_is_compared_with_its_reference(tmp_path: Path) -> None:
+    out = tmp_path / "token.json"
+    assert gpu_token.main(["--out", str(out), "--phases", "attention", *TRACE]) == 0
+    (row,) = json.loads(out.read_text())["rows"].values()
+    # Outputs are rounded to bfloat16's 8 bits.
+    assert 0.0 < row["relative_error"] < 1e-2 and row["filled_bytes"] == 2 * 2 * 20 * 16 * 2
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_through_generate_and_kept(tmp_path: Path) -> None:
+    out, trace = tmp_path / "token.json", tmp_path / "trace.safetensors"
+    call = ["--out", str(out), "--dry", "--trace", str(trace), "--arms", "resident"]
+    assert gpu_token.main(call) == 0
+    (key, row), *others = json.loads(out.read_text())["rows"].items()
+    assert key == "tiny-qwen3|32|resident|attention on" and not others
+    assert row["generation"] == {"tokens": 7, "ahead": 0, "dropped": 0, "reason": None}
+    assert row["hit_rate"] == 1.0 and len(row["tokens"]) == 7 and row["wall_ms"]["p50"] > 0
+    written = out.read_bytes()
+    assert gpu_token.main(call) == 0 and out.read_bytes() == written, "nothing is measured twice"
