@@ -32,7 +32,7 @@ demo: $(STAMP)  ## Watch a real MoE generate with its experts on disk (a few min
 	$(BIN)/specmoe demo
 
 test: $(STAMP)  ## The fast tests, without a GPU.
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal --durations=20
 
 lint: $(STAMP)  ## Lint, format and types.
 	$(BIN)/ruff check .

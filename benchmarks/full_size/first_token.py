@@ -93,7 +93,9 @@ def _wait(device: torch.device) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print rows; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu_first_token",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")

@@ -361,7 +361,9 @@ def _print_kernels(rows: Sequence[dict[str, Any]]) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu_token",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")

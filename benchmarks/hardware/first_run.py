@@ -348,7 +348,9 @@ def run_decode(rig: Rig) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases asked for and write the JSON file after each."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu_first_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_first_run.json"))
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))

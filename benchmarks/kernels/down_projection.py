@@ -71,7 +71,9 @@ def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the JSON file; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu_down_kernel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true", help="tiny sizes, in Triton's interpreter")

@@ -224,7 +224,10 @@ def _draw(forms: Sequence[dict[str, Any]], policies: dict[str, Any], path: Path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks formats",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
     parser.add_argument("phase", choices=("measure", "report"))
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--document", type=Path, default=DOCUMENT)

@@ -229,7 +229,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a stored checkpoint in float32 and write `metrics.json` beside its weights."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks evaluate", description=main.__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINT_DIR)
     parser.add_argument("--source", type=Path, default=None, help="standard library folder")
     parser.add_argument("--batch", type=int, default=16, help="windows per forward pass")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from specmoe_compile.bench.machine import provenance
+
 PROMPT = "import os\n\n\ndef walk(folder):\n"
 TOKENS = 64
 HISTORY_TOKENS = 2000
@@ -31,7 +32,9 @@ HISTORY_TOKENS = 2000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all rows and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks serving", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--store-dir", type=Path)
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(rows[-6:], indent=1), flush=True)
     result = {
         "schema": 1,
-        "machine": platform.processor() or platform.machine(),
+        **provenance(),
         "model": Path(arguments.model).name,
         "tokens": TOKENS,
         "rows": rows,

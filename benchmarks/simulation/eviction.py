@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.kit.places import ROOT
 from benchmarks.reference_model import CHECKPOINT_DIR
+from specmoe_compile.bench.machine import provenance
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, belady_hits
 
@@ -134,7 +135,9 @@ def _way(rates: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Record, replay every policy, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks eviction", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--slots", type=int, nargs="+", default=[6, 8, 12, 16, 24])
@@ -154,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = {name: sum(r[name] for r in rows) for name in (*POLICIES, "belady")}
     result = {
         "schema": 1,
+        **provenance(),
         "label": "simulated from recorded routing",
         "tokens": arguments.tokens,
         "rows": rows,

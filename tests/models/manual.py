@@ -166,6 +166,7 @@ def load(path: Path) -> dict[str, Any]:
         return {
             "versions": used,
             "machine": describe_machine(),
+            "schema": 1,
             "commits": [],
             "seed": SEED,
             "new_tokens": NEW_TOKENS,
