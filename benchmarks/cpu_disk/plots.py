@@ -15,6 +15,7 @@ from benchmarks.cpu_disk.figures import (
     recall_by_layer,
     sort_key,
 )
+from benchmarks.kit.plots import load_pyplot
 
 Found = Mapping[str, Record]
 
@@ -25,14 +26,7 @@ def draw_all(found: Found, report: Path) -> dict[str, str]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(
-            "The plots need matplotlib: pip install 'specmoe-compile[bench]'."
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     plots: dict[str, tuple[str, Callable[[Found, Any], bool]]] = {
         "tpot": ("time per token by cache size, memory capped", _draw_tpot),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.plots import load_pyplot
 from benchmarks.reference_model import CHECKPOINT_DIR
 
 FORMS = (None, "int8", "fp8", "int4", "mxfp4")
@@ -185,10 +186,7 @@ are a hundred times larger.
 
 def _draw(forms: Sequence[dict[str, Any]], policies: dict[str, Any], path: Path) -> None:
     """Increase in loss against bytes read per token: formats, and policies on float32 records."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     lossy = [p for p in policies.get("policies", ()) if p["policy"] != "exact"]

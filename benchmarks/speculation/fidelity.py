@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end.run import EXPERT_CACHE, held_out_prompts
+from benchmarks.kit.plots import load_pyplot
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.cli.evaluate import measure
@@ -104,10 +105,7 @@ def _wide_section(wide: dict[str, Any]) -> str:
 
 def draw_curve(policies: list[dict[str, Any]], path: Path) -> None:
     """Draw bytes read per token against the increase in loss, a line per list of skipped layers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     exact = next(row for row in policies if row["policy"] == "exact")
     lines: dict[str, list[dict[str, Any]]] = {}
