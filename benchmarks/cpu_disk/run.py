@@ -43,6 +43,7 @@ from benchmarks.cpu_disk.report import write_report
 from benchmarks.cpu_disk.setup import DTYPE, READER_THREADS, Bench, prepare, refusal
 from benchmarks.cpu_disk.turns import Timed, Turns, cell_record
 from benchmarks.end_to_end.run import PROMPT_TOKENS
+from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.reference_model.data import HELD_OUT_FILES, default_source
 from specmoe_compile.bench.child import run_python
@@ -133,11 +134,7 @@ def run_loss(bench: Bench) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks cpu_disk",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("cpu_disk", __doc__)
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--passes", type=int, default=2, help="there, back, there, ...")
     parser.add_argument("--prompts", type=int, default=1)

@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.end_to_end.report import write_readme_section, write_report
 from benchmarks.end_to_end.tokens import CONTROL, compare_generations
+from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
@@ -40,7 +41,7 @@ from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, spread
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
-from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.cli.doctor import examine
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
@@ -71,7 +72,7 @@ class Plan:
 
     def model(self, dtype: str) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(repository_root(), self.place, RECORD_MIB, dtype)
+        return widened_model(ROOT, self.place, RECORD_MIB, dtype)
 
     def store_dir(self, dtype: str) -> Path:
         """Where its expert store is or will be."""
@@ -292,11 +293,7 @@ def run_quick(plan: Plan) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks end_to_end",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("end_to_end", __doc__)
     parser.add_argument("--quick", action="store_true", help="one table, no files")
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))

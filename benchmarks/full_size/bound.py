@@ -29,6 +29,7 @@ from benchmarks.full_size.arms import ARMS, Arm
 from benchmarks.full_size.report import Results
 from benchmarks.full_size.run import STEPS
 from benchmarks.full_size.trace import RoutingTrace, map_trace
+from benchmarks.kit.command import run_parser
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
@@ -121,11 +122,9 @@ def fastest(
     return min((mean_ms(amount), amount) for amount in amounts_to_try(len(true[0][0])))
 
 
-def result_parser(description: str | None) -> argparse.ArgumentParser:
+def result_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a simulation: a result file and the trace that drove it."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = run_parser(name, description)
     parser.add_argument("result", type=Path, help="JSON file of benchmarks.full_size.run")
     parser.add_argument("--trace", type=Path, required=True, help="the trace that drove it")
     return parser
@@ -198,7 +197,7 @@ def row_of(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for every model and context that has a resident arm; returns the status."""
-    args = result_parser(__doc__).parse_args(arguments)
+    args = result_parser("gpu_full_size_bound", __doc__).parse_args(arguments)
     for model, results, (true, predicted) in read_models(args.result, args.trace):
         rows = [
             row_of(results, true, predicted, context, share)

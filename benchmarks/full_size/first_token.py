@@ -11,7 +11,6 @@ model whose experts are not on the GPU can go below.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,6 +24,7 @@ import torch
 from benchmarks.full_size.arms import ARMS, Bench, Steps
 from benchmarks.full_size.extra import measure_link
 from benchmarks.full_size.model import SHAPES, RandomStore, build_skeleton, random_tokens
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
@@ -92,11 +92,7 @@ def _wait(device: torch.device) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print rows; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_first_token",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_first_token", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES))

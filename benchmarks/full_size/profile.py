@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.kit.plots import load_pyplot
+
 SYNCHRONISATIONS = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
@@ -155,14 +157,9 @@ def draw_layer(events: Sequence[Event], path: Path, title: str) -> None:
     """Draw a time line, a row per stream (or thread), as a PNG.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is nothing to draw.
+        ValueError: matplotlib is not installed, or there is nothing to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     if not events:
         raise ValueError("The trace holds no event of this layer: nothing to draw.")
     begin = min(e["ts"] for e in events)

@@ -59,6 +59,7 @@ from benchmarks.full_size.trace import (
     record_reference,
     texts_needed,
 )
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
@@ -74,11 +75,7 @@ VECTOR_TOKENS = 512
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_full_size",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_full_size", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
@@ -300,7 +297,7 @@ class Benchmark:
         events = one_layer(read_trace(kept), len(bench.store.layers), bench.steps.profiled)
         try:
             draw_layer(events, kept.with_suffix("").with_suffix(".png"), title)
-        except (ImportError, ValueError) as error:
+        except ValueError as error:
             print(f"no picture of {kept.name}: {error}", file=sys.stderr)
 
     def accelerate(self, name: str) -> None:

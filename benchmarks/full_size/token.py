@@ -51,6 +51,7 @@ from benchmarks.full_size.profile import covered_us, is_transfer
 from benchmarks.full_size.routing import trace_predictions
 from benchmarks.full_size.run import VECTOR_TOKENS
 from benchmarks.full_size.trace import RoutingTrace, map_trace, record_reference, texts_needed
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.compiled_calls import cache_argument
@@ -360,11 +361,7 @@ def _print_kernels(rows: Sequence[dict[str, Any]]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_token",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_token", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=["cells"])

@@ -82,7 +82,7 @@ def row_of(begin: Begin, amounts: Sequence[int], trials: int, tokens: int) -> tu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for each model; returns the status."""
-    parser = result_parser(__doc__)
+    parser = result_parser("gpu_full_size_trials", __doc__)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=reference.ROUNDS)
     margins = (reference.FIRST_MARGIN, reference.MIN_MARGIN)

@@ -233,8 +233,9 @@ def _measure_model(name: str, dtype: torch.dtype, arms: Sequence[str]) -> list[d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print rows; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_decode", description=__doc__.splitlines()[0]
-    )  # type: ignore[union-attr]
+        prog="python -m benchmarks gpu_decode",
+        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, help="JSON file of the results")

@@ -13,7 +13,6 @@ Shape letters: T tokens, K top-k, H hidden, I expert intermediate, S slots.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ import torch
 from benchmarks.hardware.decode import measure_decode
 from benchmarks.kernels.compile_spec import MODEL_SHAPES, ModelShape
 from benchmarks.kernels.packed import measure_packed
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.kernels.expert_mlp.op import run_experts_decode
 from specmoe_compile.kernels.gather_experts.op import gather_experts
@@ -347,11 +347,7 @@ def run_decode(rig: Rig) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases asked for and write the JSON file after each."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_first_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_first_run", __doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu_first_run.json"))
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")

@@ -9,7 +9,6 @@ median of replayed CUDA graphs of twelve launches over random records. Under a m
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hardware.first_run import Rig
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.cuda.page_lock import PageLock
@@ -192,11 +192,7 @@ def measure(region: Tensor) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the JSON file; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_host_reads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_host_reads", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -10,7 +10,6 @@ pass the L2 many times, with other slots in each. Under a minute.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.hardware.first_run import Rig, make_banks
 from benchmarks.kernels.compile_spec import ModelShape
+from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import write_json
 
@@ -70,11 +70,7 @@ def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the JSON file; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu_down_kernel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("gpu_down_kernel", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true", help="tiny sizes, in Triton's interpreter")
     args = parser.parse_args(arguments)

@@ -1,7 +1,11 @@
-"""How a benchmark's command ends: a mistake of the caller's is one sentence and status 2."""
+"""A benchmark's command: its parser, and how it ends.
+
+A mistake of the caller's is one sentence and status 2.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -26,3 +30,12 @@ def explains_errors(main: Main) -> Main:
             return 2
 
     return explained
+
+
+def run_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks NAME`, which shows the description as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -27,8 +27,9 @@ from torch import Tensor
 
 import specmoe_compile
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
+from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import PairedArm, run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
 from benchmarks.kit.traffic import predicted_share
 from benchmarks.predictors.cost import measure_cost
 from benchmarks.predictors.report import write_report
@@ -47,7 +48,7 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, quantile
 from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
-from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.predict.training import TrainingConfig
 from specmoe_compile.runtime.session import session_of
@@ -91,7 +92,7 @@ class Place:
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(repository_root(), self.folder, RECORD_MIB, DTYPE)
+        return widened_model(ROOT, self.folder, RECORD_MIB, DTYPE)
 
     def store_dir(self) -> Path:
         """Where its expert store is or will be."""
@@ -265,11 +266,7 @@ def _arm(arm: PairedArm) -> dict[str, Any]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks predictors",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("predictors", __doc__)
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--windows", type=int, default=128, help=f"of {WINDOW} training tokens")
     parser.add_argument("--held-out", type=int, default=64, help="windows to measure on")

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
+from benchmarks.kit.command import run_parser
 from benchmarks.reference_model.data import (
     default_source,
     held_out_windows,
@@ -292,11 +293,7 @@ def describe_hardware(device: torch.device) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     defaults = TrainingOptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("train", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--source", type=Path, default=None, help="standard library folder")
     parser.add_argument(

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
+from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
 from benchmarks.kit.traffic import counted
 from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.speculation.exact import BATCHES, merged, run_exact
@@ -44,7 +45,7 @@ from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.bench import describe_model
-from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
@@ -110,7 +111,7 @@ class Place:
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(repository_root(), self.folder, RECORD_MIB, DTYPE)
+        return widened_model(ROOT, self.folder, RECORD_MIB, DTYPE)
 
     def store_dir(self) -> Path:
         """Where its expert store is or will be."""
@@ -260,11 +261,7 @@ def read_or_none(folder: Path, name: str) -> dict[str, Any] | None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks speculation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("speculation", __doc__)
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=4, help="of timing and compile")
     names = [cell.name for cell in CELLS]

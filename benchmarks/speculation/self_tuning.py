@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.end_to_end.run import held_out_prompts
+from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import PairedArm, ratio, run_paired
 from benchmarks.kit.places import RESULTS
 from benchmarks.speculation.run import CELLS, DTYPE, Place
@@ -113,11 +114,7 @@ def compared(arms: dict[str, PairedArm]) -> list[dict[str, Any]]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks self_tuning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = run_parser("self_tuning", __doc__)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", choices=("25%", "50%"), default="25%")
