@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
 from tests.helpers import save_tiny
@@ -81,6 +83,12 @@ class Process:
             self.process.kill()
 
 
+def connect(server: Process) -> Any:
+    """The real OpenAI client of a server."""
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte tokenizer and a chat template."""
@@ -104,5 +112,24 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="package")
 def client(server: Process) -> Any:
     """The real OpenAI client."""
-    openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return connect(server)
+
+
+@pytest.fixture(scope="package")
+def plain(checkpoint: Path) -> Any:
+    """The unmodified model."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="package")
+def expected(checkpoint: Path, plain: Any) -> Any:
+    """The unmodified model's greedy text after a prompt."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+
+    def of(prompt: str, tokens: int, **settings: Any) -> str:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = plain.generate(ids, max_new_tokens=tokens, do_sample=False, **settings)
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return of

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.serve.conftest import NAME, Process
+from tests.serve.conftest import NAME, Process, connect
 
 openai = pytest.importorskip("openai")
 PROMPT = "BEGIN AGAIN"
@@ -34,14 +32,10 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _client(server: Process) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
 def _interrupted(server: Process, how: int) -> BaseException:
     """Signal the server after a stream's first chunk; returns what the client then sees."""
     stream = iter(
-        _client(server).completions.create(
+        connect(server).completions.create(
             model=NAME, prompt=PROMPT, max_tokens=150, temperature=0, stream=True
         )
     )
@@ -54,7 +48,9 @@ def _interrupted(server: Process, how: int) -> BaseException:
 
 
 @pytest.mark.slow
-def test_a_server_that_was_killed_starts_again(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_server_that_was_killed_starts_again(
+    checkpoint: Path, tmp_path: Path, expected: Any
+) -> None:
     store, port = tmp_path / "store", str(_free_port())
 
     server = Process(checkpoint, store, "--port", port)
@@ -73,14 +69,9 @@ def test_a_server_that_was_killed_starts_again(checkpoint: Path, tmp_path: Path)
     assert _digests(store) == written
 
     server = Process(checkpoint, store, "--port", port)
-    answer = _client(server).completions.create(
+    answer = connect(server).completions.create(
         model=NAME, prompt=PROMPT, max_tokens=12, temperature=0
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    plain: Any = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    with torch.no_grad():
-        want = plain.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-    assert answer.choices[0].text == tokenizer.decode(want, skip_special_tokens=True)
+    assert answer.choices[0].text == expected(PROMPT, 12)
     assert server.end(signal.SIGINT) == 0, server.log()
     assert "Traceback" not in server.log(), server.log()

@@ -11,32 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serve.conftest import MAX_CONTEXT, NAME, Process
 
 openai = pytest.importorskip("openai")
 MESSAGES = [{"role": "user", "content": "HELLO"}]
-
-
-@pytest.fixture(scope="module")
-def plain(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path, plain: Any) -> Any:
-    """The unmodified model's greedy text after a prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-
-    def of(prompt: str, tokens: int, **settings: Any) -> str:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        with torch.no_grad():
-            out = plain.generate(ids, max_new_tokens=tokens, do_sample=False, **settings)
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-    return of
 
 
 def test_completions_are_the_models_own(client: Any, expected: Any) -> None:
