@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from specmoe_compile.serve.engine import Event, Job
 from specmoe_compile.serve.errors import RequestRefused
@@ -10,6 +13,10 @@ from specmoe_compile.serve.requests import ChatRequest, CompletionRequest
 
 _COMPLETION_TOKENS = 16  # what OpenAI's endpoint gives where nobody says how many
 _MAX_PROMPTS = 16
+_OWN_TEMPLATE_ARGUMENTS = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) - {"kwargs"}
+"""Arguments of transformers' own; all others reach the template."""
 
 
 def completion_job(request: CompletionRequest, tokenizer: Any, max_context: int) -> Job:
@@ -35,6 +42,13 @@ def chat_job(request: ChatRequest, tokenizer: Any, max_context: int) -> Job:
             400, "This model has no chat template: use /v1/completions.", param="messages"
         )
     settings = dict(request.chat_template_kwargs or {})
+    if taken := sorted(settings.keys() & _OWN_TEMPLATE_ARGUMENTS):
+        raise RequestRefused(
+            400,
+            f"'chat_template_kwargs' sets {', '.join(taken)}, which the server sets itself: leave"
+            " it out.",
+            param="chat_template_kwargs",
+        )
     if request.reasoning_effort is not None:
         settings["reasoning_effort"] = request.reasoning_effort
     wants_tools = request.tools and (request.model_extra or {}).get("tool_choice") != "none"

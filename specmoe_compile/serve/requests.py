@@ -6,6 +6,7 @@ client sends by habit and that changes nothing is accepted.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,8 @@ from specmoe_compile.serve.errors import RequestRefused
 MAX_CHOICES = 8
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
+_COLDEST = 1e-3
+"""Below it a temperature means the best token: scores divided by less leave the range of floats."""
 
 _HARMLESS = frozenset(
     {
@@ -106,7 +109,7 @@ class _Request(BaseModel):
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if (value := getattr(self, name)) is not None
         }
-        if given.get("temperature") == 0.0:
+        if given.get("temperature", 1.0) < _COLDEST:
             # Greedy: what shapes a distribution would be warned of, and changes nothing.
             return {
                 "do_sample": False,
@@ -168,6 +171,12 @@ def parse(kind: type[R], body: Any) -> R:
     """Validate one body; raises `RequestRefused` with a sentence that names the field."""
     if not isinstance(body, dict):
         raise RequestRefused(400, "The body is not a JSON object.")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise RequestRefused(
+            400, "The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no text."
+        ) from error
     try:
         request = kind.model_validate(body)
     except ValidationError as error:

@@ -102,6 +102,7 @@ BAD = {
     "log probabilities": {"prompt": "A", "logprobs": 2},
     "an unknown field": {"prompt": "A", "beam_width": 4},
     "a penalty": {"prompt": "A", "presence_penalty": 0.5},
+    "half of a surrogate pair": {"prompt": "\ud800"},
     "no object": [1, 2],
 }
 
@@ -114,6 +115,19 @@ def test_a_bad_body_is_refused_in_openais_form(server: Process, name: str) -> No
     assert out.status_code == 400, out.text
     error = out.json()["error"]
     assert error["type"] == "invalid_request_error" and error["message"].endswith(".")
+
+
+def test_a_template_argument_of_the_servers_own_is_refused(client: Any) -> None:
+    for name, value in (("tokenize", False), ("return_dict", False), ("tools", [])):
+        with pytest.raises(openai.BadRequestError, match=f"sets {name}, which the server sets"):
+            client.chat.completions.create(
+                model=NAME, messages=MESSAGES, extra_body={"chat_template_kwargs": {name: value}}
+            )
+
+
+def test_a_temperature_near_zero_is_greedy(client: Any, expected: Any) -> None:
+    out = client.completions.create(model=NAME, prompt="COLD", max_tokens=8, temperature=1e-300)
+    assert out.choices[0].text == expected("COLD", 8)
 
 
 def test_other_refusals(server: Process, client: Any) -> None:
