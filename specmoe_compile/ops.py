@@ -25,6 +25,8 @@ _LIBRARY = torch.library.Library("specmoe", "DEF")  # type: ignore[no-untyped-ca
 
 _SCHEMAS = {
     "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
+    # What the C++ op behind `experts` on a CPU leaves to Python.
+    "experts_python": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
     "blend_default_vectors": (
         "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
     ),
@@ -216,6 +218,7 @@ def _correct_fake(
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
+    "experts_python": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
     "predict_experts": (_predict, _predict_fake),
     "start_prefetch": (_start, _start_fake),

@@ -41,9 +41,14 @@ class Predictions:
         """Whether a prediction begins with a blend of default vectors."""
         return self._predictor.state == "quasi"
 
+    @property
+    def remembers(self) -> bool:
+        """Whether what a layer chose is what predicts it."""
+        return self._predictor.source == "history"
+
     def note(self, layer: int, ids: Tensor) -> None:
         """Take in what a layer chose, [T, K] int64 or int32; free unless that is what predicts."""
-        if self._predictor.source == "history":
+        if self.remembers:
             self._last[layer] = ids.long().clone()  # graphs reuse their buffers
 
     def predict(self, layer: int, state: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +66,7 @@ class Predictions:
         Raises:
             SpecMoEError: the layer has no network.
         """
-        if self._predictor.source == "history":
+        if self.remembers:
             return self._repeat(layer, state, width)
         network = self.networks[layer]
         if network is None:

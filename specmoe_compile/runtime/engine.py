@@ -6,6 +6,7 @@ Shape letters: T tokens, K top-k, P predicted per token, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -15,6 +16,23 @@ from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import Stats
+
+
+class DirectSteps(Protocol):
+    """Layer steps that an engine takes without the session, in native code."""
+
+    @property
+    def lock(self) -> AbstractContextManager[None]:
+        """Held by whoever takes a step; may be taken again by who has it."""
+
+    def enter(self, handle: int) -> None:
+        """Take the steps of the session with this handle."""
+
+    def turn_off(self, off: bool) -> None:
+        """Leave all steps to the session, or take them again."""
+
+    def renew_after_fork(self) -> None:
+        """In a forked process: forget the parent's threads and who had the lock."""
 
 
 class Engine(Protocol):
@@ -48,6 +66,10 @@ class Engine(Protocol):
     @property
     def survives_fork(self) -> bool:
         """Whether a forked process can go on with it."""
+
+    @property
+    def direct_steps(self) -> DirectSteps | None:
+        """Takes steps without the session; None where every step comes by it."""
 
     def configure(self, speculation: SessionOptions) -> None:
         """Take the options from now on.

@@ -15,8 +15,9 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,6 @@ class Session:
         layers: the MoE layers, by ordinal; empty for a model that was not offloaded.
         top_k: K, the most experts of a token.
         speculation: what happens to predictions, as `configure` set it.
-        observer: is told every routing and prediction; None for nobody.
     """
 
     def __init__(
@@ -127,15 +127,21 @@ class Session:
         self.engine = engine
         self.layers = tuple(layers)
         self.top_k = top_k
-        self.observer: RoutingObserver | None = None
+        self._observer: RoutingObserver | None = None
         self.speculation = SessionOptions()
         self._store = store
         self._last_stats: Stats | None = None
-        self._lock = threading.RLock()
+        self._direct = engine.direct_steps
+        self._lock: AbstractContextManager[Any] = (
+            threading.RLock() if self._direct is None else self._direct.lock
+        )
         self._is_forked = False
         self._lookahead = nvtx.OpenRange()
         self.handle = next(number for number in itertools.count() if number not in _sessions)
         _sessions[self.handle] = self
+        if self._direct is not None:
+            self._direct.enter(self.handle)
+        self._choose_steps()
         # Runs at exit too, and does not keep the session alive.
         self._finalizer = weakref.finalize(self, _close_parts, self.handle, engine, store)
 
@@ -149,6 +155,23 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def observer(self) -> RoutingObserver | None:
+        """Is told every routing and prediction; None for nobody."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: RoutingObserver | None) -> None:
+        with self._lock:
+            self._observer = observer
+            self._choose_steps()
+
+    def _choose_steps(self) -> None:
+        """Let native code take steps unless something here has to see each of them."""
+        if self._direct is not None:
+            seen = self._observer is not None or nvtx.enabled()
+            self._direct.turn_off(seen or self.engine.predictions.remembers)
 
     @property
     def closed(self) -> bool:
@@ -204,7 +227,8 @@ class Session:
         if self._last_stats is not None:
             return self._last_stats
         self.check_open()
-        return self.engine.stats()
+        with self._lock:
+            return self.engine.stats()
 
     def reset_stats(self) -> None:
         """Set the counters to zero; the cache keeps what it holds."""
@@ -225,6 +249,7 @@ class Session:
             self.speculation = speculation
             if speculation.nvtx:
                 nvtx.enable()
+            self._choose_steps()
 
     def experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run the experts of one layer, fetching what is missing.
@@ -346,7 +371,10 @@ class Session:
 
         An engine that is of the parent alone is refused from now on, and what it has left alone.
         """
-        self._lock = threading.RLock()
+        if self._direct is None:
+            self._lock = threading.RLock()
+        else:
+            self._direct.renew_after_fork()
         if not self.engine.survives_fork:
             self._is_forked = True
             self._finalizer.detach()

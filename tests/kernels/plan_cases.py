@@ -109,14 +109,14 @@ class ExpectedCache:
     def tables(self) -> dict[str, list[int]]:
         """The expected tables by their names in `CacheTables`."""
         return {
-            "slot_of": self.cache.slot_of[0],
-            "expert_of": self.cache.expert_of[0],
-            "last_use": self.cache.last_use[0],
+            "slot_of": list(self.cache.slot_of[0]),
+            "expert_of": list(self.cache.expert_of[0]),
+            "last_use": list(self.cache.last_use[0]),
             "scores": self.cache.scores[0].table.tolist(),
             "regret": self.cache.scores[0].regret.tolist(),
             "pending": [int(slot in self.pending) for slot in range(self.slots)],
             "unused": [int(slot in self.unused) for slot in range(self.slots)],
-            "clock": self.cache.clock,
+            "clock": list(self.cache.clock),
             "counters": list(self.counters.values()),
         }
 

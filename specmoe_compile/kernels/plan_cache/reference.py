@@ -5,6 +5,7 @@ Shape letters: T tokens, K top-k, E experts, S slots, N = min(T * K, E).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,8 +96,9 @@ def _cache_of(
 ) -> ExpertCache:
     """The Python policy with what the tables say."""
     cache = ExpertCache(num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], policy=policy)
-    cache.slot_of[0], cache.expert_of[0] = slot_of.tolist(), expert_of.tolist()
-    cache.last_use[0] = last_use.tolist()
+    cache.slot_of[0] = array("q", slot_of.tolist())
+    cache.expert_of[0] = array("q", expert_of.tolist())
+    cache.last_use[0] = array("q", last_use.tolist())
     cache.scores[0].table[:] = scores.tolist()
     cache.scores[0].regret[:] = regret.tolist()
     cache.clock[0] = int(clock)

@@ -9,6 +9,7 @@ Shape letters: E experts, L MoE layers, S slots per layer.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,8 @@ class CachePlan:
 class ExpertCache:
     """Slots of every layer and their replacement.
 
+    The tables are arrays of int64 in place, which the engine in C++ shares.
+
     Attributes:
         slot_of: slot of each expert or -1, [L][E].
         expert_of: expert of each slot or -1, [L][S]; E or more: the slot is out of use.
@@ -75,11 +78,11 @@ class ExpertCache:
                 f"each of {len(num_experts)} layers needs at least one slot, got {list(slots)}"
             )
         self.policy = policy
-        self.slot_of = [[NOBODY] * experts for experts in num_experts]
-        self.expert_of = [[NOBODY] * count for count in slots]
-        self.last_use = [[0] * count for count in slots]
+        self.slot_of = [array("q", [NOBODY] * experts) for experts in num_experts]
+        self.expert_of = [array("q", [NOBODY] * count) for count in slots]
+        self.last_use = [array("q", [0] * count) for count in slots]
         self.scores = [Scores(experts) for experts in num_experts]
-        self.clock = [0] * len(slots)
+        self.clock = array("q", [0] * len(slots))
         # Of slots that a guess got: the expert before, and its last use.
         self._before: list[dict[int, tuple[int, int]]] = [{} for _ in slots]
 

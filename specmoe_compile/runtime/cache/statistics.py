@@ -17,6 +17,8 @@ class LayerStats:
 
     steps: int = 0
     """times the layer ran."""
+    native_steps: int = 0
+    """of them those that one op in C++ took, without Python. On a CPU."""
     hits: int = 0
     """experts that were in the fast tier, or on their way there by a prefetch."""
     misses: int = 0
@@ -192,8 +194,14 @@ class Stats:
                 f" {100 * self.overlap:.0f} % of it overlapped",
                 *self._eviction_lines(),
                 *self._experts_line(),
+                *self._engine_line(),
             )
         )
+
+    def _engine_line(self) -> tuple[str, ...]:
+        if not self.total.native_steps:
+            return ()
+        return (f"layer steps: {self.total.native_steps} of {self.total.steps} by one C++ op each",)
 
     def _experts_line(self) -> tuple[str, ...]:
         if not self.experts:

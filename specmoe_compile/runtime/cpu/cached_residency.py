@@ -75,6 +75,13 @@ class CachedResidency(Residency):
     def now_s(self) -> float:
         return self.transfer.now_s()
 
+    def address(self, layer: int) -> int:
+        return self._memory.address(layer)
+
+    def is_busy(self, layer: int) -> bool:
+        in_flight = self._in_flight[self._memory.bank_of[layer]]
+        return bool(in_flight or self._unused[layer] or self._pushed_out[layer])
+
     def set_poison(self, on: bool) -> None:
         """Fill every slot and buffer with NaNs before it is given to another expert; for tests."""
         self._memory.poison = on

@@ -20,11 +20,14 @@ from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
 from specmoe_compile.runtime.cpu.native import layer as native
+from specmoe_compile.runtime.cpu.native.steps import NO_FILE, LayerPlace, NativeSteps
+from specmoe_compile.runtime.cpu.native.torch_ops import use_native_experts
 from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.session import Session, check_store
 from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 
 
@@ -58,6 +61,7 @@ class CpuEngine(Speculator):
         )
         stats = tuple(LayerStats() for _ in layers)
         self.cache: ExpertCache | DoubleBuffers | None = None
+        self.direct_steps: NativeSteps | None = None
         self.transfer: DiskTransfer | None = None
         self._store = store
         self._busy_before_ms = 0.0
@@ -84,6 +88,82 @@ class CpuEngine(Speculator):
             [runner.num_experts for runner in runners], [runner.hidden_size for runner in runners]
         )
         super().__init__(residency, runners, stats, vectors)
+        self.direct_steps = self._direct_steps_or_none(reader_threads)
+
+    def _direct_steps_or_none(self, readers: int) -> NativeSteps | None:
+        """Share the tables with C++, which then takes steps alone; None where it cannot."""
+        engine = native.engine_or_none() if any(r.native for r in self._runners) else None
+        if engine is None or isinstance(self.cache, DoubleBuffers):
+            return None
+        if not use_native_experts(engine.library):
+            return None
+        store = self._store
+        reads = store.direct_reads_or_none() if isinstance(store, DiskStore) else None
+        places = [
+            LayerPlace(
+                runner.native,
+                runner.num_experts,
+                self.residency.address(layer),
+                store.layouts[layer].record_bytes,
+                0 if reads is None else reads.offsets[layer],
+                None if reads is None or reads.verified is None else reads.verified[layer],
+            )
+            for layer, runner in enumerate(self._runners)
+        ]
+        fd = NO_FILE if reads is None else reads.fd
+        return NativeSteps(engine, places, self.cache, file=fd, readers=readers)
+
+    def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        self._take_over()
+        try:
+            return super().demand(layer, x, ids, weights)
+        finally:
+            self._hand_over(layer)
+
+    def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
+        self._take_over()
+        try:
+            return super().plan(layers, edges, ids)
+        finally:
+            self._hand_over(layers[-1])
+
+    def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
+        self._take_over()
+        try:
+            return super().start(layer, ids, weights)
+        finally:
+            self._hand_over(layer)
+
+    def settle(self, number: int, layer: int, ids: Tensor) -> int:
+        self._take_over()
+        try:
+            return super().settle(number, layer, ids)
+        finally:
+            self._hand_over(layer)
+
+    def correct(
+        self, number: int, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        self._take_over()
+        try:
+            return super().correct(number, layer, partial, x, ids, weights)
+        finally:
+            self._hand_over(layer)
+
+    def _take_over(self) -> None:
+        """Take in what C++ did since Python's last step."""
+        if (direct := self.direct_steps) is not None:
+            direct.drain(self._stats)
+            self._learning_turn = direct.control.learning_turn
+
+    def _hand_over(self, layer: int) -> None:
+        """Tell C++ what it has to leave alone."""
+        if (direct := self.direct_steps) is not None:
+            control = direct.control
+            control.learns = self.learns_from_decode
+            control.learning_turn = self._learning_turn
+            control.is_timed = self.judge.is_timing
+            direct.set_busy(layer, self._state is not None or self.residency.is_busy(layer))
 
     def _in_slots(self, cache_bytes: int, policy: Policy) -> CachedResidency:
         if cache_bytes == 0:
@@ -118,7 +198,10 @@ class CpuEngine(Speculator):
             native.settle()  # the old buffers go away
             self.use(self._buffered(speculation))
         self.use_options(speculation)
-        self.learns_from_decode = speculation.prefetch
+        # Where nothing is fetched nothing is predicted, and nobody asks for a default vector.
+        self.learns_from_decode = speculation.prefetch and self.fetches
+        if self.direct_steps is not None:
+            self.direct_steps.control.learns = self.learns_from_decode
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
         return self.default_vectors.blend(layer, ids, weights, like)
@@ -127,6 +210,7 @@ class CpuEngine(Speculator):
         return self.predictions.predict(layer, state, width)
 
     def stats(self) -> Stats:
+        self._take_over()
         return Stats(
             layers=tuple(layer.copy() for layer in self._stats),
             fast_tier_bytes=self.residency.fast_tier_bytes,
@@ -139,12 +223,14 @@ class CpuEngine(Speculator):
         )
 
     def reset_stats(self) -> None:
+        self._take_over()
         for layer in self._stats:
             layer.reset()
         self._busy_before_ms = self._busy_ms()
 
     def _busy_ms(self) -> float:
-        return self.transfer.busy_ms if self.transfer is not None else 0.0
+        own = self.direct_steps.busy_ms if self.direct_steps is not None else 0.0
+        return own + (self.transfer.busy_ms if self.transfer is not None else 0.0)
 
     def interrupt(self) -> None:
         """End the reader threads: a call that waits for a read gets a TransferError."""
@@ -152,6 +238,8 @@ class CpuEngine(Speculator):
             self.transfer.close()
 
     def close(self) -> None:
+        if self.direct_steps is not None:
+            self.direct_steps.leave()
         self.interrupt()
         native.settle()
 

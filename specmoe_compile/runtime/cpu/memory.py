@@ -72,6 +72,10 @@ class SlotMemory:
             [None] * slots[layer] for layer in layers
         ]
 
+    def address(self, layer: int) -> int:
+        """Return where a layer's slots begin; they lie back to back."""
+        return self._banks[layer].data_ptr()
+
     def record(self, layer: int, slot: int) -> torch.Tensor:
         """Return a slot's memory to read into, [record_bytes] uint8."""
         record = self._banks[layer][slot]

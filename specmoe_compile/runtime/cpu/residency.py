@@ -104,6 +104,14 @@ class Residency(ABC):
         """Make a layer's reads follow what is wanted: promote those, cancel the others."""
 
     @abstractmethod
+    def address(self, layer: int) -> int:
+        """Return where a layer's first record lies: slot 0's, or expert 0's in place."""
+
+    @abstractmethod
+    def is_busy(self, layer: int) -> bool:
+        """Whether reads or guesses of a layer have to be looked at in its next step."""
+
+    @abstractmethod
     def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
         """Count it in `LayerStats.pushed_out_bytes` when such experts have to be read again.
 
@@ -162,6 +170,12 @@ class InPlaceResidency(Residency):
 
     def settle(self, layer: int, wanted: Collection[int]) -> None:
         pass
+
+    def address(self, layer: int) -> int:
+        return self._store.record(layer, 0).data_ptr()
+
+    def is_busy(self, layer: int) -> bool:
+        return False
 
     def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
         pass

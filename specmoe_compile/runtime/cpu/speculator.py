@@ -103,7 +103,7 @@ class Speculator:
         self._predictions: list[_Prediction | None] = [None] * len(runners)
         # Whether the next prediction of a layer is wanted; None where nobody asked.
         self._asked: list[bool | None] = [None] * len(runners)
-        self._learning_turn = 0
+        self._learning_turn = 0  # steps until one learns
         self._state: _State | None = None
 
     def use_options(self, options: SessionOptions) -> None:

@@ -50,6 +50,7 @@ class CudaEngine:
     """
 
     fetches = True
+    direct_steps = None
     survives_fork = False  # nor do page locks
 
     def __init__(

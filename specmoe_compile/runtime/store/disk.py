@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,21 @@ from specmoe_compile.system.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 DIRECT_ALIGNMENT = RECORD_ALIGNMENT  # bytes; memory, offset and length of an O_DIRECT read
+
+
+class DirectReads(NamedTuple):
+    """What a reader outside Python needs.
+
+    Attributes:
+        fd: of the records' file, opened with O_DIRECT.
+        offsets: of each layer's first record, in bytes.
+        verified: of each layer, whether a record's checksum was seen to match, one byte each; None
+            if nobody asks.
+    """
+
+    fd: int
+    offsets: tuple[int, ...]
+    verified: list[bytearray] | None
 
 
 class DiskStore(ExpertStore):
@@ -118,6 +134,12 @@ class DiskStore(ExpertStore):
         if self._verified is not None and not self._verified[layer][expert]:
             self._check(layer, expert, array)
             self._verified[layer][expert] = 1
+
+    def direct_reads_or_none(self) -> DirectReads | None:
+        """Return what a reader outside Python needs, which must have ended before `close`."""
+        if not self.direct:
+            return None
+        return DirectReads(self._fd, self._layer_offsets, self._verified)
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every record and compare its checksum; raises `StoreError` at the first mismatch."""

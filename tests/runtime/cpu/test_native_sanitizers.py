@@ -39,7 +39,10 @@ def test_the_engine_under_sanitizers(tmp_path: Path) -> None:
         "LD_PRELOAD": ":".join(map(runtime_library, ("libasan.so", "libubsan.so"))),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    tests = [f"tests/runtime/cpu/test_native_{name}.py" for name in ("kernels", "session")]
+    tests = [
+        f"tests/runtime/cpu/test_native_{name}.py"
+        for name in ("kernels", "session", "policy", "steps")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,

@@ -13,10 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
+TORCH_SOURCE = SOURCES.parent / "torch_src" / "ops.cpp"
 LIBRARY_NAME = "_specmoe_native.so"
+TORCH_LIBRARY_NAME = "_specmoe_torch_ops.so"
 _FLAGS = (
     "-std=c++17",
     "-fPIC",
@@ -56,7 +59,7 @@ def _which(name: str) -> str | None:
 def source_digest() -> str:
     """A digest of all sources, flags and the machine, for the library's place in the cache."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in (*sorted(SOURCES.iterdir()), TORCH_SOURCE):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for part in (_FLAGS, _VECTOR_FLAGS, sys.platform, platform.machine()):
         digest.update(repr(part).encode())
@@ -83,6 +86,33 @@ def build(target: Path, *, extra_flags: tuple[str, ...] = ()) -> None:
             [compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(library)]
         )
         os.replace(library, target)  # never half a library
+
+
+def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) -> None:
+    """Compile the op that torch calls, and put it at `target` when it is complete.
+
+    Args:
+        target: file to write; its folder is made.
+        includes: folders of torch's headers.
+        libraries: folder of torch's libraries.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+        OSError: the folder cannot be written.
+    """
+    compiler = find_compiler()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        library = Path(folder) / TORCH_LIBRARY_NAME
+        _run(
+            [
+                *(compiler, *_FLAGS, "-O1", "-shared"),
+                *(f"-isystem{folder}" for folder in includes),
+                *(str(TORCH_SOURCE), "-o", str(library)),
+                *(f"-L{libraries}", "-ltorch_cpu", "-lc10"),
+            ]
+        )
+        os.replace(library, target)
 
 
 def _compile_all(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> list[Path]:

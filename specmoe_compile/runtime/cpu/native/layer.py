@@ -54,7 +54,12 @@ class Task(NamedTuple):
 
 
 class NativeEngine:
-    """Threads and kernels of the library; a process needs one, and tests make more."""
+    """Threads and kernels of the library; a process needs one, and tests make more.
+
+    Attributes:
+        library: the functions of `src/api.cpp`.
+        pointer: the engine, for them.
+    """
 
     def __init__(self, library: CDLL, threads: int, kernels: str | None = None) -> None:
         """Start nothing yet: the threads come with the first step.
@@ -67,25 +72,25 @@ class NativeEngine:
         Raises:
             SpecMoEError: this processor does not have these kernels.
         """
-        self._library = library
-        self._pointer = library.specmoe_engine_new(threads, kernels and kernels.encode())
-        if not self._pointer:
+        self.library = library
+        self.pointer = library.specmoe_engine_new(threads, kernels and kernels.encode())
+        if not self.pointer:
             raise SpecMoEError(f"This processor has no {kernels} kernels: leave them out.")
-        self._finalizer = weakref.finalize(self, library.specmoe_engine_delete, self._pointer)
+        self._finalizer = weakref.finalize(self, library.specmoe_engine_delete, self.pointer)
 
     @property
     def kernels(self) -> str:
         """Name of the instruction set in use."""
-        name: bytes = self._library.specmoe_engine_kernels(self._pointer)
+        name: bytes = self.library.specmoe_engine_kernels(self.pointer)
         return name.decode()
 
     def set_threads(self, threads: int) -> None:
         """Compute with so many threads from now on, the caller being one."""
-        self._library.specmoe_engine_set_threads(self._pointer, threads)
+        self.library.specmoe_engine_set_threads(self.pointer, threads)
 
     def settle(self) -> None:
         """See the function of this name."""
-        self._library.specmoe_engine_settle(self._pointer)
+        self.library.specmoe_engine_settle(self.pointer)
 
     def run(self, spec: ExpertSpec, tasks: Sequence[Task], x: Tensor, y: Tensor) -> None:
         """Compute experts into rows of `y`, unweighted.
@@ -105,8 +110,8 @@ class NativeEngine:
             n = len(tokens)
             entry.record, entry.count = record, n
             entry.tokens, entry.places = (c_int32 * n)(*tokens), (c_int32 * n)(*places)
-        failed = self._library.specmoe_engine_run(
-            self._pointer, spec, array, count, x.data_ptr(), x.shape[0], y.data_ptr()
+        failed = self.library.specmoe_engine_run(
+            self.pointer, spec, array, count, x.data_ptr(), x.shape[0], y.data_ptr()
         )
         if failed:
             raise MemoryError("the C++ engine got no memory or no thread")
@@ -156,22 +161,26 @@ def settle() -> None:
 
 
 class NativeLayer:
-    """Runs one layer's experts from their records."""
+    """Runs one layer's experts from their records.
+
+    Attributes:
+        spec: how they are computed.
+    """
 
     def __init__(self, engine: NativeEngine, spec: ExpertSpec, dtype: torch.dtype) -> None:
         self._engine = engine
-        self._spec = spec
+        self.spec = spec
         self._dtype = dtype
         self._codes_offset: int = spec.up.codes
 
     @property
     def has_int8(self) -> bool:
         """Whether a weight's codes are integers, which int8 activations may be multiplied with."""
-        return bool({self._spec.up.book, self._spec.down.book} & _INT8_BOOKS)
+        return bool({self.spec.up.book, self.spec.down.book} & _INT8_BOOKS)
 
     def use_int8(self, on: bool) -> None:
         """Multiply integer codes with activations of 8 bits from now on, or with float32."""
-        self._spec.int8 = on
+        self.spec.int8 = on
 
     def record_of(self, codes: Tensor) -> int:
         """Address of the record whose up projection's codes these are."""
@@ -181,10 +190,10 @@ class NativeLayer:
         """Compute experts into rows of `y`, [T*K, H]; `x` [T, H] in the experts' dtype."""
         inputs = x.float().contiguous()
         if y.dtype == torch.float32:
-            self._engine.run(self._spec, tasks, inputs, y)
+            self._engine.run(self.spec, tasks, inputs, y)
             return
         out = y.new_empty(y.shape, dtype=torch.float32)
-        self._engine.run(self._spec, tasks, inputs, out)
+        self._engine.run(self.spec, tasks, inputs, out)
         places = [place for task in tasks for place in task.places]
         y[places] = out[places].to(y.dtype)
 

@@ -14,7 +14,14 @@ from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from specmoe_compile.runtime.cpu.native import build
-from specmoe_compile.runtime.cpu.native.structures import STRUCTURES, ExpertSpec, ExpertTask
+from specmoe_compile.runtime.cpu.native.structures import (
+    STRUCTURES,
+    CacheTables,
+    ExpertSpec,
+    ExpertTask,
+    StepControl,
+    StepLayer,
+)
 from specmoe_compile.system.machine import cache_folder, cpu_count
 
 log = logging.getLogger(__name__)
@@ -80,7 +87,30 @@ def _declared(library: CDLL) -> CDLL:
         c_void_p,
     )
     library.specmoe_engine_run.restype = c_int32
+    _declare_steps(library)
     return library
+
+
+def _declare_steps(library: CDLL) -> None:
+    library.specmoe_cache_plan.argtypes = (POINTER(CacheTables), c_void_p, c_int64, *[c_void_p] * 3)
+    library.specmoe_cache_plan.restype = None
+    library.specmoe_steps_new.argtypes = (
+        c_void_p,
+        POINTER(StepLayer),
+        c_int64,
+        POINTER(StepControl),
+        c_int32,
+        c_int32,
+    )
+    library.specmoe_steps_new.restype = c_void_p
+    for name in ("enter", "leave"):
+        function = getattr(library, f"specmoe_steps_{name}")
+        function.argtypes, function.restype = (c_int64, c_void_p), None
+    for name in ("delete", "lock", "unlock", "renew"):
+        function = getattr(library, f"specmoe_steps_{name}")
+        function.argtypes, function.restype = (c_void_p,), None
+    library.specmoe_steps_busy_ns.argtypes = (c_void_p,)
+    library.specmoe_steps_busy_ns.restype = c_int64
 
 
 def usable_cores() -> int:

@@ -83,4 +83,74 @@ class ExpertTask(Structure):
     )
 
 
-STRUCTURES = (WeightSpec, GateSpec, ExpertSpec, ExpertTask)
+class CacheTables(Structure):
+    """One layer's slots, see `runtime.cache`: E experts, S slots, D decays."""
+
+    _fields_ = (
+        ("experts", c_int64),
+        ("slots", c_int64),
+        ("slot_of", c_void_p),
+        ("expert_of", c_void_p),
+        ("last_use", c_void_p),
+        ("clock", c_void_p),
+        ("scores", c_void_p),
+        ("regret", c_void_p),
+        ("policy", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class StepLayer(Structure):
+    """What a layer's steps need; addresses of Python's memory."""
+
+    _fields_ = (
+        ("expert", POINTER(ExpertSpec)),
+        ("cache", CacheTables),
+        ("memory", c_void_p),
+        ("record_bytes", c_int64),
+        ("file_offset", c_int64),
+        ("verified", c_void_p),
+        ("counters", c_void_p),
+        ("is_busy", c_void_p),
+    )
+
+
+class StepControl(Structure):
+    """What Python says between steps."""
+
+    _fields_ = (
+        ("is_off", c_int64),
+        ("learns", c_int64),
+        ("learning_turn", c_int64),
+        ("is_timed", c_int64),
+    )
+
+
+class StepCall(Structure):
+    """Arguments of one layer step; filled in by the op."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("top_k", c_int64),
+        ("hidden", c_int64),
+        ("x_dtype", c_int32),
+        ("weights_dtype", c_int32),
+        ("id_bytes", c_int32),
+        ("unused", c_int32),
+    )
+
+
+STRUCTURES = (
+    WeightSpec,
+    GateSpec,
+    ExpertSpec,
+    ExpertTask,
+    CacheTables,
+    StepLayer,
+    StepControl,
+    StepCall,
+)

@@ -2,9 +2,13 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <new>
+#include <vector>
 
+#include "cache.h"
 #include "experts.h"
+#include "steps.h"
 
 #define SPECMOE_API __attribute__((visibility("default")))
 
@@ -30,7 +34,11 @@ SPECMOE_API int64_t specmoe_struct_bytes(int32_t which) {
     case 0: return sizeof(WeightSpec);
     case 1: return sizeof(GateSpec);
     case 2: return sizeof(ExpertSpec);
-    default: return sizeof(ExpertTask);
+    case 3: return sizeof(ExpertTask);
+    case 4: return sizeof(CacheTables);
+    case 5: return sizeof(StepLayer);
+    case 6: return sizeof(StepControl);
+    default: return sizeof(StepCall);
   }
 }
 
@@ -62,6 +70,75 @@ SPECMOE_API int32_t specmoe_engine_run(void* engine, const ExpertSpec* spec, con
     return 1;
   }
   return 0;
+}
+
+// Plans one step's experts, distinct; for tests, which compare it with Python's.
+//   placed: [count, 2], expert and slot, hits first. evicted: [count].
+//   counts: [3], hits, fills and evicted ones.
+SPECMOE_API void specmoe_cache_plan(const CacheTables* cache, const int64_t* experts,
+                                    int64_t count, int64_t* placed, int64_t* evicted,
+                                    int64_t* counts) {
+  CachePlanner planner;
+  const CachePlan& plan = planner.plan(*cache, std::vector<int64_t>(experts, experts + count));
+  for (const auto* part : {&plan.hits, &plan.fills})
+    for (const Placed& entry : *part) {
+      *placed++ = entry.expert;
+      *placed++ = entry.slot;
+    }
+  for (const int64_t expert : plan.evicted) *evicted++ = expert;
+  counts[0] = static_cast<int64_t>(plan.hits.size());
+  counts[1] = static_cast<int64_t>(plan.fills.size());
+  counts[2] = static_cast<int64_t>(plan.evicted.size());
+}
+
+// `layers` is copied; what it points to, `control` and the file stay Python's. Null: no memory.
+SPECMOE_API void* specmoe_steps_new(void* engine, const StepLayer* layers, int64_t count,
+                                    StepControl* control, int32_t file, int32_t readers) {
+  try {
+    return new std::shared_ptr<Steps>(std::make_shared<Steps>(
+        *static_cast<Engine*>(engine), layers, count, control, file, readers));
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+SPECMOE_API void specmoe_steps_delete(void* steps) {
+  delete static_cast<std::shared_ptr<Steps>*>(steps);
+}
+
+// What graphs call by `handle` from now on.
+SPECMOE_API void specmoe_steps_enter(int64_t handle, void* steps) {
+  enter_steps(handle, *static_cast<std::shared_ptr<Steps>*>(steps));
+}
+
+SPECMOE_API void specmoe_steps_leave(int64_t handle, void* steps) {
+  leave_steps(handle, static_cast<std::shared_ptr<Steps>*>(steps)->get());
+}
+
+SPECMOE_API void specmoe_steps_lock(void* steps) {
+  (*static_cast<std::shared_ptr<Steps>*>(steps))->mutex().lock();
+}
+
+SPECMOE_API void specmoe_steps_unlock(void* steps) {
+  (*static_cast<std::shared_ptr<Steps>*>(steps))->mutex().unlock();
+}
+
+SPECMOE_API void specmoe_steps_renew(void* steps) {
+  (*static_cast<std::shared_ptr<Steps>*>(steps))->renew_after_fork();
+}
+
+SPECMOE_API int64_t specmoe_steps_busy_ns(void* steps) {
+  return (*static_cast<std::shared_ptr<Steps>*>(steps))->busy_ns();
+}
+
+// Returns 1 when the step was done, 0 when it is Python's.
+SPECMOE_API int32_t specmoe_steps_experts(int64_t handle, int64_t layer, const StepCall* call) {
+  try {
+    const std::shared_ptr<Steps> steps = steps_or_null(handle);
+    return steps && steps->experts(layer, *call);
+  } catch (const std::exception&) {
+    return 0;
+  }
 }
 
 }  // extern "C"

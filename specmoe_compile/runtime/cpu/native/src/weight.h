@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace specmoe {
+#include "step_call.h"
 
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+namespace specmoe {
 
 // What one code is worth; the first three are floats as they are.
 enum Book : int32_t {

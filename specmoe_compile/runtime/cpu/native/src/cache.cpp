@@ -1,0 +1,124 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace specmoe {
+namespace {
+
+// See `runtime/cache/eviction.py` for what these mean.
+constexpr int64_t kDecays[] = {5, 7, 9};
+constexpr int64_t kRecency = 3;
+constexpr int64_t kCandidates = 4;
+constexpr int64_t kLfu = 1;
+constexpr int64_t kUnit = int64_t{1} << 14;
+constexpr int64_t kWindow = 8;
+constexpr int64_t kMiss = int64_t{1} << 16;
+constexpr int64_t kStay = 7;
+constexpr int64_t kSeenBits = 29;
+constexpr int64_t kIndexBits = 9;
+
+// What an expert is worth to a candidate; all of a layer's are different.
+int64_t key_of(const CacheTables& cache, int64_t candidate, int64_t expert) {
+  const int64_t seen = cache.scores[kRecency * cache.experts + expert];
+  const int64_t key = ((seen & ((int64_t{1} << kSeenBits) - 1)) << kIndexBits) | expert;
+  if (candidate == kRecency) return key;
+  return key | (cache.scores[candidate * cache.experts + expert] << (kSeenBits + kIndexBits));
+}
+
+}  // namespace
+
+void CachePlanner::judge(const CacheTables& cache, const std::vector<int64_t>& wanted) {
+  int64_t* misses = cache.regret;
+  keys_.resize(static_cast<size_t>(cache.experts));
+  for (int64_t candidate = 0; candidate < kCandidates; candidate++) {
+    int64_t lacked = 0;
+    if (cache.slots < cache.experts) {
+      for (int64_t e = 0; e < cache.experts; e++)
+        keys_[static_cast<size_t>(e)] = key_of(cache, candidate, e);
+      partitioned_ = keys_;
+      const auto least = partitioned_.begin() + (cache.experts - cache.slots);
+      std::nth_element(partitioned_.begin(), least, partitioned_.end());
+      for (const int64_t expert : wanted) lacked += keys_[static_cast<size_t>(expert)] < *least;
+    }
+    misses[candidate] += lacked * kMiss - (misses[candidate] >> kWindow);
+  }
+  const int64_t best = std::min_element(misses, misses + kCandidates) - misses;
+  int64_t& candidate = cache.regret[kCandidates];
+  if (misses[best] + (misses[best] >> kStay) < misses[candidate]) candidate = best;
+}
+
+void CachePlanner::note(const CacheTables& cache, const std::vector<int64_t>& wanted,
+                        int64_t now) {
+  if (cache.policy == POLICY_ADAPTIVE) judge(cache, wanted);
+  for (int64_t candidate = 0; candidate < kRecency; candidate++) {
+    int64_t* row = cache.scores + candidate * cache.experts;
+    for (int64_t e = 0; e < cache.experts; e++) row[e] -= row[e] >> kDecays[candidate];
+    for (const int64_t expert : wanted) row[expert] += kUnit;
+  }
+  for (const int64_t expert : wanted) cache.scores[kRecency * cache.experts + expert] = now;
+}
+
+// Slots that may be filled, those to be given up first in front.
+void CachePlanner::order_fillable(const CacheTables& cache) {
+  const int64_t candidate =
+      cache.policy == POLICY_ADAPTIVE ? cache.regret[kCandidates] : kLfu;
+  places_.clear();
+  for (int64_t slot = 0; slot < cache.slots; slot++) {
+    const int64_t held = cache.expert_of[slot];
+    if (taken_[static_cast<size_t>(slot)] || held >= cache.experts) continue;
+    int64_t worth = cache.last_use[slot];
+    if (cache.policy != POLICY_LRU) worth = held == kNobody ? 0 : key_of(cache, candidate, held);
+    places_.push_back({held != kNobody, worth, slot});
+  }
+  std::sort(places_.begin(), places_.end(), [](const Place& a, const Place& b) {
+    return std::tie(a.is_held, a.worth, a.slot) < std::tie(b.is_held, b.worth, b.slot);
+  });
+}
+
+const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<int64_t>& wanted) {
+  plan_.hits.clear();
+  plan_.fills.clear();
+  plan_.bypassed.clear();
+  plan_.evicted.clear();
+  missing_.clear();
+  taken_.assign(static_cast<size_t>(cache.slots), 0);
+  const int64_t now = ++*cache.clock;
+  if (cache.policy != POLICY_LRU) note(cache, wanted, now);
+  for (const int64_t expert : wanted) {
+    const int64_t slot = cache.slot_of[expert];
+    if (slot == kNobody) {
+      missing_.push_back(expert);
+      continue;
+    }
+    plan_.hits.push_back({expert, slot});
+    taken_[static_cast<size_t>(slot)] = 1;
+    cache.last_use[slot] = now;
+  }
+  if (missing_.empty()) return plan_;
+  order_fillable(cache);
+  const size_t fills = std::min(missing_.size(), places_.size());
+  for (size_t i = 0; i < fills; i++) {
+    const int64_t expert = missing_[i], slot = places_[i].slot, previous = cache.expert_of[slot];
+    if (previous != kNobody) {
+      cache.slot_of[previous] = kNobody;
+      plan_.evicted.push_back(previous);
+    }
+    cache.expert_of[slot] = expert;
+    cache.slot_of[expert] = slot;
+    cache.last_use[slot] = now;
+    plan_.fills.push_back({expert, slot});
+  }
+  plan_.bypassed.assign(missing_.begin() + static_cast<int64_t>(fills), missing_.end());
+  return plan_;
+}
+
+void forget(const CacheTables& cache, int64_t expert) {
+  const int64_t slot = cache.slot_of[expert];
+  if (slot == kNobody) return;
+  cache.slot_of[expert] = kNobody;
+  cache.expert_of[slot] = kNobody;
+  cache.last_use[slot] = 0;
+}
+
+}  // namespace specmoe

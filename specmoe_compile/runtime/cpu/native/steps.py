@@ -1,0 +1,227 @@
+"""Layer steps of decode that run in C++ alone, and what Python shares with them.
+
+Tables, slots and control words are one memory for both; whoever takes a step holds the lock. What
+C++ leaves alone (see `src/steps.h`) comes to Python by way of `specmoe::experts_python`.
+
+Shape letters: E experts, L MoE layers, S slots per layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from ctypes import CDLL, POINTER, c_int64
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.native.layer import NativeEngine, NativeLayer
+from specmoe_compile.runtime.cpu.native.structures import (
+    CacheTables,
+    ExpertSpec,
+    StepControl,
+    StepLayer,
+)
+
+_open: weakref.WeakSet[NativeSteps] = weakref.WeakSet()
+_held: list[NativeSteps] = []
+"""Those that stand still while this process forks."""
+
+
+def _before_fork() -> None:
+    for steps in list(_open):
+        steps.lock.__enter__()
+        _held.append(steps)
+
+
+def _after_fork_in_parent() -> None:
+    while _held:
+        _held.pop().lock.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):
+    # In the child the session forgets the lock, see `renew_after_fork`.
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_held.clear
+    )
+
+POLICIES = {"lru": 0, "lfu": 1, "adaptive": 2}
+_COUNTERS = 5
+NO_FILE = -1
+
+
+def cache_tables(cache: ExpertCache, layer: int) -> CacheTables:
+    """Return where a layer's tables lie. They must not be replaced while that is in use."""
+    slot_of, expert_of = cache.slot_of[layer], cache.expert_of[layer]
+    scores = cache.scores[layer]
+    return CacheTables(
+        experts=len(slot_of),
+        slots=len(expert_of),
+        slot_of=slot_of.buffer_info()[0],
+        expert_of=expert_of.buffer_info()[0],
+        last_use=cache.last_use[layer].buffer_info()[0],
+        clock=cache.clock.buffer_info()[0] + layer * cache.clock.itemsize,
+        scores=scores.table.ctypes.data,
+        regret=scores.regret.ctypes.data,
+        policy=POLICIES[cache.policy],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where a layer's records are.
+
+    Attributes:
+        native: how they are computed; None where torch computes.
+        num_experts: E.
+        address: of slot 0, or of expert 0 in place.
+        record_bytes: of each.
+        file_offset: of expert 0's record in the store's file.
+        verified: [E], whether a record's checksum was seen to match; None if it need not be.
+    """
+
+    native: NativeLayer | None
+    num_experts: int
+    address: int
+    record_bytes: int
+    file_offset: int = 0
+    verified: bytearray | None = None
+
+
+class StepLock:
+    """Held by whoever takes a step of a session, in C++ or in Python; may be taken again."""
+
+    def __init__(self, library: CDLL, pointer: int) -> None:
+        self._acquire, self._release = library.specmoe_steps_lock, library.specmoe_steps_unlock
+        self._pointer = pointer
+
+    def __enter__(self) -> None:
+        self._acquire(self._pointer)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release(self._pointer)
+
+
+class NativeSteps:
+    """The steps of one session.
+
+    Attributes:
+        lock: held by whoever takes a step.
+        control: what Python says to C++.
+    """
+
+    def __init__(
+        self,
+        engine: NativeEngine,
+        places: Sequence[LayerPlace],
+        cache: ExpertCache | None,
+        *,
+        file: int = NO_FILE,
+        readers: int = 1,
+    ) -> None:
+        """Share the tables.
+
+        Args:
+            engine: computes.
+            places: of each layer.
+            cache: its tables are shared; None for experts in place.
+            file: the store's records, opened for direct reads; `NO_FILE`: Python reads them.
+            readers: threads that read.
+
+        Raises:
+            MemoryError: none was left.
+        """
+        count = len(places)
+        self.control = StepControl(is_off=1)
+        self._library = engine.library
+        self._counters: NDArray[np.int64] = np.zeros((count, _COUNTERS), np.int64)
+        self._busy: NDArray[np.int64] = np.zeros(count, np.int64)
+        layers = (StepLayer * count)()
+        for number, (entry, place) in enumerate(zip(layers, places, strict=True)):
+            self._describe(entry, place, cache, number)
+        self._record_bytes = [place.record_bytes for place in places]
+        # C++ reads all of this for as long as the steps are there.
+        self._kept = (engine, cache, tuple(places), self._counters, self._busy, self.control)
+        self._pointer = self._library.specmoe_steps_new(
+            engine.pointer, layers, count, self.control, file, readers
+        )
+        if not self._pointer:
+            raise MemoryError("the C++ engine got no memory")
+        self.lock = StepLock(self._library, self._pointer)
+        self._handle: int | None = None
+        _open.add(self)
+        self._finalizer = weakref.finalize(self, self._library.specmoe_steps_delete, self._pointer)
+
+    def _describe(
+        self, entry: StepLayer, place: LayerPlace, cache: ExpertCache | None, number: int
+    ) -> None:
+        if place.native is not None:
+            entry.expert = ctypes.cast(ctypes.pointer(place.native.spec), POINTER(ExpertSpec))
+        if cache is not None:
+            entry.cache = cache_tables(cache, number)
+        entry.cache.experts = place.num_experts
+        entry.memory = place.address
+        entry.record_bytes = place.record_bytes
+        entry.file_offset = place.file_offset
+        if place.verified is not None:
+            flags = (ctypes.c_uint8 * len(place.verified)).from_buffer(place.verified)
+            entry.verified = ctypes.addressof(flags)
+        word = ctypes.sizeof(c_int64)
+        entry.counters = self._counters.ctypes.data + number * _COUNTERS * word
+        entry.is_busy = self._busy.ctypes.data + number * word
+
+    def enter(self, handle: int) -> None:
+        """Take the steps of the session that graphs call by this number, from now on."""
+        self._handle = handle
+        self._library.specmoe_steps_enter(handle, self._pointer)
+
+    def leave(self) -> None:
+        """Take no more steps."""
+        if self._handle is not None:
+            self._library.specmoe_steps_leave(self._handle, self._pointer)
+            self._handle = None
+
+    def turn_off(self, off: bool) -> None:
+        """Leave all steps to Python, or take them again."""
+        self.control.is_off = off
+
+    def set_busy(self, layer: int, on: bool) -> None:
+        """Say whether reads or guesses of a layer are Python's business in its next step."""
+        self._busy[layer] = on
+
+    def renew_after_fork(self) -> None:
+        """In a forked process: forget the parent's threads, and a lock that one may hold."""
+        self._library.specmoe_steps_renew(self._pointer)
+
+    @property
+    def busy_ms(self) -> float:
+        """Wall time in which at least one read was in progress."""
+        return int(self._library.specmoe_steps_busy_ns(self._pointer)) / 1e6
+
+    def drain(self, stats: Sequence[LayerStats]) -> None:
+        """Add what was counted since the last time to the counters of each layer."""
+        if not self._counters.any():
+            return
+        rows: list[list[int]] = self._counters.tolist()
+        self._counters[:] = 0
+        for own, (steps, hits, misses, stall_ns, stall_bytes), record_bytes in zip(
+            stats, rows, self._record_bytes, strict=True
+        ):
+            own.steps += steps
+            own.native_steps += steps
+            own.hits += hits
+            own.misses += misses
+            own.demand_bytes += misses * record_bytes
+            own.stall_ms += stall_ns / 1e6
+            own.stall_bytes += stall_bytes

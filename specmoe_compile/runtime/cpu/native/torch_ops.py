@@ -1,0 +1,63 @@
+"""The op `specmoe::experts` in C++: compiling it against the torch that runs, and opening it.
+
+It cannot be carried by a wheel that fits any torch, so that it is compiled at first use, into the
+cache folder, by the compiler that Inductor needs anyway.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from ctypes import CDLL, c_void_p
+from pathlib import Path
+
+import torch
+
+from specmoe_compile.runtime.cpu.native import build
+from specmoe_compile.system.machine import cache_folder
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+
+
+def use_native_experts(library: CDLL) -> bool:
+    """Let `specmoe::experts` run steps in this library; False, with one warning, if it cannot.
+
+    Args:
+        library: the engine's.
+    """
+    with _lock:
+        return _use(library)
+
+
+@functools.cache
+def _use(library: CDLL) -> bool:
+    try:
+        ops = ctypes.CDLL(str(_path()))
+    except (build.BuildError, OSError) as error:
+        log.warning(
+            "Python takes the steps of the MoE layers and not one C++ op per layer, which is"
+            " faster: %s. Results are the same.",
+            error,
+        )
+        return False
+    ops.specmoe_ops_use.argtypes = (c_void_p,)
+    ops.specmoe_ops_use.restype = None
+    ops.specmoe_ops_use(ctypes.cast(library.specmoe_steps_experts, c_void_p))
+    return True
+
+
+def _path() -> Path:
+    from torch.utils.cpp_extension import include_paths
+
+    folder = cache_folder() / "native" / build.source_digest() / f"torch-{torch.__version__}"
+    compiled = folder / build.TORCH_LIBRARY_NAME
+    if not compiled.is_file():
+        build.find_compiler()  # before anything is promised
+        log.warning("compiling the op of the C++ engine once (half a minute): %s", compiled)
+        libraries = str(Path(torch.__file__).resolve().parent / "lib")
+        build.build_torch_ops(compiled, includes=include_paths(), libraries=libraries)
+    return compiled
