@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": ALL_BEFORE,
     "calibrate": ALL_BEFORE,
     "backend": ALL_BEFORE,
+    "reference_model": set(),
     "replay": ALL_BEFORE,
     "bench": ALL_BEFORE,
     "serve": ALL_BEFORE,

@@ -15,7 +15,6 @@ from typing import Any
 from benchmarks.cpu_disk.figures import SCHEMA
 from benchmarks.cpu_disk.plan import BASE_CAP_BYTES, SLOW_TOKENS, Cell
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.places import ROOT
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError
 from specmoe_compile.bench.harness import cap_or_nothing, run_pack, with_peer_file
@@ -25,7 +24,7 @@ from specmoe_compile.bench.memory_cap import MemoryCap
 from specmoe_compile.bench.probes import file_gbps
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.bench import describe_model, permitted_cap
-from specmoe_compile.cli.demo import widened_model
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.store.header import RECORDS_NAME
 from specmoe_compile.system.output import write_json
 
@@ -59,7 +58,7 @@ class Bench:
         self.work_dir = work_dir
         self.prompts = held_out_prompts(arguments.prompts)
         record_mib = DRY_RECORD_MIB if self.dry else RECORD_MIB
-        self.model = widened_model(ROOT, self.folder, record_mib, DTYPE)
+        self.model = widened_model(self.folder, record_mib, DTYPE)
         self.store_dir = self.folder / f"{self.model.name}-store"
         self.about = describe_model(str(self.model), DTYPE)
         self.provenance = provenance()  # before the results of this run change the tree

@@ -41,8 +41,8 @@ from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, spread
 from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
-from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.cli.doctor import examine
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
@@ -72,7 +72,7 @@ class Plan:
 
     def model(self, dtype: str) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(ROOT, self.place, RECORD_MIB, dtype)
+        return widened_model(self.place, RECORD_MIB, dtype)
 
     def store_dir(self, dtype: str) -> Path:
         """Where its expert store is or will be."""

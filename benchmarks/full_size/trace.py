@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import specmoe_compile
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.reference_model.data import default_source, held_out_windows
 from specmoe_compile.calibrate.layer_probe import LayerProbe
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.runtime.session import session_of
 
 TRUE, PREDICTED = 0, 1

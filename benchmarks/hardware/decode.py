@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
-from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.hf.compiled_calls import _mark_static, cache_argument
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import write_json
 

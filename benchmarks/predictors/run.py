@@ -29,11 +29,10 @@ import specmoe_compile
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import PairedArm, run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
+from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.kit.traffic import predicted_share
 from benchmarks.predictors.cost import measure_cost
 from benchmarks.predictors.report import write_report
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.reference_model.data import (
     HELD_OUT_FILES,
     default_source,
@@ -48,9 +47,10 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, quantile
 from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
-from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.predict.training import TrainingConfig
+from specmoe_compile.reference_model import CHECKPOINT_DIR
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
@@ -92,7 +92,7 @@ class Place:
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(ROOT, self.folder, RECORD_MIB, DTYPE)
+        return widened_model(self.folder, RECORD_MIB, DTYPE)
 
     def store_dir(self) -> Path:
         """Where its expert store is or will be."""

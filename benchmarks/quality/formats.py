@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.kit.plots import load_pyplot
-from benchmarks.reference_model import CHECKPOINT_DIR
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 
 FORMS = (None, "int8", "fp8", "int4", "mxfp4")
 MAX_INCREASE = {"int8": 0.001, "fp8": 0.003, "int4": 0.02}

@@ -1,5 +1,1 @@
-"""The reference model: a small trained Qwen3-MoE, its tokenizer, its metrics and its widener."""
-
-from pathlib import Path
-
-CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
+"""How the reference model that the package carries was trained, measured and described."""

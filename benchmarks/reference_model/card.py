@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reference_model import CHECKPOINT_DIR
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 
 PREDICTOR_NAMES = {
     "residual": "router of the layer on the residual before this layer's experts",

@@ -25,7 +25,6 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.reference_model.data import (
     HELD_OUT_FILES,
     default_source,
@@ -35,6 +34,7 @@ from benchmarks.reference_model.data import (
     training_files,
 )
 from benchmarks.reference_model.tokenizer import PAD_ID
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 
 WINDOW = 512
 CALIBRATION_WINDOWS = 256

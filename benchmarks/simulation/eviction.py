@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.kit.places import ROOT
-from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.bench.machine import provenance
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, belady_hits
 

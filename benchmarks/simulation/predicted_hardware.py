@@ -23,13 +23,13 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.kit.places import DOCUMENTS, RESULTS
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from benchmarks.simulation.mapped_trace import SHAPES, ModelShape, mapped_trace
 from benchmarks.simulation.report import write_report
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.options import SessionOptions
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps

@@ -28,12 +28,12 @@ import torch
 
 import specmoe_compile
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
+from benchmarks.kit.places import DOCUMENTS, RESULTS
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.probes import disk_rates
 from specmoe_compile.cli.bench import describe_model
-from specmoe_compile.cli.demo import widened_model
 from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.measured import measured, timed_steps
@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, default=REPORT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
-    checkpoint = widened_model(ROOT, arguments.folder, RECORD_MIB, "float32")
+    checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")
     if arguments.compare is None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as traces:
             about = measure(checkpoint, arguments, Path(traces))

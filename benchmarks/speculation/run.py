@@ -32,9 +32,8 @@ from typing import Any
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
+from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.kit.traffic import counted
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.speculation.exact import BATCHES, merged, run_exact
 from benchmarks.speculation.fidelity import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
 from benchmarks.speculation.report import write_report
@@ -45,7 +44,8 @@ from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, quantile, spread
 from specmoe_compile.cli.bench import describe_model
-from specmoe_compile.cli.demo import widened_model
+from specmoe_compile.reference_model import CHECKPOINT_DIR
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
@@ -111,7 +111,7 @@ class Place:
 
     def model(self) -> Path:
         """The widened reference model, made when it is not there."""
-        return widened_model(ROOT, self.folder, RECORD_MIB, DTYPE)
+        return widened_model(self.folder, RECORD_MIB, DTYPE)
 
     def store_dir(self) -> Path:
         """Where its expert store is or will be."""

@@ -1,12 +1,7 @@
-"""`specmoe demo`: the whole path on the reference model that the repository carries."""
+"""`specmoe demo`: the whole path on the reference model that comes with the package."""
 
 from __future__ import annotations
 
-import hashlib
-import json as json_module
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +11,6 @@ from specmoe_compile.cli.options import DEBUG, EXPERT_CACHE, JSON
 from specmoe_compile.errors import SpecMoEError
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
-_DISK_COPIES = 3  # the widened checkpoint, the expert store, accelerate's offload folder
 _COMPARED_TOKENS = 24
 
 
@@ -47,10 +41,10 @@ def demo(
 ) -> None:
     """Watch a trained Mixture-of-Experts model generate while its experts stay on disk.
 
-    Makes a copy of the repository's reference model with experts of 3 MiB (256 experts, 805 MB, the
-    same function), packs them into a store on disk, generates through the compiled graph, and
-    compares tokens, time and memory with the unmodified model and with Hugging Face's disk offload.
-    Takes a few minutes on two cores, and about 2.5 GB of disk.
+    Makes a copy of the reference model that comes with the package, with experts of 3 MiB (256
+    experts, 805 MB, the same function), packs them into a store on disk, generates through the
+    compiled graph, and compares tokens, time and memory with the unmodified model and with Hugging
+    Face's disk offload. Takes a few minutes on two cores, and about 2.5 GB of disk.
 
     [bold]Examples[/bold]
 
@@ -60,6 +54,7 @@ def demo(
     """
     from rich.console import Console
 
+    from specmoe_compile.reference_model.widened import widened_model
     from specmoe_compile.system.compilers import check_compiler
     from specmoe_compile.system.machine import cache_folder
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
@@ -69,13 +64,12 @@ def demo(
     check_compiler("cpu")
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
     cap_bytes = parse_size(memory_cap, total_bytes=1 << 40, option="--memory-cap")
-    root = repository_root()
     place = cache_folder() / "demo" if folder is None else folder.expanduser()
     console = Console()
     quiet_transformers()
 
     console.rule("1. The model")
-    model = widened_model(root, place, record_mib)
+    model = widened_model(place, record_mib)
     store_dir = place / f"{model.name}-store"
     size_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     console.print(
@@ -100,71 +94,6 @@ def demo(
         raise SpecMoEError(
             f"{result['differing_tokens']} of {new_tokens} tokens differ from the unmodified"
             " model's: this is a bug, please report it with the output of specmoe doctor"
-        )
-
-
-def repository_root() -> Path:
-    """Return the root of the clone that this package runs from.
-
-    Raises:
-        SpecMoEError: it was installed without the repository, which holds the reference model.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "reference_model" / "checkpoint" / "config.json").is_file():
-        raise SpecMoEError(
-            "specmoe demo needs the reference model, which lies in the repository and not in the"
-            " installed package: run make demo in a clone, or specmoe generate with a model of"
-            " your own"
-        )
-    return root
-
-
-def widened_model(root: Path, place: Path, record_mib: float, dtype: str = "float32") -> Path:
-    """Return the folder of the reference model with larger experts, made on the first call.
-
-    Args:
-        root: of the repository.
-        place: folder for it.
-        record_mib: size of one expert.
-        dtype: "float32" or "bfloat16".
-
-    Raises:
-        ValueError: this size is not possible.
-        SpecMoEError: there is no room.
-    """
-    checkpoint = root / "benchmarks" / "reference_model" / "checkpoint"
-    with (checkpoint / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-    model = place / f"reference-{record_mib:g}mib-{dtype}-{digest}"
-    if (model / "config.json").is_file():
-        return model
-    _check_record(checkpoint, record_mib, dtype)
-    place.mkdir(parents=True, exist_ok=True)
-    needed = int(_DISK_COPIES * 256 * record_mib * (1 << 20))
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise SpecMoEError(
-            f"{place} has {free >> 20} MiB free, and this needs about {needed >> 20} MiB: choose"
-            " another --folder"
-        )
-    command = [sys.executable, "-m", "benchmarks", "widen", str(model)]
-    command += ["--record-mib", str(record_mib), "--dtype", dtype, "--no-verify"]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise SpecMoEError(f"The reference model could not be widened to {record_mib:g} MiB.")
-    return model
-
-
-def _check_record(checkpoint: Path, record_mib: float, dtype: str) -> None:
-    """Raise `ValueError` unless the size is that of an expert times a power of two."""
-    config = json_module.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    item_bytes = 4 if dtype == "float32" else 2
-    smallest = 3 * config["hidden_size"] * config["moe_intermediate_size"] * item_bytes
-    copies, rest = divmod(record_mib * (1 << 20), smallest)
-    if rest or copies < 1 or int(copies) & (int(copies) - 1):
-        raise ValueError(
-            f"--record-mib {record_mib:g} is not possible: give {smallest / (1 << 20):g} times a"
-            " power of two, such as 0.75, 1.5, 3 or 6."
         )
 
 

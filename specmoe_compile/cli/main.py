@@ -42,7 +42,7 @@ app = typer.Typer(
     help="Run Mixture-of-Experts models whose experts do not fit the fast memory.",
     epilog=(
         "First time here? [bold]specmoe doctor[/bold] says what this machine can do, and"
-        " [bold]specmoe demo[/bold] shows everything at work (from a clone of the repository)."
+        " [bold]specmoe demo[/bold] shows everything at work."
     ),
     rich_markup_mode="rich",
     add_completion=False,

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.reference_model import CHECKPOINT_DIR
 from benchmarks.reference_model.card import render_card
 from benchmarks.reference_model.data import (
     HELD_OUT_FILES,
@@ -23,8 +22,10 @@ from benchmarks.reference_model.data import (
 from benchmarks.reference_model.evaluate import evaluate_model
 from benchmarks.reference_model.tokenizer import EOS_ID, PAD_ID, build_tokenizer
 from benchmarks.reference_model.train import balance_loss, learning_rate_factor
-from benchmarks.reference_model.widen import count_different_tokens, main, widen, widen_tensor
+from benchmarks.reference_model.widen import count_different_tokens, main
 from benchmarks.speculation.report import EXPECTED_RECALL, RECALL_TOLERANCE
+from specmoe_compile.reference_model import CHECKPOINT_DIR
+from specmoe_compile.reference_model.widen import widen, widen_tensor
 
 # Of layers 1..7, with default vectors.
 LEAST_RECALL = tuple(expected - RECALL_TOLERANCE for expected in EXPECTED_RECALL)
@@ -213,7 +214,7 @@ def test_widening_twice_is_refused_and_keeps_the_first(widened):
 def test_impossible_record_size_is_refused_in_one_sentence(tmp_path, capsys, record_mib):
     assert main([str(tmp_path / "out"), "--record-mib", record_mib]) == 2
     error = capsys.readouterr().err.strip()
-    assert "is not possible in bfloat16: choose 49152 bytes times a power of two" in error
+    assert "are not possible in bfloat16: give 0.046875 times a power of two" in error
     assert "\n" not in error
     assert not list(tmp_path.iterdir())
 
@@ -228,7 +229,7 @@ def test_failed_widening_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("benchmarks.reference_model.widen.save_file", full_disk)
+    monkeypatch.setattr("specmoe_compile.reference_model.widen.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         widen(CHECKPOINT_DIR, Path(tmp_path) / "out", 96 * KIB)
     assert not list(tmp_path.iterdir())

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from specmoe_compile.cli import demo
-from specmoe_compile.cli.demo import repository_root, widened_model
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.reference_model.widened import widened_model
 
 SMALLEST_MIB = 3 * 128 * 64 * 4 / (1 << 20)  # an expert of the reference model in float32
 
 
 def test_the_widened_model_is_made_once(tmp_path: Path) -> None:
-    folder = widened_model(repository_root(), tmp_path, SMALLEST_MIB)
+    folder = widened_model(tmp_path, SMALLEST_MIB)
     shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert any(path.suffix == ".safetensors" for path in shards)
-    assert widened_model(repository_root(), tmp_path, SMALLEST_MIB) == folder
+    assert widened_model(tmp_path, SMALLEST_MIB) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
 
 
@@ -29,22 +28,16 @@ def test_an_impossible_size_is_one_sentence(
 ) -> None:
     assert run(["demo", "--record-mib", record_mib, "--folder", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"specmoe: --record-mib {record_mib} is not possible")
+    assert line.startswith(
+        f"specmoe: experts of {record_mib} MiB are not possible in float32: give 0.09375"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_room_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(SpecMoEError, match="MiB free"):
-        widened_model(repository_root(), tmp_path, 3 << 20)
+        widened_model(tmp_path, 3 << 20)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_the_repository_the_demo_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "specmoe_compile" / "cli" / "demo.py"))
-    with pytest.raises(SpecMoEError, match="make demo in a clone"):
-        repository_root()
 
 
 @pytest.mark.slow

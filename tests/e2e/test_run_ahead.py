@@ -25,11 +25,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specmoe_compile
-from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.api import reset_stats
 from specmoe_compile.hf import run_ahead
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.step_inputs import StepInputs, cache_of
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from tests.helpers import prompts, save_tiny
 from tests.passes.families import tiny
 

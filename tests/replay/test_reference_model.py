@@ -9,8 +9,9 @@ import pytest
 
 import specmoe_compile
 from benchmarks.end_to_end.run import held_out_prompts
+from benchmarks.kit.places import RESULTS
 from benchmarks.simulation.mapped_trace import SHAPES, mapped_trace
-from specmoe_compile.cli.demo import repository_root, widened_model
+from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.replay.engine import replay
 from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps
@@ -19,7 +20,7 @@ from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy
 from tests.replay.test_replay import COMPUTE, LINK, counts, setting
 
-TRACE = repository_root() / "benchmarks" / "results" / "reference_trace.safetensors"
+TRACE = RESULTS / "reference_trace.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def recorded() -> RoutingTrace:
 
 @pytest.fixture(scope="module")
 def widened(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return widened_model(repository_root(), tmp_path_factory.mktemp("widened"), 0.75)
+    return widened_model(tmp_path_factory.mktemp("widened"), 0.75)
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.full_size.model import SHAPES
-from benchmarks.reference_model import CHECKPOINT_DIR
 from specmoe_compile.calibrate.layer_probe import LayerMeasure, LayerProbe
 from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.fx_utils import find_calls, specmoe_ops
+from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.runtime.cuda import decoder
 from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
 from specmoe_compile.system.compilers import find_compiler_or_none
