@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,7 @@ from specmoe_compile.hf.model_loader import (
     load_without_experts,
 )
 from specmoe_compile.hf.packing import pack_source
+from specmoe_compile.hf.ranks import Ranks, join_ranks, ranks_of_or_none
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -52,6 +53,7 @@ from specmoe_compile.runtime.store.module_source import (
 )
 from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.store.slice import SliceSource, SliceStore
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.progress import phase, progress_lines
@@ -153,10 +155,26 @@ def from_pretrained(
         progress,
     )
     _check_choice("missing_weights", missing_weights, get_args(MissingWeights))
+    if hf_kwargs.get("distributed_config") is not None:
+        hf_kwargs["distributed_config"] = join_ranks(
+            hf_kwargs["distributed_config"], options.device
+        )
     placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
 
     def place_experts(skeleton: Skeleton) -> None:
-        layers, rest_bytes = skeleton.source.layers, _rest_bytes(skeleton, options)
+        ranks = ranks_of_or_none(skeleton.model)
+        if ranks is None:
+            place(skeleton, None)
+            return
+        layers = [ranks.own_layer(layer) for layer in skeleton.layers]
+        sliced = replace(skeleton, layers=layers)
+        with ranks.together("packing the experts"):
+            place(sliced, ranks)
+        ranks.check_same_store(placed[0][1])
+
+    def place(skeleton: Skeleton, ranks: Ranks | None) -> None:
+        layers: Sequence[StoreLayer] = [layer.store_layer for layer in skeleton.layers]
+        rest_bytes = _rest_bytes(skeleton, options)
         cache_bytes: int | None = _cache_bytes(options, layers, skeleton.top_k, rest_bytes)
         kind = _store_kind(options, _total_bytes(layers), rest_bytes=rest_bytes)
         if options.device.type == "cpu":
@@ -164,7 +182,8 @@ def from_pretrained(
                 cache_bytes = None
             elif options.store == "auto":
                 _check_room(cache_bytes, rest_bytes)
-        placed.append((skeleton, _fill_store(skeleton.source, kind, options), cache_bytes))
+        store_of = _fill_store(skeleton.source, kind, options, ranks)
+        placed.append((skeleton, store_of, cache_bytes))
 
     try:
         with progress_lines(enabled=progress), phase("loading the model"):
@@ -347,23 +366,32 @@ def _attach(
 
 
 def _fill_store(
-    source: RecordSource, kind: Literal["ram", "disk"], options: _Options
+    source: RecordSource,
+    kind: Literal["ram", "disk"],
+    options: _Options,
+    ranks: Ranks | None = None,
 ) -> ExpertStore:
-    """Open or make the store of a model's experts.
+    """Open or make the store of a model's experts; with `ranks`, of the part that is this rank's.
 
     With `kind="ram"` a folder that the caller named is read if it holds this store, never written.
     """
     if kind == "disk":
         report = pack_source(source, options.store_dir, progress=options.progress)
-        return open_packed(source, report.path, verify=options.verify)
+        packed = open_packed(source, report.path, verify=options.verify)
+        return packed if ranks is None else SliceStore(packed, ranks.rank, ranks.size)
+    whole = source
+    if ranks is not None:
+        source = SliceSource(whole, ranks.rank, ranks.size)
     _check_ram(_total_bytes(source.layers))
     node = gpu_node_or_none(options.device)
     if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
-        packed = open_matching(
-            source, options.store_dir, verify=options.verify, progress=options.progress
+        found: ExpertStore = open_matching(
+            whole, options.store_dir, verify=options.verify, progress=options.progress
         )
-        with contextlib.closing(packed):
-            return RamStore.from_store(packed, progress=options.progress, numa_node=node)
+        if ranks is not None:
+            found = SliceStore(found, ranks.rank, ranks.size)
+        with contextlib.closing(found):
+            return RamStore.from_store(found, progress=options.progress, numa_node=node)
     return RamStore.from_source(source, progress=options.progress, numa_node=node)
 
 

@@ -34,6 +34,7 @@ LOADER_OPTIONS = (
     "attn_implementation",
     "code_revision",
     "config",
+    "distributed_config",
     "generation_config",
     "key_mapping",
     "trust_remote_code",
@@ -56,9 +57,8 @@ _REFUSED_OPTIONS = {
     "experts_implementation": "an offloaded model runs specmoe's own",
     "state_dict": "load the model with transformers and use specmoe_compile.offload",
     "gguf_file": "specmoe reads safetensors",
-    "distributed_config": "specmoe runs on one device",
-    "tp_plan": "specmoe runs on one device",
-    "tp_size": "specmoe runs on one device",
+    "tp_plan": "use distributed_config=DistributedConfig(tp_size=N, ep_size=N) under torchrun",
+    "tp_size": "use distributed_config=DistributedConfig(tp_size=N, ep_size=N) under torchrun",
 }
 # Options that users give by habit, and the values that ask for nothing else than is done anyway.
 _HARMLESS_OPTIONS: dict[str, tuple[Any, ...]] = {

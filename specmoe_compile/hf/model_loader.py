@@ -166,6 +166,12 @@ def load_without_experts(
         )
     except OSError as error:
         raise _hub_error(path_or_id, error) from error
+    except ValueError as error:
+        if "Cannot evenly shard" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{path_or_id}: {_first_sentence(error)} Start as many processes as divide the experts."
+        ) from error
     if not called:
         raise SpecMoEError(
             f"transformers {transformers.__version__} did not load the weights of {path_or_id} in "

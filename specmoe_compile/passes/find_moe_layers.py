@@ -28,6 +28,7 @@ from specmoe_compile.passes.fx_utils import (
     is_add,
     is_mixing,
     is_pure,
+    is_rank_sum,
     is_same_value,
     is_scaling,
     nodes_between,
@@ -85,7 +86,7 @@ def _find_residual(layer: MoELayer) -> str | None:
             "no addition after its experts has an operand that its router reads: no residual stream"
         )
     for node in layer.update:
-        if not is_pure(node):
+        if not (is_pure(node) or is_rank_sum(node)):
             return f"the addition after its experts passes through {describe(node)}"
     return None
 

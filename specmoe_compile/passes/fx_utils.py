@@ -74,6 +74,14 @@ def is_pure(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in tags or _drops_nothing(node)
 
 
+def is_rank_sum(node: Node) -> bool:
+    """Whether `node` is an all-reduce over the ranks, or waits for its result."""
+    if not torch.distributed.is_available():
+        return False
+    ops = torch.ops._c10d_functional
+    return is_call(node, (ops.all_reduce.default, ops.wait_tensor.default))
+
+
 def _drops_nothing(node: Node) -> bool:
     """Whether `node` could draw random numbers, but only for a dropout of probability 0."""
     return bool(argument_of(node, "dropout_p") == 0.0)
@@ -188,7 +196,8 @@ def why_not_movable(context: Iterable[Node], anchor: Node) -> str | None:
     for node in context:
         if node is anchor or anchor in node.all_input_nodes:
             return f"it reads {describe(node)}, which depends on these experts"
-        if not is_pure(node) and node.op != "get_attr":
+        # A functional sum over ranks may move: all ranks run the same graph.
+        if not (is_pure(node) or is_rank_sum(node)) and node.op != "get_attr":
             return f"it reads {describe(node)}, which cannot be moved"
     return None
 
@@ -206,7 +215,8 @@ def clone_nodes(
 
     Args:
         graph: where.
-        nodes: pure nodes in graph order.
+        nodes: pure nodes in graph order, and sums over ranks. These are left out of the copy: what
+            runs ahead never waits for another rank, and sees the share of its own experts.
         replaced: original -> substitute, for inputs of `nodes`.
         anchor: node that the copies come before.
 
@@ -216,6 +226,10 @@ def clone_nodes(
     copies = dict(replaced)
     with graph.inserting_before(anchor):
         for node in nodes:
+            if is_rank_sum(node):
+                (summed,) = node.all_input_nodes
+                copies[node] = copies.get(summed, summed)
+                continue
             copy = graph.node_copy(node, lambda n: copies.get(n, n))
             copy.meta = copied_meta(node)
             copies[node] = copy

@@ -56,7 +56,13 @@ class CpuEngine(Speculator):
         """Reserve memory and start the reader threads; arguments are those of `open_session`."""
         check_store(layers, store)
         runners = tuple(
-            ExpertRunner(layer.module, layer.layout, layer.num_experts, native=True)
+            ExpertRunner(
+                layer.module,
+                layer.layout,
+                layer.num_experts,
+                native=True,
+                is_slice=layer.is_slice,
+            )
             for layer in layers
         )
         stats = tuple(LayerStats() for _ in layers)
@@ -85,7 +91,9 @@ class CpuEngine(Speculator):
             )
             residency = self._in_slots(expert_cache_bytes, cache_policy)
         vectors = DefaultVectors(
-            [runner.num_experts for runner in runners], [runner.hidden_size for runner in runners]
+            # One row more, zero for ever, for the experts of other ranks.
+            [runner.num_experts + (runner.foreign is not None) for runner in runners],
+            [runner.hidden_size for runner in runners],
         )
         super().__init__(residency, runners, stats, vectors)
         self.direct_steps = self._direct_steps_or_none(reader_threads)

@@ -40,6 +40,7 @@ class ExpertRunner:
         "_one_token",
         "_up_name",
         "dtype",
+        "foreign",
         "hidden_size",
         "native",
         "num_experts",
@@ -52,6 +53,7 @@ class ExpertRunner:
         num_experts: int,
         *,
         native: bool = False,
+        is_slice: bool = False,
     ) -> None:
         """Read what the module says about itself (`use_experts_implementation`).
 
@@ -60,6 +62,7 @@ class ExpertRunner:
             layout: of its records.
             num_experts: E.
             native: the weights are records, which the C++ engine may compute from.
+            is_slice: the id E stands for experts of other ranks, whose outputs are zero here.
         """
         owner: Any = module
         self._layout = layout
@@ -77,6 +80,7 @@ class ExpertRunner:
         down = next(s.shape for s in layout.tensors if s.name == "down_proj")
         self.hidden_size = down[1] if self._is_transposed else down[0]
         self.num_experts = num_experts
+        self.foreign: int | None = num_experts if is_slice else None
         self._one_token: OneToken | Literal["unknown"] | None = "unknown"
         self.native: NativeLayer | None = (
             native_layer_or_none(module, layout, self.dtype) if native else None
@@ -89,6 +93,15 @@ class ExpertRunner:
                 f"The router asks for experts {min(experts)}..{max(experts)}, but this layer has"
                 f" experts 0..{self.num_experts - 1}."
             )
+
+    def own(self, row: Sequence[int]) -> list[int]:
+        """The experts of a token without those of other ranks."""
+        return [expert for expert in row if expert != self.foreign]
+
+    def new_outputs(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Memory for the outputs of a step, [T, K, H]; rows of other ranks' experts are zero."""
+        make = x.new_empty if self.foreign is None else x.new_zeros
+        return make((*ids.shape, x.shape[-1]))
 
     def weights(self, record: Tensor) -> ExpertTensors:
         """Return the views of a record, [record_bytes] uint8; cheap to keep, slow to make.
@@ -167,8 +180,11 @@ class Routing:
         self._x = x if x.dtype == runner.dtype else x.to(runner.dtype)
         self._tokens: Tensor | None = None
         if ids.shape[0] == 1:
-            experts: list[int] = ids.tolist()[0]
-            self._rows: dict[int, Any] = {expert: k for k, expert in enumerate(experts)}
+            chosen: list[int] = ids.tolist()[0]
+            experts = runner.own(chosen)
+            self._rows: dict[int, Any] = {
+                expert: k for k, expert in enumerate(chosen) if expert != runner.foreign
+            }
             if len(self._rows) == len(experts):
                 runner.check_ids(experts)
                 self.experts = experts
@@ -176,13 +192,15 @@ class Routing:
         flat = ids.reshape(-1)
         # The very call of Hugging Face: tokens in another order may round differently.
         order = torch.sort(flat).indices
-        if flat.numel():
-            runner.check_ids((int(flat.min()), int(flat.max())))
+        own = flat if runner.foreign is None else flat[flat != runner.foreign]
+        if own.numel():
+            runner.check_ids((int(own.min()), int(own.max())))
         counts: list[int] = torch.bincount(flat, minlength=runner.num_experts).tolist()
         self._tokens = order // ids.shape[1]
         self._rows = {}
         start = 0
-        for expert, count in enumerate(counts):
+        # The id of other ranks' experts is the largest, so that its rows come last.
+        for expert, count in enumerate(counts[: runner.num_experts]):
             if count:
                 self._rows[expert] = (order[start : start + count], start, start + count)
                 start += count

@@ -125,7 +125,7 @@ class Speculator:
         routing = Routing(x, ids, runner)
         step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > MAX_DECODE_TOKENS)
         try:
-            y = x.new_empty((*ids.shape, x.shape[-1]))
+            y = runner.new_outputs(x, ids)
             self._compute(step, routing, y, block=True)
         finally:
             self.residency.finish(step)
@@ -197,7 +197,8 @@ class Speculator:
         tokens = ids.shape[0]
         if not 0 < tokens <= MAX_DECODE_TOKENS:
             return state.number
-        rows: list[list[int]] = ids.tolist()
+        runner = self._runners[layer]
+        rows: list[list[int]] = [runner.own(row) for row in ids.tolist()]
         needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         known = prediction is not None and number in (prediction.number, _CURRENT)
         if prediction is not None and known and len(prediction.rows) == tokens:
@@ -215,7 +216,7 @@ class Speculator:
         if self.misses.needs_weights(layer):
             self.residency.settle(layer, set(needed))
             return state.number
-        self._runners[layer].check_ids(needed)
+        runner.check_ids(needed)
         state.step = self.residency.begin(layer, needed, prefill=False)
         return state.number
 
@@ -223,7 +224,7 @@ class Speculator:
         """Compute what is there, [T, H] -> [T, K, H], unweighted; never blocks."""
         state = self._current(number, layer, ids)
         runner = self._runners[layer]
-        y = x.new_empty((*ids.shape, x.shape[-1]))
+        y = runner.new_outputs(x, ids)
         if state.prediction is not None:
             assert state.prediction.weights is not None, "settle() keeps no other"
             predicted = Choices(ids.new_tensor(state.prediction.rows), state.prediction.weights)
@@ -321,8 +322,9 @@ class Speculator:
     def _count_recall(
         self, layer: int, rows: Sequence[list[int]], predicted: Sequence[list[int]]
     ) -> None:
-        stats = self._stats[layer]
-        for true, guess in zip(rows, predicted, strict=True):
+        stats, runner = self._stats[layer], self._runners[layer]
+        for true, all_guessed in zip(rows, predicted, strict=True):
+            guess = runner.own(all_guessed)
             stats.needed += len(true)
             stats.predicted += len(guess)
             stats.recalled += len(set(true).intersection(guess))

@@ -37,7 +37,8 @@ class ExpertsLayer:
     """One MoE layer: its ordinal, the path of its experts module, and the record of its experts.
 
     `layout` is that of the module's own parameters until the experts' codes are known (`with_codes`
-    of a checkpoint, `quantize=`).
+    of a checkpoint, `quantize=`). With `is_slice` the experts are one rank's, numbered from 0, and
+    the id E stands for those of the other ranks.
     """
 
     index: int
@@ -45,6 +46,7 @@ class ExpertsLayer:
     module: torch.nn.Module
     num_experts: int
     layout: ExpertLayout
+    is_slice: bool = False
 
     @property
     def store_layer(self) -> StoreLayer:
