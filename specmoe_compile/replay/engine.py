@@ -167,6 +167,7 @@ class TimedRunner(ExpertRunner):
         self.hidden_size = 1
         self.dtype = torch.float32
         self.native = None
+        self.foreign = None
         self._compute = compute
 
     def weights(self, record: Tensor) -> ExpertTensors:

@@ -93,6 +93,7 @@ def test_four_ranks(tmp_path: Path, checkpoint: Path) -> None:
         assert one["own"] == [EXPERTS // 4] * LAYERS
 
 
+@pytest.mark.slow
 def test_an_uneven_split_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     ended = start(tmp_path, checkpoint, 3)
     assert ended.returncode != 0
