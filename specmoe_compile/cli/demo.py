@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,6 +156,20 @@ def _report(console: Any, streamed: dict[str, Any], size_bytes: int) -> None:
     )
 
 
+def _compared(tokens: int, console: Any) -> dict[str, int]:
+    """Arms of the comparison and how many tokens each generates; says what is left out."""
+    # specmoe's graphs were compiled above: a compiler beside the model does not fit under the cap.
+    lengths = {"specmoe": tokens, "eager": tokens}
+    if importlib.util.find_spec("accelerate") is not None:
+        return {"accelerate": _COMPARED_TOKENS} | lengths
+    console.print(
+        "Hugging Face's disk offload is left out: it needs the package accelerate, which pip"
+        " install 'specmoe-compile[bench]' brings.\n",
+        markup=False,
+    )
+    return lengths
+
+
 def _compare(
     console: Any,
     model: Path,
@@ -170,12 +185,7 @@ def _compare(
     from specmoe_compile.cli.bench import describe_model, permitted_cap, print_table, run_jobs
     from specmoe_compile.cli.tables import count_differing
 
-    lengths = {
-        "accelerate": _COMPARED_TOKENS,
-        # Its graphs were compiled above: a compiler beside the model does not fit under the cap.
-        "specmoe": len(streamed["tokens"]),
-        "eager": len(streamed["tokens"]),
-    }
+    lengths = _compared(len(streamed["tokens"]), console)
     jobs = [
         ArmJob(
             arm=name,
@@ -202,7 +212,7 @@ def _compare(
     result["differing_tokens"] = differing
     console.print(
         f"{len(streamed['tokens']) - differing} of {len(streamed['tokens'])} tokens equal the"
-        " unmodified model's. accelerate: device_map disk offload, every decoder layer on disk;"
-        " eager: everything in memory."
+        " unmodified model's. eager: everything in memory; accelerate: device_map disk offload,"
+        " every decoder layer on disk."
     )
     return result

@@ -111,7 +111,9 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise SpecMoEError("adapter= needs the package peft: pip install peft.") from error
+        raise SpecMoEError(
+            "adapter= needs the package peft: run pip install 'specmoe-compile[adapters]'."
+        ) from error
     return peft
 
 

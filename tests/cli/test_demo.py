@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from specmoe_compile.cli import demo
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.reference_model.widened import widened_model
@@ -38,6 +40,16 @@ def test_without_room_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(SpecMoEError, match="MiB free"):
         widened_model(tmp_path, 3 << 20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_accelerate_the_rest_is_compared_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(demo._compared(32, Console())) == ["accelerate", "specmoe", "eager"]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert list(demo._compared(32, Console())) == ["specmoe", "eager"]
+    assert "specmoe-compile[bench]" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow

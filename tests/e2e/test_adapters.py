@@ -258,7 +258,7 @@ def test_without_peft_one_sentence_says_what_to_install(
     base: Path, attention_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SpecMoEError, match="needs the package peft: pip install peft"):
+    with pytest.raises(SpecMoEError, match="needs the package peft: run pip install"):
         load(base, tmp_path / "store", adapter=attention_adapter)
 
 
