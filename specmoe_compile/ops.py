@@ -21,7 +21,7 @@ from torch.fx.node import has_side_effect
 
 from specmoe_compile.runtime.session import get_session
 
-_LIBRARY = torch.library.Library("specmoe", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("specmoe", "DEF")
 
 _SCHEMAS = {
     "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
@@ -46,7 +46,7 @@ _SCHEMAS = {
     ),
 }
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.define(_name + _schema)
 
 
 def _check_routing(op: str, ids: Tensor, weights: Tensor) -> None:
@@ -228,7 +228,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "correct_experts": (_correct, _correct_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
 
 for _name in ("plan_step", "start_prefetch", "wait_prefetch"):

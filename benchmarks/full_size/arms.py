@@ -26,8 +26,10 @@ from benchmarks.full_size.model import (
 from benchmarks.full_size.routing import TracedRouting, install_routing
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
+from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.store.ram import all_records
 
 Routing = Literal["trace", "router"]
 Mode = Literal["graph", "compiled", "eager"]
@@ -255,12 +257,17 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def cuda_engine(session: Session) -> CudaEngine:
+    """The engine of a session that `Bench.opened` opened."""
+    assert isinstance(session.engine, CudaEngine), "opened by open_cuda_session"
+    return session.engine
+
+
 def fill_slots(session: Session) -> None:
     """Put every expert into the slot of its number."""
-    for layer, (bank, tables) in enumerate(
-        zip(session.engine.cache.banks, session.engine.cache.tables, strict=True)
-    ):
-        bank.copy_(session.store.layer_records(layer), non_blocking=True)
+    cache, records = cuda_engine(session).cache, all_records(session.store)
+    for bank, tables, stored in zip(cache.banks, cache.tables, records, strict=True):
+        bank.copy_(stored, non_blocking=True)
         everyone = torch.arange(len(bank), dtype=torch.int32, device=bank.device)
         tables.slot_of.copy_(everyone)
         tables.expert_of.copy_(everyone)
@@ -276,7 +283,7 @@ class SlotLimit:
     def __init__(self, session: Session, slots: int) -> None:
         """Allow the first `slots` of each layer; with transfer `copy` those are all."""
         self._session = session
-        tables = session.engine.cache.tables[0]
+        tables = cuda_engine(session).cache.tables[0]
         # The tables of a layer are rows of tensors of all layers: one launch each.
         expert_of = tables.expert_of._base
         assert expert_of is not None, "rows of a common tensor"
@@ -285,7 +292,7 @@ class SlotLimit:
 
     def empty(self) -> None:
         """Forget what the slots hold: what a machine without a cache does after each token."""
-        self._session.engine.forget_slots()
+        cuda_engine(self._session).forget_slots()
         if self._rest.numel():
             self._rest.fill_(self._no_expert)
 

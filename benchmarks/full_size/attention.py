@@ -62,16 +62,16 @@ def measure_attention(device: torch.device, *, dry: bool) -> Iterator[dict[str, 
 @torch.no_grad()
 def _measure(shape: AttentionShape, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
-    like = {"device": device, "dtype": shape.dtype}
-    q = torch.randn(shape.batch, shape.heads, 1, shape.head, **like)  # type: ignore[arg-type]
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=shape.dtype)
+
+    q = random(shape.batch, shape.heads, 1, shape.head)
     size = (shape.batch, shape.kv_heads, shape.length, shape.head)
-    caches = [
-        tuple(torch.randn(size, **like) for _ in range(2))  # type: ignore[arg-type]
-        for _ in range(_BUFFERS)
-    ]
+    caches = [(random(*size), random(*size)) for _ in range(_BUFFERS)]
     keys = torch.arange(shape.length, device=device)
     mask = (keys < shape.filled).expand(shape.batch, 1, 1, shape.length).contiguous()
-    sinks = torch.randn(shape.heads, **like) if shape.sinks else None  # type: ignore[arg-type]
+    sinks = random(shape.heads) if shape.sinks else None
     scale = shape.head**-0.5
     bounds = attended_range(mask)
 
@@ -125,5 +125,5 @@ def _replay_us(call: Callable[[Tensor, Tensor], Tensor], caches: Any) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(caches)))
+        times.append(float(begin.elapsed_time(end)) * 1e3 / (rounds * len(caches)))
     return sorted(times)[len(times) // 2]

@@ -182,7 +182,7 @@ def row_of(
     )
     ours_ms, amount = fastest(true, predicted, gathering, experts=experts, arm=arm)
     perfect_ms, _ = fastest(true, true, copying, experts=experts, arm=arm)
-    nothing = [[[] for _ in layer] for layer in true]
+    nothing: Choices = [[[] for _ in layer] for layer in true]
     reading_ms, _ = fastest(true, nothing, copying._replace(layer_ms=0.0), experts=experts, arm=arm)
     return (
         str(context),

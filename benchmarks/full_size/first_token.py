@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.full_size.arms import ARMS, Bench, Steps
+from benchmarks.full_size.arms import ARMS, Bench, Steps, cuda_engine
 from benchmarks.full_size.extra import measure_link
 from benchmarks.full_size.model import SHAPES, RandomStore, build_skeleton, random_tokens
 from benchmarks.kit.command import run_parser
@@ -52,11 +52,11 @@ def measure_first_token(
         options["mode"] = "reduce-overhead"
     with bench.opened(bench.slots(ARMS[arm])) as (model, session, routing):
         routing.start(False)
-        compiled = torch.compile(model, backend="specmoe", options=options)
+        compiled: Any = torch.compile(model, backend="specmoe", options=options)
         prompt = random_tokens(config.vocab_size, context, device)
         times: list[float] = []
         for _ in range(repeats + 1):
-            session.engine.forget_slots()
+            cuda_engine(session).forget_slots()
             _wait(device)
             started = time.perf_counter()
             compiled.generate(

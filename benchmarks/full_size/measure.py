@@ -26,6 +26,7 @@ from benchmarks.full_size.arms import (
     Mode,
     Routing,
     SlotLimit,
+    cuda_engine,
     fill_slots,
     free_memory,
     sharing_groups,
@@ -244,7 +245,7 @@ def _measured(
                     "slots_allocated": slots,
                     "policy": arm.options.get("policy", "exact"),
                     **timed,
-                    "transfer": session.engine.transfer,
+                    "transfer": cuda_engine(session).transfer,
                     "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
                 }
             yield name, rows
@@ -260,7 +261,7 @@ def _timed(
 ) -> dict[str, Any]:
     """Warm up, time and profile one arm under one routing."""
     steps = bench.steps
-    session.engine.restart_trials()
+    cuda_engine(session).restart_trials()
     trial_steps = _try_amounts(run, session, kind, arm, steps.total) if arm.tries else 0
     run.start(kind == "trace", arm)
     started = time.perf_counter()
@@ -280,7 +281,7 @@ def _timed(
         "tokens": run.tokens,
         "warm_up_s": warm_up_s,
         "steps": [steps.warm_up, steps.timed, steps.profiled],
-        "prefetch_records": session.engine.prefetch_records if arm.speculates else None,
+        "prefetch_records": cuda_engine(session).prefetch_records if arm.speculates else None,
         "trial_steps": trial_steps,
     }
 
@@ -293,7 +294,7 @@ def _try_amounts(run: Run, session: Session, kind: Routing, arm: Arm, count: int
         for _ in range(count):
             run.step()
         steps += count
-        if session.engine.prefetch_found or steps == MAX_TRIAL_PASSES * count:
+        if cuda_engine(session).prefetch_found or steps == MAX_TRIAL_PASSES * count:
             return steps
         # A cache that is empty again would slow down the amounts that are tried next.
         run.rewind(kind == "trace")

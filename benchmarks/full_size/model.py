@@ -69,7 +69,7 @@ class Shape:
 
 
 def _qwen3_30b() -> Any:
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is declared nowhere
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=6144,
@@ -90,7 +90,7 @@ def _gpt_oss_20b() -> Any:
 
 
 def _tiny_qwen3() -> Any:
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is declared nowhere
         vocab_size=96,
         hidden_size=64,
         intermediate_size=96,
@@ -331,10 +331,12 @@ class FilledCache:
         rows = -(-(context + steps) // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
         self.context = context
         self.cache = StaticCache(config=config, max_cache_len=rows)
+        # Layers of this cache are static, of full or of sliding attention.
+        self._layers: list[Any] = list(self.cache.layers)
         heads, size = config.num_key_value_heads, config.head_dim
         self.cache.early_initialization(1, heads, size, dtype, device)
         generator = torch.Generator(device).manual_seed(SEED)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             if layer.is_sliding and layer.max_cache_len > context:
                 raise ValueError(
                     f"A context of {context} does not fill a sliding window of"
@@ -345,7 +347,7 @@ class FilledCache:
         # A full sliding window loses its oldest token with each new one.
         self._windows = [
             (layer, layer.keys.clone(), layer.values.clone())
-            for layer in self.cache.layers
+            for layer in self._layers
             if layer.is_sliding
         ]
         self.rewind()
@@ -356,13 +358,13 @@ class FilledCache:
         for layer, keys, values in self._windows:
             layer.keys.copy_(keys)
             layer.values.copy_(values)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             layer.cumulative_length.fill_(self.context)
         self.hold()
 
     def hold(self) -> None:
         """Keep the host's count of full sliding windows, which compiled code is guarded by."""
-        for layer in self.cache.layers:
+        for layer in self._layers:
             if layer.is_sliding:
                 layer.cumulative_length_int = self.context
 

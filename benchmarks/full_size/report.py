@@ -73,7 +73,9 @@ class Results:
         resident = self.p50("resident", row["mode"], row["context"], row["routing"])
         if resident is None or "missed_bytes" not in row:
             return None
-        return max(float(row["missed_bytes"]) / self.about["link"]["copy_gbps"] / 1e6, resident)
+        return max(
+            float(row["missed_bytes"]) / float(self.about["link"]["copy_gbps"]) / 1e6, resident
+        )
 
     def distance(self, row: Row) -> float | None:
         limit = self.limit_ms(row)
@@ -84,7 +86,7 @@ class Results:
         if "demand_bytes" not in row:
             return None
         moved = float(row["demand_bytes"]) + float(row["speculative_bytes"])
-        return moved / (self.about["link"]["copy_gbps"] * 1e6 * float(row["tpot_ms"]["p50"]))
+        return moved / (float(self.about["link"]["copy_gbps"]) * 1e6 * float(row["tpot_ms"]["p50"]))
 
     def exposed_share(self, row: Row) -> float | None:
         """Share of TPOT beyond the resident model's: copying that nothing hides."""
@@ -96,7 +98,8 @@ class Results:
         resident = self.row("resident", row["mode"], row["context"], row["routing"])
         if resident is None or "tokens" not in row:
             return None
-        return sum(a != b for a, b in zip(row["tokens"], resident["tokens"], strict=True))
+        pairs = zip(row["tokens"], resident["tokens"], strict=True)
+        return sum(int(a != b) for a, b in pairs)
 
 
 def judge(results: Results, *, modes: Sequence[str] = ("graph", "compiled")) -> list[Claim]:

@@ -35,6 +35,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from benchmarks.full_size.trace import PREDICTED, TRUE
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.fx_utils import clone_nodes
+from specmoe_compile.passes.identity import source_hash
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
@@ -187,7 +188,7 @@ def trace_predictions() -> Iterator[None]:
     passes = (*manager.PASSES[:at], predict_from_trace, *manager.PASSES[at:])
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     # Compiled code without this pass must not be found in the cache.
-    identity = f"{manager.source_hash()}-{own}"
+    identity = f"{source_hash()}-{own}"
     with (
         mock.patch.object(manager, "PASSES", passes),
         mock.patch.object(manager, "source_hash", lambda: identity),

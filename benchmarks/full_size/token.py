@@ -210,7 +210,7 @@ def _profiled(bench: Bench, run: Generation) -> dict[str, Any]:
             "dur": event.time_range.elapsed_us(),
         }
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     ]
     layers = bench.shape.configured(bench.layers).num_hidden_layers
     by_name: dict[str, list[float]] = {}
@@ -226,7 +226,7 @@ def _profiled(bench: Bench, run: Generation) -> dict[str, Any]:
         }
         for name, spans in by_name.items()
     ]
-    rows.sort(key=lambda row: -float(row["ms_per_token"]))  # type: ignore[arg-type]
+    rows.sort(key=lambda row: -float(row["ms_per_token"]))
     own = [event for event in events if not is_transfer(event)]
     return {
         "device_ms": covered_us(events) / count / 1e3,

@@ -139,7 +139,7 @@ def ways(
         yield (
             "gather_experts",
             grid,
-            lambda i, grid=grid: gather_experts(
+            lambda i, grid=grid: gather_experts(  # type: ignore[misc]
                 [source], [target], experts[i], slots, number, programs=grid
             ),
         )
@@ -150,7 +150,7 @@ def ways(
             yield (
                 name,
                 grid,
-                lambda i, kernel=kernel, grid=grid: kernel(
+                lambda i, kernel=kernel, grid=grid: kernel(  # type: ignore[misc]
                     (grid, 1, 1), (128, 1, 1), [source, target, experts[i], count, record]
                 ),
             )
@@ -162,7 +162,7 @@ def ways(
             yield (
                 f"cp.async.bulk, {chunk} bytes, {stages} in flight",
                 grid,
-                lambda i, grid=grid, rest=arguments, size=chunk * stages: bulk(
+                lambda i, grid=grid, rest=arguments, size=chunk * stages: bulk(  # type: ignore[misc]
                     (grid, 1, 1), (32, 1, 1), [source, target, experts[i], *rest], shared_mem=size
                 ),
             )

@@ -107,7 +107,7 @@ def run_paired(
             arm.rounds.append([])
         for place, prompt in enumerate(next(iter(jobs.values())).prompts):
             forth = (number + place) % 2 == 0
-            for name in jobs if forth else reversed(jobs):
+            for name in jobs if forth else reversed(list(jobs)):
                 arms[name].rounds[-1].append(warm[name].turn(warm_up=False, prompts=[prompt]))
         for name, arm in arms.items():
             print(

@@ -57,7 +57,7 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
     ops = torch.ops.specmoe
 
     def quasi(state: Tensor, layer: int) -> Tensor:
-        blend = ops.blend_default_vectors(
+        blend: Tensor = ops.blend_default_vectors(
             ids, weights, state.view(1, hidden), session.handle, layer - 1
         )
         return state + blend.view_as(state)
@@ -88,7 +88,7 @@ def _samples(model: Any, session: Any, calibration: Calibration) -> dict[str, li
         # Compiled from the aten graph: Dynamo's guards, more for some than for others, are no part
         # of a prediction.
         traced = make_fx(_all_layers(predict, layers))(*states)
-        samples[name] = _time_us(torch._inductor.compile(traced, states), states)
+        samples[name] = _time_us(torch._inductor.compile(traced, [*states]), states)
     return samples
 
 

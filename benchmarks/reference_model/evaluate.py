@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.reference_model.data import (
@@ -80,7 +80,7 @@ def trace_layers(model: PreTrainedModel) -> Iterator[LayerTrace]:
             handle.remove()
 
 
-def _expert_output(experts: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+def _expert_output(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     """Return expert `expert` of one layer applied to x [rows, H], unweighted."""
     gate, up = functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
     return functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])

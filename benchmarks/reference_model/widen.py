@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specmoe_compile.reference_model import CHECKPOINT_DIR
@@ -50,7 +50,7 @@ def count_different_tokens(
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks widen", description=widen.__doc__.split("\n")[0]
+        prog="python -m benchmarks widen", description=(widen.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("out", type=Path, help="new folder of the widened checkpoint")
     parser.add_argument("--source", type=Path, default=CHECKPOINT_DIR, help="checkpoint to widen")

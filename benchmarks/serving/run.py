@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def server_cost(rows: list[dict[str, Any]]) -> float:
     """Time per token of one client over that of `generate` alone, medians, less 1."""
-    alone_ms = [row["tpot_ms"] for row in rows if row["arm"] == "generate"]
-    served_ms = [row["tpot_ms"] for row in rows if row["arm"] == "serve" and row["clients"] == 1]
+    alone_ms = [float(row["tpot_ms"]) for row in rows if row["arm"] == "generate"]
+    served = [row for row in rows if row["arm"] == "serve" and row["clients"] == 1]
+    served_ms = [float(row["tpot_ms"]) for row in served]
     return statistics.median(served_ms) / statistics.median(alone_ms) - 1.0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -282,9 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, default=REPORT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
-    run: Callable[[], bool] = (
-        (lambda: record(arguments.trace) is None)
-        if arguments.only == "record"
-        else lambda: write_report(_replay_all(arguments.trace, arguments.result), arguments.report)
-    )
-    return 0 if run() else 1
+    if arguments.only == "record":
+        record(arguments.trace)
+        return 0
+    found = _replay_all(arguments.trace, arguments.result)
+    return 0 if write_report(found, arguments.report) else 1

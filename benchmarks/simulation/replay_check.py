@@ -95,7 +95,7 @@ class Run:
             cache_policy=cell.cache_policy,
             progress=False,
         )
-        options = {"prefetch": cell.prefetch}
+        options: dict[str, Any] = {"prefetch": cell.prefetch}
         self.model: Any = torch.compile(self.inner, backend="specmoe", options=options)
         self.recorder = TraceRecorder(session_of(self.inner))
         self.warm_steps = 0

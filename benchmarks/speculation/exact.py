@@ -42,7 +42,7 @@ class Predictor:
         self._speculator: Any = session.engine
         self._num_experts = session.store.num_experts
         self._start, self._settle = self._speculator.start, self._speculator.settle
-        self._speculator.start, self._speculator.settle = self.start, self.settle
+        vars(self._speculator).update(start=self.start, settle=self.settle)
         self.kind: str | None = None
         self.recorded: list[list[Tensor]] = [[] for _ in session.layers]
         self._place = [0] * len(session.layers)
@@ -177,7 +177,7 @@ def _filesystem(folder: Path) -> str:
     """Type of the file system that a folder is on, such as ext4; tmpfs is one in memory."""
     folder = folder.resolve()
     mounts = [p for p in psutil.disk_partitions(all=True) if folder.is_relative_to(p.mountpoint)]
-    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype
+    return str(max(mounts, key=lambda mount: len(mount.mountpoint)).fstype)
 
 
 def _references(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from benchmarks.end_to_end.report import Claim
+from benchmarks.kit.claims import Claim
 from benchmarks.speculation.exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
 from benchmarks.speculation.report_paired import other_pairs, paired_claims, paired_section
 from benchmarks.speculation.report_timing import (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.end_to_end.report import Claim
+from benchmarks.kit.claims import Claim
 from benchmarks.kit.paired import ratio
 from benchmarks.kit.traffic import TRAFFIC_HEAD, predicted_share, summed, traffic_cells
 from specmoe_compile.cli.tables import markdown_table
@@ -69,8 +69,8 @@ def paired_section(paired: Result) -> str:
                     *_traffic(arm["totals"], layers),
                 )
             )
-    head = ("cache", "arm", "ms/token", "x the first of its group")
-    head = (*head, *TRAFFIC_HEAD, "pushed out/token", "predicted")
+    times = ("cache", "arm", "ms/token", "x the first of its group")
+    head = (*times, *TRAFFIC_HEAD, "pushed out/token", "predicted")
     settings = paired["settings"]
     different = sum(found["different_token_lists"] for found in paired["groups"].values())
     same = "the same in all arms of a group" if not different else f"**{different} arms differ**"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.end_to_end.report import Claim
+from benchmarks.kit.claims import Claim
 from benchmarks.kit.traffic import predicted_share, summed, traffic_cells
 from benchmarks.speculation.report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES, claims_by_run
 from specmoe_compile.bench.records import quantile

@@ -176,9 +176,9 @@ def run_timing(place: Place) -> None:
             medians_by_token([run.tpot_samples_ms for run in runs[cell.name]])
         )
         record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
-        decoded = [run for run in runs[cell.name] if run.decode]
-        record["totals"] = [counted([run]) for run in decoded]
-        record["layers"] = decoded[0].decode["layers"] if decoded else None
+        counters = [run.decode for run in runs[cell.name] if run.decode]
+        record["totals"] = [counted([run]) for run in runs[cell.name] if run.decode]
+        record["layers"] = counters[0]["layers"] if counters else None
         del record["tokens"], record["runs"]
         records.append(record)
     settings = {

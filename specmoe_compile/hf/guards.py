@@ -43,7 +43,7 @@ def guard_model(model: nn.Module, session: Session) -> None:
     _watch_adapters()
     here = weakref.ref(model)
     for layer in session.layers:
-        layer.module.register_state_dict_post_hook(_mark_experts)  # type: ignore[no-untyped-call]
+        layer.module.register_state_dict_post_hook(_mark_experts)
         layer.module.__deepcopy__ = _refuse_copy  # type: ignore[assignment]
         layer.module.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign]
         path = layer.name.split(".")
@@ -92,7 +92,7 @@ def _apply(here: weakref.ref[nn.Module], fn: Callable[[Any], Any], recurse: bool
                     f" were loaded, so the model cannot be made {moved.dtype} on {moved.device}:"
                     " load it with dtype= and device=, or convert single parts of it"
                 )
-    return type(module)._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
+    return type(module)._apply(module, fn, recurse)
 
 
 def _train(here: weakref.ref[nn.Module], mode: bool = True) -> nn.Module:

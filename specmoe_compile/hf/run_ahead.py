@@ -165,7 +165,7 @@ class _HostCopy:
         on_gpu = like.device.type == "cuda"
         self._over = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
         self._tokens = torch.zeros(len(like), dtype=like.dtype, pin_memory=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event() if on_gpu else None
 
     def begin(self, unfinished: Tensor, tokens: Tensor | None) -> None:
         """Start copying whether all is over, and tokens [B] for a streamer."""

@@ -48,4 +48,4 @@ def _count_made(gm: GraphModule) -> int:
 def _storages(nodes: Sequence[Node]) -> set[StorageWeakRef]:
     values = [node.meta.get("example_value") for node in nodes]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}  # type: ignore[no-untyped-call]
+    return {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}

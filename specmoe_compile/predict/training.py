@@ -152,7 +152,7 @@ def train_network(
             chosen = functional.log_softmax(scores, dim=-1).gather(1, ids[rows])
             loss = -(shares[rows] * chosen).sum(dim=1).mean()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
     for parameter in parameters:

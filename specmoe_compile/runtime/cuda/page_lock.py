@@ -44,7 +44,7 @@ class PageLock:
         Raises:
             StoreError: CUDA refuses; says what is needed and what there is.
         """
-        self._runtime = torch.cuda.cudart() if runtime is None else runtime  # type: ignore[no-untyped-call]
+        self._runtime = torch.cuda.cudart() if runtime is None else runtime
         self._synchronize = synchronize
         self._mutex = threading.Lock()
         self._address: int | None = region.data_ptr()

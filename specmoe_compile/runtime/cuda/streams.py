@@ -60,8 +60,8 @@ class CudaStreams:
         """Make the side streams; `device` has an index."""
         self._device = device
         self._side = {
-            "demand": torch.cuda.Stream(device, priority=_HIGH_PRIORITY),  # type: ignore[no-untyped-call]
-            "prefetch": torch.cuda.Stream(device, priority=_LOW_PRIORITY),  # type: ignore[no-untyped-call]
+            "demand": torch.cuda.Stream(device, priority=_HIGH_PRIORITY),
+            "prefetch": torch.cuda.Stream(device, priority=_LOW_PRIORITY),
         }
 
     @property
@@ -69,7 +69,7 @@ class CudaStreams:
         return torch.cuda.is_current_stream_capturing()
 
     def record(self, stream: StreamName) -> _Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(self._stream(stream))
         return _Event(event, self.capturing)
 
@@ -85,7 +85,7 @@ class CudaStreams:
         return torch.cuda.stream(self._side[stream])
 
     def reached(self, event: _Event) -> bool:
-        return event.event.query()  # type: ignore[no-any-return, no-untyped-call]
+        return event.event.query()  # type: ignore[no-any-return]
 
     def synchronize(self, event: _Event) -> None:
         event.event.synchronize()
