@@ -25,6 +25,7 @@ from benchmarks.full_size.model import (
 )
 from benchmarks.full_size.routing import TracedRouting, install_routing
 from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
 from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
@@ -49,6 +50,7 @@ class Arm:
         keeps: whether slots keep what they hold from one token to the next.
         full: all experts are put there before the first step.
         ahead: records that are fetched ahead for a layer at most; None: what `auto_off` finds.
+        cache_policy: which expert leaves a full cache.
     """
 
     summary: str
@@ -57,6 +59,7 @@ class Arm:
     keeps: bool = True
     full: bool = False
     ahead: int | None = None
+    cache_policy: Policy = DEFAULT_POLICY
 
     @property
     def tries(self) -> bool:
@@ -116,6 +119,15 @@ ARMS: Mapping[str, Arm] = {
     "cache_94": Arm(summary="cache of 94 %", slots=_share(0.94), options=_ALONE),
     "cache_25": Arm(summary="cache of 25 %", slots=_share(0.25), options=_ALONE),
     "specmoe_25": Arm(summary="cache of 25 % and prefetch, exact", slots=_share(0.25)),
+    **{
+        f"lru_{share}": Arm(
+            summary=f"cache of {share} %; who was not used for longest leaves",
+            slots=_share(share / 100),
+            options=_ALONE,
+            cache_policy="lru",
+        )
+        for share in (25, 50)
+    },
     "default_vector_25": Arm(
         summary="the same; light misses get default vectors (approximate)",
         slots=_share(0.25),
@@ -157,7 +169,8 @@ def sharing_groups(
         arm = ARMS[name]
         slots = arm.slots(experts, top_k)
         waits = arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts)
-        shared = (sorted(arm.options.items()), arm.ahead, slots if waits else None)
+        alone = slots if waits else None
+        shared = (sorted(arm.options.items()), arm.ahead, arm.cache_policy, alone)
         groups.setdefault(repr(shared), []).append(name)
     return list(groups.values())
 
@@ -201,7 +214,9 @@ class Bench:
     turns: Path | None = None
 
     @contextmanager
-    def opened(self, slots: int) -> Iterator[tuple[Any, Session, TracedRouting]]:
+    def opened(
+        self, slots: int, *, cache_policy: Policy = DEFAULT_POLICY
+    ) -> Iterator[tuple[Any, Session, TracedRouting]]:
         """A model of its own with so many slots per layer; gives all back afterwards."""
         # On the CPU all fetches are over when they are issued, which needs no side streams.
         streams = InlineStreams() if self.device.type == "cpu" else None
@@ -211,6 +226,7 @@ class Bench:
             self.store,
             device=self.device,
             expert_cache_bytes=slots * sum(layer.layout.record_bytes for layer in layers),
+            cache_policy=cache_policy,
             top_k=self.store.top_k,
             streams=streams,
         )

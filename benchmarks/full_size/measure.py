@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ from benchmarks.full_size.arms import (
 from benchmarks.full_size.model import FilledCache, random_tokens
 from benchmarks.full_size.profile import profile_steps
 from benchmarks.full_size.routing import TracedRouting, trace_predictions
+from benchmarks.kit.turns import turn
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.runtime.session import Session
@@ -46,19 +46,6 @@ many records to fetch ahead. Most trials are over after 200 to 400 steps, the lo
 
 COMPILING_STEPS = 4
 """After which a step is compiled and captured."""
-
-
-@contextmanager
-def turn(file: Path | None) -> Iterator[None]:
-    """Wait until no other process that names the file is in its turn; None: do not wait."""
-    if file is None:
-        yield
-        return
-    import fcntl
-
-    with file.open("w") as held:  # closing gives the turn away
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 
 class Run:
@@ -220,7 +207,8 @@ def _measured(
     copies = mode == "compiled" and not any(arm.full for arm in arms)
     options["transfer"] = "copy" if copies else "gather"
     slots = max(bench.slots(arm) for arm in arms)
-    with bench.opened(slots) as (model, session, routing), trace_predictions():
+    opened = bench.opened(slots, cache_policy=arms[0].cache_policy)
+    with opened as (model, session, routing), trace_predictions():
         filled = FilledCache(model.config, context, steps.total, bench.device, bench.shape.dtype)
         compiled = model
         if mode != "eager":

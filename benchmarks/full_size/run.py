@@ -40,7 +40,7 @@ from benchmarks.full_size.extra import (
     measure_accelerate,
     measure_link,
 )
-from benchmarks.full_size.measure import measure_arms, turn
+from benchmarks.full_size.measure import measure_arms
 from benchmarks.full_size.model import (
     DRY_SHAPES,
     SEED,
@@ -60,6 +60,7 @@ from benchmarks.full_size.trace import (
     texts_needed,
 )
 from benchmarks.kit.command import run_parser
+from benchmarks.kit.turns import turn
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 

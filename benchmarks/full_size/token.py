@@ -9,8 +9,8 @@ Phase `attention` compares the decode attention of one layer with PyTorch's, wit
 `cells` builds the full model (random weights, routing of a trace, a context that is there already),
 and runs `model.generate` on it: greedy, with a streamer and a token that ends the text, so that
 each token is read. Rows are kept per arm, context and attention, and an existing file is gone on
-with. Wall times are from one token at the streamer to the next. Device times are the time that
-at least one kernel or copy covers, from a profiled run, per token.
+with. What a row holds: `generation.py`. Phase `first_token` times prompts on the same records,
+see `first_token.py`; beside other processes, give all of them one file of `--turns`.
 """
 
 from __future__ import annotations
@@ -20,219 +20,41 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.full_size.arms import (
     ARMS,
     Bench,
-    SlotLimit,
     Steps,
-    fill_slots,
     free_memory,
     learn_vectors,
     sharing_groups,
 )
 from benchmarks.full_size.attention import measure_attention
+from benchmarks.full_size.first_token import measure_prompts
+from benchmarks.full_size.generation import Generation, measure_cell
 from benchmarks.full_size.model import (
     DRY_SHAPES,
-    SEED,
     SHAPES,
     FilledCache,
     RandomStore,
     build_skeleton,
 )
-from benchmarks.full_size.profile import covered_us, is_transfer
 from benchmarks.full_size.routing import trace_predictions
 from benchmarks.full_size.run import VECTOR_TOKENS
 from benchmarks.full_size.trace import RoutingTrace, map_trace, record_reference, texts_needed
 from benchmarks.kit.command import run_parser
+from benchmarks.kit.turns import preparing, turn
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.bench.records import quantile
-from specmoe_compile.hf.compiled_calls import cache_argument
-from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
-PHASES = ("attention", "cells")
+PHASES = ("attention", "first_token", "cells")
 CELL_ARMS = ("resident", "specmoe_50", "specmoe_25", "cache_50", "cache_25")
 STEPS, DRY_STEPS = Steps(warm_up=64, timed=48, profiled=10), Steps(warm_up=3, timed=4, profiled=2)
-SKIPPED = 16
-"""First tokens of a run that are not timed: the cache of experts begins empty."""
-MOST_TRIAL_RUNS = 9
-TABLE_ROWS = 40
-
-
-class Advance(LogitsProcessor):
-    """Moves the trace on by a token, on the device; changes no score."""
-
-    def __init__(self, routing: Any, filled: FilledCache) -> None:
-        self._routing, self._filled = routing, filled
-        filled.cache.__class__ = LentCache
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._routing.advance()
-        return scores
-
-
-class Clock(BaseStreamer):
-    """When each token came, in seconds; the prompt is not one."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self._started = False
-
-    def put(self, value: Tensor) -> None:
-        if self._started:
-            self.times.append(time.perf_counter())
-        self._started = True
-
-    def end(self) -> None:
-        """Nothing is left."""
-
-
-class LentCache(StaticCache):
-    """A cache that nobody looks at after a run: `FilledCache` rewinds it before the next one.
-
-    To `generate` it is as its own, so that a step too many need not be undone. Models with sliding
-    windows could not undo it, and would run one step after the other, as no user's call does that
-    leaves the cache to `generate`.
-    """
-
-    @property
-    def _is_user_defined(self) -> bool:
-        return False
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        """transformers says that the caller made it."""
-
-
-class Generation:
-    """`generate` of one compiled model, over and over from the same context."""
-
-    def __init__(
-        self, bench: Bench, compiled: Any, session: Any, routing: Any, filled: FilledCache
-    ) -> None:
-        """Tie the parts together."""
-        self._bench, self._compiled, self.session = bench, compiled, session
-        self._routing, self._filled = routing, filled
-        filled.cache.__class__ = LentCache
-        vocabulary = bench.shape.configured(bench.layers).vocab_size
-        generator = torch.Generator().manual_seed(SEED)
-        length = filled.context + 1
-        self._prompt = torch.randint(2, vocabulary, (1, length), generator=generator)
-        self._prompt = self._prompt.to(bench.device)
-        self._last = vocabulary - 1
-
-    def start(self, arm_name: str) -> None:
-        """Begin an arm: slots empty, or all experts in their place."""
-        arm = ARMS[arm_name]
-        SlotLimit(self.session, self._bench.slots(arm)).empty()
-        if arm.full:
-            fill_slots(self.session)
-
-    def run(self, count: int) -> tuple[list[int], list[float]]:
-        """Generate `count` tokens; the tokens, and when each was there."""
-        self._filled.rewind()
-        self._routing.start(True)
-        clock = Clock()
-        out = self._compiled.generate(
-            self._prompt,
-            attention_mask=torch.ones_like(self._prompt),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=self._last,
-            pad_token_id=0,
-            streamer=clock,
-            logits_processor=LogitsProcessorList([Advance(self._routing, self._filled)]),
-            **cache_argument(self._compiled, self._filled.cache),
-        )
-        return out[0, self._prompt.shape[1] :].tolist(), clock.times
-
-
-def measure_cell(bench: Bench, run: Generation, name: str) -> dict[str, Any]:
-    """One arm: trials, timed tokens, profiled tokens."""
-    steps, arm = bench.steps, ARMS[name]
-    run.session.engine.restart_trials()
-    run.start(name)
-    trials = 0
-    while arm.tries and trials < MOST_TRIAL_RUNS and not run.session.engine.prefetch_found:
-        run.run(steps.total)
-        trials += 1
-    run.start(name)
-    run.run(steps.warm_up)  # fills the slots, and is not timed
-    run.session.reset_stats()
-    reset_generation_stats(run.session)
-    skipped = min(SKIPPED, steps.warm_up)
-    tokens, times = run.run(steps.warm_up + steps.timed)
-    spans = [1e3 * (b - a) for a, b in zip(times[skipped:], times[skipped + 1 :], strict=False)]
-    counted = run.session.stats.total
-    generation = generation_stats(run.session)
-    return {
-        "wall_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
-        "tokens_timed": len(spans),
-        "hit_rate": counted.hits / max(1, counted.hits + counted.misses),
-        "missed_bytes_per_token": (counted.demand_bytes + counted.useful_speculative_bytes)
-        / max(1, len(times)),
-        "prefetch_records": run.session.engine.prefetch_records if arm.speculates else None,
-        "trial_runs": trials,
-        "generation": {
-            "tokens": generation.tokens,
-            "ahead": generation.ahead,
-            "dropped": generation.dropped,
-            "reason": generation.reason,
-        },
-        "tokens": tokens,
-        **_profiled(bench, run),
-    }
-
-
-def _profiled(bench: Bench, run: Generation) -> dict[str, Any]:
-    """Device time per token and kernel by kernel, of a run under the profiler."""
-    if bench.device.type != "cuda":
-        return {"device_ms": None, "kernels": []}
-    from torch.profiler import ProfilerActivity, profile
-
-    count = bench.steps.profiled + 2
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run.run(count)
-        torch.cuda.synchronize()
-    events = [
-        {
-            "name": event.name,
-            "cat": "kernel",
-            "ts": event.time_range.start,
-            "dur": event.time_range.elapsed_us(),
-        }
-        for event in profiler.events()
-        if event.device_type.name == "CUDA"
-    ]
-    layers = bench.shape.configured(bench.layers).num_hidden_layers
-    by_name: dict[str, list[float]] = {}
-    for event in events:
-        by_name.setdefault(event["name"][:110], []).append(event["dur"])
-    rows = [
-        {
-            "kernel": name,
-            "per_token": len(spans) / count,
-            "us_each": quantile(spans, 0.5),
-            "us_per_layer": sum(spans) / count / layers,
-            "ms_per_token": sum(spans) / count / 1e3,
-        }
-        for name, spans in by_name.items()
-    ]
-    rows.sort(key=lambda row: -float(row["ms_per_token"]))
-    own = [event for event in events if not is_transfer(event)]
-    return {
-        "device_ms": covered_us(events) / count / 1e3,
-        "device_without_transfers_ms": covered_us(own) / count / 1e3,
-        "kernels": rows[:TABLE_ROWS],
-    }
 
 
 class Benchmark:
@@ -262,11 +84,25 @@ class Benchmark:
         if "attention" in self._args.phases:
             for row in measure_attention(self._device, dry=self._args.dry):
                 self._keep(f"attention|{row['shape']}|{row['length']}", row)
-        if "cells" in self._args.phases:
-            self._cells()
+        if {"first_token", "cells"} & set(self._args.phases):
+            with preparing(self._args.turns):
+                bench = self._bench()
+            if "first_token" in self._args.phases:
+                self._first_tokens(bench)
+            if "cells" in self._args.phases:
+                self._cells(bench)
+            with preparing(self._args.turns):
+                bench.store.give_back()
 
-    def _cells(self) -> None:
-        bench = self._bench()
+    def _first_tokens(self, bench: Bench) -> None:
+        """A prompt of each context, cold, and then again and again."""
+        for context in self._args.prompts or self._args.contexts:
+            key = f"first_token|{self._args.model}|{context}"
+            if key not in self._had and self._in_time(key):
+                with turn(self._args.turns):
+                    self._keep(key, measure_prompts(bench, context, self._args.first_arm))
+
+    def _cells(self, bench: Bench) -> None:
         config = bench.shape.configured(bench.layers)
         experts, top_k = config.num_experts, config.num_experts_per_tok
         for context in self._args.contexts:
@@ -276,7 +112,6 @@ class Benchmark:
                     names = [n for n in names if self._key(context, attention, n) not in self._had]
                     if names and self._in_time(f"{names} at {context}"):
                         self._group(bench, context, attention, names)
-        bench.store.give_back()
 
     @property
     def _had(self) -> dict[str, Any]:
@@ -334,18 +169,26 @@ class Benchmark:
         if not self._args.dry:
             options["mode"] = "reduce-overhead"
         slots = max(bench.slots(ARMS[name]) for name in names)
-        with bench.opened(slots) as (model, session, routing), trace_predictions():
-            filled = FilledCache(
-                model.config, context, bench.steps.total, bench.device, bench.shape.dtype
-            )
-            compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
-            run = Generation(bench, compiled, session, routing, filled)
-            run.start(names[0])
-            started = time.monotonic()
-            run.run(4)
-            print(f"compiled and captured in {time.monotonic() - started:.0f} s", flush=True)
+        turns = self._args.turns
+        with ExitStack() as held:
+            with preparing(turns):
+                started = time.monotonic()
+                model, session, routing = held.enter_context(
+                    bench.opened(slots, cache_policy=ARMS[names[0]].cache_policy)
+                )
+                held.enter_context(trace_predictions())
+                filled = FilledCache(
+                    model.config, context, bench.steps.total, bench.device, bench.shape.dtype
+                )
+                compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
+                run = Generation(bench, compiled, session, routing, filled)
+                run.start(names[0])
+                run.run(4)
+                seconds = time.monotonic() - started
+                print(f"compiled and captured in {seconds:.0f} s", flush=True)
             for name in names:
-                row = measure_cell(bench, run, name)
+                with turn(turns):
+                    row = measure_cell(bench, run, name)
                 row["attended_context"] = context
                 self._keep(self._key(context, attention, name), row)
                 _print_kernels(row["kernels"])
@@ -371,6 +214,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")
+    parser.add_argument("--prompts", nargs="+", type=int, help="of first_token, not --contexts")
+    parser.add_argument("--first-arm", choices=list(ARMS), default="cache_25", help="its cache")
+    parser.add_argument(
+        "--turns", type=Path, help="file that all processes name which measure beside this one"
+    )
     parser.add_argument("--budget-s", type=float, default=480.0, help="begin nothing after this")
     args = parser.parse_args(arguments)
     args.model = args.model or (DRY_SHAPES[0] if args.dry else "Qwen3-30B-A3B")

@@ -16,7 +16,7 @@ from transformers import GptOssConfig
 from benchmarks.full_size import run as gpu_full_size
 from benchmarks.full_size.arms import Bench, Steps, sharing_groups
 from benchmarks.full_size.extra import _eager_tokens
-from benchmarks.full_size.measure import measure_arms, turn
+from benchmarks.full_size.measure import measure_arms
 from benchmarks.full_size.model import SHAPES, FilledCache, RandomStore, build_skeleton
 from benchmarks.full_size.profile import (
     read_trace,
@@ -29,6 +29,7 @@ from benchmarks.full_size.trace import (
     map_trace,
     record_reference,
 )
+from benchmarks.kit.turns import turn
 from specmoe_compile.runtime.session import Session
 
 CPU = torch.device("cpu")

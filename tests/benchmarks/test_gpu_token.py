@@ -31,3 +31,8 @@ def test_a_cell_is_measured_through_generate_and_kept(tmp_path: Path) -> None:
     assert row["hit_rate"] == 1.0 and len(row["tokens"]) == 7 and row["wall_ms"]["p50"] > 0
     written = out.read_bytes()
     assert gpu_token.main(call) == 0 and out.read_bytes() == written, "nothing is measured twice"
+    prompts = ["--phases", "first_token", "--prompts", "20", "--turns", str(tmp_path / "turns")]
+    assert gpu_token.main([*call, *prompts]) == 0
+    first = json.loads(out.read_text())["rows"]["first_token|tiny-qwen3|20"]
+    assert first["start_s"] == sorted(first["start_s"]) and len(first["start_s"]) == 3
+    assert 0 < first["first_token_s"] < first["start_s"][-1]
