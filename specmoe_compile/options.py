@@ -76,7 +76,7 @@ class GraphOptions:
         AUTO,
         f"what predicts experts: {', '.join(f'`{name}`' for name in PREDICTORS)}; `auto` is"
         " `hybrid` with networks from `specmoe calibrate --train-estimator`, else"
-        " `default_vectors` ([compared](docs/results/predictors.md))",
+        " `default_vectors` ([compared](results/predictors.md))",
     )
     lookahead: int = option(1, "how many MoE layers ahead to predict", unit="MoE layers")
     prefetch_width: int | None = option(

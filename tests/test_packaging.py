@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 import tomllib
@@ -113,19 +112,3 @@ def test_continuous_integration_runs_make_check() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make check" in script.read_text()
-
-
-def test_readme_links_lead_to_files() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text()
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-            if "://" not in target:
-                assert (ROOT / target).exists(), f"{document} links to {target}"
-
-
-def test_readme_names_every_compile_option() -> None:
-    from dataclasses import fields
-
-    text = (ROOT / "README.md").read_text()
-    for option in fields(specmoe_compile.CompileOptions):
-        assert f"`{option.name}`" in text

@@ -1,4 +1,4 @@
-"""The words of docs/results/cpu-disk.md: how to read it, and why a peer wins where it does."""
+"""The words of docs/results/log/cpu-disk.md: how to read it, and why a peer wins where it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of docs/results/cpu-disk.md: PNG files beside the document."""
+"""The plots of docs/results/log/cpu-disk.md: PNG files beside the document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes docs/results/cpu-disk.md and its plots from the result files."""
+"""Writes docs/results/log/cpu-disk.md and its plots from the result files."""
 
 from __future__ import annotations
 

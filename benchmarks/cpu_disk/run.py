@@ -10,7 +10,7 @@ Phases, each with its own result in `benchmarks/results/cpu_disk_*.json`:
 - roomy     caches of 25, 50 and 100 %; memory capped
 - uncapped  the same without a cap, the arms that need all memory, the approximate policies
 - loss      what the approximate policies cost in loss, and save in bytes
-- report    writes docs/results/cpu-disk.md and its plots
+- report    writes docs/results/log/cpu-disk.md and its plots
 
 Within a phase every cell runs there and back (A B C C B A), one at a time, and one cell more often,
 at the start, in the middle and at the end: it shows the machine's drift. The disk is read for a
@@ -44,13 +44,13 @@ from benchmarks.cpu_disk.setup import DTYPE, READER_THREADS, Bench, prepare, ref
 from benchmarks.cpu_disk.turns import Timed, Turns, cell_record
 from benchmarks.end_to_end.run import PROMPT_TOKENS
 from benchmarks.kit.command import run_parser
-from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.places import LOG, RESULTS
 from benchmarks.reference_model.data import HELD_OUT_FILES, default_source
 from specmoe_compile.bench.child import run_python
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers
 
-REPORT = DOCUMENTS / "cpu-disk.md"
+REPORT = LOG / "cpu-disk.md"
 TIMED = ("tight", "roomy", "uncapped")
 PHASES = (*TIMED, "loss", "report")
 LOSS_POLICIES = (

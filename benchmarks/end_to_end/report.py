@@ -1,4 +1,4 @@
-"""Writes docs/results/end_to_end.md from the result files, and judges what must hold."""
+"""Writes docs/results/log/end_to_end.md from the result files, and judges what must hold."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def write_readme_section(results: Path, readme: Path) -> None:
         rows = [dict(zip(BENCH_HEAD, row, strict=True)) for row in bench_rows(timing["arms"])]
         model, machine = timing["model"], timing["machine"]
         parts.append(
-            f"The reference model in {dtype}, {model['expert_bytes'] / 1e6:.0f} MB of experts,"
-            f" {machine['cores']} cores ({machine['cpu']}), commit"
-            f" {str(timing['commit'])[:12]}:\n\n"
+            f"The reference model in {dtype}, {model['expert_bytes'] / 1e6:.0f} MB of experts on"
+            f" disk, {machine['cores']} cores ({machine['cpu']}), no GPU"
+            f" ([data](benchmarks/results/{path.name})):\n\n"
             + markdown_table(keep, [[row[name] for name in keep] for row in rows])
         )
     if not parts:

@@ -12,7 +12,7 @@ Phases, each with its own result in `benchmarks/results/end_to_end_*.json`:
            `specmoe doctor` measures, before and after
 - disk     the rate at which on_demand reads, and the disk's own, in turn, because it drifts
 - startup  time to the first token of a first and of a second process
-- report   writes docs/results/end_to_end.md and the README's table, and says what holds
+- report   writes docs/results/log/end_to_end.md and the README's table, and says what holds
 
 Run it on a machine that does nothing else: the load average is in every result.
 """
@@ -33,7 +33,7 @@ import torch
 from benchmarks.end_to_end.report import write_readme_section, write_report
 from benchmarks.end_to_end.tokens import CONTROL, compare_generations
 from benchmarks.kit.command import run_parser
-from benchmarks.kit.places import DOCUMENTS, RESULTS, ROOT
+from benchmarks.kit.places import LOG, RESULTS, ROOT
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.bench.harness import run_pack
@@ -46,7 +46,7 @@ from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
-REPORT = DOCUMENTS / "end_to_end.md"
+REPORT = LOG / "end_to_end.md"
 
 RECORD_MIB = 3
 MEMORY_CAP_BYTES = 700 << 20

@@ -10,7 +10,7 @@
 Phases: `trace` (records the routing that drives the routers), `check` (tokens against the
 unmodified model, a few layers in float32), `arms`, `accelerate`, `report` (Markdown beside the JSON
 file). The JSON file is written after each arm; a call ends by itself before its time is over and
-says what is left. What is measured and how: docs/results/full_size.md.
+says what is left. What is measured and how: docs/results/log/full_size.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each `variants/<kernel>.py` exposes `compile_specs(shape: ModelShape) -> list[CompileSpec]`: the
 launches of that kernel at its default configuration for a model's shape.
 `benchmarks/kernels/resources` compiles each for every target without a GPU and writes registers,
-shared memory, spills, bytes and operations to docs/results/kernels.md.
+shared memory, spills, bytes and operations to docs/results/log/kernels.md.
 
 Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, S slots.
 """

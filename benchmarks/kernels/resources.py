@@ -1,6 +1,6 @@
 """Compile every kernel for every target without a GPU, and write what that costs.
 
-    python -m benchmarks kernel_resources --write docs/results/kernels.md
+    python -m benchmarks kernel_resources --write docs/results/log/kernels.md
     python -m benchmarks kernel_resources --targets 90 --models Mixtral-8x7B --json out.json
 
 Each launch that the `variants` module of a kernel names is compiled for a model's shape; registers,
@@ -204,8 +204,8 @@ def traffic_table(models: Sequence[ModelShape]) -> list[str]:
 
 _HEAD = """# Kernels: resources, bytes and operations
 
-Written by `python -m benchmarks kernel_resources --write docs/results/kernels.md`, without a GPU:
-Triton {triton}, Python {python}. Nothing here is a time.
+Written by `python -m benchmarks kernel_resources --write docs/results/log/kernels.md`, without a
+GPU: Triton {triton}, Python {python}. Nothing here is a time.
 
 ## Resources
 

@@ -176,7 +176,7 @@ def _assumptions(constants: Mapping[str, Any]) -> str:
         f"- Computing: bytes of weights over peak memory bandwidth x"
         f" {constants['memory_efficiency']} (an expert kernel on an H200 reached 0.58), plus"
         f" {constants['layer_overhead_us']:.0f} us per layer: what four layers of Qwen3-30B-A3B in"
-        " a CUDA graph on an H200 took beyond their bytes at that rate ([h200](h200.md)).\n"
+        " a CUDA graph on an H200 took beyond their bytes at that rate ([h200](log/h200.md)).\n"
         f"- A prediction of a layer takes {constants['prediction_us']:.0f} us: the difference of"
         " the reference model's graphs with and without it there.\n\n"
         f"{hardware}\n\n{models}\n"

@@ -1,17 +1,16 @@
-"""Writes docs/results/speculation.md from the result files, and judges what must hold."""
+"""Writes docs/results/log/speculation.md from the result files, and judges what must hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
 from benchmarks.kit.claims import Claim
 from benchmarks.speculation.exact import BATCHES, CACHES, LOOKAHEAD, PREDICTORS
-from benchmarks.speculation.report_paired import other_pairs, paired_claims, paired_section
+from benchmarks.speculation.report_paired import paired_claims, paired_section
 from benchmarks.speculation.report_timing import (
     Result,
-    other_runs,
     timing_claims,
     timing_section,
 )
@@ -38,9 +37,6 @@ _PHASES = {
 def write_report(
     found: Mapping[str, Result],
     path: Path,
-    others: Sequence[Result] = (),
-    *,
-    paired_before: Sequence[Result] = (),
 ) -> bool:
     """Write the document; returns whether every claim that could be judged holds.
 
@@ -48,8 +44,6 @@ def write_report(
         found: result of each phase that there is: timing, paired, exact, compile, eval. What must
             hold about time is judged by `paired`, and by `timing` where there is no other.
         path: the document.
-        others: results of phase timing at other commits.
-        paired_before: results of phase paired at other commits.
 
     Raises:
         FileNotFoundError: there is no result at all.
@@ -70,10 +64,6 @@ def write_report(
             if name != "timing" or "paired" not in found:
                 claims += judge(found[name])
             sections.append(section(found[name]))
-            if name == "timing":
-                sections.append(other_runs(others))
-            if name == "paired":
-                sections.append(other_pairs(paired_before))
     rows = [(c.text, c.measured, "yes" if c.holds else "**no**") for c in claims]
     sections.insert(
         1, "## What must hold\n\n" + markdown_table(("claim", "measured", "holds"), rows)
@@ -183,7 +173,10 @@ def _head(found: Mapping[str, Result]) -> str:
             "",
             "Written by `python -m benchmarks speculation` from"
             " `benchmarks/results/speculation_*`.",
-            *(("What policies cost in output is in [fidelity](fidelity.md).",) * ("eval" in found)),
+            *(
+                ("What policies cost in output is in [fidelity](../fidelity.md).",)
+                * ("eval" in found)
+            ),
             "",
             f"- Model: the reference model in float32 with experts of"
             f" {format_bytes(model['bytes_per_expert'])}: {model['moe_layers']} MoE layers,"

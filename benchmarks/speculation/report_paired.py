@@ -1,8 +1,8 @@
-"""The part of docs/results/speculation.md about time, from phase `paired`: claims and a table."""
+"""The part of docs/results/log/speculation.md about time: phase `paired`, claims and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -87,34 +87,6 @@ def paired_section(paired: Result) -> str:
         " of layer steps in which `auto_off` let the lookahead run, its trials included."
         f" Tokens: {same}. Commit: {str(paired['commit'])[:12]}."
     )
-
-
-def other_pairs(others: Sequence[Result]) -> str:
-    """What other runs measured of the claims; "" where there is none."""
-    if not others:
-        return ""
-    return "### Other runs of the same\n\n" + claims_by_run(others, paired_claims, "rounds")
-
-
-def claims_by_run(
-    runs: Sequence[Result], judge: Callable[[Result], Sequence[Claim]], repeated: str
-) -> str:
-    """A table of runs and what each measured of the claims about time.
-
-    Args:
-        runs: results of one phase. judge: its claims.
-        repeated: the setting that says how often it was repeated.
-    """
-    rows = [
-        (
-            str(run["commit"])[:12],
-            str(run["settings"][repeated]),
-            *(claim.measured for claim in judge(run)),
-        )
-        for run in runs
-    ]
-    head = ("commit", repeated, "gain without a cache", *(f"cache of {size}" for size in SIZES))
-    return markdown_table(head, rows)
 
 
 def _traffic(totals: Sequence[Mapping[str, Any]], layers: int) -> tuple[str, ...]:

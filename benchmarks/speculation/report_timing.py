@@ -1,4 +1,4 @@
-"""The part of docs/results/speculation.md about time: claims and tables of phase `timing`."""
+"""The part of docs/results/log/speculation.md about time: claims and tables of phase `timing`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.traffic import predicted_share, summed, traffic_cells
-from benchmarks.speculation.report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES, claims_by_run
+from benchmarks.speculation.report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.system.sizes import format_bytes
@@ -93,20 +93,6 @@ def medians_text(medians_ms: Sequence[float]) -> str:
     if len(medians_ms) <= 6:
         return ", ".join(f"{ms:.1f}" for ms in medians_ms)
     return f"{quantile(medians_ms, 0.2):.1f} to {quantile(medians_ms, 0.8):.1f}"
-
-
-def other_runs(timings: Sequence[Result]) -> str:
-    """The timing claims of other runs, which show how far runs are apart; nothing for none."""
-    if not timings:
-        return ""
-    return (
-        "### Other runs\n\n"
-        + claims_by_run(timings, timing_claims, "repeats")
-        + "\n\nThe same arms at other commits, on the same kind of machine. What must hold is"
-        " judged by arms in turns within one process, where that was measured. Two"
-        " processes of the same arm can stay 5 % apart for as long as they live, so differences of"
-        " that size need many processes to be told."
-    )
 
 
 def _link_section(timing: Result) -> str:

@@ -15,7 +15,7 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
                skipped layers
 - eval_wide    the same on the widened model, no layer skipped, few prompts
 - compile      what the passes add to compile time; needs a quiet machine
-- report       docs/results/speculation.md and fidelity.md
+- report       docs/results/log/speculation.md and docs/results/fidelity.md
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.places import DOCUMENTS, LOG, RESULTS
 from benchmarks.kit.traffic import counted
 from benchmarks.speculation.exact import BATCHES, merged, run_exact
 from benchmarks.speculation.fidelity import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
@@ -49,8 +49,8 @@ from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
-REPORT = DOCUMENTS / "speculation.md"
-FIDELITY = REPORT.with_name("fidelity.md")
+REPORT = LOG / "speculation.md"
+FIDELITY = DOCUMENTS / "fidelity.md"
 PHASES = ("prepare", "timing", "paired", "exact", "eval", "eval_wide", "compile", "report")
 DTYPE = "float32"
 WIDE_PROMPTS = 4
@@ -244,12 +244,6 @@ def run_compile(place: Place) -> None:
     place.write("compile", {"pairs": pairs})
 
 
-def other_commits(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Results of a phase that were kept under their commit, oldest names first."""
-    kept = sorted(folder.glob(f"speculation_{name}_*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in kept]
-
-
 def read_or_none(folder: Path, name: str) -> dict[str, Any] | None:
     """The result file of a phase, if there is one."""
     path = folder / f"speculation_{name}.json"
@@ -332,6 +326,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {name: result for name, result in every.items() if result is not None}
         if "eval" in found:
             write_fidelity(found["eval"], found.get("eval_wide"), arguments.fidelity)
-        timing, paired = (other_commits(place.results, name) for name in ("timing", "paired"))
-        return 0 if write_report(found, arguments.report, timing, paired_before=paired) else 1
+        return 0 if write_report(found, arguments.report) else 1
     return 0

@@ -14,7 +14,7 @@ def with_cuda_graphs(
 ) -> dict[str, Any]:
     """Add `mode="reduce-overhead"` where decode steps can be CUDA graphs and nobody said otherwise.
 
-    Without them the host's launches are most of a token (docs/results/full_size.md).
+    Without them the host's launches are most of a token (docs/results/log/full_size.md).
 
     Args:
         options: of `torch.compile(backend="specmoe")`; a `mode`, transfer `copy` or lowering

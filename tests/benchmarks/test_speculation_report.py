@@ -153,15 +153,6 @@ def test_time_is_judged_by_arms_in_turns_where_there_are_any(tmp_path: Path) -> 
     assert "1.000 +- 0.000 x (the same arm twice: 1.000 +- 0.000)" in text
 
 
-def test_runs_of_other_commits_are_shown_beside_the_one_that_is_judged(tmp_path: Path) -> None:
-    before = {**_paired(prefetch=38.0), "commit": "before"}
-    assert write_report({"paired": _paired()}, tmp_path / "report.md", paired_before=[before])
-    text = (tmp_path / "report.md").read_text()
-    assert "| before | 2 | 3.0 of 7.5 ms (40 %; 5 % of 60.0 ms) |" in text
-    assert write_report({"paired": _paired()}, tmp_path / "alone.md")
-    assert "Other runs" not in (tmp_path / "alone.md").read_text()
-
-
 def _eval(*curve: tuple[float, float], recall: float = 0.0) -> dict[str, Any]:
     exact = {"policy": "exact", "name": "exact", "bytes_per_token": 100, "loss_increase_nats": 0.0}
     rows = [
@@ -228,12 +219,3 @@ def test_the_report_accounts_for_the_time_of_each_cache_size(tmp_path: Path) -> 
 def test_a_disturbed_repeat_does_not_move_a_token() -> None:
     repeats = [[10.0, 30.0, 11.0], [50.0, 31.0, 90.0], [12.0, 29.0, 13.0]]
     assert medians_by_token(repeats) == [12.0, 30.0, 13.0]
-
-
-def test_other_runs_stand_beside_the_one_that_is_judged(tmp_path: Path) -> None:
-    timing = _full_timing()
-    path = tmp_path / "report.md"
-    write_report({"timing": timing}, path)
-    assert "Other runs" not in path.read_text()
-    write_report({"timing": timing}, path, [{**timing, "commit": "f" * 40}])
-    assert "| ffffffffffff | 1 | " in path.read_text()

@@ -33,7 +33,7 @@ FIRST_MARGIN, MIN_MARGIN = 160, 1
 """Percent: after round r an amount stays within max(MIN_MARGIN, FIRST_MARGIN / r) of the best.
 With a cache the steps of one amount differ by a third; half of the margin and a quarter of the
 rounds missed the best amount in 15 of 288 trials, these in 1, simulated
-(docs/results/full_size.md)."""
+(docs/results/log/full_size.md)."""
 
 
 def tune_prefetch_reference(state: Tensor, limit: Tensor, amounts: Tensor, *, now_ns: int) -> None:

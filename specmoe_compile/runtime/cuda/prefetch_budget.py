@@ -27,7 +27,7 @@ from specmoe_compile.runtime.store.base import ExpertStore
 
 UNTUNED_RECORDS = 1
 """Records that `gather` fetches ahead where nothing is tried: with all that are predicted, decoding
-may be slower than without a prefetch, with one it seldom is (docs/results/full_size.md)."""
+may be slower than without a prefetch, with one it seldom is (docs/results/log/full_size.md)."""
 
 
 class PrefetchBudget:
