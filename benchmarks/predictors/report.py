@@ -1,4 +1,4 @@
-"""Writes docs/results/predictors.md from benchmarks/results/predictors.json."""
+"""Writes docs/results/log/predictors.md from benchmarks/results/predictors.json."""
 
 from __future__ import annotations
 

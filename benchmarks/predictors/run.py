@@ -6,7 +6,7 @@
 Phases: `recall` (default vectors and networks from training files, recall on held-out files, as
 `specmoe calibrate --train-estimator` does it), `cost` (time to predict one token's experts),
 `timing` and `no_cache` (time per token of the widened model with each predictor, interleaved: with
-a cache, and without one, as in the paper), `report` (docs/results/predictors.md). Results are
+a cache, and without one, as in the paper), `report` (docs/results/log/predictors.md). Results are
 benchmarks/results/predictors.json, phase by phase.
 """
 
@@ -29,7 +29,7 @@ import specmoe_compile
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import PairedArm, run_paired
-from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.kit.places import LOG, RESULTS
 from benchmarks.kit.traffic import predicted_share
 from benchmarks.predictors.cost import measure_cost
 from benchmarks.predictors.report import write_report
@@ -55,7 +55,7 @@ from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
-REPORT = DOCUMENTS / "predictors.md"
+REPORT = LOG / "predictors.md"
 PHASES = ("recall", "cost", "timing", "no_cache", "report")
 DTYPE = "float32"
 WINDOW = 512

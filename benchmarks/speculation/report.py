@@ -173,10 +173,7 @@ def _head(found: Mapping[str, Result]) -> str:
             "",
             "Written by `python -m benchmarks speculation` from"
             " `benchmarks/results/speculation_*`.",
-            *(
-                ("What policies cost in output is in [fidelity](../fidelity.md).",)
-                * ("eval" in found)
-            ),
+            *(("What policies cost in output is in [fidelity](fidelity.md).",) * ("eval" in found)),
             "",
             f"- Model: the reference model in float32 with experts of"
             f" {format_bytes(model['bytes_per_expert'])}: {model['moe_layers']} MoE layers,"

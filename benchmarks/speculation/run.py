@@ -15,7 +15,7 @@ Phases, each with its own result in `benchmarks/results/speculation_*.json`:
                skipped layers
 - eval_wide    the same on the widened model, no layer skipped, few prompts
 - compile      what the passes add to compile time; needs a quiet machine
-- report       docs/results/log/speculation.md and docs/results/fidelity.md
+- report       docs/results/log/speculation.md and fidelity.md
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import run_paired
-from benchmarks.kit.places import DOCUMENTS, LOG, RESULTS
+from benchmarks.kit.places import LOG, RESULTS
 from benchmarks.kit.traffic import counted
 from benchmarks.speculation.exact import BATCHES, merged, run_exact
 from benchmarks.speculation.fidelity import LOSS_TOKENS, SKIPS, run_eval, write_fidelity
@@ -50,7 +50,7 @@ from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 REPORT = LOG / "speculation.md"
-FIDELITY = DOCUMENTS / "fidelity.md"
+FIDELITY = LOG / "fidelity.md"
 PHASES = ("prepare", "timing", "paired", "exact", "eval", "eval_wide", "compile", "report")
 DTYPE = "float32"
 WIDE_PROMPTS = 4
