@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import subprocess
@@ -112,3 +113,25 @@ def test_continuous_integration_runs_make_check() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make check" in script.read_text()
+
+
+def test_every_file_of_the_package_goes_into_a_wheel() -> None:
+    package = ROOT / "specmoe_compile"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["specmoe_compile"]
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    built = {"__pycache__", ".so"}
+    found = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"}
+    missing = {path for path in found - packed if not built & {path.parent.name, path.suffix}}
+    assert not missing
+    assert package / "reference_model" / "checkpoint" / "model.safetensors" in packed
+
+
+def test_the_package_imports_nothing_of_the_repository() -> None:
+    for path in (ROOT / "specmoe_compile").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            tops = {name.partition(".")[0] for name in names}
+            assert not tops & {"benchmarks", "tests"}, path
