@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from specmoe_compile.errors import CalibrationError, CompileError
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
-from specmoe_compile.passes.choose_capture import why_not_captured_or_none
+from specmoe_compile.passes.choose_capture import made_results, why_not_captured_or_none
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
@@ -219,7 +219,9 @@ def _lower_with_inductor(
     captures = _captures(gm, config)
     patches = {**patches, "triton.cudagraphs": True} if captures else dict(patches)
     compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
-    return _telling_of_capture(compiled, gm) if captures else compiled
+    if not captures:
+        return compiled
+    return _keeping_results(_telling_of_capture(compiled, gm), made_results(gm))
 
 
 def _check_compiler(example_inputs: Sequence[Any]) -> None:
@@ -243,6 +245,27 @@ def _telling_of_capture(compiled: Compiled, gm: GraphModule) -> Compiled:
         calls_left -= 1
         with phase(what):
             return compiled(*inputs)
+
+    return call
+
+
+def _keeping_results(captured: Compiled, made: frozenset[int]) -> Compiled:
+    """Copy what a CUDA graph makes out of the graph's memory, as the last work of the call.
+
+    The next run writes over that memory, or PyTorch takes it away while it records. The caller may
+    read the result after another thread, or a step that was launched early, has run the graph.
+
+    Args:
+        captured: the compiled graph.
+        made: which of its results it makes; the others were there before (a cache).
+    """
+
+    def call(*inputs: Any) -> Any:
+        results = captured(*inputs)
+        return type(results)(
+            result.clone() if index in made and isinstance(result, torch.Tensor) else result
+            for index, result in enumerate(results)
+        )
 
     return call
 

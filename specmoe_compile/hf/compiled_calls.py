@@ -14,7 +14,8 @@ Every call that goes through here takes its turn: a session and a CUDA graph hol
 step, so a second thread waits until the forward call that runs has ended. A turn is one forward
 call and not one `generate`: no code of the caller (a logits processor, a streamer) runs while a
 turn is held, so nobody can wait for ever, and two generations with caches of their own advance in
-turns, with the tokens that each would have had alone.
+turns, with the tokens that each would have had alone. What a forward call returns is the caller's:
+the backend copies the result of a CUDA graph out of the graph's memory before the turn ends.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
-from specmoe_compile.hf.graph_threads import open_graph_state
+from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
+from specmoe_compile.hf.graph_threads import GraphState
 from specmoe_compile.hf.recompile_limit import raised_recompile_limit
 from specmoe_compile.runtime.session import get_session
 
@@ -53,6 +55,7 @@ class ModelCalls:
         self._model = weakref.ref(model)
         self._mutex = threading.Lock()
         self._turn = threading.RLock()
+        self._graphs = GraphState()
         self._routes = threading.local()  # each thread has a stack of compiled functions
         self._generating = 0
         self._in_place: Call | None = None
@@ -74,15 +77,20 @@ class ModelCalls:
         """Make one forward call of the model, compiled or not, when its turn comes.
 
         Raises:
-            SpecMoEError: the model's session is closed, or cannot run in this process.
+            SpecMoEError: the model's session is closed, or cannot run in this process; what the
+                call allocates does not fit the GPU's memory.
         """
         session = get_session(self.model.__dict__["_specmoe_session"])
         session.check_open()
-        if session.device.type == "cuda":
-            open_graph_state()
         for name in CACHE_ARGUMENTS:
             _mark_static(kwargs.get(name))
-        with self._turn, raised_recompile_limit():
+        on_gpu = session.device.type == "cuda"
+        with (
+            self._turn,
+            raised_recompile_limit(),
+            naming_what_did_not_fit(session),
+            self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext(),
+        ):
             return call(*args, **kwargs)
 
     @contextlib.contextmanager

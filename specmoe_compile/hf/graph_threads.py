@@ -1,29 +1,61 @@
-"""CUDA graphs in any thread.
+"""CUDA graphs of one model, recorded and run by any of the process's threads.
 
-PyTorch keeps the memory of CUDA graphs in state of the thread that imported its module; in another
-thread a captured function fails there with a bare AssertionError (torch 2.11). Later versions make
-the state where it is missing, and so does this.
+PyTorch keeps the memory of CUDA graphs, and what it knows of their results, in "trees" that belong
+to the thread that recorded them; a thread that PyTorch did not start has none, and fails with a
+bare AssertionError (torch 2.11). A compiled function stays with the tree it was recorded in,
+whichever thread calls it, so that two models recorded by one thread and called by two would change
+one tree at the same time.
+
+Here the trees belong to a model: whoever runs it sees these and no others, and a model runs one
+forward call at a time (`hf.compiled_calls`), so that they have one user at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-_CONTAINERS, _LOCKS = "tree_manager_containers", "tree_manager_locks"
+_NAMES = ("tree_manager_containers", "tree_manager_locks")
+_MISSING = object()
 
 
-def open_graph_state() -> None:
-    """Make sure that this thread can run and record CUDA graphs."""
-    from torch._inductor import cudagraph_trees
+class GraphState:
+    """The trees of CUDA graphs of one model, and the stream that they last ran on."""
 
-    local = cudagraph_trees.local
-    if hasattr(local, _CONTAINERS) or torch._C._is_key_in_tls(_CONTAINERS):
-        return
-    setattr(local, _CONTAINERS, {})
-    setattr(local, _LOCKS, defaultdict(threading.Lock))
-    # Threads that autograd starts get them from here.
-    torch._C._stash_obj_in_tls(_CONTAINERS, getattr(local, _CONTAINERS))
-    torch._C._stash_obj_in_tls(_LOCKS, getattr(local, _LOCKS))
+    def __init__(self) -> None:
+        """Nothing is recorded yet."""
+        self._values: tuple[Any, Any] = ({}, defaultdict(threading.Lock))
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextlib.contextmanager
+    def in_use(self, device: torch.device) -> Iterator[None]:
+        """Let this thread run and record the model's graphs; one thread at a time.
+
+        Work of a call on another stream than the last call's begins when that call's has ended:
+        both use the memory of the same graphs.
+        """
+        from torch._inductor import cudagraph_trees
+
+        local = cudagraph_trees.local
+        before = [getattr(local, name, _MISSING) for name in _NAMES]
+        self._follow(torch.cuda.current_stream(device))
+        for name, value in zip(_NAMES, self._values, strict=True):
+            setattr(local, name, value)
+        try:
+            yield
+        finally:
+            for name, value in zip(_NAMES, before, strict=True):
+                if value is _MISSING:
+                    delattr(local, name)
+                else:
+                    setattr(local, name, value)
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream

@@ -40,6 +40,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
+from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
 from specmoe_compile.hf.step_inputs import StepInputs, cache_of
 from specmoe_compile.runtime.cache.statistics import GenerationStats
 from specmoe_compile.runtime.session import Session, get_session
@@ -79,7 +80,11 @@ def runs_ahead_on(device: torch.device) -> bool:
 
 
 def _generate(reference: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """`GenerationMixin.generate` with a loop that runs ahead; the same arguments and results."""
+    """`GenerationMixin.generate` with a loop that runs ahead; the same arguments and results.
+
+    Raises:
+        SpecMoEError: keys and values, or what else a step needs, do not fit the GPU's memory.
+    """
     model: Any = reference()
     assert model is not None, "generate() reached a model that is gone"
     plain: Callable[..., Any] = functools.partial(type(model).generate, model)
@@ -88,10 +93,11 @@ def _generate(reference: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> A
     stats: GenerationStats = _stats_of(model)
     reason = _why_not(model, given)
     stats.reason = reason
-    if reason is not None:
-        return plain(*args, **kwargs)
-    decode = functools.partial(_decode, streamer=given.get("streamer"))
-    return plain(**_with_stop_strings(model, given), custom_generate=decode)
+    with naming_what_did_not_fit(get_session(model.__dict__["_specmoe_session"])):
+        if reason is not None:
+            return plain(*args, **kwargs)
+        decode = functools.partial(_decode, streamer=given.get("streamer"))
+        return plain(**_with_stop_strings(model, given), custom_generate=decode)
 
 
 def _why_not(model: Any, given: dict[str, Any]) -> str | None:

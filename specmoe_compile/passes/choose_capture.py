@@ -2,7 +2,7 @@
 
 A captured graph runs in memory of its own, which the next step writes over. So nothing that later
 steps read may be made in it: it may change tensors that were there before (a static cache of keys
-and values, at fixed addresses), and return one result, which its caller reads at once. A step that
+and values, at fixed addresses), and return one result, which is copied for its caller. A step that
 sets up a cache, whatever its length, or one whose cache grows, returns keys and values beside its
 logits, and runs as ordinary kernels.
 """
@@ -37,15 +37,27 @@ def why_not_captured_or_none(gm: GraphModule) -> str | None:
     return None
 
 
+def made_results(gm: GraphModule) -> frozenset[int]:
+    """Which of a Dynamo graph's results lie in memory that was not there before, by index."""
+    given = _given(gm)
+    return frozenset(index for index, node in enumerate(_results(gm)) if _storages([node]) - given)
+
+
 def _count_made(gm: GraphModule) -> int:
     """How many pieces of memory the graph returns that were not there before."""
-    given = _storages([node for node in gm.graph.nodes if node.op == "placeholder"])
+    return len(_storages(_results(gm)) - _given(gm))
+
+
+def _given(gm: GraphModule) -> set[StorageWeakRef]:
+    return _storages([node for node in gm.graph.nodes if node.op == "placeholder"])
+
+
+def _results(gm: GraphModule) -> list[object]:
     (output,) = gm.graph.find_nodes(op="output")
-    returned = [node for node in output.args[0] if isinstance(node, Node)]
-    return len(_storages(returned) - given)
+    return list(output.args[0])
 
 
-def _storages(nodes: Sequence[Node]) -> set[StorageWeakRef]:
-    values = [node.meta.get("example_value") for node in nodes]
+def _storages(nodes: Sequence[object]) -> set[StorageWeakRef]:
+    values = [node.meta.get("example_value") for node in nodes if isinstance(node, Node)]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}

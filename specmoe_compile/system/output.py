@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.system.out_of_memory import is_out_of_memory
 
 USER_ERRORS = (ValueError, TypeError, SpecMoEError, OSError, MemoryError, OverflowError)
 """Errors that a user can do something about: one sentence and exit status 2."""
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-"""How PyTorch says so; what it raises is a plain `RuntimeError` on the CPU."""
 
 
 def user_error_or_none(error: BaseException) -> BaseException | None:
@@ -33,7 +31,7 @@ def user_error_or_none(error: BaseException) -> BaseException | None:
         # A package that is missing; one of our own modules would be our mistake.
         ours = (error.name or "").startswith("specmoe_compile")
         return None if ours else error
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return error
     inner = getattr(error, "inner_exception", None)
     return user_error_or_none(inner) if isinstance(inner, BaseException) else None
@@ -49,7 +47,7 @@ def sentence(error: BaseException) -> str:
         text = f"The Python package {package!r} is missing: install it, for example with pip"
     elif isinstance(error, OverflowError):
         text = f"A number is too large: {error}"
-    elif isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+    elif is_out_of_memory(error):
         text = _out_of_memory(error)
     else:
         text = " ".join(str(error).split()) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -105,3 +106,78 @@ def test_kept_outputs_do_not_change(pair: tuple[Any, Any], plain: Any) -> None:
     found, expected = (greedy(m, ids, 6, **settings) for m in (pair[1], plain))
     for step, (mine, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3, msg=f"step {step}")
+
+
+@contextlib.contextmanager
+def no_more_memory() -> Iterator[None]:
+    """PyTorch may take nothing from the driver beyond what it holds now."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def assert_names_what_did_not_fit(error: BaseException) -> None:
+    text = str(error)
+    assert "do not fit the GPU's memory" in text and "are free, the expert cache takes" in text
+    assert "smaller expert_cache" in text and "max_new_tokens" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("what", ["keys and values", "prompt"])
+def test_a_generation_that_does_not_fit_is_one_sentence(
+    what: str, is_compiled: bool, pair: tuple[Any, Any], plain: Any
+) -> None:
+    """Keys and values of 4 GiB, or the activations of 65536 tokens; the model goes on."""
+    model, ids = pair[is_compiled], prompts(1, 9).cuda()
+    expected = greedy(plain, ids, 6, **STATIC)
+    assert torch.equal(greedy(model, ids, 6, **STATIC), expected)
+    long = prompts(4, 16384).cuda() if what == "prompt" else ids
+    new_tokens = 2 if what == "prompt" else (4 << 30) // (2 * 2 * 2 * 16 * 4)
+    with no_more_memory(), pytest.raises(SpecMoEError) as caught:
+        greedy(model, long, new_tokens, **(STATIC if what == "keys and values" else {}))
+    assert_names_what_did_not_fit(caught.value)
+    del caught  # its traceback keeps the tensors of the call
+    model._previous_max_cache_length = -1  # or transformers asks for as much again
+    assert torch.equal(greedy(model, ids, 6, **STATIC), expected)
+
+
+@pytest.mark.parametrize("when", ["warming up", "recording"])
+def test_a_cuda_graph_that_does_not_fit_is_one_sentence(
+    when: str, pair: tuple[Any, Any], plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ends as the decode step first runs in its pool, or in the middle of its recording."""
+    ids = prompts(1, 9).cuda()
+    run_eager = cudagraph_trees.CUDAGraphTreeManager.run_eager
+    record = cudagraph_trees.CUDAGraphNode._record
+    tried: list[str] = []
+
+    def warm_up_without_memory(manager: Any, inputs: Any, function_id: Any) -> Any:
+        tried.append("warming up")
+        with no_more_memory():
+            return run_eager(manager, inputs, function_id)
+
+    def record_too_much(node: Any, step: Any, inputs: Any) -> Any:
+        def larger(inputs: Any) -> Any:
+            tried.append("recording")
+            results = step(inputs)
+            torch.empty(1 << 41, dtype=torch.uint8, device="cuda")
+            return results
+
+        return record(node, larger, inputs)
+
+    if when == "warming up":
+        owner: Any = cudagraph_trees.CUDAGraphTreeManager
+        monkeypatch.setattr(owner, "run_eager", warm_up_without_memory)
+    else:
+        monkeypatch.setattr(cudagraph_trees.CUDAGraphNode, "_record", record_too_much)
+    with pytest.raises(SpecMoEError) as caught:
+        greedy(pair[1], ids, 8, **STATIC)
+    assert tried == [when]
+    assert_names_what_did_not_fit(caught.value)
+    monkeypatch.undo()
+    assert torch.equal(greedy(pair[1], ids, 8, **STATIC), greedy(plain, ids, 8, **STATIC))
