@@ -76,7 +76,7 @@ def write_readme_section(results: Path, readme: Path) -> None:
         rows = [dict(zip(BENCH_HEAD, row, strict=True)) for row in bench_rows(timing["arms"])]
         model, machine = timing["model"], timing["machine"]
         parts.append(
-            f"The reference model in {dtype}, {model['expert_bytes'] / 1e6:.0f} MB of experts on"
+            f"The demo's model in {dtype}, {model['expert_bytes'] / 1e6:.0f} MB of experts on"
             f" disk, {machine['cores']} cores ({machine['cpu']}), no GPU"
             f" ([data](benchmarks/results/{path.name})):\n\n"
             + markdown_table(keep, [[row[name] for name in keep] for row in rows])
@@ -84,8 +84,10 @@ def write_readme_section(results: Path, readme: Path) -> None:
     if not parts:
         return
     parts.append(
-        "How, what else, and what must hold: [docs/results/end_to_end.md]"
-        "(docs/results/end_to_end.md)."
+        "`accelerate` is Hugging Face's disk offload, `eager` Hugging Face with everything in"
+        " memory; `on_demand`, `cache` and `resident`\n"
+        "are specmoe without a cache, with one of 25 %, and with everything in memory"
+        " ([more](docs/results/end_to_end.md))."
     )
     text = readme.read_text(encoding="utf-8")
     start, end = text.find(README_START), text.find(README_END)
