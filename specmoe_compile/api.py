@@ -122,7 +122,8 @@ def from_pretrained(
             after the model and its weights, and used again by the next load. With experts in
             RAM, they are read from it if it holds this model's store, and nothing is written.
         cache_policy: which expert leaves a full cache: "adaptive" (counts that forget, or recency,
-            whichever would have missed less lately), "lfu" or "lru".
+            whichever would have missed less lately; on a CPU a missing expert that is worth less
+            than all that is there is not kept), "lfu" or "lru".
         reader_threads: threads that read from disk.
         verify: compare all checksums of a store on disk before using it, not only on reading.
         progress: say on standard error what takes longer than two seconds.

@@ -69,7 +69,7 @@ class Decoding:
         """
         self._choices, self._machine, self._keeps = (true, predicted), machine, arm.keeps
         layers = len(true)
-        self._sizes = {
+        self._sizes: dict[str, Any] = {
             "num_experts": [experts] * layers,
             "slots": [arm.slots(experts, len(true[0][0]))] * layers,
         }

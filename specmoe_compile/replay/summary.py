@@ -168,13 +168,16 @@ class Sweep:
         )
 
     def _belady_hit_rate(self, slots: tuple[int, ...]) -> float | None:
-        """Best hit rate of the counted steps, from a cache that may hold anything before them."""
+        """Best hit rate of the counted steps, from a cache that may hold anything before them.
+
+        None where a step needs more experts than there are slots.
+        """
         hits = requests = 0
         for layer, count in enumerate(slots):
             wanted = self.steps.requests(layer, self.counted)
             if max(map(len, wanted)) > count:
                 return None
-            hits += belady_hits([_soonest(wanted, count), *wanted], count)
+            hits += belady_hits([_soonest(wanted, count), *wanted], count, may_bypass=True)
             requests += sum(map(len, wanted))
         return hits / requests
 

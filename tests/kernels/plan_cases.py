@@ -24,6 +24,7 @@ from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from tests.kernels.expert_cases import DEVICE
 
 POISON = -77
+SPARE_FROM = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Step:
     speculative: bool = False
     max_fills: int = MAX_CHOICES
     by_tensor: bool = False
+    spare: int = 0
 
     def options(self, device: torch.device) -> dict[str, Any]:
         if self.by_tensor:
@@ -42,7 +44,8 @@ class Step:
             budget: dict[str, Any] = {"fill_limit": limit}
         else:
             budget = {"max_fills": self.max_fills}
-        return {"bypass": self.bypass, "speculative": self.speculative, **budget}
+        kind = {"bypass": self.bypass, "speculative": self.speculative}
+        return {**kind, **budget, "spare": self.spare, "spare_from": SPARE_FROM}
 
 
 class ExpectedCache:
@@ -59,6 +62,8 @@ class ExpectedCache:
     def plan(self, step: Step) -> dict[str, list[Any]]:
         """Plan and return the expected results by their names in `CachePlanTensors`."""
         flat = [expert for row in step.ids for expert in row]
+        is_adaptive = self.cache.policy == "adaptive"
+        self.cache.spare = step.spare if is_adaptive else 0
         plan = self.cache.plan(
             0,
             self._afforded(flat, step.max_fills),
@@ -86,13 +91,18 @@ class ExpectedCache:
             self.counters["useful_prefetches"] += len(used & self.unused)
             self.unused -= used
             self.pending.clear()
-        rest = [-1] * (min(len(flat), self.experts) - len(fills))
+        copied = dict(fills)
+        if is_adaptive and not step.bypass and not step.speculative:
+            for place, expert in enumerate(plan.bypassed[: step.spare]):
+                copied[expert] = arriving[expert] = SPARE_FROM + place
+        order = [expert for expert in dict.fromkeys(flat) if expert in copied]
+        rest = [-1] * (min(len(flat), self.experts) - len(order))
         return {
             "present": [[there.get(expert, -1) for expert in row] for row in step.ids],
             "late": [[arriving.get(expert, -1) for expert in row] for row in step.ids],
-            "fill_experts": [*fills.keys(), *rest],
-            "fill_slots": [*fills.values(), *rest],
-            "fill_count": [len(fills)],
+            "fill_experts": [*order, *rest],
+            "fill_slots": [*(copied[expert] for expert in order), *rest],
+            "fill_count": [len(order)],
         }
 
     def _afforded(self, choices: list[int], max_fills: int) -> list[int]:
@@ -168,6 +178,8 @@ def plan_by_kernel(
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> CachePlanTensors:
     """`plan_cache` by its launch, on poisoned buffers."""
     plan = poisoned_plan(ids, tables.slot_of.shape[0])
@@ -180,6 +192,8 @@ def plan_by_kernel(
         speculative=speculative,
         max_fills=max_fills,
         fill_limit=fill_limit,
+        spare=spare,
+        spare_from=spare_from,
     )
     return plan
 

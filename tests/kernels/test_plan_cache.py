@@ -75,6 +75,7 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
                 speculative=speculative,
                 max_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
                 by_tensor=speculative and draw(st.booleans()),
+                spare=draw(st.integers(0, 4)),
             )
         )
     return {
@@ -107,7 +108,8 @@ def random_steps(
             rows = [torch.randperm(experts)[:top_k].tolist() for _ in range(tokens)]
         else:
             rows = torch.randint(0, experts, (tokens, top_k)).tolist()
-        steps.append(Step(ids=rows, speculative=index % 3 == 1, bypass=index % 5 == 3))
+        kind = {"speculative": index % 3 == 1, "bypass": index % 5 == 3}
+        steps.append(Step(ids=rows, spare=index % 4, **kind))
     return steps
 
 
@@ -152,6 +154,23 @@ def test_adaptive_follows_another_candidate(planner: Callable[..., CachePlanTens
     steps = [Step(ids=[[g[i % 3], g[(i + 1) % 3]]]) for g in groups for i in range(6)]
     expected = assert_equal_streams(planner, 12, 4, steps, policy="adaptive")
     assert expected.cache.scores[0].candidate == RECENCY
+
+
+@planners
+def test_what_is_worth_least_goes_to_a_spare_place(
+    planner: Callable[..., CachePlanTensors],
+) -> None:
+    """Two slots and one spare place: the strangers 2, 3 and 4 lack what 0 and 1 have."""
+    steps = [
+        *[Step(ids=[[0, 1]], spare=1)] * 6,
+        Step(ids=[[2, 0]], spare=1),
+        Step(ids=[[3, 4]], spare=1),
+        # Guesses have no use for it.
+        Step(ids=[[2]], spare=1, speculative=True),
+    ]
+    expected = assert_equal_streams(planner, 6, 2, steps, policy="adaptive")
+    assert expected.counters["bypassed"] == 2 and expected.counters["evicted"] == 2
+    assert expected.cache.slot(0, 2) >= 0 and expected.cache.slot(0, 3) < 0
 
 
 @planners
@@ -237,6 +256,10 @@ def test_op_compiles_into_one_graph() -> None:
     assert as_lists(compiled.all) == as_lists(eager.all)
 
 
+def _spare(places: int, first: int) -> dict[str, int]:
+    return {"spare": places, "spare_from": first}
+
+
 def test_wrong_arguments_are_refused_with_one_sentence() -> None:
     ids = torch.tensor([[3, 1]], device=DEVICE)
     good = LayerTables(5, 3).layer
@@ -284,6 +307,8 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
             good,
             {"fill_limit": torch.ones(1, dtype=torch.int32, device=DEVICE)},
         ),
+        (ValueError, "spare is 1 and spare_from 2, expected", ids, good, _spare(1, 2)),
+        (ValueError, "spare is -1 and spare_from 9, expected", ids, good, _spare(-1, 9)),
     ]
     for error, message, choices, tables, options in attempts:
         with pytest.raises(error, match=re.escape(message)) as caught:

@@ -91,6 +91,42 @@ def test_adaptive_follows_a_change_of_topic() -> None:
     assert after["adaptive"] < after["lru"]
 
 
+def test_adaptive_does_not_keep_what_is_worth_less_than_all_that_is_there() -> None:
+    table = cache(2, policy="adaptive", spare=1)
+    for _ in range(4):
+        table.plan(0, [0, 1])
+    plan = table.plan(0, [2, 3])
+    assert plan.bypassed == [2], "there is one spare place"
+    assert plan.fills == [(3, 0)] and plan.evicted == [0]
+    for _ in range(6):
+        plan = table.plan(0, [2])
+    assert table.slot(0, 2) >= 0, "it is wanted often now"
+
+
+def test_a_guess_and_a_prompt_use_no_spare_place() -> None:
+    table = cache(2, policy="adaptive", spare=2)
+    for _ in range(4):
+        table.plan(0, [0, 1])
+    assert table.plan(0, [2], speculative=True).fills == [(2, 0)]
+    assert table.plan(0, [3], bypass=True).bypassed == [3]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_only_adaptive_uses_spare_places(policy: Any) -> None:
+    table = cache(2, policy=policy, spare=2)
+    for _ in range(4):
+        table.plan(0, [0, 1])
+    assert table.plan(0, [2]).bypassed == []
+
+
+def test_spare_places_bring_adaptive_nearer_to_the_best() -> None:
+    stream = zipf(random.Random(3), list(range(16)), 2000)
+    tables = [cache(4, 16, policy="adaptive", spare=spare) for spare in (0, 2)]
+    without, spared = (sum(len(t.plan(0, step).hits) for step in stream) for t in tables)
+    assert without < 0.98 * spared
+    assert spared <= belady_hits(stream, 4, may_bypass=True)
+
+
 def test_a_plan_never_evicts_its_own_experts() -> None:
     table = cache(2)
     table.plan(0, [0, 1])
@@ -137,9 +173,11 @@ def test_layers_are_separate() -> None:
     assert table.slot(1, 0) == NOBODY and table.plan(1, [0]).fills == [(0, 0)]
 
 
-@pytest.mark.parametrize("wrong", [{"policy": "fifo"}, {"slots": [0]}, {"slots": [1, 1]}])
+@pytest.mark.parametrize(
+    "wrong", [{"policy": "fifo"}, {"slots": [0]}, {"slots": [1, 1]}, {"spare": -1}]
+)
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"policy|slot"):
+    with pytest.raises(ValueError, match=r"policy|slot|spare"):
         ExpertCache(**{"num_experts": [4], "slots": [2], **wrong})
 
 
@@ -148,7 +186,8 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
 def test_tables_stay_consistent(data: st.DataObject) -> None:
     slots = data.draw(st.integers(1, 6))
     experts = data.draw(st.integers(slots, 10))
-    table = cache(slots, experts, policy=data.draw(st.sampled_from(["lru", "lfu", "adaptive"])))
+    policy = data.draw(st.sampled_from(["lru", "lfu", "adaptive"]))
+    table = cache(slots, experts, policy=policy, spare=data.draw(st.integers(0, 3)))
     for _ in range(data.draw(st.integers(1, 25))):
         wanted = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=8))
         pinned = data.draw(st.sets(st.integers(0, slots - 1)))
@@ -176,11 +215,17 @@ def test_no_policy_beats_belady(steps: list[set[int]], slots: int) -> None:
     for policy in ("lru", "lfu", "adaptive"):
         table = cache(slots, 7, policy=policy)
         assert sum(len(table.plan(0, step).hits) for step in requests) <= best
+    passing = belady_hits(requests, slots, may_bypass=True)
+    table = cache(slots, 7, policy="adaptive", spare=3)
+    assert best <= passing
+    assert sum(len(table.plan(0, step).hits) for step in requests) <= passing
 
 
 def test_belady_of_a_known_sequence() -> None:
     # Two slots: 0 1 fill; 2 replaces 1, which is needed later than 0; 0 hits; 1 replaces 2.
     assert belady_hits([[0], [1], [2], [0], [1]], 2) == 1
+    # 2 is computed and not kept: 0 and 1 both hit.
+    assert belady_hits([[0], [1], [2], [0], [1]], 2, may_bypass=True) == 2
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])

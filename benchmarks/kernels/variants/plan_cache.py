@@ -27,6 +27,7 @@ _HIT_COUNTERS = 2  # steps and hits
 def compile_specs(shape: ModelShape) -> list[CompileSpec]:
     """One token and a batch of 16, by each policy; a quarter of the experts have slots."""
     specs = [plan_spec(shape, 1, policy=policy) for policy in ("lru", "lfu", "adaptive")]
+    specs.append(plan_spec(shape, 1, policy="adaptive", spare=shape.top_k))
     specs.append(plan_spec(shape, 1, policy="adaptive", speculative=True))
     if 16 * shape.top_k <= 256:
         specs.append(plan_spec(shape, 16, policy="adaptive"))
@@ -39,19 +40,20 @@ def slots_of_shape(shape: ModelShape, tokens: int = 1) -> int:
 
 
 def plan_spec(
-    shape: ModelShape, tokens: int, *, policy: str, speculative: bool = False
+    shape: ModelShape, tokens: int, *, policy: str, speculative: bool = False, spare: int = 0
 ) -> CompileSpec:
     """A plan of one layer; bytes are counted for one token by LRU whose experts are all there."""
     choices, slots = tokens * shape.top_k, slots_of_shape(shape, tokens)
     block_c, chunk, block_s, num_warps = block_sizes(choices, slots)
     counted = tokens == 1 and policy == "lru" and not speculative
-    kind = "prefetch" if speculative else policy
+    kind = "prefetch" if speculative else policy + (f" spare={spare}" if spare else "")
     return CompileSpec(
         kernel=plan_cache_kernel,
         signature={
             **dict.fromkeys(_INT32, "*i32"),
             **dict.fromkeys(_INT64, "*i64"),
             **dict.fromkeys(_OUTPUTS, "*i32"),
+            "spare_from": "i32",
         },
         constexprs={
             "CHOICES": choices,
@@ -64,6 +66,7 @@ def plan_spec(
             "SPECULATIVE": speculative,
             "MAX_FILLS": MAX_CHOICES,
             "LIMITED": speculative,
+            "SPARE": spare,
             "BLOCK_C": block_c,
             "CHUNK": chunk,
             "BLOCK_S": block_s,

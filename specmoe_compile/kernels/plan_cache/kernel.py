@@ -4,7 +4,7 @@ Lookups are done for all choices at once; only misses are served one after the o
 takes the slot of least worth that is left. So a step whose experts are all there costs no loop, and
 a step that misses has a transfer to wait for that takes far longer than the loop.
 
-Shape letters: C = T * K choices, E experts, S slots, N = min(C, E).
+Shape letters: C = T * K choices, E experts, S slots, N = min(C, E), B spare places.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def judge(
             "fill_count",
             "fill_limit",
         ),
-    ]
+    ],
+    do_not_specialize=["spare_from"],
 )
 def plan_cache_kernel(
     ids,
@@ -216,6 +217,7 @@ def plan_cache_kernel(
     fill_slots,
     fill_count,
     fill_limit,
+    spare_from,
     CHOICES: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
@@ -226,6 +228,7 @@ def plan_cache_kernel(
     SPECULATIVE: tl.constexpr,
     MAX_FILLS: tl.constexpr,
     LIMITED: tl.constexpr,
+    SPARE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -234,6 +237,7 @@ def plan_cache_kernel(
     """Decide and update one layer's plan; grid (1,).
 
     Args: see `plan_cache`; ids int32 or int64, last_use, clock and counters int64, others int32.
+        SPARE is B where this plan may use them, else 0.
     """
     choices = tl.arange(0, BLOCK_C)
     slots = tl.arange(0, BLOCK_S)
@@ -258,6 +262,9 @@ def plan_cache_kernel(
         if not ADAPTIVE:
             candidate = tl.full([], LFU_CANDIDATE, tl.int64)
         worth = worth_of(scores, held_before, candidate, hit, now, SPECULATIVE, E)
+        if SPARE > 0:
+            own_worth = worth_of(scores, expert, candidate, expert >= 0, now, SPECULATIVE, E)
+            own_key = ((expert >= 0).to(tl.int64) << OCCUPIED_BIT) | own_worth
         if not SPECULATIVE:
             note_uses(ids, scores, now, CHOICES, E, BLOCK_C, CHUNK, BLOCK_E)
     else:
@@ -276,6 +283,7 @@ def plan_cache_kernel(
     slots_to_fill = tl.full([BLOCK_C], -1, tl.int32)
     fills = tl.zeros([], tl.int32)
     misses = tl.zeros([], tl.int32)
+    spared = tl.zeros([], tl.int32)
     most = tl.full([], MAX_FILLS, tl.int32)
     if LIMITED:
         most = tl.minimum(most, tl.load(fill_limit))
@@ -287,7 +295,16 @@ def plan_cache_kernel(
         least = tl.min(key, axis=0)
         found = least != LAST_KEY
         is_taken = (key == least) & found
+        if SPARE > 0:
+            # Worth less than all that may leave, or nothing may.
+            passes = tl.max(tl.where(expert == missing, own_key, -1), axis=0) < least
+            passes = passes & (spared < SPARE)
+            is_taken = is_taken & ~passes
         taken = tl.max(tl.where(is_taken, slots, -1), axis=0)
+        if SPARE > 0:
+            taken = tl.where(passes, spare_from + spared, taken)
+            found = found | passes
+            spared += passes.to(tl.int32)
         held = tl.where(is_taken, missing, held)
         key = tl.where(is_taken, LAST_KEY, key)
         is_next = (choices == fills) & found
@@ -312,7 +329,7 @@ def plan_cache_kernel(
         added += tl.where(which == 1, tl.sum(hit.to(tl.int32), axis=0), 0)
         added += tl.where(which == 2, tl.sum((hit & in_flight).to(tl.int32), axis=0), 0)
         added += tl.where(which == 3, misses, 0)
-        added += tl.where(which == 4, misses - fills, 0)
+        added += tl.where(which == 4, misses - fills + spared, 0)
         added += tl.where(which == 7, tl.sum((hit & untouched).to(tl.int32), axis=0), 0)
 
     # No warp may store what another has yet to load.
@@ -370,6 +387,8 @@ def launch_plan(
     speculative: bool,
     max_fills: int,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
     block_c, chunk, block_s, num_warps = block_sizes(ids.numel(), expert_of.shape[0])
@@ -390,6 +409,7 @@ def launch_plan(
         fill_slots,
         fill_count,
         fill_count if fill_limit is None else fill_limit,
+        spare_from,
         CHOICES=ids.numel(),
         E=slot_of.shape[0],
         S=expert_of.shape[0],
@@ -400,6 +420,7 @@ def launch_plan(
         SPECULATIVE=speculative,
         MAX_FILLS=max_fills,
         LIMITED=fill_limit is not None,
+        SPARE=0 if bypass or speculative or policy != "adaptive" else spare,
         BLOCK_C=block_c,
         CHUNK=chunk,
         BLOCK_S=block_s,

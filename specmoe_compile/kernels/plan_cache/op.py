@@ -23,7 +23,8 @@ LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) scores, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
     " Tensor(i!) regret, Tensor(h!) counters, *, str policy, bool bypass=False,"
-    " bool speculative=False, int max_fills=256, Tensor? fill_limit=None)"
+    " bool speculative=False, int max_fills=256, Tensor? fill_limit=None, int spare=0,"
+    " int spare_from=0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -76,10 +77,10 @@ class CachePlanTensors(NamedTuple):
 
     Attributes:
         present: [T, K] int32, slot of each choice whose record is there now, else -1.
-        late: [T, K] int32, slot of each choice that arrives by this or by a pending transfer,
-            else -1.
+        late: [T, K] int32, slot or spare place of each choice that arrives by this or by a pending
+            transfer, else -1.
         fill_experts: [N] int32, experts to be copied, in order; -1 after the count.
-        fill_slots: [N] int32, their slots; -1 after the count.
+        fill_slots: [N] int32, their slots or spare places; -1 after the count.
         fill_count: [1] int32.
     """
 
@@ -99,6 +100,8 @@ def plan_cache(
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> CachePlanTensors:
     """Find or give slots to the experts of a step, and update the tables.
 
@@ -115,6 +118,10 @@ def plan_cache(
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
         max_fills: slots that a guess may fill, those of the first choices; the rest is left out.
         fill_limit: [1] int32, the same, read on the device when the plan runs; the smaller counts.
+        spare: places besides the slots that a demand plan of policy "adaptive" may send missing
+            experts to, see `ExpertCache`; no table says what they hold.
+        spare_from: the number that stands for the first of them in `late` and `fill_slots`, S or
+            more.
 
     Returns:
         New tensors on the device of `ids`; every element is written.
@@ -130,6 +137,8 @@ def plan_cache(
         "speculative": speculative,
         "max_fills": max_fills,
         "fill_limit": fill_limit,
+        "spare": spare,
+        "spare_from": spare_from,
     }
     return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
 
@@ -141,6 +150,8 @@ def _check(
     speculative: bool,
     max_fills: int,
     fill_limit: Tensor | None,
+    spare: int,
+    spare_from: int,
 ) -> None:
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
@@ -172,6 +183,11 @@ def _check(
             f"specmoe_kernels::{_NAME}: max_fills is {max_fills}, expected 0 to {MAX_CHOICES},"
             f" and {MAX_CHOICES} if the plan is not speculative: what a step needs is not left out"
         )
+    if spare < 0 or (spare > 0 and spare_from < slots):
+        raise ValueError(
+            f"specmoe_kernels::{_NAME}: spare is {spare} and spare_from {spare_from}, expected 0 or"
+            f" more places numbered from {slots} or more, since {slots} are slots"
+        )
     if fill_limit is not None:
         check_tensor(_NAME, "fill_limit", fill_limit, (1,), (torch.int32,), like=ids)
         if not speculative:
@@ -201,9 +217,11 @@ def _fake(
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, max_fills, fill_limit)
+    _check(ids, named, policy, speculative, max_fills, fill_limit, spare, spare_from)
     return tuple(_new_plan(ids, named))
 
 
@@ -215,8 +233,10 @@ def _cpu(
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, speculative, max_fills, fill_limit)
+    _check(ids, CacheTables(*tables), policy, speculative, max_fills, fill_limit, spare, spare_from)
     return plan_cache_reference(
         ids,
         *tables,
@@ -225,6 +245,8 @@ def _cpu(
         speculative=speculative,
         max_fills=max_fills,
         fill_limit=fill_limit,
+        spare=spare,
+        spare_from=spare_from,
     )
 
 
@@ -236,12 +258,14 @@ def _cuda(
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
     named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, max_fills, fill_limit)
+    _check(ids, named, policy, speculative, max_fills, fill_limit, spare, spare_from)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
         launch_plan(
@@ -253,6 +277,8 @@ def _cuda(
             speculative=speculative,
             max_fills=max_fills,
             fill_limit=fill_limit,
+            spare=spare,
+            spare_from=spare_from,
         )
     return tuple(plan)
 

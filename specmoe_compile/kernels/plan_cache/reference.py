@@ -6,7 +6,7 @@ Shape letters: T tokens, K top-k, E experts, S slots, N = min(T * K, E).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ def plan_cache_reference(
     speculative: bool,
     max_fills: int,
     fill_limit: Tensor | None = None,
+    spare: int = 0,
+    spare_from: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tables, let `ExpertCache` plan, write them back; waits for the device.
 
@@ -48,7 +50,7 @@ def plan_cache_reference(
             f" {slot_of.shape[0]} experts"
         )
     tables = (slot_of, expert_of, last_use, scores, clock, regret)
-    cache = _cache_of(*tables, policy=policy)
+    cache = _cache_of(*tables, policy=policy, spare=spare)
     in_flight: list[int] = pending.tolist()
     if fill_limit is not None:
         max_fills = min(max_fills, int(fill_limit))
@@ -72,15 +74,18 @@ def plan_cache_reference(
     late_hits = [slot for _, slot in plan.hits if in_flight[slot]]
     _keep_books(plan, pending, unused, counters, len(late_hits), speculative=speculative)
 
-    fill_slots = [slot for _, slot in plan.fills]
-    present, late = _split_choices(choices, cache.slot_of[0], {*late_hits, *fill_slots})
-    rest = [NOBODY] * (min(len(choices), slot_of.shape[0]) - len(plan.fills))
+    sent = dict(plan.fills)
+    if not bypass and not speculative:
+        sent |= {e: spare_from + place for place, e in enumerate(plan.bypassed[: cache.spare])}
+    present, late = _split_choices(choices, cache.slot_of[0], set(late_hits), sent)
+    order = [expert for expert in dict.fromkeys(choices) if expert in sent]
+    rest = [NOBODY] * (min(len(choices), slot_of.shape[0]) - len(order))
     return (
         _int32(present, ids).view(ids.shape),
         _int32(late, ids).view(ids.shape),
-        _int32([expert for expert, _ in plan.fills] + rest, ids),
-        _int32(fill_slots + rest, ids),
-        _int32([len(plan.fills)], ids),
+        _int32(order + rest, ids),
+        _int32([sent[expert] for expert in order] + rest, ids),
+        _int32([len(order)], ids),
     )
 
 
@@ -93,9 +98,12 @@ def _cache_of(
     regret: Tensor,
     *,
     policy: Policy,
+    spare: int,
 ) -> ExpertCache:
     """The Python policy with what the tables say."""
-    cache = ExpertCache(num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], policy=policy)
+    cache = ExpertCache(
+        num_experts=[slot_of.shape[0]], slots=[expert_of.shape[0]], policy=policy, spare=spare
+    )
     cache.slot_of[0] = array("q", slot_of.tolist())
     cache.expert_of[0] = array("q", expert_of.tolist())
     cache.last_use[0] = array("q", last_use.tolist())
@@ -151,12 +159,18 @@ def _within_budget(choices: Sequence[int], slot_of: Sequence[int], max_fills: in
 
 
 def _split_choices(
-    choices: Sequence[int], slot_of: Sequence[int], late_slots: set[int]
+    choices: Sequence[int], slot_of: Sequence[int], late_slots: set[int], sent: Mapping[int, int]
 ) -> tuple[list[int], list[int]]:
-    """Slot of each choice that is there, and of each that will be; -1 elsewhere."""
+    """Slot of each choice that is there, and place of each that will be; -1 elsewhere."""
     slots = [slot_of[expert] if expert >= 0 else NOBODY for expert in choices]
-    present = [NOBODY if slot in late_slots else slot for slot in slots]
-    late = [slot if slot in late_slots else NOBODY for slot in slots]
+    is_late = [
+        slot in late_slots or expert in sent for expert, slot in zip(choices, slots, strict=True)
+    ]
+    present = [NOBODY if late else slot for slot, late in zip(slots, is_late, strict=True)]
+    late = [
+        sent.get(expert, slot) if later else NOBODY
+        for expert, slot, later in zip(choices, slots, is_late, strict=True)
+    ]
     return present, late
 
 

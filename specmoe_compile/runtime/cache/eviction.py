@@ -7,6 +7,10 @@ may be. So policy `adaptive` asks, of every expert that a step wants, which cand
 had it among their S best, adds up each one's misses over a sliding window, and follows the best.
 No weights are kept for that: a ranking of E numbers is the whole shadow.
 
+Those S best may lack what a step wanted just now. So a missing expert that is worth less than all
+that may leave for it is not kept under `adaptive`: it is computed from elsewhere, as far as there
+are spare places for that. Counts then keep the S best that they know; recency keeps everything.
+
 Integers only, so that the kernel `plan_cache` and the engine in C++ are equal to the bit.
 
 Shape letters: E experts, S slots, D decays.

@@ -2,7 +2,9 @@
 
 Integers only, so that a kernel which keeps the same tables on a device can be equal to the bit.
 LRU gives up the slot that was used longest ago, ties go to the lowest. `lfu` and `adaptive` give up
-the expert that is worth least (`runtime.cache.eviction`). Slots that hold nothing go first.
+the expert that is worth least (`runtime.cache.eviction`). Slots that hold nothing go first. Under
+`adaptive` a missing expert that is worth less still is bypassed, if there is a spare place to
+compute it from.
 
 Shape letters: E experts, L MoE layers, S slots per layer.
 """
@@ -32,7 +34,7 @@ class CachePlan:
     Attributes:
         hits: (expert, slot) of experts that are there.
         fills: (expert, slot) to be read now.
-        bypassed: experts that get no slot in this plan.
+        bypassed: experts that get no slot in this plan; the first of them have the spare places.
         evicted: experts that lost their slot.
     """
 
@@ -53,6 +55,7 @@ class ExpertCache:
         last_use: plan of the layer in which each slot was last used or filled, [L][S]; 0 is never.
         scores: what each layer's experts are worth, [L]; not kept by "lru".
         clock: plans of each layer so far, [L].
+        spare: places besides the slots for a step's missing experts.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ExpertCache:
         num_experts: Sequence[int],
         slots: Sequence[int],
         policy: Policy = "lru",
+        spare: int = 0,
     ) -> None:
         """Start empty.
 
@@ -68,16 +72,21 @@ class ExpertCache:
             num_experts: E of each layer.
             slots: S of each layer.
             policy: "lru", "lfu" or "adaptive".
+            spare: places besides the slots that a step may compute missing experts from; only
+                "adaptive" uses them.
 
         Raises:
-            ValueError: an unknown policy, or a layer without slots.
+            ValueError: an unknown policy, a layer without slots, or fewer than no spare places.
         """
         check_policy(policy)
+        if spare < 0:
+            raise ValueError(f"spare={spare} must be 0 or more places")
         if len(num_experts) != len(slots) or any(count < 1 for count in slots):
             raise ValueError(
                 f"each of {len(num_experts)} layers needs at least one slot, got {list(slots)}"
             )
         self.policy = policy
+        self.spare = spare if policy == "adaptive" else 0
         self.slot_of = [array("q", [NOBODY] * experts) for experts in num_experts]
         self.expert_of = [array("q", [NOBODY] * count) for count in slots]
         self.last_use = [array("q", [0] * count) for count in slots]
@@ -161,10 +170,21 @@ class ExpertCache:
                 last_use[slot] = now
         if not missing:
             return plan
-        places = self._fillable(layer, taken, empty_only=bypass)
+        keys = self._keys_or_none(layer)
+        places = iter(self._fillable(layer, taken, keys, empty_only=bypass))
+        spare = 0 if bypass or speculative else self.spare
         before = self._before[layer]
-        for expert, slot in zip(missing, places, strict=False):
-            previous = expert_of[slot]
+        slot = next(places, NOBODY)
+        for expert in missing:
+            previous = expert_of[slot] if slot != NOBODY else NOBODY
+            if slot == NOBODY or (
+                len(plan.bypassed) < spare
+                and keys is not None
+                and previous != NOBODY
+                and keys[expert] < keys[previous]
+            ):
+                plan.bypassed.append(expert)
+                continue
             before.pop(slot, None)
             if speculative:
                 before[slot] = (previous, last_use[slot])
@@ -174,33 +194,44 @@ class ExpertCache:
             expert_of[slot], slot_of[expert] = expert, slot
             last_use[slot] = now
             plan.fills.append((expert, slot))
-        plan.bypassed = missing[len(plan.fills) :]
+            slot = next(places, NOBODY)
         return plan
 
-    def _fillable(self, layer: int, taken: set[int], *, empty_only: bool) -> list[int]:
+    def _keys_or_none(self, layer: int) -> list[int] | None:
+        """What each expert is worth, [E]; None where the slots' last uses decide."""
+        if self.policy == "lru":
+            return None
+        scores = self.scores[layer]
+        keys: list[int] = scores.keys(
+            LFU_CANDIDATE if self.policy == "lfu" else scores.candidate
+        ).tolist()
+        return keys
+
+    def _fillable(
+        self, layer: int, taken: set[int], keys: list[int] | None, *, empty_only: bool
+    ) -> list[int]:
         """Slots that may be filled, those to be given up first in front."""
         expert_of, last_use = self.expert_of[layer], self.last_use[layer]
         experts = len(self.slot_of[layer])
         free = [s for s, held in enumerate(expert_of) if s not in taken and held < experts]
         if empty_only:
             return [slot for slot in free if expert_of[slot] == NOBODY]
-        if self.policy == "lru":
+        if keys is None:
             return sorted(free, key=lambda s: (expert_of[s] != NOBODY, last_use[s], s))
-        scores = self.scores[layer]
-        keys = scores.keys(LFU_CANDIDATE if self.policy == "lfu" else scores.candidate).tolist()
         return sorted(free, key=lambda s: (expert_of[s] != NOBODY, keys[expert_of[s]], s))
 
 
-def belady_hits(requests: Sequence[Sequence[int]], slots: int) -> int:
+def belady_hits(requests: Sequence[Sequence[int]], slots: int, *, may_bypass: bool = False) -> int:
     """Hits of the best possible replacement of one layer's cache, known only afterwards.
 
-    Each step's experts must all be there at once, as far as the slots go; the expert that is needed
-    again last leaves (L. A. Belady, "A study of replacement algorithms for a virtual-storage
-    computer", 1966).
+    The expert that is needed again last leaves (L. A. Belady, "A study of replacement algorithms
+    for a virtual-storage computer", 1966).
 
     Args:
         requests: distinct experts of each step, in time order.
         slots: S.
+        may_bypass: a step's experts may be computed without a slot, and the S that are needed
+            soonest are kept. Else they must all be there at once, as far as the slots go.
     """
     uses: dict[int, list[int]] = {}
     for step, experts in enumerate(requests):
@@ -216,6 +247,11 @@ def belady_hits(requests: Sequence[Sequence[int]], slots: int) -> int:
         for expert in wanted:
             uses[expert].pop()
             hits += expert in held
+        if may_bypass:
+            held.update(wanted)
+            soonest = sorted(held, key=lambda e: (uses[e][-1] if uses[e] else never, e))
+            held = set(soonest[:slots])
+            continue
         for expert in wanted:
             if expert in held:
                 continue

@@ -219,9 +219,10 @@ class CpuEngine(Speculator):
 
     def stats(self) -> Stats:
         self._take_over()
+        spare = 0 if self.direct_steps is None else self.direct_steps.spare_bytes
         return Stats(
             layers=tuple(layer.copy() for layer in self._stats),
-            fast_tier_bytes=self.residency.fast_tier_bytes,
+            fast_tier_bytes=self.residency.fast_tier_bytes + spare,
             store_bytes=self._store.total_bytes,
             store=self._store.kind,
             experts=self._store.numbers,

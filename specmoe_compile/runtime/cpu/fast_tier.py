@@ -59,15 +59,22 @@ class FastTier:
         # Enough that a reader never waits for the expert that is being computed.
         self._staging = StagingRing(store.layouts, buffers=reader_threads + 2, allocate=allocate)
 
-    def cached(self, cache_bytes: int, policy: Policy) -> CachedResidency:
+    def cached(self, cache_bytes: int, policy: Policy, *, bypasses: bool = True) -> CachedResidency:
         """Return a residency with S slots per layer, as many as the bytes pay for.
+
+        Args:
+            cache_bytes: of all slots.
+            policy: who leaves them.
+            bypasses: whether the staging ring may have what the policy does not keep.
 
         Raises:
             ValueError: they do not hold one token's experts.
         """
         store = self._store
         slots = slots_per_layer(cache_bytes, store.layouts, store.num_experts, self._top_k)
-        table = ExpertCache(num_experts=store.num_experts, slots=slots, policy=policy)
+        # A bypassed expert waits for no buffer.
+        spare = min(self._staging.buffers, self._top_k) if bypasses else 0
+        table = ExpertCache(num_experts=store.num_experts, slots=slots, policy=policy, spare=spare)
         memory = SlotMemory(self._runners, store.layouts, slots, allocate=self._allocate)
         return self._residency(table, memory)
 

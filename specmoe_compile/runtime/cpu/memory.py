@@ -93,7 +93,11 @@ class SlotMemory:
 
 
 class StagingRing:
-    """A few record buffers for experts that get no slot: read, computed from once, reused."""
+    """A few record buffers for experts that get no slot: read, computed from once, reused.
+
+    Attributes:
+        buffers: how many there are.
+    """
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class StagingRing:
     ) -> None:
         """Reserve `buffers` records of the largest layer, fewer if they pass MAX_STAGING_BYTES."""
         record_bytes = max(layout.record_bytes for layout in layouts)
-        count = max(2, min(buffers, MAX_STAGING_BYTES // record_bytes))
+        self.buffers = count = max(2, min(buffers, MAX_STAGING_BYTES // record_bytes))
         self.total_bytes = count * record_bytes
         self.poison = False
         self._memory = allocate(self.total_bytes).view(count, record_bytes)

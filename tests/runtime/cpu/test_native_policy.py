@@ -66,9 +66,8 @@ def test_random_steps_give_the_same_plans_and_tables(policy: Any, seed: int) -> 
     rng = random.Random(seed)
     experts = rng.choice([2, 5, 32, 128])
     slots = rng.randint(1, experts)
-    caches = [
-        ExpertCache(num_experts=[3, experts], slots=[2, slots], policy=policy) for _ in range(2)
-    ]
+    sizes: dict[str, Any] = {"num_experts": [3, experts], "slots": [2, slots], "spare": seed % 4}
+    caches = [ExpertCache(**sizes, policy=policy) for _ in range(2)]
     for cache in caches:
         if slots > 2:
             cache.expert_of[1][slots // 2] = experts  # out of use
@@ -91,9 +90,8 @@ def test_random_steps_give_the_same_plans_and_tables(policy: Any, seed: int) -> 
 def test_a_recorded_model_gives_the_same_plans_and_tables(policy: Any, share: float) -> None:
     trace = RoutingTrace.load(TRACE)
     slots = [max(trace.top_k, int(share * experts)) for experts in trace.num_experts]
-    caches = [
-        ExpertCache(num_experts=trace.num_experts, slots=slots, policy=policy) for _ in range(2)
-    ]
+    sizes: dict[str, Any] = {"num_experts": trace.num_experts, "slots": slots, "spare": trace.top_k}
+    caches = [ExpertCache(**sizes, policy=policy) for _ in range(2)]
     rows = trace.tensors["ids"].tolist()[-200:]
     for row in rows:
         for layer, chosen in enumerate(row):

@@ -256,3 +256,24 @@ def test_a_decode_step_of_resident_experts_calls_no_python(python_calls: Counter
     finally:
         specmoe_compile.close(model)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_that_bypass_the_slots_are_exact_and_taken_by_cpp(store_folder: Path) -> None:
+    """Two experts are wanted all the time, the others now and then: those are not kept."""
+    generator = random.Random(1)
+    with (
+        on_disk(store_folder, "one_token", cache_policy="adaptive") as session,
+        make_session("in_place") as plain,
+    ):
+        cache: Any = session.engine.cache
+        before = bypassed = 0
+        for seed in range(120):
+            x, _, weights = token_batch(seed, 1)
+            often = generator.random() < 0.7
+            ids = torch.tensor([[0, 1] if often else [0, generator.randrange(2, E)]])
+            got = experts(x, ids, weights, session.handle, 0)
+            assert torch.equal(got, plain.experts(0, x, ids, weights))
+            took, before = native_steps(session) - before, native_steps(session)
+            bypassed += took and any(cache.slot(0, expert) < 0 for expert in ids[0].tolist())
+        assert bypassed > 10
+        assert session.stats.total.misses >= bypassed

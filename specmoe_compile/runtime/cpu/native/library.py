@@ -101,6 +101,7 @@ def _declare_steps(library: CDLL) -> None:
         POINTER(StepControl),
         c_int32,
         c_int32,
+        c_void_p,
     )
     library.specmoe_steps_new.restype = c_void_p
     for name in ("enter", "leave"):

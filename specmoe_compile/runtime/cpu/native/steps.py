@@ -28,6 +28,7 @@ from specmoe_compile.runtime.cpu.native.structures import (
     StepControl,
     StepLayer,
 )
+from specmoe_compile.system.aligned import aligned_empty
 
 _open: weakref.WeakSet[NativeSteps] = weakref.WeakSet()
 _held: list[NativeSteps] = []
@@ -70,6 +71,7 @@ def cache_tables(cache: ExpertCache, layer: int) -> CacheTables:
         scores=scores.table.ctypes.data,
         regret=scores.regret.ctypes.data,
         policy=POLICIES[cache.policy],
+        spare=cache.spare,
     )
 
 
@@ -151,10 +153,18 @@ class NativeSteps:
         for number, (entry, place) in enumerate(zip(layers, places, strict=True)):
             self._describe(entry, place, cache, number)
         self._record_bytes = [place.record_bytes for place in places]
+        spare = 0 if cache is None else cache.spare * max(self._record_bytes)
+        self._spare = aligned_empty(spare) if spare else None
         # C++ reads all of this for as long as the steps are there.
         self._kept = (engine, cache, tuple(places), self._counters, self._busy, self.control)
         self._pointer = self._library.specmoe_steps_new(
-            engine.pointer, layers, count, self.control, file, readers
+            engine.pointer,
+            layers,
+            count,
+            self.control,
+            file,
+            readers,
+            None if self._spare is None else self._spare.data_ptr(),
         )
         if not self._pointer:
             raise MemoryError("the C++ engine got no memory")
@@ -191,6 +201,11 @@ class NativeSteps:
         if self._handle is not None:
             self._library.specmoe_steps_leave(self._handle, self._pointer)
             self._handle = None
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory for records that a plan bypasses."""
+        return 0 if self._spare is None else self._spare.numel()
 
     def turn_off(self, off: bool) -> None:
         """Leave all steps to Python, or take them again."""

@@ -96,7 +96,7 @@ class CacheTables(Structure):
         ("scores", c_void_p),
         ("regret", c_void_p),
         ("policy", c_int32),
-        ("unused", c_int32),
+        ("spare", c_int32),
     )
 
 

@@ -26,6 +26,11 @@ int64_t key_of(const CacheTables& cache, int64_t candidate, int64_t expert) {
   return key | (cache.scores[candidate * cache.experts + expert] << (kSeenBits + kIndexBits));
 }
 
+// The candidate that decides.
+int64_t followed(const CacheTables& cache) {
+  return cache.policy == POLICY_ADAPTIVE ? cache.regret[kCandidates] : kLfu;
+}
+
 }  // namespace
 
 void CachePlanner::judge(const CacheTables& cache, const std::vector<int64_t>& wanted) {
@@ -61,8 +66,7 @@ void CachePlanner::note(const CacheTables& cache, const std::vector<int64_t>& wa
 
 // Slots that may be filled, those to be given up first in front.
 void CachePlanner::order_fillable(const CacheTables& cache) {
-  const int64_t candidate =
-      cache.policy == POLICY_ADAPTIVE ? cache.regret[kCandidates] : kLfu;
+  const int64_t candidate = followed(cache);
   places_.clear();
   for (int64_t slot = 0; slot < cache.slots; slot++) {
     const int64_t held = cache.expert_of[slot];
@@ -74,6 +78,14 @@ void CachePlanner::order_fillable(const CacheTables& cache) {
   std::sort(places_.begin(), places_.end(), [](const Place& a, const Place& b) {
     return std::tie(a.is_held, a.worth, a.slot) < std::tie(b.is_held, b.worth, b.slot);
   });
+}
+
+// Whether a missing expert is worth less than what would leave for it, and has a spare place.
+bool CachePlanner::is_bypassed(const CacheTables& cache, int64_t expert,
+                               const Place& place) const {
+  return cache.policy == POLICY_ADAPTIVE && place.is_held &&
+         static_cast<int64_t>(plan_.bypassed.size()) < cache.spare &&
+         key_of(cache, followed(cache), expert) < place.worth;
 }
 
 const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<int64_t>& wanted) {
@@ -97,9 +109,13 @@ const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<
   }
   if (missing_.empty()) return plan_;
   order_fillable(cache);
-  const size_t fills = std::min(missing_.size(), places_.size());
-  for (size_t i = 0; i < fills; i++) {
-    const int64_t expert = missing_[i], slot = places_[i].slot, previous = cache.expert_of[slot];
+  size_t next = 0;
+  for (const int64_t expert : missing_) {
+    if (next == places_.size() || is_bypassed(cache, expert, places_[next])) {
+      plan_.bypassed.push_back(expert);
+      continue;
+    }
+    const int64_t slot = places_[next++].slot, previous = cache.expert_of[slot];
     if (previous != kNobody) {
       cache.slot_of[previous] = kNobody;
       plan_.evicted.push_back(previous);
@@ -109,7 +125,6 @@ const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<
     cache.last_use[slot] = now;
     plan_.fills.push_back({expert, slot});
   }
-  plan_.bypassed.assign(missing_.begin() + static_cast<int64_t>(fills), missing_.end());
   return plan_;
 }
 

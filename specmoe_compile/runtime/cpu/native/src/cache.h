@@ -26,7 +26,7 @@ struct CacheTables {
   int64_t* scores;     // [D + 1, E]
   int64_t* regret;     // [D + 2]
   int32_t policy;
-  int32_t unused;
+  int32_t spare;  // places besides the slots
 };
 
 struct Placed {
@@ -38,7 +38,7 @@ struct Placed {
 struct CachePlan {
   std::vector<Placed> hits;
   std::vector<Placed> fills;
-  std::vector<int64_t> bypassed;
+  std::vector<int64_t> bypassed;  // the first of them have the spare places
   std::vector<int64_t> evicted;
 };
 
@@ -57,6 +57,7 @@ class CachePlanner {
     int64_t worth;
     int64_t slot;
   };
+  bool is_bypassed(const CacheTables& cache, int64_t expert, const Place& place) const;
   CachePlan plan_;
   std::vector<int64_t> missing_, keys_, partitioned_;
   std::vector<uint8_t> taken_;

@@ -83,12 +83,13 @@ std::shared_ptr<Steps> steps_or_null(int64_t handle) {
 }
 
 Steps::Steps(Engine& engine, const StepLayer* layers, int64_t count, StepControl* control,
-             int file, int readers)
+             int file, int readers, uint8_t* spare)
     : engine_(engine),
       layers_(layers, layers + count),
       control_(control),
       file_(file),
       reader_threads_(readers),
+      spare_(spare),
       mutex_(std::make_unique<std::recursive_mutex>()) {}
 
 Steps::~Steps() = default;
@@ -162,11 +163,11 @@ bool Steps::fits(const StepLayer& layer) const {
   return usable >= static_cast<int64_t>(wanted_.size());
 }
 
-ExpertTask Steps::task_of(const StepLayer& layer, int64_t expert, int64_t place) const {
+ExpertTask Steps::task_of(int64_t expert, const uint8_t* record) const {
   for (const Task& task : tasks_)
     if (task.expert == expert)
-      return {layer.memory + place * layer.record_bytes, tokens_.data() + task.first,
-              places_.data() + task.first, static_cast<int64_t>(task.count)};
+      return {record, tokens_.data() + task.first, places_.data() + task.first,
+              static_cast<int64_t>(task.count)};
   return {};
 }
 
@@ -178,9 +179,15 @@ void Steps::compute(const StepLayer& layer, const std::vector<ExpertTask>& tasks
 
 void Steps::start_reads(const StepLayer& layer) {
   reads_.clear();
+  const int64_t bytes = layer.record_bytes;
   for (const Placed& fill : plan_->fills)
-    reads_.push_back({layer.memory + fill.slot * layer.record_bytes,
-                      layer.file_offset + fill.expert * layer.record_bytes, layer.record_bytes});
+    reads_.push_back(
+        {layer.memory + fill.slot * bytes, layer.file_offset + fill.expert * bytes, bytes});
+  uint8_t* place = spare_;
+  for (const int64_t expert : plan_->bypassed) {
+    reads_.push_back({place, layer.file_offset + expert * bytes, bytes});
+    place += bytes;
+  }
   if (reads_.empty()) return;
   if (!readers_) readers_ = std::make_unique<Readers>(file_, reader_threads_);
   readers_->start(reads_);
@@ -195,12 +202,14 @@ bool Steps::take_arrivals(const StepLayer& layer, const float* x, int64_t tokens
     const auto began = Clock::now();
     const size_t arrived = readers_->wait();
     if (waits) stalls.emplace_back(began, Clock::now());
-    const Placed& fill = plan_->fills[arrived];
+    const size_t fills = plan_->fills.size();
+    const int64_t expert = arrived < fills ? plan_->fills[arrived].expert
+                                           : plan_->bypassed[arrived - fills];
     if (reads_[arrived].failed) {
-      forget(layer.cache, fill.expert);
+      forget(layer.cache, expert);
       is_good = false;
     } else if (is_good) {
-      ready_.assign(1, task_of(layer, fill.expert, fill.slot));
+      ready_.assign(1, task_of(expert, reads_[arrived].target));
       compute(layer, ready_, x, tokens);
     }
   }
@@ -242,11 +251,13 @@ bool Steps::experts(int64_t number, const StepCall& call) {
   ready_.clear();
   reads_.clear();
   if (layer.cache.slots == 0) {
-    for (const int64_t expert : wanted_) ready_.push_back(task_of(layer, expert, expert));
+    for (const int64_t expert : wanted_)
+      ready_.push_back(task_of(expert, layer.memory + expert * layer.record_bytes));
   } else {
     plan_ = &planner_.plan(layer.cache, wanted_);
     start_reads(layer);
-    for (const Placed& hit : plan_->hits) ready_.push_back(task_of(layer, hit.expert, hit.slot));
+    for (const Placed& hit : plan_->hits)
+      ready_.push_back(task_of(hit.expert, layer.memory + hit.slot * layer.record_bytes));
   }
   const size_t hits = ready_.size();
   if (hits > 0) compute(layer, ready_, x, call.tokens);

@@ -60,7 +60,7 @@ struct StepControl {
 class Steps {
  public:
   Steps(Engine& engine, const StepLayer* layers, int64_t count, StepControl* control, int file,
-        int readers);
+        int readers, uint8_t* spare);
   ~Steps();
 
   // One caller at a time, Python's path included; may be taken again by who has it.
@@ -85,7 +85,7 @@ class Steps {
   bool fits(const StepLayer& layer) const;
   void start_reads(const StepLayer& layer);
   bool take_arrivals(const StepLayer& layer, const float* x, int64_t tokens);
-  ExpertTask task_of(const StepLayer& layer, int64_t expert, int64_t place) const;
+  ExpertTask task_of(int64_t expert, const uint8_t* record) const;
   void compute(const StepLayer& layer, const std::vector<ExpertTask>& tasks, const float* x,
                int64_t tokens);
   void count_stalls(const StepLayer& layer, const Stalls& stalls) const;
@@ -95,6 +95,7 @@ class Steps {
   StepControl* control_;
   const int file_;
   const int reader_threads_;
+  uint8_t* const spare_;  // room for the records that a layer's plan bypasses
   std::unique_ptr<std::recursive_mutex> mutex_;
   std::unique_ptr<Readers> readers_;
   int64_t busy_before_ns_ = 0;
