@@ -24,6 +24,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils.hub import cached_file
 
 from specmoe_compile.errors import CheckpointError, SpecMoEError, UnsupportedModelError
 from specmoe_compile.hf.adapter import Adapter
@@ -40,7 +41,14 @@ from specmoe_compile.hf.missing_weights import (
     missing_before_loading,
     report_missing,
 )
-from specmoe_compile.hf.quantised.schemes import PlainKeys, plain_keys, take_format
+from specmoe_compile.hf.quantised.base import QuantisedFormat
+from specmoe_compile.hf.quantised.schemes import (
+    MODELOPT_FILE,
+    PlainKeys,
+    format_of_file_or_none,
+    plain_keys,
+    take_format,
+)
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     expert_parameter_names,
@@ -104,7 +112,7 @@ def load_without_experts(
     _check_local_folder(path_or_id, options)
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     config = _load_config(path_or_id, options, hub_options)
-    format = take_format(config)
+    format = take_format(config) or _modelopt_or_none(path_or_id, hub_options)
     if format is not None and dtype == "auto" and getattr(config, "dtype", None) is None:
         dtype = torch.bfloat16  # not that of the first tensor, which may be one of codes
     model_class = _model_class(path_or_id, config, options, hub_options)
@@ -333,6 +341,25 @@ def _load_config(
             raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
     refuse_unknown([name for name in unknown if name not in hub_options], type(config).__name__)
     return config
+
+
+def _modelopt_or_none(
+    path_or_id: str | os.PathLike[str], hub_options: Mapping[str, Any]
+) -> QuantisedFormat | None:
+    """What a file of ModelOpt's says that exports without a `quantization_config` have.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        UnsupportedModelError: specmoe does not read that format.
+    """
+    found = cached_file(
+        str(path_or_id),
+        MODELOPT_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_options,
+    )
+    return None if found is None else format_of_file_or_none(Path(found))
 
 
 def _model_class(

@@ -135,6 +135,48 @@ def test_a_scheme_that_is_not_read_is_one_sentence(
     refuse(UnsupportedModelError, match, folder)
 
 
+def move_to_modelopts_file(folder: Path, text: str | None = None) -> None:
+    """As older exports of ModelOpt are: the configuration says nothing."""
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    configure(folder)
+    inner = {"quant_algo": settings["quant_algo"], "kv_cache_quant_algo": None, "group_size": 16}
+    whole = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": inner}
+    (folder / "hf_quant_config.json").write_text(json.dumps(whole) if text is None else text)
+
+
+@pytest.mark.parametrize("variety", ["modelopt_nvfp4", "modelopt_fp8"])
+def test_modelopts_own_file_is_enough(variety: str, tmp_path: Path) -> None:
+    folder, plain = write_pair(variety, tmp_path)
+    move_to_modelopts_file(folder)
+    report = pack(folder, tmp_path / "store", progress=False)
+    with contextlib.closing(DiskStore.open(report.path)) as store:
+        assert store.numbers.startswith(VARIETIES[variety].name)
+        assert_holds_model(store, plain_model(plain))
+    torch.testing.assert_close(logits(load(folder)), logits(plain_model(plain)))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "match"),
+    [
+        ("{", CheckpointError, "does not say how the checkpoint is quantised"),
+        ("[]", CheckpointError, "does not say how the checkpoint is quantised"),
+        ('{"quantization": {}}', CheckpointError, "does not say how the checkpoint is quantised"),
+        (
+            '{"quantization": {"quant_algo": "W4A8_AWQ"}}',
+            UnsupportedModelError,
+            "by ModelOpt as W4A8_AWQ",
+        ),
+        ('{"quantization": {"quant_algo": null}}', CheckpointError, "no quantization_config"),
+    ],
+)
+def test_a_file_of_modelopts_that_says_nothing_is_one_sentence(
+    text: str, kind: type[SpecMoEError], match: str, tmp_path: Path
+) -> None:
+    folder, _ = write_pair("modelopt_nvfp4", tmp_path)
+    move_to_modelopts_file(folder, text)
+    refuse(kind, match, folder)
+
+
 @pytest.mark.parametrize("variety", ["fp8_block", "ct_int4", "gptq", "nf4"])
 def test_codes_without_a_configuration_are_not_taken_for_missing_weights(
     variety: str, tmp_path: Path

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import specmoe_compile
+from specmoe_compile.runtime.experts.formats.quantise import QUANTISED_FORMATS
 from specmoe_compile.runtime.session import session_of
 from tests.e2e.test_quantize_option import quantised_by_hand
 from tests.helpers import greedy, prompts
@@ -20,16 +21,6 @@ from tests.runtime.test_packing import load_reference
 
 NEW_TOKENS = 8
 GPT_OSS = ("mxfp4 checkpoint", "int4", "mxfp4", "fp8", "int8")
-# One of each code, scale and block; the other varieties differ in how they are read.
-GENERATED = (
-    "fp8_block",
-    "ct_fp8_channel",
-    "ct_int4",
-    "ct_int4_zeros",
-    "ct_nvfp4",
-    "ct_mxfp4",
-    "nf4",
-)
 
 
 def _mostly_slow(names: tuple[str, ...], fast: str) -> list[Any]:
@@ -76,19 +67,27 @@ def offloaded(folder: Path, tmp_path: Path, **options: Any) -> Any:
 def check_tokens(model: Any, reference: Any, *, lowering: str) -> None:
     """Static and dynamic cache, batches of 1 and 3, prefill and decode, with guesses."""
     compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
-    for batch, kwargs in ((1, {"cache_implementation": "static"}), (3, {})):
+    static: dict[str, Any] = {"cache_implementation": "static"}
+    for batch in (1, 3):
         ids = prompts(batch, 7)
         want = greedy(reference, ids, NEW_TOKENS)
-        assert torch.equal(greedy(compiled, ids, NEW_TOKENS, **kwargs), want)
+        for kwargs in (static, {}):
+            assert torch.equal(greedy(compiled, ids, NEW_TOKENS, **kwargs), want)
     stats = session_of(model).stats
     assert stats.total.speculative_bytes > 0, "nothing was guessed"
     specmoe_compile.close(model)
 
 
-@pytest.mark.parametrize("variety", _mostly_slow(GENERATED, "ct_nvfp4"))
+@pytest.mark.parametrize("variety", _mostly_slow(tuple(VARIETIES), "ct_nvfp4"))
 def test_qwen3_moe_generates_what_its_codes_mean(variety: str, tmp_path: Path) -> None:
-    assert VARIETIES[variety]
     check_tokens(*load_qwen3(variety, tmp_path), lowering="eager")
+
+
+@pytest.mark.parametrize("form", _mostly_slow(tuple(QUANTISED_FORMATS), "int4"))
+def test_qwen3_moe_generates_what_it_was_quantised_to(form: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoints.write("qwen3_moe", tmp_path / "model")
+    model = offloaded(folder, tmp_path, quantize=form)
+    check_tokens(model, quantised_by_hand(folder, form), lowering="eager")
 
 
 @pytest.mark.parametrize("form", _mostly_slow(GPT_OSS, "mxfp4 checkpoint"))

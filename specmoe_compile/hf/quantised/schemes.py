@@ -6,8 +6,10 @@ A new format is a file beside this one and a row of `_FORMATS`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from specmoe_compile.errors import CheckpointError, UnsupportedModelError
@@ -40,6 +42,8 @@ _CODED_SUFFIXES = (
     ".weight.absmax",
     "_proj_blocks",
 )
+MODELOPT_FILE = "hf_quant_config.json"
+"""Written by ModelOpt beside the weights; older exports have no `quantization_config`."""
 _CODE_DTYPES = ("U8", "I8", "I32", "F4")
 _FLOAT8_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
@@ -72,6 +76,32 @@ def take_format(config: Any) -> QuantisedFormat | None:
         found.settings = {**as_dict, "quant_method": name}
         del owner.quantization_config
     return found
+
+
+def format_of_file_or_none(path: Path) -> QuantisedFormat | None:
+    """The format that ModelOpt's own file says, of a checkpoint whose configuration says none.
+
+    Returns:
+        None where nothing is quantised.
+
+    Raises:
+        CheckpointError: it is no JSON, or does not name an algorithm.
+        UnsupportedModelError: specmoe does not read that format.
+    """
+    try:
+        inner = json.loads(path.read_text(encoding="utf-8"))["quantization"]
+        algorithm = inner["quant_algo"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say how the checkpoint is quantised (quantization.quant_algo):"
+            " download it again."
+        ) from error
+    if algorithm is None:
+        return None
+    settings = {**inner, "quant_method": "modelopt"}
+    format = ModelOpt(settings)
+    format.settings = settings
+    return format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
