@@ -11,6 +11,7 @@ Shape letters: N windows or prompts, W tokens per window, C tokens of context, V
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,7 +84,8 @@ class Fidelity:
         same_top: tokens whose most likely successor is the reference's.
         greedy_tokens: [prompt][new token] continuations.
         reference_tokens: the reference model's.
-        decode_tokens: tokens behind the counters below, teacher-forced.
+        decode_tokens: tokens behind the time and the counters below, teacher-forced.
+        decode_ms: wall time of their steps.
         demand_bytes, speculative_bytes: read from the slow tier for them.
         hits, misses, skipped: experts by what became of them.
         needed, recalled: experts wanted and predicted, over all layers.
@@ -98,6 +100,7 @@ class Fidelity:
     greedy_tokens: list[list[int]] = field(default_factory=list)
     reference_tokens: list[list[int]] = field(default_factory=list)
     decode_tokens: int = 0
+    decode_ms: float = 0.0
     demand_bytes: int = 0
     speculative_bytes: int = 0
     hits: int = 0
@@ -117,9 +120,10 @@ class Fidelity:
         self.kl_sum += float(kl)
         self.same_top += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
 
-    def count(self, before: LayerStats, after: LayerStats, tokens: int) -> None:
-        """Take in a session's totals around `tokens` decode steps."""
+    def count(self, before: LayerStats, after: LayerStats, tokens: int, ms: float) -> None:
+        """Take in a session's totals around `tokens` decode steps, and how long they took."""
         self.decode_tokens += tokens
+        self.decode_ms += ms
         self.demand_bytes += after.demand_bytes - before.demand_bytes
         self.speculative_bytes += after.speculative_bytes - before.speculative_bytes
         self.hits += after.hits - before.hits
@@ -150,6 +154,7 @@ class Fidelity:
             "greedy_agreement": same / max(1, greedy),
             "greedy_same_prompts": sum(ours == theirs for ours, theirs in pairs),
             "greedy_first_difference": _mean([_first_difference(*pair) for pair in pairs]),
+            "ms_per_token": self.decode_ms / decoded,
             "bytes_per_token": (self.demand_bytes + self.speculative_bytes) / decoded,
             "demand_bytes_per_token": self.demand_bytes / decoded,
             "speculative_bytes_per_token": self.speculative_bytes / decoded,
@@ -250,11 +255,11 @@ class Evaluator:
         self._decode(self._windows[0])
         for window in self._windows:
             reference = self._reference(input_ids=window[None], use_cache=False).logits[0]
-            before, logits, after = self._decode(window)
+            before, logits, after, ms = self._decode(window)
             # Logits at position t are of token t + 1.
             first, last = self._context, len(window)
             result.compare(logits, reference[first : last - 1], window[first + 1 :])
-            result.count(before, after, last - 1 - first)
+            result.count(before, after, last - 1 - first, ms)
             step(1)
         for tokens in self._continuations(self._compiled):
             result.greedy_tokens.append(tokens)
@@ -266,12 +271,12 @@ class Evaluator:
             )
         return result
 
-    def _decode(self, window: Tensor) -> tuple[LayerStats, Tensor, LayerStats]:
+    def _decode(self, window: Tensor) -> tuple[LayerStats, Tensor, LayerStats, float]:
         """Read the context at once, then feed the rest of a window, [W], token by token.
 
         Returns:
-            the session's totals before the first decode step, logits [W - 1 - C, V], and the totals
-            after the last.
+            the session's totals before the first decode step, logits [W - 1 - C, V], the totals
+            after the last, and the wall time between them in ms.
         """
         from transformers import StaticCache
 
@@ -287,6 +292,7 @@ class Evaluator:
         )
         before = self._session.stats.total
         rows: list[Tensor] = []
+        began_s = time.perf_counter()
         for place in range(len(context), len(window) - 1):
             out = self._compiled(
                 input_ids=window[None, place : place + 1],
@@ -295,7 +301,8 @@ class Evaluator:
                 cache_position=everything[place : place + 1],
             )
             rows.append(out.logits[0, -1].clone())
-        return before, torch.stack(rows), self._session.stats.total
+        ms = (time.perf_counter() - began_s) * 1e3
+        return before, torch.stack(rows), self._session.stats.total, ms
 
     def _continuations(self, model: Any) -> Iterator[list[int]]:
         for prompt in self._prompts:

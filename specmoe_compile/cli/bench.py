@@ -368,13 +368,12 @@ def print_table(result: Mapping[str, Any]) -> None:
     """Print what was measured, and which arms failed."""
     from rich.console import Console
 
-    from specmoe_compile.cli.tables import bench_table
+    from specmoe_compile.cli.tables import print_bench
 
-    console = Console()
     if result["arms"]:
-        console.print(bench_table(result["arms"], result["model"]))
+        print_bench(result["arms"], result["model"])
     for name, reason in result["failed"].items():
-        console.print(f"[red]{name} failed:[/red] {reason}")
+        Console().print(f"[red]{name} failed:[/red] {reason}")
 
 
 def _ram_bytes() -> int:

@@ -143,18 +143,15 @@ def as_dict(result: Calibration) -> dict[str, Any]:
 
 def print_calibration(result: Calibration) -> None:
     """Print the table of layers."""
-    from rich.console import Console
-    from rich.table import Table
+    from specmoe_compile.cli.tables import print_table
 
-    table = Table(
-        title=f"{result.model}: predictions of each MoE layer from the one before,"
+    print(
+        f"{result.model}: predictions of each MoE layer from the one before,"
         f" {result.measured_tokens} tokens"
     )
     heads = ("layer", "recall", "without vectors", "cosine", "without vectors", "unseen")
-    for head in (*heads, *result.trained):
-        table.add_column(head, justify="right")
-    for index, layer in enumerate(result.layers):
-        table.add_row(
+    rows = [
+        (
             str(index),
             _percent(layer.recall),
             _percent(layer.residual_recall),
@@ -163,7 +160,9 @@ def print_calibration(result: Calibration) -> None:
             str(int((result.samples[index] == 0).sum())),
             *(_percent(trained.recall[index]) for trained in result.trained.values()),
         )
-    Console().print(table)
+        for index, layer in enumerate(result.layers)
+    ]
+    print_table((*heads, *result.trained), rows, keys=1)
     for index, layer in enumerate(result.layers):
         if layer.reason is not None and index > 0:
             print(f"Layer {index} is not predicted: {layer.reason}.", file=sys.stderr)

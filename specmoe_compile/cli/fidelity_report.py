@@ -19,6 +19,7 @@ HEAD = (
     "read/token",
     "of exact",
     "hits",
+    "ms/token",
 )
 _LAYER_KEYS = ("recall", "residual_recall", "cosine", "residual_cosine")
 _LAYER_HEADS = ("recall", "without vectors", "cosine", "without vectors")
@@ -55,6 +56,8 @@ def policy_rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 format_bytes(round(read)),
                 f"{100 * read / exact:.1f} %" if exact else "-",
                 f"{100 * found['hit_rate']:.1f} %",
+                # Results of an older commit lack it.
+                f"{found['ms_per_token']:.2f}" if "ms_per_token" in found else "-",
             )
         )
     return rows
@@ -62,19 +65,13 @@ def policy_rows(policies: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def report(result: Mapping[str, Any], *, plot: Path | None, markdown: Path | None) -> None:
     """Print the tables; write the document and the drawing."""
-    from rich.console import Console
-    from rich.table import Table
+    from specmoe_compile.cli.tables import print_table
 
-    title = (
+    print(
         f"{result['model']}, {result['dtype']}, expert cache {result['expert_cache']};"
         f" loss in nats per token, against the {result['reference']}"
     )
-    table = Table(title=title)
-    for index, head in enumerate(HEAD):
-        table.add_column(head, justify="right" if index else "left")
-    for row in policy_rows(result["policies"]):
-        table.add_row(*row)
-    Console().print(table)
+    print_table(HEAD, policy_rows(result["policies"]), keys=1)
     if plot is not None:
         draw_layers(result["layers"], plot)
         print(f"Recall and drift per layer are drawn in {plot}.", file=sys.stderr)
@@ -98,9 +95,9 @@ def as_markdown(result: Mapping[str, Any], plot: Path | None) -> str:
         "# Fidelity of the policies",
         "",
         f"{result['model']}, {result['dtype']}, expert cache {result['expert_cache']} on disk,"
-        f" decoding one token at a time. Loss, KL divergence (nats per token) and top-1 agreement:"
-        f" {result['policies'][0]['tokens']} held-out tokens fed one by one. Greedy agreement:"
-        f" {sizes['prompts'][0]} prompts x {sizes['new_tokens']} tokens. Reference: the"
+        " decoding one token at a time. Loss, KL divergence (nats per token), top-1 agreement and"
+        f" time: {result['policies'][0]['tokens']} held-out tokens fed one by one. Greedy"
+        f" agreement: {sizes['prompts'][0]} prompts x {sizes['new_tokens']} tokens. Reference: the"
         f" {result['reference']}.",
         "",
         markdown_table(HEAD, policy_rows(result["policies"])),

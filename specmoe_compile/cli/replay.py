@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
+    from specmoe_compile.runtime.experts.layout import ExpertLayout
 
 LABEL = "replayed on simulated time, not measured"
 
@@ -76,6 +77,16 @@ def replay(
     warmup: Annotated[
         int, typer.Option(min=0, help="Decode steps that are replayed and not counted.")
     ] = 4,
+    number_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Experts as large as in bf16, float32, int4, mxfp4, nvfp4, fp8 or int8. By default"
+            " as recorded.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
     option: COMPILE_OPTION = None,
     store_dir: Annotated[
         Path | None,
@@ -96,8 +107,11 @@ def replay(
       specmoe replay run.safetensors --expert-cache 10%,25%,50%,75% --policy lru,adaptive
 
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
+
+      specmoe replay run.safetensors --format int4 --link-gbps 25 --compute-ms 12
     """
     from specmoe_compile.options import CompileOptions, SessionOptions
+    from specmoe_compile.replay.formats import FORMATS, in_format
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
     from specmoe_compile.runtime.cache.eviction import Policy
@@ -108,9 +122,12 @@ def replay(
     sizes = [size.strip() for size in expert_cache.split(",")]
     speculation = SessionOptions.view(CompileOptions(**compile_options(option)))
     check_writable(json)
+    if number_format is not None:
+        check_choice("format", number_format, FORMATS)
     loaded = RoutingTrace.load(trace.expanduser())
-    if store_dir is not None:
-        _check_store(loaded, store_dir.expanduser())
+    layouts = None if store_dir is None else _store_layouts(loaded, store_dir.expanduser())
+    if number_format is not None:
+        loaded = in_format(loaded, number_format, layouts)
     sweep, machine = _sweep(
         loaded,
         warmup,
@@ -137,9 +154,10 @@ def replay(
         if not (_is_zero(loaded, size) and one_policy != policies[0])
     ]
     result = _run_all(sweep, settings)
-    _print(loaded, machine, result)
+    _print(loaded, machine, result, number_format)
     if json is not None:
-        write_json(json, _as_dict(loaded, machine, speculation, result))
+        of_format = {"format": number_format, "record_bytes": list(loaded.record_bytes)}
+        write_json(json, {**_as_dict(loaded, machine, speculation, result), **of_format})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +173,13 @@ def _names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
     return [check_choice(option, name.strip(), choices) for name in text.split(",")]
 
 
-def _check_store(trace: RoutingTrace, folder: Path) -> None:
+def _store_layouts(trace: RoutingTrace, folder: Path) -> list[ExpertLayout]:
+    """Records of the trace's store; raises `TraceError` if it is another model's."""
     from specmoe_compile.runtime.store.header import read_header
 
-    trace.check_model(read_header(folder).fingerprint, str(folder))
+    header = read_header(folder)
+    trace.check_model(header.fingerprint, str(folder))
+    return [layer.layout for layer in header.layers]
 
 
 def _is_zero(trace: RoutingTrace, size: str) -> bool:
@@ -300,13 +321,18 @@ _HEAD = ("cache", "slots", "policy", "predictor", "hits", "Belady", "recall", "o
 _HEAD_TIMES = ("ahead/token", "stall/token", "ms/token")
 
 
-def _print(trace: RoutingTrace, machine: dict[str, Any], result: _Result) -> None:
+def _print(
+    trace: RoutingTrace, machine: dict[str, Any], result: _Result, number_format: str | None
+) -> None:
     from specmoe_compile.cli.tables import print_table
     from specmoe_compile.replay.summary import PAYS
+    from specmoe_compile.system.sizes import format_bytes
 
     link, steps = machine["link"], result.summaries[0].decode_steps
+    size = format_bytes(max(trace.record_bytes))
+    experts = f" Experts as in {number_format}, {size} each." if number_format else ""
     print(
-        f"{trace.model}: {LABEL}. Link {link['gbps']:.2f} GB/s, computing"
+        f"{trace.model}: {LABEL}.{experts} Link {link['gbps']:.2f} GB/s, computing"
         f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps."
     )
     print_table((*_HEAD, *_HEAD_TIMES), [_row(summary) for summary in result.summaries], keys=4)

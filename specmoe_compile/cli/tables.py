@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specmoe_compile.system.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Row = tuple[str, ...]
 
@@ -87,21 +84,14 @@ def count_differing(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]
     return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=False))
 
 
-def bench_table(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> Table:
-    """A rich table with one column per arm, model in the title."""
-    from rich.table import Table
-
-    title = (
+def print_bench(arms: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> None:
+    """Print the model and a table with one column per arm."""
+    print(
         f"{model['name']}, {model['dtype']}: {model['moe_layers']} MoE layers,"
         f" top-{model['top_k']}, {format_bytes(model['expert_bytes'])} of experts"
     )
-    table = Table(title=title)
-    columns = [BENCH_HEAD, *bench_rows(arms)]
-    for index, column in enumerate(columns):
-        table.add_column(column[0], justify="right" if index else "left", no_wrap=True)
-    for row in list(zip(*columns, strict=True))[1:]:
-        table.add_row(*row)
-    return table
+    head, *rows = zip(BENCH_HEAD, *bench_rows(arms), strict=True)
+    print_table(head, rows, keys=1)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int) -> None:

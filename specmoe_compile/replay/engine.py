@@ -103,12 +103,15 @@ class ReplaySetting:
         cache_policy: who leaves a full cache.
         predictor: a name of `PREDICTORS`.
         speculation: what happens to predictions.
+        bypasses: whether policy "adaptive" has spare places to compute experts from that it does
+            not keep, as on a CPU.
     """
 
     cache_bytes: int
     cache_policy: Policy
     predictor: str
     speculation: SessionOptions
+    bypasses: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,7 +360,7 @@ def _cost(ms: float, before: LayerStats, after: LayerStats) -> StepCost:
 def _residency(tier: FastTier, setting: ReplaySetting) -> CachedResidency:
     if setting.cache_bytes == 0:
         return tier.buffered(setting.speculation)
-    return tier.cached(setting.cache_bytes, setting.cache_policy)
+    return tier.cached(setting.cache_bytes, setting.cache_policy, bypasses=setting.bypasses)
 
 
 def _slots(residency: CachedResidency) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specmoe_compile.errors import TraceError
 from specmoe_compile.options import MAX_DECODE_TOKENS
+from specmoe_compile.replay.formats import described
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
@@ -134,6 +135,7 @@ def _setting(session: Session, cache: ExpertCache | DoubleBuffers) -> dict[str, 
         "slots": [len(slots) for slots in cache.expert_of] if isinstance(cache, ExpertCache) else 0,
         "cache_policy": cache.policy if isinstance(cache, ExpertCache) else None,
         "speculation": session.speculation.as_dict(),
+        "experts": described(session.store.layouts),
     }
 
 

@@ -63,7 +63,8 @@ class RoutingTrace:
         num_experts: E of each MoE layer.
         record_bytes: bytes of an expert of each MoE layer.
         top_k: K.
-        setting: how the run was set: cache slots per layer (0: none) and policy, speculation.
+        setting: how the run was set: cache slots per layer (0: none) and policy, speculation; and
+            what experts are made of (`replay.formats.described`).
         tensors: by name.
     """
 

@@ -186,6 +186,13 @@ def test_bytes_are_told_against_the_exact_policy() -> None:
     assert policy_rows([_policy(policy="commit")])[0][8] == "-"
 
 
+def test_time_per_token_is_told_where_it_was_measured() -> None:
+    assert [row[-1] for row in policy_rows([_policy(), _policy(ms_per_token=3.14159)])] == [
+        "-",
+        "3.14",
+    ]
+
+
 def test_document_has_layers_without_prediction() -> None:
     layer = {"recall": None, "cosine": None, "residual_recall": None, "residual_cosine": None}
     result = {

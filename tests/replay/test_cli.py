@@ -211,3 +211,38 @@ def test_recorder_of_a_session_that_ran_nothing_says_so(folder: Path) -> None:
     with pytest.raises(TraceError, match="nothing ran"):
         recorder.trace("tiny")
     specmoe_compile.close(model)
+
+
+def test_records_are_as_large_as_in_another_format(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--expert-cache", "50%", "--policy", "lru", "--predictor", "none"]
+    link = ["--link-gbps", "0.01", "--compute-ms", "1"]
+    plain = replayed(folder, tmp_path / "p.json", *asked, *link)
+    assert plain["format"] is None
+    found = replayed(folder, tmp_path / "r.json", *asked, *link, "--format", "int4")
+    assert "Experts as in int4" in capsys.readouterr().out
+    sizes = [row["record_bytes"][0] for row in (plain, found)]
+    trace = RoutingTrace.load(folder / "trace")
+    assert sizes[0] == trace.record_bytes[0] > sizes[1]
+    (one,), (other,) = plain["replays"], found["replays"]
+    # The same routing and the same slots: fewer bytes, and so less time.
+    assert one["total_misses"] == other["total_misses"] and one["tpot_ms"] > other["tpot_ms"]
+    tensors = trace.setting["experts"][0]["tensors"]
+    weights = sum(rows * columns for (rows, columns), _ in tensors.values())
+    assert weights * 0.5 < sizes[1] < weights * 0.5 * 1.25 + 4096
+
+
+def test_a_trace_that_does_not_know_its_experts_takes_the_stores(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = RoutingTrace.load(folder / "trace")
+    old = {name: value for name, value in trace.setting.items() if name != "experts"}
+    replace(trace, setting=old).save(tmp_path / "old")
+    command = ["replay", str(tmp_path / "old"), "--format", "nvfp4", "--expert-cache", "50%"]
+    command += ["--link-gbps", "1", "--compute-ms", "1"]
+    assert "does not say what its experts are made of" in complaint(capsys, *command)
+    out = tmp_path / "r.json"
+    assert run([*command, "--store-dir", str(folder / "store"), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["record_bytes"][0] < trace.record_bytes[0]
+    assert "int3" in complaint(capsys, "replay", str(folder / "trace"), "--format", "int3")
