@@ -1,171 +1,212 @@
 """Cache policies on recorded routing: hits of each, beside Belady's. Simulated.
 
-    python -m benchmarks eviction --out eviction.json [--tokens 20000]
-
-Texts: what this machine's Python and the repository hold, and generated ones (tables, logs, words
-in another alphabet, chat turns); the reference model reads them in windows, its routers' choices
-are the streams. `joined` changes its text every so many tokens. Also: hits in the 200 tokens that
-begin 200 after each change.
+The routing is that of `benchmarks.simulation.eviction_texts`; every policy runs in the runtime's
+own cache, in C++ where there is a compiler: the same integers. Also: hits in the 200 tokens that
+begin 200 after each change of text, steps of four tokens, and the first 200 tokens after a prompt
+whose routing seeds the counts. Rules that were tried and not taken are in
+`benchmarks.simulation.eviction_trials`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.kit.places import ROOT
+from benchmarks.kit.command import run_parser
+from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.simulation.eviction_report import write_report
+from benchmarks.simulation.eviction_texts import TURN, checksum, record
+from benchmarks.simulation.eviction_trials import try_rules
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.reference_model import CHECKPOINT_DIR
-from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, belady_hits
+from specmoe_compile.system.output import write_json
 
-POLICIES: tuple[Policy, ...] = ("lru", "lfu", "adaptive")
-WINDOW = 1000
-TURN = 1500  # tokens of a topic in `joined`
+Stream = list[list[int]]
+RESULT, REPORT = RESULTS / "eviction.json", DOCUMENTS / "eviction.md"
+SPARE = 4
+"""Places besides the slots, as many as a token has experts: what a session on a CPU has."""
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "lru": {"policy": "lru"},
+    "lfu": {"policy": "lfu"},
+    "kept": {"policy": "adaptive"},
+    "adaptive": {"policy": "adaptive", "spare": SPARE},
+}
+"""`kept` is policy `adaptive` without spare places: every missing expert gets a slot."""
+SLOTS = (4, 6, 8, 12, 16, 24)
+EXPERTS = 32
 SETTLED, LOOKED_AT = 200, 200
-WORDS = "все счастливые семьи похожи друг на друга каждая несчастливая семья по своему"
-CHAT = "open close the a file read write list sort find why when because then error value"
+BATCH, BATCH_SLOTS = 4, (16, 24)
+PROMPT, PROMPTS = 256, 8
+SEEDING = ("nothing", "one step", "each token")
 
 
-def texts(characters: int) -> dict[str, str]:
-    """Seven kinds of text, at least so many characters each."""
-    rng = random.Random(0)
-    code = sorted(Path(argparse.__file__).parent.glob("*.py"))
-    prose = [ROOT / "LICENSE", *sorted((ROOT / "docs").rglob("*.md"))]
-    return {
-        "python": _read(code, characters),
-        "headers": _read(sorted(Path(torch.__file__).parent.rglob("include/**/*.h")), characters),
-        "prose": _read(prose, characters),
-        "table": "".join(
-            f"{i},{rng.gauss(0, 1):.4f},{rng.choice('NSEW')},{rng.randint(100, 999)}\n"
-            for i in range(characters // 16)
-        ),
-        "log": "".join(
-            f"2026-11-{i % 28 + 1:02d}T{i % 24:02d}:{i % 60:02d}:07Z {rng.choice(('INFO', 'WARN'))}"
-            f" worker-{rng.randint(1, 9)} request id={rng.randint(1000, 99999)} took"
-            f" {rng.randint(1, 900)} ms\n"
-            for i in range(characters // 60)
-        ),
-        "cyrillic": " ".join(rng.choice(WORDS.split()) for _ in range(characters // 6)),
-        "chat": "".join(
-            rng.choice(("User: How do I ", "Assistant: You can "))
-            + " ".join(rng.choice(CHAT.split()) for _ in range(rng.randint(5, 25)))
-            + rng.choice((".\n", "?\n"))
-            for _ in range(characters // 40)
-        ),
-    }
-
-
-def _read(files: list[Path], characters: int) -> str:
-    text = ""
-    for file in files:
-        text += file.read_text(encoding="utf-8", errors="ignore")
-        if len(text) >= characters:
-            break
-    return text[:characters]
-
-
-def record(tokens: int) -> dict[str, list[list[list[int]]]]:
-    """Experts of each layer and token, by text: {name: [L][tokens][K]}."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT_DIR, dtype=torch.float32).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
-    top_k = model.config.num_experts_per_tok
-    out: dict[str, list[list[list[int]]]] = {}
-    for name, text in texts(5 * tokens).items():
-        ids = tokenizer(text, return_tensors="pt").input_ids[0, :tokens]
-        parts: list[Any] = []
-        for start in range(0, len(ids), WINDOW):
-            with torch.no_grad():
-                found = model(ids[None, start : start + WINDOW], output_router_logits=True)
-            parts.append(torch.stack([x.topk(top_k, -1).indices for x in found.router_logits]))
-        out[name] = torch.cat(parts, 1).tolist()
-    kinds = list(out)
-    turns = max(1, tokens // TURN // 4)
-    out["joined"] = [
-        [step for turn in range(turns) for kind in kinds for step in _turn(out[kind][layer], turn)]
-        for layer in range(len(out["python"]))
-    ]
-    return out
-
-
-def _turn(stream: list[list[int]], turn: int) -> list[list[int]]:
-    return stream[turn * TURN : (turn + 1) * TURN]
-
-
-def hits(stream: list[list[int]], slots: int, experts: int, policy: Policy) -> list[int]:
+def hits(stream: Stream, slots: int, arm: str) -> list[int]:
     """Hits of each step of one layer."""
-    table = ExpertCache(num_experts=[experts], slots=[slots], policy=policy)
-    return [len(table.plan(0, wanted).hits) for wanted in stream]
+    table = ExpertCache(num_experts=[EXPERTS], slots=[slots], **ARMS[arm])
+    plan = _native_plan_or_none(table) or (lambda wanted: len(table.plan(0, wanted).hits))
+    return [plan(wanted) for wanted in stream]
 
 
-def row(layers: list[list[list[int]]], slots: int, experts: int, name: str) -> dict[str, Any]:
+def _native_plan_or_none(table: ExpertCache) -> Callable[[list[int]], int] | None:
+    """The hits of a step by `ExpertCache.plan` in C++, on the same tables."""
+    from ctypes import c_int64
+
+    from specmoe_compile.runtime.cpu.native.library import library_or_none
+    from specmoe_compile.runtime.cpu.native.steps import cache_tables
+
+    library = library_or_none()
+    if library is None:
+        return None
+    tables = cache_tables(table, 0)
+    placed, evicted = (c_int64 * (2 * EXPERTS))(), (c_int64 * EXPERTS)()
+    counts, row_of = (c_int64 * 3)(), c_int64 * EXPERTS
+
+    def plan(wanted: list[int]) -> int:
+        asked = row_of(*wanted)
+        library.specmoe_cache_plan(tables, asked, len(wanted), placed, evicted, counts)
+        return int(counts[0])
+
+    return plan
+
+
+def row(job: tuple[str, int, list[Stream]]) -> dict[str, Any]:
     """Hit rates of one text and size, means of the layers, in percent."""
-    choices = sum(len(wanted) for wanted in layers[0])
-    best = sum(belady_hits(stream, slots) for stream in layers)
+    name, slots, layers = job
+    choices = sum(len(wanted) for stream in layers for wanted in stream)
     found: dict[str, Any] = {"text": name, "slots": slots}
-    for policy in POLICIES:
-        by_layer = [hits(stream, slots, experts, policy) for stream in layers]
-        found[policy] = 100 * sum(map(sum, by_layer)) / (choices * len(layers))
+    for arm in ARMS:
+        by_layer = [hits(stream, slots, arm) for stream in layers]
+        found[arm] = 100 * sum(map(sum, by_layer)) / choices
         if name == "joined":
-            after = [
-                counts[start + SETTLED : start + SETTLED + LOOKED_AT]
-                for counts in by_layer
-                for start in range(TURN, len(counts) - SETTLED - LOOKED_AT, TURN)
-            ]
-            top_k = len(layers[0][0])
-            found[f"{policy}_after_change"] = (
-                100 * sum(map(sum, after)) / (top_k * sum(map(len, after)))
-            )
-    found["belady"] = 100 * best / (choices * len(layers))
+            found[f"{arm}_after_change"] = _after_change(by_layer, len(layers[0][0]))
+    for key, may_bypass in (("belady", False), ("belady_bypass", True)):
+        best = sum(belady_hits(stream, slots, may_bypass=may_bypass) for stream in layers)
+        found[key] = 100 * best / choices
     return found
 
 
-def _way(rates: dict[str, Any]) -> float:
-    """How much of the way from LRU to Belady `adaptive` goes."""
-    return float((rates["adaptive"] - rates["lru"]) / (rates["belady"] - rates["lru"]))
+def _after_change(by_layer: Sequence[list[int]], top_k: int) -> float:
+    """Percent of hits in the tokens that begin SETTLED after each change of text."""
+    after = [
+        counts[start + SETTLED : start + SETTLED + LOOKED_AT]
+        for counts in by_layer
+        for start in range(TURN, len(counts) - SETTLED - LOOKED_AT, TURN)
+    ]
+    return 100 * sum(map(sum, after)) / (top_k * sum(map(len, after)))
+
+
+def together(stream: Stream) -> Stream:
+    """Steps of BATCH tokens, from as many places of the text: the union of their experts."""
+    part = len(stream) // BATCH
+    places = [stream[start * part : (start + 1) * part] for start in range(BATCH)]
+    return [
+        list(dict.fromkeys(functools.reduce(operator.iadd, step, [])))
+        for step in zip(*places, strict=True)
+    ]
+
+
+def seeded_hits(stream: Stream, slots: int, seeding: str) -> int:
+    """Hits of the tokens after a prompt that filled the empty slots, as prefill does."""
+    prompt, text = stream[:PROMPT], stream[PROMPT : PROMPT + LOOKED_AT]
+    table = ExpertCache(num_experts=[EXPERTS], slots=[slots], **ARMS["adaptive"])
+    if seeding == "each token":
+        for step, wanted in enumerate(prompt, 1):
+            table.scores[0].note(wanted, step, slots, choose=True)
+        table.clock[0] = PROMPT
+    experts = [expert for wanted in prompt for expert in wanted]
+    table.plan(0, experts, bypass=True, speculative=seeding == "nothing")
+    return sum(len(table.plan(0, wanted).hits) for wanted in text)
+
+
+def seed_rates(streams: Mapping[str, list[Stream]], slots: int) -> dict[str, Any]:
+    """Percent of hits in the first tokens after a prompt, by what of the prompt was counted."""
+    found: dict[str, Any] = {"slots": slots}
+    for seeding in SEEDING:
+        total = choices = 0
+        for name, layers in streams.items():
+            if name == "joined":
+                continue
+            for stream in layers:
+                for place in range(PROMPTS):
+                    part = stream[place * (len(stream) // PROMPTS) :]
+                    total += seeded_hits(part, slots, seeding)
+                    choices += LOOKED_AT * len(stream[0])
+        found[seeding] = 100 * total / choices
+    return found
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far policies go from LRU to what is best possible; means of the rows' shares."""
+    found: dict[str, Any] = {}
+    for best in ("belady", "belady_bypass"):
+        open_rows = [r for r in rows if r[best] > r["lru"]]
+        found[f"way_to_{best}"] = {
+            arm: sum((r[arm] - r["lru"]) / (r[best] - r["lru"]) for r in open_rows) / len(open_rows)
+            for arm in ARMS
+        }
+        total = {name: sum(r[name] for r in open_rows) for name in (*ARMS, best)}
+        found[f"summed_way_to_{best}"] = {
+            arm: (total[arm] - total["lru"]) / (total[best] - total["lru"]) for arm in ARMS
+        }
+    joined = [r for r in rows if r["text"] == "joined"]
+    for arm in ("kept", "adaptive"):
+        found[f"worst_{arm}_against_lru"] = min(r[arm] - r["lru"] for r in rows)
+        found[f"worst_{arm}_after_change"] = min(
+            r[f"{arm}_after_change"] - r["lru_after_change"] for r in joined
+        )
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Record the routing and replay every policy."""
+    recorded, digests = record(arguments.tokens)
+    streams: dict[str, list[Stream]] = {name: ids.tolist() for name, ids in recorded.items()}
+    jobs = [(name, slots, streams[name]) for slots in SLOTS for name in streams]
+    batches = [
+        (name, slots, [together(stream) for stream in layers])
+        for slots in BATCH_SLOTS
+        for name, layers in streams.items()
+        if name != "joined"
+    ]
+    with Pool(arguments.workers) as pool:
+        rows = pool.map(row, jobs, chunksize=1)
+        of_batches = pool.map(row, batches, chunksize=1)
+    trial_tokens = min(arguments.trial_tokens, arguments.tokens)
+    return {
+        "schema": 3,
+        "label": "simulated from recorded routing",
+        **provenance(),
+        "tokens": {name: len(layers[0]) for name, layers in streams.items()},
+        "texts_sha256": digests,
+        "routing_crc32": checksum(recorded),
+        "spare": SPARE,
+        "rows": rows,
+        "batch": {"tokens": BATCH, "rows": of_batches},
+        "seeding": [seed_rates(streams, slots) for slots in (8, 16)],
+        "trial_tokens": trial_tokens,
+        "trials": try_rules({k: v[:, :trial_tokens] for k, v in recorded.items()}),
+        "summary": summary(rows),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Record, replay every policy, print and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks eviction", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=20000)
-    parser.add_argument("--slots", type=int, nargs="+", default=[6, 8, 12, 16, 24])
+    """Record, replay every policy, write; returns 0, or 1 where `adaptive` misses its marks."""
+    parser = run_parser("eviction", __doc__)
+    parser.add_argument("--tokens", type=int, default=20000, help="of each text")
+    parser.add_argument("--trial-tokens", type=int, default=8000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--report", type=Path, default=REPORT)
     arguments = parser.parse_args(argv)
-    streams = record(arguments.tokens)
-    experts = 1 + max(max(max(step) for step in stream) for stream in streams["python"])
-    rows = []
-    for slots in arguments.slots:
-        for name, layers in streams.items():
-            rows.append(row(layers, slots, experts, name))
-            print(
-                json.dumps(
-                    {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}
-                ),
-                flush=True,
-            )
-    total = {name: sum(r[name] for r in rows) for name in (*POLICIES, "belady")}
-    result = {
-        "schema": 1,
-        **provenance(),
-        "label": "simulated from recorded routing",
-        "tokens": arguments.tokens,
-        "rows": rows,
-        "way_from_lru_to_belady": _way(total),
-        "mean_of_ways": sum((r["adaptive"] - r["lru"]) / (r["belady"] - r["lru"]) for r in rows)
-        / len(rows),
-        "worst_against_lru": min(r["adaptive"] - r["lru"] for r in rows),
-    }
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}))
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    result = measure(arguments)
+    write_json(arguments.result, result)
+    return 0 if write_report(result, arguments.report) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from specmoe_compile.options import MAX_DECODE_TOKENS
 from specmoe_compile.replay.trace import RoutingTrace
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT, ExpertFormat
+from specmoe_compile.runtime.experts.formats.quantise import QUANTISED_FORMATS
+from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
+from specmoe_compile.runtime.experts.layout import ExpertLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,19 @@ def _qwen3_30b() -> ModelShape:
     )
 
 
-def _gpt_oss_120b(name: str, bits: float, note: str) -> ModelShape:
+def _record_bytes(format: ExpertFormat, hidden: int, intermediate: int, *, biases: bool) -> int:
+    """Bytes of one expert as specmoe stores it: gate and up, down, scales, padding."""
+    shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * intermediate, hidden)}
+    if biases:
+        shapes["gate_up_proj_bias"] = (2 * intermediate,)
+    shapes["down_proj"] = (hidden, intermediate)
+    if biases:
+        shapes["down_proj_bias"] = (hidden,)
+    tensors = format.tensors(shapes, dict.fromkeys(shapes, torch.bfloat16))
+    return ExpertLayout.from_shapes(tensors, format).record_bytes
+
+
+def _gpt_oss_120b(name: str, format: ExpertFormat, note: str) -> ModelShape:
     hidden, heads, kv_heads, head_dim = 2880, 64, 8, 64
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
     return ModelShape(
@@ -75,39 +91,63 @@ def _gpt_oss_120b(name: str, bits: float, note: str) -> ModelShape:
         layers=36,
         experts=128,
         top_k=4,
-        # gate_up and down with bfloat16 biases
-        expert_bytes=int(3 * hidden * 2880 * bits / 8) + 2 * (2 * 2880 + hidden),
+        expert_bytes=_record_bytes(format, hidden, 2880, biases=True),
         layer_bytes=2 * (attention + 128 * hidden),
         step_bytes=2 * 201088 * hidden,
         note=note,
     )
 
 
-def _deepseek_v3() -> ModelShape:
+def _qwen3_235b() -> ModelShape:
+    hidden, heads, kv_heads, head_dim = 4096, 64, 4, 128
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    return ModelShape(
+        name="Qwen3-235B-A22B, int4",
+        layers=94,
+        experts=128,
+        top_k=8,
+        expert_bytes=_record_bytes(QUANTISED_FORMATS["int4"], hidden, 1536, biases=False),
+        layer_bytes=2 * (attention + 128 * hidden),
+        step_bytes=2 * 151936 * hidden,
+        note='quantize="int4", all else in bfloat16',
+    )
+
+
+def _deepseek_v3(name: str, format: ExpertFormat, note: str) -> ModelShape:
     hidden, expert_ffn, dense_ffn = 7168, 2048, 18432
     attention = (
         hidden * 1536 + 1536 * 128 * 192 + hidden * 576 + 512 * 128 * 256 + 128 * 128 * hidden
     )
     shared = 3 * hidden * expert_ffn
     return ModelShape(
-        name="DeepSeek-V3, fp8",
+        name=name,
         layers=58,
         experts=256,
         top_k=8,
-        expert_bytes=3 * hidden * expert_ffn,
-        layer_bytes=attention + shared + 2 * 256 * hidden,
-        step_bytes=3 * (attention + 3 * hidden * dense_ffn) + 2 * 129280 * hidden,
-        note="fp8 as released, scales left out; specmoe itself has no fp8 records",
+        expert_bytes=_record_bytes(format, hidden, expert_ffn, biases=False),
+        layer_bytes=2 * (attention + shared + 256 * hidden),
+        step_bytes=2 * (3 * (attention + 3 * hidden * dense_ffn) + 129280 * hidden),
+        note=note,
     )
 
 
+_BLOCK_FP8 = WeightCode(book="e4m3", block=(128, 128), scale="f32")
+
 SHAPES: tuple[ModelShape, ...] = (
     _qwen3_30b(),
-    _gpt_oss_120b(
-        "GPT-OSS-120B, MXFP4", 4.25, "MXFP4 as released; specmoe itself has no MXFP4 records"
+    _gpt_oss_120b("GPT-OSS-120B, MXFP4", QUANTISED_FORMATS["mxfp4"], "MXFP4 as released"),
+    _gpt_oss_120b("GPT-OSS-120B, bf16", PLAIN_FORMAT, "unpacked to bfloat16"),
+    _qwen3_235b(),
+    _deepseek_v3(
+        "DeepSeek-V3, fp8",
+        ExpertFormat(up=_BLOCK_FP8, down=_BLOCK_FP8),
+        "experts in FP8 as released, all else in bfloat16",
     ),
-    _gpt_oss_120b("GPT-OSS-120B, bf16", 16, "bfloat16, as specmoe would store it today"),
-    _deepseek_v3(),
+    _deepseek_v3(
+        "DeepSeek-V3, int4",
+        QUANTISED_FORMATS["int4"],
+        'quantize="int4", all else in bfloat16',
+    ),
 )
 
 

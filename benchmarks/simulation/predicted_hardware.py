@@ -35,6 +35,7 @@ from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.summary import Summary, Sweep
 from specmoe_compile.replay.trace import RoutingTrace
+from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 TRACE = RESULTS / "reference_trace.safetensors"
@@ -73,6 +74,13 @@ class Hardware:
 
 
 HARDWARE = (
+    Hardware(
+        name="RTX 3090",
+        link_gbps=31.5 * PCIE_EFFICIENCY,
+        memory_gbps=936,
+        memory_bytes=24 << 30,
+        link_note="PCIe 4.0 x16, 31.5 raw",
+    ),
     Hardware(
         name="A6000",
         link_gbps=31.5 * PCIE_EFFICIENCY,
@@ -175,12 +183,13 @@ def sweep_of(steps: ReplaySteps, shape: ModelShape, hardware: Hardware) -> Sweep
 
 
 def setting(share: float, predictor: str, total_bytes: int, policy: Any = "exact") -> ReplaySetting:
-    """A cache of a share of all experts, and a predictor; the GPU has no auto_off."""
+    """A cache of a share of all experts, and a predictor; the GPU has no auto_off and no bypass."""
     return ReplaySetting(
         cache_bytes=int(share * total_bytes),
-        cache_policy="lru",
+        cache_policy=DEFAULT_POLICY,
         predictor=predictor,
         speculation=SessionOptions(auto_off=False, policy=policy),
+        bypasses=False,
     )
 
 

@@ -36,7 +36,8 @@ _READING = """## How to read this
 
 - `on demand`: no cache. `prefetch`: no cache, the next layer's predicted experts are read during
   this one; what the true router wants is then read too (policy `exact`), so wrong guesses cost
-  bytes. `cache N %`: LRU slots for that share of all experts. `-`: it does not fit beside the
+  bytes. `cache N %`: slots for that share of all experts, policy `adaptive`. `-`: it does not fit
+  beside the
   other weights and {reserved:.0f} GiB for context. All that is predicted is
   fetched: how many experts `auto_off` would choose on a GPU is not part of this.
 - Where all experts fit (marked *), nobody would offload; the row is there for comparison.
