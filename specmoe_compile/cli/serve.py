@@ -114,6 +114,7 @@ def serve(
         torch.set_num_threads(threads)
     quiet_transformers()
     tokenizer = load_tokenizer(model)
+    check_positions(model, max_context)
     inner: Any = specmoe_compile.from_pretrained(
         model,
         device=device,
@@ -166,6 +167,19 @@ def check_packages() -> None:
         )
 
 
+def check_positions(model: str, asked: int | None) -> None:
+    """Raise `ValueError` for a `--max-context` beyond the model, before anything is loaded."""
+    from transformers import AutoConfig
+
+    if asked is None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception:  # what is wrong with a checkpoint is for the loader to say
+        return
+    context_length(config, asked)
+
+
 def context_length(config: Any, asked: int | None) -> int:
     """The longest context; raises `ValueError` if the model takes less than was asked for."""
     text_config = config.get_text_config()
@@ -173,5 +187,8 @@ def context_length(config: Any, asked: int | None) -> int:
     if asked is None:
         return min(_LONGEST_BY_DEFAULT, most or _LONGEST_BY_DEFAULT)
     if most is not None and asked > most:
-        raise ValueError(f"--max-context {asked} is more than this model's {most} positions.")
+        raise ValueError(
+            f"--max-context {asked} is more than this model's {most} positions: give at most"
+            f" {most}."
+        )
     return asked

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import re
 from typing import Any
 
 from specmoe_compile.serve.errors import RequestRefused
@@ -56,7 +57,7 @@ class Guards:
         await self._app(scope, _Limited(receive), send)
 
     def _check(self, scope: Any, headers: dict[str, str]) -> None:
-        host = headers.get("host", "").rsplit(":", 1)[0] if "host" in headers else ""
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._loopback_only and not is_loopback(host):
             raise RequestRefused(
                 403,

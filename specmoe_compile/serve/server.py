@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import uvicorn
 
 from specmoe_compile.serve.engine import Engine, Job
 from specmoe_compile.serve.guards import is_loopback
+from specmoe_compile.serve.http import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
-    """Raise `ValueError` where everybody could use the server."""
+    """Raise `ValueError` where everybody could use the server, or nobody could say the key."""
+    if api_key and not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError(
+            "The API key holds a space or a character that is not ASCII, which clients cannot send"
+            " in a header: choose another one."
+        )
     if not is_loopback(host) and not api_key:
         raise ValueError(
             f"--host {host} lets other machines in: give --api-key (or SPECMOE_API_KEY) too."
@@ -78,7 +85,12 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, engine: Engine, ready: str) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, lifespan="off"
+                app,
+                http=Protocol,
+                ws="none",
+                log_level="warning",
+                timeout_graceful_shutdown=_GRACE_S,
+                lifespan="off",
             )
         )
         self._engine = engine

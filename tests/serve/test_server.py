@@ -181,6 +181,12 @@ def test_health_and_metrics(server: Process, client: Any) -> None:
     assert _metric(server, "specmoe_completion_tokens_total") >= 4
     assert 0.0 < _metric(server, "specmoe_expert_hit_rate") <= 1.0
     assert _metric(server, "specmoe_expert_missed_bytes") > 0
+    assert _metric(server, "specmoe_queue_length") == 0
+    assert _metric(server, "specmoe_prompt_tokens_total") >= 5
+    for name in ("specmoe_time_per_token_seconds", "specmoe_time_to_first_token_seconds"):
+        assert _metric(server, f"{name}_count") > 0 < _metric(server, f"{name}_sum")
+    labels = '{endpoint="/v1/completions",status="200"}'
+    assert _metric(server, f"specmoe_requests_total{labels}") >= 1
 
 
 def _metric(server: Process, name: str) -> float:
