@@ -13,6 +13,7 @@ from specmoe_compile.errors import SpecMoEError
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
 _COMPARED_TOKENS = 24
+_CAP_ALLOWANCE_BYTES = 64 << 20  # beside packages and expert cache: other weights, reads, graphs
 
 
 def demo(
@@ -25,8 +26,14 @@ def demo(
         float, typer.Option(min=0.09, help="Size of one expert; the reference model has 256.")
     ] = 3.0,
     memory_cap: Annotated[
-        str, typer.Option(help="Memory limit of the comparison, where permitted.", metavar="SIZE")
-    ] = "700MiB",
+        str | None,
+        typer.Option(
+            help="Memory limit of the comparison, where permitted. By default what Python with its"
+            " packages takes, the expert cache and 64 MiB.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +71,9 @@ def demo(
     check_writable(json)
     check_compiler("cpu")
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
-    cap_bytes = parse_size(memory_cap, total_bytes=1 << 40, option="--memory-cap")
+    cap_bytes = None
+    if memory_cap is not None:
+        cap_bytes = parse_size(memory_cap, total_bytes=1 << 40, option="--memory-cap")
     place = cache_folder() / "demo" if folder is None else folder.expanduser()
     console = Console()
     quiet_transformers()
@@ -176,7 +185,7 @@ def _compare(
     store_dir: Path,
     streamed: dict[str, Any],
     expert_cache: str,
-    cap_bytes: int,
+    cap_bytes: int | None,
     *,
     work_dir: Path,
 ) -> dict[str, Any]:
@@ -202,6 +211,10 @@ def _compare(
         )
         for name, count in lengths.items()
     ]
+    if cap_bytes is None:
+        cap_bytes = (
+            streamed["rss_before_bytes"] + streamed["fast_tier_bytes"] + _CAP_ALLOWANCE_BYTES
+        )
     result = run_jobs(jobs, repeats=1, memory_cap_bytes=permitted_cap(cap_bytes))
     result["model"] = describe_model(str(model), "float32")
     print_table(result)

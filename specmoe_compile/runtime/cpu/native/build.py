@@ -106,7 +106,8 @@ def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) ->
         library = Path(folder) / TORCH_LIBRARY_NAME
         _run(
             [
-                *(compiler, *_FLAGS, "-O1", "-shared"),
+                # torch's headers need C++20 since 2.15; the last -std counts.
+                *(compiler, *_FLAGS, "-std=c++20", "-O1", "-shared"),
                 *(f"-isystem{folder}" for folder in includes),
                 *(str(TORCH_SOURCE), "-o", str(library)),
                 *(f"-L{libraries}", "-ltorch_cpu", "-lc10"),
