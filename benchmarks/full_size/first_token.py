@@ -58,11 +58,12 @@ def measure_first_token(
 
 @torch.no_grad()
 def measure_prompts(
-    bench: Bench, context: int, arm: str, *, repeats: int = REPEATS
+    bench: Bench, context: int, arm: str, *, repeats: int = REPEATS, start: bool = True
 ) -> dict[str, Any]:
     """Seconds until the first token of a prompt of `context` tokens; slots empty each time.
 
-    The first call generates a few tokens, and what it compiles and captures is in its times.
+    The first call generates a few tokens, and what it compiles and captures is in its times;
+    without `start` it generates one, which compiles no decode step, and its time is not kept.
     """
     device, store = bench.device, bench.store
     link = measure_link(bench)["copy_gbps"]
@@ -96,7 +97,7 @@ def measure_prompts(
 
         torch._dynamo.utils.compilation_time_metrics.clear()
         ahead = time.perf_counter() - began
-        cold = [ahead + moment for moment in generate(START_TOKENS)]
+        cold = [ahead + moment for moment in generate(START_TOKENS if start else 1)]
         spent = torch._dynamo.utils.compilation_time_metrics
         parts = {name: sum(seconds) for name, seconds in spent.items()}
         times = [generate(1)[0] for _ in range(repeats)]
@@ -106,8 +107,8 @@ def measure_prompts(
         "context": context,
         "layers": len(store.layers),
         "arm": arm,
-        "start_s": cold,
-        "compile_s": {name: parts[name] for name in longest},
+        "start_s": cold if start else None,
+        "compile_s": {name: parts[name] for name in longest} if start else None,
         "first_token_s": statistics.median(times),
         "all_s": times,
         "store_bytes": store.total_bytes,

@@ -35,7 +35,7 @@ from benchmarks.full_size.arms import (
     sharing_groups,
 )
 from benchmarks.full_size.attention import measure_attention
-from benchmarks.full_size.first_token import measure_prompts
+from benchmarks.full_size.first_token import REPEATS, measure_prompts
 from benchmarks.full_size.generation import Generation, measure_cell
 from benchmarks.full_size.model import (
     DRY_SHAPES,
@@ -99,8 +99,15 @@ class Benchmark:
         for context in self._args.prompts or self._args.contexts:
             key = f"first_token|{self._args.model}|{context}"
             if key not in self._had and self._in_time(key):
+                arm, start = self._args.first_arm, not self._args.no_start
                 with turn(self._args.turns):
-                    self._keep(key, measure_prompts(bench, context, self._args.first_arm))
+                    try:
+                        row = measure_prompts(
+                            bench, context, arm, repeats=self._args.repeats, start=start
+                        )
+                    except USER_ERRORS as error:  # too long a prompt does not end the run
+                        row = {"arm": arm, "not_run": sentence(error)}
+                self._keep(key, row)
 
     def _cells(self, bench: Bench) -> None:
         config = bench.shape.configured(bench.layers)
@@ -215,6 +222,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")
     parser.add_argument("--prompts", nargs="+", type=int, help="of first_token, not --contexts")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each prompt")
+    parser.add_argument("--no-start", action="store_true", help="time no start, only first tokens")
     parser.add_argument("--first-arm", choices=list(ARMS), default="cache_25", help="its cache")
     parser.add_argument(
         "--turns", type=Path, help="file that all processes name which measure beside this one"

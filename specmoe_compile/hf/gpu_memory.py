@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +21,8 @@ def naming_what_did_not_fit(session: Session) -> Iterator[None]:
     """Raise a `SpecMoEError` for memory that a forward call or a generation asks for in vain.
 
     The experts lie in their cache already, so what asks is the cache of keys and values, the
-    activations of a step, or the memory of its CUDA graph.
+    activations of a step, or the memory of its CUDA graph. What the failed call holds is let go,
+    also where the caller keeps the error: a graph cannot be recorded beside tensors in its memory.
 
     Args:
         session: of the model that runs.
@@ -30,7 +33,23 @@ def naming_what_did_not_fit(session: Session) -> Iterator[None]:
         cause = None if isinstance(error, SpecMoEError) else out_of_memory_or_none(error)
         if cause is None:
             raise
-        raise SpecMoEError(_sentence(session, str(cause))) from error
+        said = _sentence(session, str(cause))
+        _let_go(error)
+        raise SpecMoEError(said) from error
+
+
+def _let_go(error: BaseException) -> None:
+    """Forget the local variables of all calls that an error, and those before it, ended."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        found = todo.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        todo += [found.__cause__, found.__context__]
+    gc.collect()
 
 
 def _sentence(session: Session, said: str) -> str:

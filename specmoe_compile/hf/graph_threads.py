@@ -37,7 +37,7 @@ class GraphState:
         """Let this thread run and record the model's graphs; one thread at a time.
 
         Work of a call on another stream than the last call's begins when that call's has ended:
-        both use the memory of the same graphs.
+        both use the memory of the same graphs. A call that fails leaves trees that can go on.
         """
         from torch._inductor import cudagraph_trees
 
@@ -48,12 +48,31 @@ class GraphState:
             setattr(local, name, value)
         try:
             yield
+        except BaseException:
+            self._forget_broken_warm_up()
+            raise
         finally:
             for name, value in zip(_NAMES, before, strict=True):
                 if value is _MISSING:
                     delattr(local, name)
                 else:
                     setattr(local, name, value)
+
+    def _forget_broken_warm_up(self) -> None:
+        """Make a tree whose function failed as it first ran in the graphs' memory begin again.
+
+        PyTorch takes such a function for warmed up and waits for its results. A broken recording
+        needs nothing: it was no part of the tree yet.
+        """
+        from torch._inductor.cudagraph_trees import CUDAWarmupNode
+
+        containers, _ = self._values
+        for container in containers.values():
+            manager = container.tree_manager
+            node = None if manager is None else manager.current_node
+            if isinstance(node, CUDAWarmupNode) and not node.tensor_weakrefs:
+                manager.warmed_up_functions.discard(node.wrapped_function.id)
+                manager.current_node = None
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
         if self._stream is not None and self._stream != stream:

@@ -7,6 +7,7 @@ it runs again, and must not run in two threads at once.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,40 @@ def test_memory_of_a_gpu_is_told_in_numbers(
         gpu_memory.naming_what_did_not_fit(session),  # type: ignore[arg-type]
     ):
         out_of_memory()
+
+
+def test_an_error_that_is_kept_keeps_no_tensors(offloaded: Any) -> None:
+    """Or the next recording would find them in its graphs' memory."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> None:
+        activations = torch.ones(3)
+        held.append(weakref.ref(activations))
+        broken_off()
+
+    with (
+        pytest.raises(SpecMoEError) as caught,
+        gpu_memory.naming_what_did_not_fit(session_of(offloaded)),
+    ):
+        step()
+    assert caught.value.__cause__ is not None and held[0]() is None
+
+
+def test_a_warm_up_that_failed_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own classes, without a GPU: a node that ran has results, one that failed none."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    state, error = GraphState(), MemoryError("no more")
+    for results in ([], ["a result"]):
+        node = object.__new__(cudagraph_trees.CUDAWarmupNode)
+        node.tensor_weakrefs = results  # type: ignore[assignment]
+        node.wrapped_function = SimpleNamespace(id=3)  # type: ignore[assignment]
+        manager = SimpleNamespace(current_node=node, warmed_up_functions={3})
+        state._values[0][0] = SimpleNamespace(tree_manager=manager)
+        state._values[0][1] = SimpleNamespace(tree_manager=None)
+        with pytest.raises(MemoryError), state.in_use(torch.device("cuda")):
+            raise error
+        assert manager.current_node is (node if results else None)
+        assert manager.warmed_up_functions == ({3} if results else set())
 
 
 @pytest.mark.parametrize(
