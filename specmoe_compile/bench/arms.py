@@ -42,6 +42,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
         store=job.store or store,  # type: ignore[arg-type]
         expert_cache=expert_cache,
         store_dir=job.store_dir,
+        missing_weights=job.missing_weights,  # type: ignore[arg-type]
         progress=False,
     )
     stats = specmoe_compile.stats(inner)

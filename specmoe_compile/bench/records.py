@@ -26,7 +26,7 @@ class ArmJob:
         new_tokens: tokens to generate per prompt, greedy.
         warmup_tokens: tokens generated once before anything is timed, from the first prompt.
         skip_tokens: tokens after the first one of each prompt that are left out of `tpot_ms`.
-        device, dtype, quantize, store, expert_cache, store_dir: as for
+        device, dtype, quantize, store, expert_cache, store_dir, missing_weights: as for
             `specmoe_compile.from_pretrained`.
         kv_cache: "static" or "dynamic", for compiled arms; other arms run as they come.
         options: of `torch.compile(backend="specmoe")`, over those of the arm.
@@ -49,6 +49,7 @@ class ArmJob:
     store: str | None = None
     expert_cache: str = "25%"
     store_dir: str | None = None
+    missing_weights: str = "error"
     kv_cache: str = "static"
     options: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None

@@ -18,12 +18,14 @@ from specmoe_compile.cli.options import (
     EXPERT_CACHE,
     JSON,
     KV_CACHE,
+    MISSING_WEIGHTS,
     MODEL,
     QUANTIZE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_missing_weights,
     check_quantize,
     compile_options,
     require_compiler,
@@ -50,6 +52,7 @@ def bench(
     ] = DEFAULT_ARMS,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
     expert_cache: EXPERT_CACHE = "25%",
+    missing_weights: MISSING_WEIGHTS = "error",
     memory_cap: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +129,7 @@ def bench(
 
     names = checked_arms(arms)
     check_dtype(dtype)
+    check_missing_weights(missing_weights)
     check_quantize(quantize)
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
@@ -152,6 +156,7 @@ def bench(
         "dtype": dtype,
         "quantize": quantize,
         "expert_cache": expert_cache,
+        "missing_weights": missing_weights,
         "kv_cache": kv_cache,
         "options": options,
         "threads": threads,

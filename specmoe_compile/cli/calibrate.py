@@ -14,12 +14,14 @@ from specmoe_compile.cli.options import (
     DTYPE,
     EXPERT_CACHE,
     JSON,
+    MISSING_WEIGHTS,
     MODEL,
     STORE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_missing_weights,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
@@ -51,6 +53,7 @@ def calibrate(
     store: STORE = "auto",
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
+    missing_weights: MISSING_WEIGHTS = "error",
     threads: THREADS = None,
     json: JSON = None,
     debug: DEBUG = False,
@@ -72,6 +75,7 @@ def calibrate(
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
+    check_missing_weights(missing_weights)
     check_choice("store", store, ("auto", "ram", "disk"))
     check_writable(json)
     out = out.expanduser()
@@ -105,6 +109,7 @@ def calibrate(
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
+        missing_weights=missing_weights,  # type: ignore[arg-type]
     )
     training = TrainingConfig(epochs=epochs, seed=seed) if train_estimator else None
     total = (2 if train_estimator else 1) * len(learned) + 2 * len(held_out)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specmoe_compile.cli.options import DEBUG, EXPERT_CACHE, JSON
+from specmoe_compile.cli.options import DEBUG, DEVICE, EXPERT_CACHE, JSON, require_compiler
 from specmoe_compile.errors import SpecMoEError
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out stack."""\n\n    def __init__(self):\n'
@@ -21,6 +21,7 @@ def demo(
         DEFAULT_PROMPT
     ),
     new_tokens: Annotated[int, typer.Option(min=32, help="Tokens to generate.")] = 96,
+    device: DEVICE = "cpu",
     expert_cache: EXPERT_CACHE = "25%",
     record_mib: Annotated[
         float, typer.Option(min=0.09, help="Size of one expert; the reference model has 256.")
@@ -63,13 +64,12 @@ def demo(
     from rich.console import Console
 
     from specmoe_compile.reference_model.widened import widened_model
-    from specmoe_compile.system.compilers import check_compiler
     from specmoe_compile.system.machine import cache_folder
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
     check_writable(json)
-    check_compiler("cpu")
+    require_compiler(device, {})
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
     cap_bytes = None
     if memory_cap is not None:
@@ -88,14 +88,20 @@ def demo(
     )
 
     console.rule("2. Its experts go to disk, and it generates")
-    streamed = _generate(model, store_dir, prompt, new_tokens, expert_cache)
+    streamed = _generate(model, store_dir, prompt, new_tokens, expert_cache, device)
     _report(console, streamed, size_bytes)
     result: dict[str, Any] = {"schema": 1, "streamed": streamed}
 
     if compare:
         console.rule("3. The same model, run in other ways")
         result |= _compare(
-            console, model, store_dir, streamed, expert_cache, cap_bytes, work_dir=place
+            console,
+            model,
+            store_dir,
+            streamed,
+            expert_cache,
+            cap_bytes if streamed["device"] == "cpu" else None,  # CUDA alone needs more
+            work_dir=place,
         )
     if json is not None:
         write_json(json, result)
@@ -108,7 +114,7 @@ def demo(
 
 
 def _generate(
-    model: Path, store_dir: Path, prompt: str, new_tokens: int, expert_cache: str
+    model: Path, store_dir: Path, prompt: str, new_tokens: int, expert_cache: str, device: str
 ) -> dict[str, Any]:
     """Load with the experts on disk, compile, stream; returns times, tokens and memory."""
     import time
@@ -124,7 +130,7 @@ def _generate(
     before_bytes = peak_rss_bytes()
     started_s = time.perf_counter()
     inner: Any = specmoe_compile.from_pretrained(
-        model, device="cpu", store="disk", store_dir=store_dir, expert_cache=expert_cache
+        model, device=device, store="disk", store_dir=store_dir, expert_cache=expert_cache
     )
     load_s = time.perf_counter() - started_s
     compiled: Any = torch.compile(inner, backend="specmoe")
@@ -133,12 +139,13 @@ def _generate(
         "cache_implementation": "static",
         "min_new_tokens": new_tokens,
     }
-    result = stream(compiled, tokenizer, ids, new_tokens, settings)
+    result = stream(compiled, tokenizer, ids.to(inner.device), new_tokens, settings)
     stats = specmoe_compile.stats(inner)
     print(stats)
     specmoe_compile.close(inner)
     return {
         **result,
+        "device": inner.device.type,
         "prompt_ids": ids[0].tolist(),
         "load_s": load_s,
         "compile_s": compile_seconds(),
@@ -203,7 +210,7 @@ def _compare(
             new_tokens=count,
             warmup_tokens=3,
             skip_tokens=2,
-            device="cpu",
+            device=streamed["device"],
             dtype="float32",
             expert_cache=expert_cache,
             store_dir=str(store_dir),

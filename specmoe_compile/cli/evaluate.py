@@ -15,12 +15,14 @@ from specmoe_compile.cli.options import (
     DTYPE,
     EXPERT_CACHE,
     JSON,
+    MISSING_WEIGHTS,
     MODEL,
     QUANTIZE,
     STORE_DIR,
     THREADS,
     check_choice,
     check_dtype,
+    check_missing_weights,
     check_quantize,
     compile_options,
     require_compiler,
@@ -80,6 +82,7 @@ def evaluate(
     quantize: QUANTIZE = None,
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
+    missing_weights: MISSING_WEIGHTS = "error",
     option: COMPILE_OPTION = None,
     threads: THREADS = None,
     plot: Annotated[
@@ -106,8 +109,16 @@ def evaluate(
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
     check_dtype(dtype)
+    check_missing_weights(missing_weights)
     check_quantize(quantize)
     check_choice("reference", reference, ("auto", "plain", "offloaded"))
+    if missing_weights == "random":
+        if reference == "plain":
+            raise ValueError(
+                "--missing-weights random draws other weights for the model of --reference plain:"
+                " give --reference offloaded."
+            )
+        reference = "offloaded"
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
@@ -139,6 +150,7 @@ def evaluate(
         "quantize": quantize,
         "store_dir": store_dir,
         "expert_cache": expert_cache,
+        "missing_weights": missing_weights,
     }
     result = measure(
         model,

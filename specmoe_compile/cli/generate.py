@@ -27,6 +27,7 @@ from specmoe_compile.cli.options import (
     THREADS,
     check_choice,
     check_dtype,
+    check_missing_weights,
     check_quantize,
     compile_options,
     require_compiler,
@@ -95,7 +96,7 @@ def generate(
     check_dtype(dtype)
     check_quantize(quantize)
     check_choice("store", store, ("auto", "ram", "disk"))
-    check_choice("missing-weights", missing_weights, ("error", "random"))
+    check_missing_weights(missing_weights)
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     check_writable(json)

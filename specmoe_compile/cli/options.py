@@ -104,6 +104,11 @@ QUANTIZED = ("int4", "mxfp4", "fp8", "int8")  # without torch, which takes a sec
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def check_missing_weights(value: str) -> None:
+    """Raise `ValueError` for a value of --missing-weights that is none."""
+    check_choice("missing-weights", value, ("error", "random"))
+
+
 def check_choice(option: str, value: str, choices: Sequence[str]) -> str:
     """Return `value`; raises `ValueError` if it is none of the choices."""
     if value not in choices:

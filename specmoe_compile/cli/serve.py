@@ -15,6 +15,7 @@ from specmoe_compile.cli.options import (
     DEVICE,
     DTYPE,
     EXPERT_CACHE,
+    MISSING_WEIGHTS,
     MODEL,
     QUANTIZE,
     STORE,
@@ -22,6 +23,7 @@ from specmoe_compile.cli.options import (
     THREADS,
     check_choice,
     check_dtype,
+    check_missing_weights,
     check_quantize,
     compile_options,
     require_compiler,
@@ -39,6 +41,7 @@ def serve(
     store: STORE = "auto",
     store_dir: STORE_DIR = None,
     expert_cache: EXPERT_CACHE = "25%",
+    missing_weights: MISSING_WEIGHTS = "error",
     option: COMPILE_OPTION = None,
     threads: THREADS = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -87,6 +90,7 @@ def serve(
     """
     started_s = time.perf_counter()
     check_dtype(dtype)
+    check_missing_weights(missing_weights)
     check_choice("store", store, ("auto", "ram", "disk"))
     quantize = check_quantize(quantize)
     options = compile_options(option)
@@ -123,6 +127,7 @@ def serve(
         store=store,  # type: ignore[arg-type]
         store_dir=store_dir,
         expert_cache=expert_cache,
+        missing_weights=missing_weights,  # type: ignore[arg-type]
     )
     try:
         longest = context_length(inner.config, max_context)
