@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils._python_dispatch import _disable_current_modes
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.options import SessionOptions
@@ -190,10 +191,12 @@ class Session:
                 return
             for layer in self.layers:
                 layer.module._specmoe_session = None  # type: ignore[assignment]
-            try:
-                self._last_stats = self.engine.stats()
-            finally:
-                self._finalizer()
+            # The garbage collector may call this in the middle of a trace, whose tensors are fake.
+            with _disable_current_modes():
+                try:
+                    self._last_stats = self.engine.stats()
+                finally:
+                    self._finalizer()
 
     @property
     def store(self) -> ExpertStore:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specmoe_compile.options import SessionOptions
@@ -61,3 +62,15 @@ def test_emptying_takes_as_many_launches_for_any_number_of_layers() -> None:
         assert (cache.tables[-1].slot_of == -1).all()
         counts.append(counter.count)
     assert counts[0] == counts[1] <= 6
+
+
+def test_a_session_that_ends_within_a_trace_is_closed_and_keeps_its_counts() -> None:
+    """A session that nobody refers to is closed by the garbage collector, whenever that runs."""
+    plain, streams = tiny_qwen3_moe(layers=1), StreamModel()
+    model, session = on_device(plain, streams, slots=4)
+    x, ids, weights = torch.randn(1, 64), torch.tensor([[1, 6]]), torch.full((1, 2), 0.5)
+    model.model.layers[0].mlp.experts(x, ids, weights)
+    streams.finish()
+    with FakeTensorMode():
+        session.close()
+    assert session.closed and session.stats.total.misses == 2
