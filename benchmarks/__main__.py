@@ -15,6 +15,7 @@ RUNS = {
     "end_to_end": "end_to_end.run",
     "evaluate": "reference_model.evaluate",
     "eviction": "simulation.eviction",
+    "eviction_time": "cpu_disk.policies",
     "formats": "quality.formats",
     "gpu_decode": "hardware.decode",
     "gpu_down_kernel": "kernels.down_projection",

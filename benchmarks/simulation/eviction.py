@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pool
@@ -28,6 +29,7 @@ from specmoe_compile.system.output import write_json
 
 Stream = list[list[int]]
 RESULT, REPORT = RESULTS / "eviction.json", DOCUMENTS / "eviction.md"
+TIMES = RESULTS / "eviction_time.json"
 SPARE = 4
 """Places besides the slots, as many as a token has experts: what a session on a CPU has."""
 ARMS: Mapping[str, Mapping[str, Any]] = {
@@ -201,11 +203,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trial-tokens", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--times", type=Path, default=TIMES, help="of eviction_time, if it exists")
     parser.add_argument("--report", type=Path, default=REPORT)
+    parser.add_argument("--only", choices=("all", "report"), default="all")
     arguments = parser.parse_args(argv)
-    result = measure(arguments)
-    write_json(arguments.result, result)
-    return 0 if write_report(result, arguments.report) else 1
+    if arguments.only == "all":
+        write_json(arguments.result, measure(arguments))
+    result, times = _read(arguments.result), None
+    if arguments.times.is_file():
+        times = _read(arguments.times)
+    return 0 if write_report(result, arguments.report, times) else 1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":

@@ -36,8 +36,15 @@ with bypass it keeps those that are needed soonest, which no policy here can bea
 """
 
 
-def write_report(result: Mapping[str, Any], path: Path) -> bool:
-    """Write document and plot; returns whether `adaptive` is where it must be."""
+def write_report(
+    result: Mapping[str, Any], path: Path, times: Mapping[str, Any] | None = None
+) -> bool:
+    """Write document and plot; returns whether `adaptive` is where it must be.
+
+    Args:
+        result: of `benchmarks eviction`. times: of `benchmarks eviction_time`, if there is one.
+        path: the document.
+    """
     found = result["summary"]
     way = found["way_to_belady"]["adaptive"]
     holds = bool(
@@ -50,6 +57,7 @@ def write_report(result: Mapping[str, Any], path: Path) -> bool:
         f"Commit: {str(result['commit'])[:12]}.\n",
         _verdict(result),
         f"![misses by size of the cache]({PLOT})\n",
+        *([] if times is None else [_times(times)]),
         _texts(result),
         _hits(result["rows"]),
         _changes(result["rows"]),
@@ -92,6 +100,46 @@ def _verdict(result: Mapping[str, Any]) -> str:
         f" {max(0.0, -found['worst_kept_against_lru']):.2f}). In the 200 tokens that begin 200"
         f" after a change of text its worst row is {found['worst_adaptive_after_change']:+.1f}"
         f" points against LRU's own (all kept: {found['worst_kept_after_change']:+.1f}).\n"
+    )
+
+
+def _times(times: Mapping[str, Any]) -> str:
+    arms = [
+        (
+            row["size"],
+            row["policy"],
+            f"{row['mean_ms']:.2f}",
+            f"{row['tpot_ms']['p50']:.2f}",
+            f"{row['tpot_ms']['p20']:.2f}..{row['tpot_ms']['p80']:.2f}",
+            f"{100 * row['hit_rate']:.1f} %",
+        )
+        for row in times["arms"]
+    ]
+    plans = [
+        (
+            f"{row['experts']}, {row['slots']}, {row['top_k']}",
+            row["policy"],
+            f"{row['cpp_us']:.1f}",
+            f"{row['python_us']:.1f}",
+        )
+        for row in times["plans"]
+    ]
+    ratios = ", ".join(
+        f"{size} {ratio['mean']:.2f} (median of turns {ratio['median_of_turns']:.2f})"
+        for size, ratio in times["ratios"].items()
+    )
+    machine, settings = times["machine"], times["settings"]
+    return (
+        "## Time on a CPU with experts on disk\n\nMeasured: `python -m benchmarks eviction_time`,"
+        f" `benchmarks/results/eviction_time.json`; {machine['cpu']}, {machine['cores']} cores. The"
+        f" reference model with experts of {times['model']['record_mib']:g} MiB in float32, no"
+        f" prefetch, arms in turns in one process, {settings['prompts']} held-out prompts of 64"
+        f" tokens and {settings['new_tokens']} new ones each; ms per token. All arms generated the"
+        f" same tokens. `adaptive` against LRU, mean time: {ratios}.\n\n"
+        + markdown_table(("cache", "policy", "mean", "median", "p20..p80", "hits"), arms)
+        + "\n\nA plan of one layer alone, us, the call from Python in it:\n\n"
+        + markdown_table(("E, S, K", "policy", "in C++", "in Python"), plans)
+        + "\n"
     )
 
 

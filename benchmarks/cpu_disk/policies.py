@@ -1,0 +1,237 @@
+"""LRU against `adaptive` on a CPU with experts on disk: time per token, and the cost of a plan.
+
+The reference model with experts of 3 MiB, float32, no prefetch. All arms live in one process and
+take turns of one prompt each, back and forth; all must generate the same tokens. A plan is timed
+alone, in C++ and in Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import specmoe_compile
+from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
+from benchmarks.kit.command import run_parser
+from benchmarks.kit.places import RESULTS
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.records import spread
+from specmoe_compile.reference_model.widened import widened_model
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
+from specmoe_compile.runtime.cpu.native.library import library_or_none
+from specmoe_compile.runtime.cpu.native.steps import cache_tables
+from specmoe_compile.runtime.session import session_of
+from specmoe_compile.system.machine import cache_folder
+from specmoe_compile.system.output import quiet_transformers, write_json
+
+RESULT = RESULTS / "eviction_time.json"
+SIZES, POLICIES = ("25%", "50%"), ("lru", "adaptive")
+PLAN_SHAPES = ((32, 8, 4), (128, 32, 8))
+"""E, S and K of the plans that are timed."""
+PLANS = 4000
+AT_MOST = {"25%": 0.90, "50%": 0.80}
+
+
+class _Clock:
+    """A streamer that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times_s.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class Arm:
+    """A cache size and a policy."""
+
+    def __init__(self, checkpoint: Path, store_dir: Path, size: str, policy: Any) -> None:
+        self.size, self.policy = size, policy
+        self.samples_ms: list[float] = []
+        self.turns_ms: list[float] = []
+        self.texts: list[list[int]] = []
+        self.inner: Any = specmoe_compile.from_pretrained(
+            checkpoint,
+            device="cpu",
+            store="disk",
+            store_dir=store_dir,
+            expert_cache=size,
+            cache_policy=policy,
+            progress=False,
+        )
+        options: dict[str, Any] = {"prefetch": False}
+        self.model: Any = torch.compile(self.inner, backend="specmoe", options=options)
+
+    def turn(self, prompt: Sequence[int], new_tokens: int, *, counts: bool) -> None:
+        """Continue one prompt greedily."""
+        ids, clock = torch.tensor([prompt]), _Clock()
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+            streamer=clock,
+        )
+        if not counts:
+            session_of(self.inner).reset_stats()
+            return
+        self.texts.append(out[0, len(prompt) :].tolist())
+        # The first is the prompt's own, the second the token that prefill gave.
+        ends = clock.times_s[2:]
+        steps = [(b - a) * 1e3 for a, b in itertools.pairwise(ends)]
+        self.samples_ms += steps
+        self.turns_ms.append(median(steps))
+
+    def record(self) -> dict[str, Any]:
+        """What it did, as plain numbers."""
+        stats = session_of(self.inner).stats
+        total = stats.total
+        return {
+            "size": self.size,
+            "policy": self.policy,
+            "tpot_ms": spread(self.samples_ms),
+            "mean_ms": sum(self.samples_ms) / len(self.samples_ms),
+            "turns_ms": self.turns_ms,
+            "hit_rate": total.hits / (total.hits + total.misses),
+            "misses": total.misses,
+            "native_steps": total.native_steps,
+            "steps": total.steps,
+            "eviction": list(stats.eviction),
+        }
+
+
+def measure(checkpoint: Path, store_dir: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
+    """Every arm in turn, forth and back."""
+    arms = [Arm(checkpoint, store_dir, size, policy) for size in SIZES for policy in POLICIES]
+    texts = held_out_prompts(prompts + 1)
+    for arm in arms:
+        for _ in range(2):  # transformers sizes the static cache by the longest: one graph
+            arm.turn(texts[0], new_tokens, counts=False)
+    for number, prompt in enumerate(texts[1:]):
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            arm.turn(prompt, new_tokens, counts=True)
+    if any(arm.texts != arms[0].texts for arm in arms):
+        raise RuntimeError("the arms generated different tokens under policy exact")
+    rows = [arm.record() for arm in arms]
+    for arm in arms:
+        specmoe_compile.close(arm.inner)
+    ratios = {}
+    for size in SIZES:
+        lru, adaptive = (next(a for a in arms if (a.size, a.policy) == (size, p)) for p in POLICIES)
+        pairs = list(zip(adaptive.turns_ms, lru.turns_ms, strict=True))
+        means = [sum(arm.samples_ms) for arm in (adaptive, lru)]
+        ratios[size] = {
+            "median_of_turns": median(a / b for a, b in pairs),
+            "mean": means[0] / means[1],
+        }
+    return {"arms": rows, "ratios": ratios}
+
+
+def plan_costs() -> list[dict[str, Any]]:
+    """Microseconds of a layer's plan, on choices that are drawn unevenly."""
+    rows = []
+    for experts, slots, top_k in PLAN_SHAPES:
+        rng = random.Random(0)
+        weights = [1 / (1 + rank) for rank in range(experts)]
+        steps: list[list[int]] = []
+        while len(steps) < PLANS:
+            wanted = list(dict.fromkeys(rng.choices(range(experts), weights, k=3 * top_k)))[:top_k]
+            if len(wanted) == top_k:
+                steps.append(wanted)
+        for policy in POLICIES:
+            shape = {"experts": experts, "slots": slots, "top_k": top_k, "policy": policy}
+            costs = {
+                name: _us_of_a_plan(make(_table(experts, slots, top_k, policy)), steps)
+                for name, make in (("cpp_us", _in_cpp), ("python_us", _in_python))
+            }
+            rows.append({**shape, **costs})
+    return rows
+
+
+def _table(experts: int, slots: int, top_k: int, policy: Any) -> ExpertCache:
+    return ExpertCache(num_experts=[experts], slots=[slots], policy=policy, spare=top_k)
+
+
+def _in_python(table: ExpertCache) -> Callable[[list[int]], object]:
+    return lambda wanted: table.plan(0, wanted)
+
+
+def _in_cpp(table: ExpertCache) -> Callable[[list[int]], object]:
+    """Plans on the tables, which the plan keeps alive."""
+    library = library_or_none()
+    if library is None:
+        raise ValueError("The C++ engine is not there: install g++.")
+    room = (ctypes.c_int64 * 64)()
+    tables, counts = cache_tables(table, 0), (ctypes.c_int64 * 3)()
+
+    def plan(wanted: list[int], owner: ExpertCache = table) -> None:
+        asked = (ctypes.c_int64 * len(wanted))(*wanted)
+        library.specmoe_cache_plan(tables, asked, len(wanted), room, room, counts)
+
+    return plan
+
+
+def _us_of_a_plan(plan: Callable[[list[int]], object], steps: Sequence[list[int]]) -> float:
+    """Median of rounds of 100; the call itself is in it."""
+    for wanted in steps[:500]:
+        plan(wanted)
+    rounds = []
+    for first in range(500, len(steps), 100):
+        part = steps[first : first + 100]
+        began = time.perf_counter()
+        for wanted in part:
+            plan(wanted)
+        rounds.append((time.perf_counter() - began) * 1e6 / len(part))
+    return median(rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; returns 0, or 1 where `adaptive` is slower than it may be."""
+    parser = run_parser("eviction_time", __doc__)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    quiet_transformers()
+    checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")
+    costs = plan_costs()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as store_dir:
+        found = measure(checkpoint, Path(store_dir), arguments.prompts, arguments.new_tokens)
+    result = {
+        "schema": 1,
+        **provenance(),
+        "load_average": list(os.getloadavg()),
+        "model": {"record_mib": RECORD_MIB, "dtype": "float32", "layers": 8, "experts": 32},
+        "settings": {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens},
+        "plans": costs,
+        **found,
+    }
+    write_json(arguments.result, result)
+    for row in costs:
+        print(row)
+    for row in found["arms"]:
+        print(row["size"], row["policy"], row["tpot_ms"], f"{row['hit_rate']:.3f}")
+    print(found["ratios"])
+    return 0 if all(found["ratios"][s]["mean"] <= AT_MOST[s] for s in SIZES) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
