@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.kit.command import Main, explains_errors
 
 RUNS = {
+    "commits": "end_to_end.commits",
     "cpu_disk": "cpu_disk.run",
     "end_to_end": "end_to_end.run",
     "evaluate": "reference_model.evaluate",
