@@ -94,14 +94,10 @@ def demo(
 
     if compare:
         console.rule("3. The same model, run in other ways")
+        if cap_bytes is None:
+            cap_bytes = _default_cap(streamed)
         result |= _compare(
-            console,
-            model,
-            store_dir,
-            streamed,
-            expert_cache,
-            cap_bytes if streamed["device"] == "cpu" else None,  # CUDA alone needs more
-            work_dir=place,
+            console, model, store_dir, streamed, expert_cache, cap_bytes, work_dir=place
         )
     if json is not None:
         write_json(json, result)
@@ -172,6 +168,14 @@ def _report(console: Any, streamed: dict[str, Any], size_bytes: int) -> None:
     )
 
 
+def _default_cap(streamed: dict[str, Any]) -> int | None:
+    """What the packages take, the cache and some more; none on a GPU, where CUDA takes more."""
+    if streamed["device"] != "cpu":
+        return None
+    packages_bytes, cache_bytes = streamed["rss_before_bytes"], streamed["fast_tier_bytes"]
+    return int(packages_bytes + cache_bytes + _CAP_ALLOWANCE_BYTES)
+
+
 def _compared(tokens: int, console: Any) -> dict[str, int]:
     """Arms of the comparison and how many tokens each generates; says what is left out."""
     # specmoe's graphs were compiled above: a compiler beside the model does not fit under the cap.
@@ -218,10 +222,6 @@ def _compare(
         )
         for name, count in lengths.items()
     ]
-    if cap_bytes is None:
-        cap_bytes = (
-            streamed["rss_before_bytes"] + streamed["fast_tier_bytes"] + _CAP_ALLOWANCE_BYTES
-        )
     result = run_jobs(jobs, repeats=1, memory_cap_bytes=permitted_cap(cap_bytes))
     result["model"] = describe_model(str(model), "float32")
     print_table(result)

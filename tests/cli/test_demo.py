@@ -52,6 +52,12 @@ def test_without_accelerate_the_rest_is_compared_and_it_says_so(
     assert "specmoe-compile[bench]" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_the_memory_limit_follows_the_packages_and_is_for_a_cpu() -> None:
+    streamed = {"device": "cpu", "rss_before_bytes": 400 << 20, "fast_tier_bytes": 200 << 20}
+    assert demo._default_cap(streamed) == 664 << 20
+    assert demo._default_cap({**streamed, "device": "cuda"}) is None
+
+
 @pytest.mark.slow
 def test_the_whole_demo_gives_the_unmodified_models_tokens(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
