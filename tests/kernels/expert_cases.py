@@ -5,8 +5,10 @@ Weights lie in a bank of records, as in the expert cache, with garbage (NaN) bet
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -40,6 +42,29 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
     torch.float16: {"rtol": 2**-10, "atol": 2**-10},
 }
+
+
+def form_and_dtype(forms: Collection[str] = tuple(FORMS)) -> pytest.MarkDecorator:
+    """Every form in each dtype; float16, which rounds where bfloat16 does, of few forms only.
+
+    The others in float16 are slow tests.
+    """
+    return pytest.mark.parametrize(
+        ("form", "dtype"),
+        [
+            pytest.param(
+                FORMS[name],
+                dtype,
+                id=f"{name}-{dtype}",
+                marks=pytest.mark.slow if dtype == torch.float16 and name not in IN_FLOAT16 else (),
+            )
+            for name in forms
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ],
+    )
+
+
+IN_FLOAT16 = ("silu", "gpt_oss")
 
 
 @dataclass(frozen=True, kw_only=True)

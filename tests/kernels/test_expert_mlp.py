@@ -19,9 +19,15 @@ from specmoe_compile.kernels.expert_mlp.reference import (
     run_resident_experts_reference,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank
-from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, run_kernels
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests.kernels.expert_cases import (
+    DEVICE,
+    FORMS,
+    TOLERANCES,
+    Case,
+    form_and_dtype,
+    make_case,
+    run_kernels,
+)
 
 
 def assert_matches_reference(case: Case) -> None:
@@ -32,9 +38,8 @@ def assert_matches_reference(case: Case) -> None:
     torch.testing.assert_close(out, expected, **TOLERANCES[case.x.dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@form_and_dtype()
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_match_the_reference(form: Any, bias: bool, dtype: torch.dtype) -> None:
     assert_matches_reference(make_case(form, dtype=dtype, bias=bias))
 
@@ -95,8 +100,7 @@ def test_repeated_runs_give_the_same_bits() -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@form_and_dtype()
 def test_ops_match_the_reference(form: Any, dtype: torch.dtype) -> None:
     case = make_case(form, tokens=6, dtype=dtype, bias=True)
     case.slots[3, 1] = -1

@@ -18,9 +18,16 @@ from specmoe_compile.kernels.grouped_experts.reference import (
     run_grouped_experts_reference,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank
-from tests.kernels.expert_cases import DEVICE, FORMS, TOLERANCES, Case, make_case, nan_like
+from tests.kernels.expert_cases import (
+    DEVICE,
+    FORMS,
+    TOLERANCES,
+    Case,
+    form_and_dtype,
+    make_case,
+    nan_like,
+)
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_M = 16
 
 
@@ -41,8 +48,7 @@ def assert_matches_reference(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@form_and_dtype()
 def test_kernels_match_the_reference(form: Any, dtype: torch.dtype) -> None:
     assert_matches_reference(make_case(form, tokens=30, dtype=dtype, bias=True))
 
@@ -112,10 +118,9 @@ def test_plan_covers_each_choice_once(index_dtype: torch.dtype, block_m: int) ->
         assert sorted(seen) == (slots.view(-1) >= 0).nonzero().squeeze(1).tolist()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["silu", "gpt_oss", "no_gate_relu2"])
-def test_ops_match_the_reference(form: str, dtype: torch.dtype) -> None:
-    case = make_case(FORMS[form], tokens=33, dtype=dtype, bias=True, index_dtype=torch.int64)
+@form_and_dtype(("silu", "gpt_oss", "no_gate_relu2"))
+def test_ops_match_the_reference(form: Any, dtype: torch.dtype) -> None:
+    case = make_case(form, tokens=33, dtype=dtype, bias=True, index_dtype=torch.int64)
     case.slots[5, 0] = -1
     y = torch.full((33, 2, 40), 3.0, dtype=dtype, device=DEVICE)
     expected = run_grouped_experts_reference(y, case.x, case.slots, case.bank, case.form)

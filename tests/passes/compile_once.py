@@ -1,27 +1,41 @@
-"""Compile one tiny model with the passes, run it, print what the FX graph cache did as JSON."""
+"""Compile a stack of MoE blocks with the passes, run it, print what the graph cache did as JSON."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import specmoe_compile.ops
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.passes.pass_config import PassConfig
-from tests.passes.families import EXPERTS, HIDDEN, compile_with, tiny
-from tests.passes.graphs import RecordingSession
+from tests.passes.graphs import RecordingSession, inputs, plain_block
+from tests.passes.lowering import compile_with
+
+
+class Stack(nn.Module):
+    """Three blocks, and a factor by which one graph differs from all others."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, r: Tensor, *gates: Tensor) -> Tensor:
+        for layer, gate in enumerate(gates):
+            r = plain_block(r * self.factor, gate, layer)
+        return r
 
 
 @torch.no_grad()
-def main() -> None:
-    """Run once; the caller sets TORCHINDUCTOR_CACHE_DIR."""
-    session = RecordingSession(hidden=HIDDEN, experts=EXPERTS)
+def main(factor: float) -> None:
+    """Run once."""
+    session = RecordingSession()
     specmoe_compile.ops.get_session = lambda handle: session  # type: ignore[assignment, return-value]
-    model, _ = tiny("qwen3_moe", num_hidden_layers=3)
     speculation = SpeculationPass(PassConfig())
-    compile_with(model, speculation)(torch.arange(1, 6)[None], use_cache=False)
+    compile_with(Stack(factor), speculation)(*inputs())
     found = {
         "hits": counters["inductor"]["fxgraph_cache_hit"],
         "misses": counters["inductor"]["fxgraph_cache_miss"],
@@ -32,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

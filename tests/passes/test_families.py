@@ -14,16 +14,9 @@ from transformers import StaticCache
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.passes.manager import SpeculationPass
 from specmoe_compile.passes.pass_config import PassConfig
-from tests.passes.families import (
-    EXPERTS,
-    FAMILIES,
-    HIDDEN,
-    VOCABULARY,
-    compile_with,
-    interpret_with,
-    tiny,
-)
+from tests.passes.families import EXPERTS, FAMILIES, HIDDEN, VOCABULARY, tiny
 from tests.passes.graphs import RecordingSession, use_session
+from tests.passes.lowering import compile_with, interpret_with
 
 _ALWAYS_COMPILED = ("qwen3_moe", "deepseek_v3")
 

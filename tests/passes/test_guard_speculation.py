@@ -14,7 +14,6 @@ from specmoe_compile.passes.check_invariants import check_invariants
 from specmoe_compile.passes.manager import SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
-from tests.passes.families import compile_with
 from tests.passes.graphs import (
     EXPERTS,
     HIDDEN,
@@ -26,6 +25,7 @@ from tests.passes.graphs import (
     trace,
     use_session,
 )
+from tests.passes.lowering import compile_with
 
 GUARDED = PassConfig(conditional=True)
 SPLIT_OPS = ("wait_prefetch", "start_prefetch", "run_resident_experts", "correct_experts")

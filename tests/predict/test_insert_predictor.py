@@ -14,7 +14,7 @@ from specmoe_compile.passes.manager import run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
 from specmoe_compile.predict.registry import PREDICTORS
-from tests.passes.families import FAMILIES, interpret_with, tiny
+from tests.passes.families import FAMILIES, tiny
 from tests.passes.graphs import (
     OPS,
     TOP_K,
@@ -30,6 +30,7 @@ from tests.passes.graphs import (
     trace,
     use_session,
 )
+from tests.passes.lowering import interpret_with
 
 
 def _rewritten(config: PassConfig, layers: int = 3) -> tuple[Any, SpeculationPlan]:
