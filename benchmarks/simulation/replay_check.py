@@ -49,7 +49,6 @@ from specmoe_compile.system.sizes import parse_size
 REPORT = DOCUMENTS / "replay.md"
 RESULT = RESULTS / "replay_check.json"
 TOLERANCE = 0.10
-WARMUP_TOKENS = 12
 EXPERT_SHARE = 0.5
 ABOUT = "about.json"
 

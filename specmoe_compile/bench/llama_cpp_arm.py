@@ -52,15 +52,6 @@ def load_llama_cpp(job: ArmJob, arm: Arm) -> LoadedArm:
     )
 
 
-def why_not_installed() -> str | None:
-    """Why the arm cannot run here, as a clause; None if it can."""
-    try:
-        _require_llama_cpp()
-    except SpecMoEError as error:
-        return str(error)
-    return None
-
-
 def _require_llama_cpp() -> Any:
     try:
         import gguf  # noqa: F401

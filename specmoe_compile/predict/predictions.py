@@ -37,11 +37,6 @@ class Predictions:
         self.networks = [None if n is None else n.to(device) for n in networks]
 
     @property
-    def reads_default_vectors(self) -> bool:
-        """Whether a prediction begins with a blend of default vectors."""
-        return self._predictor.state == "quasi"
-
-    @property
     def remembers(self) -> bool:
         """Whether what a layer chose is what predicts it."""
         return self._predictor.source == "history"

@@ -69,9 +69,8 @@ class DoubleBuffers:
             if free:
                 slot = free.pop(0)
             elif spare:
-                victim = spare.pop(0)
-                evicted.append(victim)
-                slot = table.pop(victim)
+                evicted.append(spare.pop(0))
+                slot = table.pop(evicted[-1])
             else:
                 bypassed.append(expert)
                 continue
