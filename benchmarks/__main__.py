@@ -18,6 +18,7 @@ RUNS = {
     "eviction": "simulation.eviction",
     "eviction_time": "cpu_disk.policies",
     "formats": "quality.formats",
+    "formats_time": "cpu_disk.formats_time",
     "gpu_decode": "hardware.decode",
     "gpu_down_kernel": "kernels.down_projection",
     "gpu_first_run": "hardware.first_run",

@@ -57,9 +57,17 @@ class _Clock:
 
 
 class Arm:
-    """A cache size and a policy."""
+    """A cache size, a policy and a number format."""
 
-    def __init__(self, checkpoint: Path, store_dir: Path, size: str, policy: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        store_dir: Path,
+        size: str,
+        policy: Any,
+        *,
+        quantize: Any = None,
+    ) -> None:
         self.size, self.policy = size, policy
         self.samples_ms: list[float] = []
         self.turns_ms: list[float] = []
@@ -71,6 +79,7 @@ class Arm:
             store_dir=store_dir,
             expert_cache=size,
             cache_policy=policy,
+            quantize=quantize,
             progress=False,
         )
         options: dict[str, Any] = {"prefetch": False}

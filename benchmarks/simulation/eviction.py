@@ -43,7 +43,7 @@ SLOTS = (4, 6, 8, 12, 16, 24)
 EXPERTS = 32
 SETTLED, LOOKED_AT = 200, 200
 BATCH, BATCH_SLOTS = 4, (16, 24)
-PROMPT, PROMPTS = 256, 8
+PROMPT, PROMPTS, SEED_SLOTS = 256, 4, (8, 16)
 SEEDING = ("nothing", "one step", "each token")
 
 
@@ -125,21 +125,25 @@ def seeded_hits(stream: Stream, slots: int, seeding: str) -> int:
     return sum(len(table.plan(0, wanted).hits) for wanted in text)
 
 
-def seed_rates(streams: Mapping[str, list[Stream]], slots: int) -> dict[str, Any]:
-    """Percent of hits in the first tokens after a prompt, by what of the prompt was counted."""
-    found: dict[str, Any] = {"slots": slots}
-    for seeding in SEEDING:
-        total = choices = 0
-        for name, layers in streams.items():
-            if name == "joined":
-                continue
-            for stream in layers:
-                for place in range(PROMPTS):
-                    part = stream[place * (len(stream) // PROMPTS) :]
-                    total += seeded_hits(part, slots, seeding)
-                    choices += LOOKED_AT * len(stream[0])
-        found[seeding] = 100 * total / choices
-    return found
+def seed_rate(job: tuple[list[Stream], int, str]) -> float:
+    """Percent of hits in the first tokens after a prompt, of streams as long as each other."""
+    streams, slots, seeding = job
+    total = choices = 0
+    for stream in streams:
+        for place in range(PROMPTS):
+            part = stream[place * (len(stream) // PROMPTS) :]
+            total += seeded_hits(part, slots, seeding)
+            choices += LOOKED_AT * len(stream[0])
+    return 100 * total / choices
+
+
+def seed_rates(streams: Mapping[str, list[Stream]], pool: Any) -> list[dict[str, Any]]:
+    """`seed_rate` of all texts, by slots and by what of the prompt was counted."""
+    every = [stream for name, layers in streams.items() if name != "joined" for stream in layers]
+    kinds = [(slots, seeding) for slots in SEED_SLOTS for seeding in SEEDING]
+    rates = pool.map(seed_rate, [(every, *kind) for kind in kinds], chunksize=1)
+    by_kind = dict(zip(kinds, rates, strict=True))
+    return [{"slots": s, **{name: by_kind[s, name] for name in SEEDING}} for s in SEED_SLOTS]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -175,10 +179,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, layers in streams.items()
         if name != "joined"
     ]
+    trial_tokens = min(arguments.trial_tokens, arguments.tokens)
     with Pool(arguments.workers) as pool:
         rows = pool.map(row, jobs, chunksize=1)
         of_batches = pool.map(row, batches, chunksize=1)
-    trial_tokens = min(arguments.trial_tokens, arguments.tokens)
+        seeding = seed_rates(streams, pool)
+        trials = try_rules({k: v[:, :trial_tokens] for k, v in recorded.items()}, pool)
     return {
         "schema": 3,
         "label": "simulated from recorded routing",
@@ -189,9 +195,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "spare": SPARE,
         "rows": rows,
         "batch": {"tokens": BATCH, "rows": of_batches},
-        "seeding": [seed_rates(streams, slots) for slots in (8, 16)],
+        "seeding": seeding,
         "trial_tokens": trial_tokens,
-        "trials": try_rules({k: v[:, :trial_tokens] for k, v in recorded.items()}),
+        "trials": trials,
         "summary": summary(rows),
     }
 
@@ -200,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record, replay every policy, write; returns 0, or 1 where `adaptive` misses its marks."""
     parser = run_parser("eviction", __doc__)
     parser.add_argument("--tokens", type=int, default=20000, help="of each text")
-    parser.add_argument("--trial-tokens", type=int, default=8000)
+    parser.add_argument("--trial-tokens", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--times", type=Path, default=TIMES, help="of eviction_time, if it exists")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from typing import Any
 
 import numpy as np
@@ -153,24 +154,24 @@ def hit_counts(streams: NDArray[np.int64], slots: NDArray[np.int64], rule: Rule)
     return cache.hits
 
 
-def try_rules(recorded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def try_rules(recorded: Mapping[str, Tensor], pool: Pool) -> list[dict[str, Any]]:
     """How far each rule goes from LRU to Belady; [L, T, K] by text, of equal length."""
     length = min(stream.shape[1] for stream in recorded.values())
     parts = [stream[:, :length].numpy().astype(np.int64) for stream in recorded.values()]
     layers = parts[0].shape[0]
     streams = np.concatenate([part for _ in SLOTS for part in parts])
     slots = np.repeat(np.array(SLOTS), len(parts) * layers)
-    best = np.array(
-        [belady_hits(s.tolist(), int(n)) for s, n in zip(streams, slots, strict=True)], np.int64
-    )
+    rows = [(stream.tolist(), int(count)) for stream, count in zip(streams, slots, strict=True)]
+    best = np.array(pool.starmap(belady_hits, rows), np.int64)
+    counts = pool.starmap(hit_counts, [(streams, slots, rule) for rule in (LRU, *RULES)], 1)
 
     def by_text(counts: Any) -> Any:
         return counts.reshape(len(SLOTS) * len(parts), layers).sum(1)
 
-    lru, belady = by_text(hit_counts(streams, slots, LRU)), by_text(best)
+    lru, belady = by_text(counts[0]), by_text(best)
     found = []
-    for rule in RULES:
-        gained = by_text(hit_counts(streams, slots, rule)) - lru
+    for rule, hits in zip(RULES, counts[1:], strict=True):
+        gained = by_text(hits) - lru
         ways = (gained / (belady - lru)).reshape(len(SLOTS), -1).mean(1)
         found.append(
             {

@@ -12,7 +12,13 @@ import pytest
 
 from specmoe_compile.bench.counters import CounterLaps, add_counters
 from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
-from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, count_differing, markdown_table
+from specmoe_compile.cli.tables import (
+    BENCH_HEAD,
+    bench_rows,
+    count_differing,
+    markdown_table,
+    print_bench,
+)
 from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
 from specmoe_compile.system.output import write_json
 
@@ -141,6 +147,19 @@ def test_rows_compare_speed_with_the_first_arm_and_tokens_with_eager() -> None:
     assert [row["cap"] for row in rows] == ["1.0 MiB", "-", "-"]
     # 2 MB of demand over the three steps after the first token
     assert rows[1]["read/token"] == "651.0 KiB"
+
+
+def test_a_table_of_many_arms_is_cut_off_nowhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"an arm with a long name {number}" for number in range(6)]
+    arms = [arm_record(name, [run_of()], memory_cap_bytes=None) for name in names]
+    model = {"name": "m", "dtype": "float32", "moe_layers": 8, "top_k": 4, "expert_bytes": 1 << 20}
+    print_bench(arms, model)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and "…" not in printed
+    assert "75.0 %" in printed
 
 
 def test_differing_tokens_are_counted_over_the_common_length() -> None:

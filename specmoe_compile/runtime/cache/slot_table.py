@@ -249,8 +249,8 @@ def belady_hits(requests: Sequence[Sequence[int]], slots: int, *, may_bypass: bo
             hits += expert in held
         if may_bypass:
             held.update(wanted)
-            soonest = sorted(held, key=lambda e: (uses[e][-1] if uses[e] else never, e))
-            held = set(soonest[:slots])
+            while len(held) > slots:
+                held.remove(max(held, key=lambda e: (uses[e][-1] if uses[e] else never, e)))
             continue
         for expert in wanted:
             if expert in held:
