@@ -13,7 +13,7 @@ import argparse
 import functools
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.simulation.eviction_report import write_report
 from benchmarks.simulation.eviction_texts import TURN, checksum, record
 from benchmarks.simulation.eviction_trials import try_rules
+from benchmarks.simulation.fast_replay import best_hits, hits, library_or_none
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.runtime.cache.slot_table import ExpertCache, belady_hits
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.system.output import write_json
 
 Stream = list[list[int]]
@@ -47,48 +48,19 @@ PROMPT, PROMPTS, SEED_SLOTS = 256, 4, (8, 16)
 SEEDING = ("nothing", "one step", "each token")
 
 
-def hits(stream: Stream, slots: int, arm: str) -> list[int]:
-    """Hits of each step of one layer."""
-    table = ExpertCache(num_experts=[EXPERTS], slots=[slots], **ARMS[arm])
-    plan = _native_plan_or_none(table) or (lambda wanted: len(table.plan(0, wanted).hits))
-    return [plan(wanted) for wanted in stream]
-
-
-def _native_plan_or_none(table: ExpertCache) -> Callable[[list[int]], int] | None:
-    """The hits of a step by `ExpertCache.plan` in C++, on the same tables."""
-    from ctypes import c_int64
-
-    from specmoe_compile.runtime.cpu.native.library import library_or_none
-    from specmoe_compile.runtime.cpu.native.steps import cache_tables
-
-    library = library_or_none()
-    if library is None:
-        return None
-    tables = cache_tables(table, 0)
-    placed, evicted = (c_int64 * (2 * EXPERTS))(), (c_int64 * EXPERTS)()
-    counts, row_of = (c_int64 * 3)(), c_int64 * EXPERTS
-
-    def plan(wanted: list[int]) -> int:
-        asked = row_of(*wanted)
-        library.specmoe_cache_plan(tables, asked, len(wanted), placed, evicted, counts)
-        return int(counts[0])
-
-    return plan
-
-
 def row(job: tuple[str, int, list[Stream]]) -> dict[str, Any]:
     """Hit rates of one text and size, means of the layers, in percent."""
     name, slots, layers = job
     choices = sum(len(wanted) for stream in layers for wanted in stream)
     found: dict[str, Any] = {"text": name, "slots": slots}
     for arm in ARMS:
-        by_layer = [hits(stream, slots, arm) for stream in layers]
+        by_layer = [hits(stream, EXPERTS, slots, **ARMS[arm]) for stream in layers]
         found[arm] = 100 * sum(map(sum, by_layer)) / choices
         if name == "joined":
             found[f"{arm}_after_change"] = _after_change(by_layer, len(layers[0][0]))
     for key, may_bypass in (("belady", False), ("belady_bypass", True)):
-        best = sum(belady_hits(stream, slots, may_bypass=may_bypass) for stream in layers)
-        found[key] = 100 * best / choices
+        best = [best_hits(stream, EXPERTS, slots, may_bypass=may_bypass) for stream in layers]
+        found[key] = 100 * sum(best) / choices
     return found
 
 
@@ -180,6 +152,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if name != "joined"
     ]
     trial_tokens = min(arguments.trial_tokens, arguments.tokens)
+    library_or_none()  # compiled once, before there are workers
     with Pool(arguments.workers) as pool:
         rows = pool.map(row, jobs, chunksize=1)
         of_batches = pool.map(row, batches, chunksize=1)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specmoe_compile.runtime.cache.slot_table import belady_hits
+from benchmarks.simulation.fast_replay import best_hits
 
 EXPERTS = 32
 SLOTS = (6, 8, 12, 16, 24)
@@ -161,8 +161,12 @@ def try_rules(recorded: Mapping[str, Tensor], pool: Pool) -> list[dict[str, Any]
     layers = parts[0].shape[0]
     streams = np.concatenate([part for _ in SLOTS for part in parts])
     slots = np.repeat(np.array(SLOTS), len(parts) * layers)
-    rows = [(stream.tolist(), int(count)) for stream, count in zip(streams, slots, strict=True)]
-    best = np.array(pool.starmap(belady_hits, rows), np.int64)
+    best = np.array(
+        [
+            best_hits(stream.tolist(), EXPERTS, int(count), may_bypass=False)
+            for stream, count in zip(streams, slots, strict=True)
+        ]
+    )
     counts = pool.starmap(hit_counts, [(streams, slots, rule) for rule in (LRU, *RULES)], 1)
 
     def by_text(counts: Any) -> Any:
