@@ -30,6 +30,7 @@ RUNS = {
     "gpu_token": "full_size.token",
     "kernel_resources": "kernels.resources",
     "model_card": "reference_model.card",
+    "peers_gpu": "full_size.peers",
     "predicted_hardware": "simulation.predicted_hardware",
     "predictors": "predictors.run",
     "replay_check": "simulation.replay_check",

@@ -114,7 +114,7 @@ ARMS: Mapping[str, Arm] = {
     ),
     "cache_50": Arm(summary="cache of 50 %", slots=_share(0.5), options=_ALONE),
     "specmoe_50": Arm(summary="cache of 50 % and prefetch, exact", slots=_share(0.5)),
-    # What FreeToken was measured with (docs/results/quantised_gpu.md): 14.5 and 9.6 GB in 4 bits.
+    # What FreeToken was measured with (docs/results/peers_gpu.md): 14.5 and 9.6 GB in 4 bits.
     "cache_88": Arm(summary="cache of 88.4 %", slots=_share(0.884), options=_ALONE),
     "cache_94": Arm(summary="cache of 94 %", slots=_share(0.94), options=_ALONE),
     "cache_25": Arm(summary="cache of 25 %", slots=_share(0.25), options=_ALONE),
