@@ -59,13 +59,13 @@ format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## The published comparison with the peers: docs/results/cpu-disk.md (under 20 minutes on two cores, quiet machine).
+bench: $(STAMP)  ## The published comparison with the peers: docs/results/log/cpu-disk.md (under 20 minutes on two cores, quiet machine).
 	$(BIN)/python -m benchmarks cpu_disk
 
 peers: $(STAMP)  ## llama.cpp for the arm llama_cpp of make bench; compiles it from source, which takes long.
 	$(BIN)/python -m pip install --quiet 'specmoe-compile[peers] @ file://$(CURDIR)'
 
-publish: $(STAMP)  ## The published end-to-end benchmark: docs/results/end_to_end.md (an hour, quiet machine).
+publish: $(STAMP)  ## The published end-to-end benchmark: docs/results/log/end_to_end.md (an hour, quiet machine).
 	$(BIN)/python -m benchmarks end_to_end
 
 clean:  ## Remove what tools left behind; not .venv, not the expert stores.
