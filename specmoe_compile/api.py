@@ -161,6 +161,7 @@ def from_pretrained(
             hf_kwargs["distributed_config"], options.device
         )
     placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
+    compiling_bytes = 0
 
     def place_experts(skeleton: Skeleton) -> None:
         ranks = ranks_of_or_none(skeleton.model)
@@ -174,6 +175,7 @@ def from_pretrained(
         ranks.check_same_store(placed[0][1])
 
     def place(skeleton: Skeleton, ranks: Ranks | None) -> None:
+        nonlocal compiling_bytes
         layers: Sequence[StoreLayer] = [layer.store_layer for layer in skeleton.layers]
         rest_bytes = _rest_bytes(skeleton, options)
         cache_bytes: int | None = _cache_bytes(options, layers, skeleton.top_k, rest_bytes)
@@ -183,6 +185,7 @@ def from_pretrained(
                 cache_bytes = None
             elif options.store == "auto":
                 _check_room(cache_bytes, rest_bytes)
+                compiling_bytes = _COMPILING_BYTES
         store_of = _fill_store(skeleton.source, kind, options, ranks)
         placed.append((skeleton, store_of, cache_bytes))
 
@@ -201,6 +204,7 @@ def from_pretrained(
             _to_device(model, options.device)
             skeleton, expert_store, cache_bytes = placed[0]
             _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
+            session_of(model).compiling_bytes = compiling_bytes
     except BaseException:
         for _, opened, _ in placed:
             opened.close()
@@ -415,17 +419,23 @@ def _rest_bytes(skeleton: Skeleton, options: _Options) -> int:
 
 
 def _check_room(cache_bytes: int | None, rest_bytes: int) -> None:
-    """Raise `StoreError` where not even a store on disk leaves enough RAM for the model."""
+    """Raise `StoreError` where not even a store on disk leaves enough RAM for the model.
+
+    Where it leaves too little to compile, that is a warning: the model runs without.
+    """
     cache_bytes = cache_bytes or 0
     available = available_ram_bytes()
+    needs = (
+        f"The model needs {format_bytes(rest_bytes)} of RAM besides its experts,"
+        f" {format_bytes(cache_bytes)} for the expert cache and"
+        f" {format_bytes(_COMPILING_BYTES)} to compile, {format_bytes(available)} are free."
+        " Free some RAM, raise the memory limit, give a smaller expert_cache, or try it all the"
+        " same with store='disk'."
+    )
+    if rest_bytes + cache_bytes > available:
+        raise StoreError(needs)
     if rest_bytes + cache_bytes + _COMPILING_BYTES > available:
-        raise StoreError(
-            f"The model needs {format_bytes(rest_bytes)} of RAM besides its experts,"
-            f" {format_bytes(cache_bytes)} for the expert cache and"
-            f" {format_bytes(_COMPILING_BYTES)} to compile, {format_bytes(available)} are free."
-            " Free some RAM, raise the memory limit, give a smaller expert_cache, or try it all the"
-            " same with store='disk'."
-        )
+        logger.warning("%s Without torch.compile it runs as it is.", needs)
 
 
 def _store_kind(

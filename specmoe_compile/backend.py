@@ -24,7 +24,9 @@ from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.system.compilers import check_compiler
+from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
+from specmoe_compile.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -120,10 +122,8 @@ def _warn_once(message: str) -> None:
 def _configure_speculation(gm: GraphModule, config: CompileOptions) -> SpeculationPass:
     """Hand the options to the graph's sessions; returns the passes."""
     from specmoe_compile.passes.manager import SpeculationPass
-    from specmoe_compile.runtime.session import get_session
 
-    handles = dict.fromkeys(node.args[3] for node in find_dispatch_nodes(gm.graph))
-    sessions = [get_session(handle) for handle in handles]  # type: ignore[arg-type]
+    sessions = _sessions_of(gm)
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
     fetching = [session for session in sessions if session.engine.fetches]
     offloaded = len(fetching) == len(sessions)
@@ -141,6 +141,13 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     return SpeculationPass.from_options(
         config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
     )
+
+
+def _sessions_of(gm: GraphModule) -> list[Session]:
+    from specmoe_compile.runtime.session import get_session
+
+    handles = dict.fromkeys(node.args[3] for node in find_dispatch_nodes(gm.graph))
+    return [get_session(handle) for handle in handles]  # type: ignore[arg-type]
 
 
 def _calibrated(
@@ -194,6 +201,7 @@ def _lower(
         # Bound by large products and by reading experts, and compiled as long as decode.
         return gm.forward
     _check_compiler(example_inputs)
+    _check_room(_sessions_of(gm))
     patches = {
         "post_grad_custom_pre_pass": speculation,
         "freezing": False,
@@ -231,6 +239,18 @@ def _check_compiler(example_inputs: Sequence[Any]) -> None:
         check_compiler("cuda" if on_gpu else "cpu")
     except FileNotFoundError as error:
         raise CompileError(str(error)) from error
+
+
+def _check_room(sessions: Sequence[Session]) -> None:
+    """Raise `CompileError` where the system would end the process as it compiles."""
+    wanted = max(session.compiling_bytes for session in sessions)
+    free = available_ram_bytes() if wanted else 0
+    if free < wanted:
+        raise CompileError(
+            f"Compiling takes about {format_bytes(wanted)} of RAM, {format_bytes(free)} are free."
+            " Free some RAM, raise the memory limit, run without torch.compile (--no-compile), or"
+            " try it all the same with store='disk'."
+        )
 
 
 def _telling_of_capture(compiled: Compiled, gm: GraphModule) -> Compiled:

@@ -107,6 +107,8 @@ class Session:
         layers: the MoE layers, by ordinal; empty for a model that was not offloaded.
         top_k: K, the most experts of a token.
         speculation: what happens to predictions, as `configure` set it.
+        compiling_bytes: RAM that has to be free when its model is compiled for a CPU; 0 where the
+            caller chose how much is left.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Session:
         self.top_k = top_k
         self._observer: RoutingObserver | None = None
         self.speculation = SessionOptions()
+        self.compiling_bytes = 0
         self._store = store
         self._last_stats: Stats | None = None
         self._direct = engine.direct_steps

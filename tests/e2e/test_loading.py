@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._dynamo.exc import BackendCompilerFailed
 
 import specmoe_compile
 from specmoe_compile import api as loading
+from specmoe_compile import backend
 from specmoe_compile.errors import StoreError, UnsupportedModelError
 from specmoe_compile.hf.packing import pack
 from specmoe_compile.runtime.experts.module import find_experts_layers
@@ -192,11 +194,28 @@ def session_slots(model: Any) -> int:
 
 
 def test_auto_refuses_what_would_be_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: 500 << 20)
-    with pytest.raises(StoreError, match=r"512\.0 MiB to compile, 500\.0 MiB are free") as caught:
+    monkeypatch.setattr(loading, "available_ram_bytes", lambda: 50_000)
+    with pytest.raises(StoreError, match=r"512\.0 MiB to compile, 48\.8 KiB are free") as caught:
         load(folder, store="auto")
     assert str(caught.value).endswith("store='disk'.")
     assert session_of(load(folder, store="disk")).store.kind == "disk"
+
+
+def test_auto_runs_uncompiled_where_compiling_would_be_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (loading, backend):
+        monkeypatch.setattr(module, "available_ram_bytes", lambda: 500 << 20)
+    model = load(folder, store="auto")
+    assert session_of(model).store.kind == "disk"
+    assert "512.0 MiB to compile, 500.0 MiB are free" in caplog.text
+    ids = torch.tensor([[5, 6, 7]])
+    eager = model(ids).logits
+    with pytest.raises(BackendCompilerFailed, match=r"512\.0 MiB of RAM, 500\.0 MiB are free"):
+        torch.compile(model, backend="specmoe")(ids)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="specmoe", options={"lowering": "eager"})
+    torch.testing.assert_close(compiled(ids).logits, eager)
 
 
 def test_the_default_cache_leaves_room_where_ram_is_short(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 
 import specmoe_compile
 from specmoe_compile import backend
-from specmoe_compile.hf.graph_threads import open_graph_state
 from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from tests.e2e.prompt_lengths import LENGTHS, check_lengths, load_plain, offload
 from tests.helpers import save_tiny
@@ -72,19 +70,3 @@ def test_all_lengths(
     cache: str, batch: int, checkpoint: Path, captured: list[tuple[int, bool]]
 ) -> None:
     check(checkpoint, captured, cache, batch, LENGTHS)
-
-
-def test_graphs_have_state_in_every_thread() -> None:
-    from torch._inductor import cudagraph_trees
-
-    found: list[Any] = []
-
-    def work() -> None:
-        open_graph_state()
-        open_graph_state()
-        found.append(cudagraph_trees.get_container(0))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert len(found) == 1

@@ -65,10 +65,18 @@ def test_int8_arithmetic_is_refused_where_there_is_none_and_undone_by_exact() ->
     assert 1e-5 < error < 0.02
 
 
-def test_without_a_compiler_torch_computes_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("lacks", ["no C++ compiler", "1.0 GiB of RAM, and 500.0 MiB are free"])
+def test_without_a_compiler_or_memory_for_it_torch_computes_and_says_so_once(
+    lacks: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(build, "_which", lambda name: None)
+    if lacks == "no C++ compiler":
+        monkeypatch.setattr(build, "_which", lambda name: None)
+    else:
+        monkeypatch.setattr(build, "_which", lambda name: "/bin/false")
+        monkeypatch.setattr(library, "available_ram_bytes", lambda: 500 << 20)
     monkeypatch.setattr(library, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(layer, "MIN_RECORD_BYTES", 0)
     library._library_or_none.cache_clear()
@@ -82,7 +90,7 @@ def test_without_a_compiler_torch_computes_and_says_so_once(
         library._library_or_none.cache_clear()
     said = [record.getMessage() for record in caplog.records if "C++" in record.getMessage()]
     assert len(said) == 1, said
-    assert "no C++ compiler" in said[0]
+    assert lacks in said[0]
     assert not any(tmp_path.rglob("*.so"))
 
 

@@ -22,9 +22,13 @@ from specmoe_compile.runtime.cpu.native.structures import (
     StepControl,
     StepLayer,
 )
-from specmoe_compile.system.machine import cache_folder, cpu_count
+from specmoe_compile.system.machine import available_ram_bytes, cache_folder, cpu_count
+from specmoe_compile.system.sizes import format_bytes
 
 log = logging.getLogger(__name__)
+
+_BUILD_BYTES = 1 << 30
+"""RAM that compiling takes: 923 MiB, all sources at once (g++ 12)."""
 
 _lock = threading.Lock()
 
@@ -42,7 +46,7 @@ def _library_or_none() -> CDLL | None:
     except (build.BuildError, OSError) as error:
         log.warning(
             "The experts are computed by torch and not by the C++ engine, which is faster: %s."
-            " Results are exact either way; install g++ to have it.",
+            " Results are exact either way; with g++ and enough memory it is there.",
             error,
         )
         return None
@@ -54,10 +58,24 @@ def _path() -> Path:
         return carried
     compiled = cache_folder() / "native" / build.source_digest() / build.LIBRARY_NAME
     if not compiled.is_file():
-        build.find_compiler()  # before anything is promised
+        check_can_build(_BUILD_BYTES)
         log.warning("compiling the C++ engine once (20 seconds of one core): %s", compiled)
         build.build(compiled)
     return compiled
+
+
+def check_can_build(wanted_bytes: int) -> None:
+    """Raise `BuildError` without a compiler, or with too little RAM for it.
+
+    A compiler that takes more than a container may have ends this process and not itself.
+    """
+    build.find_compiler()
+    free_bytes = available_ram_bytes()
+    if free_bytes < wanted_bytes:
+        raise build.BuildError(
+            f"compiling it takes about {format_bytes(wanted_bytes)} of RAM, and"
+            f" {format_bytes(free_bytes)} are free"
+        )
 
 
 def _declared(library: CDLL) -> CDLL:

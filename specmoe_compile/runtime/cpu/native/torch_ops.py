@@ -16,9 +16,13 @@ from pathlib import Path
 import torch
 
 from specmoe_compile.runtime.cpu.native import build
+from specmoe_compile.runtime.cpu.native.library import check_can_build
 from specmoe_compile.system.machine import cache_folder
 
 log = logging.getLogger(__name__)
+
+_BUILD_BYTES = 600 << 20
+"""RAM that compiling takes: 552 MiB (g++ 12, torch 2.13)."""
 
 _lock = threading.Lock()
 
@@ -56,7 +60,7 @@ def _path() -> Path:
     folder = cache_folder() / "native" / build.source_digest() / f"torch-{torch.__version__}"
     compiled = folder / build.TORCH_LIBRARY_NAME
     if not compiled.is_file():
-        build.find_compiler()  # before anything is promised
+        check_can_build(_BUILD_BYTES)
         log.warning("compiling the op of the C++ engine once (half a minute): %s", compiled)
         libraries = str(Path(torch.__file__).resolve().parent / "lib")
         build.build_torch_ops(compiled, includes=include_paths(), libraries=libraries)
