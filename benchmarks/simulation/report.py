@@ -75,7 +75,8 @@ def write_report(result: Mapping[str, Any], path: Path) -> bool:
 
 def _about(result: Mapping[str, Any]) -> str:
     used = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v is not None)
-    return f"Commit: {str(result['commit'])[:12]}. Versions: {used}.\n"
+    commit = result["note"] if result["commit"] is None else f"Commit: {result['commit'][:12]}."
+    return f"{commit} Versions: {used}.\n"
 
 
 def _paper(rows: Sequence[Mapping[str, Any]], holds: bool) -> str:
