@@ -33,6 +33,8 @@ FREETOKEN_MODELS = {
     "gptoss_mxfp4": ("GPT-OSS-20B", "mxfp4"),
 }
 PER_CENT = {"resident": 100}
+GATHER_GBPS = 51.0
+"""What kernels read of page-locked host memory over PCIe 5 (docs/results/gpu_kernels.md)."""
 HEAD = ("model, format", "context", "cache", "FreeToken", "specmoe, cache alone", "with prefetch")
 RATIO = "specmoe's best / FreeToken"
 
@@ -132,6 +134,21 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def predicted_ms(rows: Sequence[Row]) -> Iterator[tuple[Row, float]]:
+    """Rows of specmoe's caches alone, each with its time by the simplest rule.
+
+    All experts resident, plus the missed bytes at the rate at which kernels read host memory.
+    """
+    ours = [row for row in rows if row["system"] == "specmoe"]
+    places = ("model", "format", "context", "lease")
+    whole = {tuple(r[p] for p in places): r for r in ours if r["arm"] == "resident"}
+    for row in ours:
+        resident = whole.get(tuple(row[p] for p in places))
+        if resident is not None and row["arm"].startswith("cache_"):
+            fetching_ms = row["missed_bytes"] / GATHER_GBPS / 1e6
+            yield row, resident["tpot_ms"]["p50"] + fetching_ms
+
+
 def _per_cent(arm: str) -> int:
     return PER_CENT.get(arm) or int(arm.rsplit("_", 1)[1])
 
@@ -218,3 +235,7 @@ def _collect(args: Any) -> None:
         draw(result["rows"], args.plot)
     if args.table:
         print("\n".join(table(result["rows"])))
+        for row, guess in predicted_ms(result["rows"]):
+            cell = f"{row['model']}, {row['format']}, {row['context']}, {row['arm']} {row['lease']}"
+            found = row["tpot_ms"]["p50"]
+            print(f"{cell}: {found:.2f} ms, predicted {guess:.2f} ({guess / found - 1:+.1%})")

@@ -1,13 +1,21 @@
-"""The progress bar of `specmoe bench`."""
+"""How far `specmoe bench` is: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_LINE_EVERY_S = 10.0
+
 
 class BenchProgress:
-    """A progress bar over all arms and repeats, on standard error."""
+    """All arms and repeats on standard error.
+
+    Where that is no terminal, a line says when an arm goes on to something else, and every ten
+    seconds how many tokens there are.
+    """
 
     def __init__(self, jobs: Sequence[Any], repeats: int) -> None:
         from rich.console import Console
@@ -16,12 +24,17 @@ class BenchProgress:
         self._repeats = repeats
         self._places = {job.arm: place for place, job in enumerate(jobs)}
         self._tokens = {job.arm: len(job.prompts) * job.new_tokens for job in jobs}
+        console = Console(stderr=True)
+        self._lines = not console.is_terminal
+        self._began = self._told_at = time.monotonic()
+        self._told: tuple[Any, ...] = ()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=self._lines,
         )
         self._task = self._bar.add_task("starting", total=float(len(jobs) * repeats))
 
@@ -40,8 +53,14 @@ class BenchProgress:
             what = f"{event['done']} of {self._tokens[job.arm]} tokens"
         elif what == "finished":
             share = 1.0
-        self._bar.update(
-            self._task,
-            completed=runs_done + share,
-            description=f"{job.arm} ({repeat + 1}/{self._repeats}): {what}",
-        )
+        description = f"{job.arm} ({repeat + 1}/{self._repeats}): {what}"
+        if self._lines:
+            self._tell((job.arm, repeat, event["event"]), description)
+        self._bar.update(self._task, completed=runs_done + share, description=description)
+
+    def _tell(self, state: tuple[Any, ...], description: str) -> None:
+        now = time.monotonic()
+        if state == self._told and now - self._told_at < _LINE_EVERY_S:
+            return
+        self._told, self._told_at = state, now
+        print(f"specmoe: {description}, after {now - self._began:.0f} s", file=sys.stderr)

@@ -58,10 +58,11 @@ def test_rows_of_both_systems_and_one_line_for_a_cell(
     # The slots that the graph's largest arm has and this one leaves alone are not its memory.
     assert (gpu["cache_25"], gpu["resident"], gpu["specmoe_25"]) == (40, 100, 40)
     assert all(row["ttft_ms"] in (250.0, 300.0) and row["lease"] == "A" for row in result["rows"])
-    _, _, quarter, whole = capsys.readouterr().out.splitlines()[-4:]
+    _, _, quarter, whole, predicted = capsys.readouterr().out.splitlines()[-5:]
     assert "| 8.00 (7.00 to 9.00) A | 10.00" in quarter and quarter.endswith("| 1.25 |")
     assert "| 10.50 (9.00 to 11.00) A |" in quarter, "prefetch has its own column"
     assert whole.endswith("| - | - |") and "100 %" in whole
+    assert predicted.startswith("M, nvfp4, 1024, cache_25 A: 10.00 ms, predicted 10.00 ")
 
 
 def test_what_was_not_run_keeps_its_row_and_no_time(tmp_path: Path) -> None:
@@ -91,6 +92,8 @@ def test_the_page_shows_the_rows_that_were_measured() -> None:
     rows = json.loads((RESULTS / "peers_gpu.json").read_text(encoding="utf-8"))["rows"]
     page = PAGE.read_text(encoding="utf-8").splitlines()
     assert [line for line in peers.table(rows) if line not in page] == []
+    predicted = [(row["tpot_ms"]["p50"], guess) for row, guess in peers.predicted_ms(rows)]
+    assert len(predicted) == 13 and all(abs(p / m - 1) < 0.05 for m, p in predicted)
     for panel in PANELS:
         points = points_of(rows, panel)
         assert set(points) == {"freetoken", "specmoe"}

@@ -7,7 +7,9 @@ import json
 import mmap
 import os
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +21,7 @@ from specmoe_compile.bench.child import ArmFailedError, ArmInputError, run_pytho
 from specmoe_compile.bench.harness import run_arms
 from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.page_cache import drop_cached_pages
+from specmoe_compile.bench.progress import BenchProgress
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.main import run
 from specmoe_compile.options import Policy
@@ -257,3 +260,27 @@ def cached_pages(path: Path) -> int:
         assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), states) == 0
         del buffer
         return sum(state & 1 for state in states)
+
+
+def test_progress_that_no_terminal_shows_is_told_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    job = SimpleNamespace(arm="cache", prompts=["x"], new_tokens=8)
+    with BenchProgress([job], repeats=2) as progress:
+        events: list[tuple[float, int, dict[str, Any]]] = [
+            (1.0, 0, {"event": "loaded"}),
+            (2.0, 0, {"event": "tokens", "done": 1}),
+            (3.0, 0, {"event": "tokens", "done": 2}),
+            (13.0, 0, {"event": "tokens", "done": 3}),
+            (14.0, 1, {"event": "tokens", "done": 4}),
+        ]
+        for now[0], repeat, event in events:
+            progress.on_event(job, repeat, event)
+    assert capsys.readouterr().err.splitlines() == [
+        "specmoe: cache (1/2): loaded, after 1 s",
+        "specmoe: cache (1/2): 1 of 8 tokens, after 2 s",
+        "specmoe: cache (1/2): 3 of 8 tokens, after 13 s",
+        "specmoe: cache (2/2): 4 of 8 tokens, after 14 s",
+    ]
