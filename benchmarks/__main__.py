@@ -33,6 +33,8 @@ RUNS = {
     "peers_gpu": "full_size.peers",
     "predicted_hardware": "simulation.predicted_hardware",
     "predictors": "predictors.run",
+    "ranks": "ranks.run",
+    "ranks_gpu": "ranks.gpu",
     "replay_check": "simulation.replay_check",
     "self_tuning": "speculation.self_tuning",
     "serving": "serving.run",

@@ -28,7 +28,7 @@ from specmoe_compile.hf.model_loader import (
     load_without_experts,
 )
 from specmoe_compile.hf.packing import pack_source
-from specmoe_compile.hf.ranks import Ranks, join_ranks, ranks_of_or_none
+from specmoe_compile.hf.ranks import Ranks, device_of_rank, join_ranks, ranks_of_or_none
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -157,6 +157,9 @@ def from_pretrained(
     )
     _check_choice("missing_weights", missing_weights, get_args(MissingWeights))
     if hf_kwargs.get("distributed_config") is not None:
+        options = replace(options, device=device_of_rank(options.device))
+        if options.device.type == "cuda":
+            torch.cuda.set_device(options.device)
         hf_kwargs["distributed_config"] = join_ranks(
             hf_kwargs["distributed_config"], options.device
         )
@@ -177,9 +180,10 @@ def from_pretrained(
     def place(skeleton: Skeleton, ranks: Ranks | None) -> None:
         nonlocal compiling_bytes
         layers: Sequence[StoreLayer] = [layer.store_layer for layer in skeleton.layers]
-        rest_bytes = _rest_bytes(skeleton, options)
+        here = 1 if ranks is None else ranks.on_machine  # they share its RAM
+        rest_bytes = here * _rest_bytes(skeleton, options)
         cache_bytes: int | None = _cache_bytes(options, layers, skeleton.top_k, rest_bytes)
-        kind = _store_kind(options, _total_bytes(layers), rest_bytes=rest_bytes)
+        kind = _store_kind(options, here * _total_bytes(layers), rest_bytes=rest_bytes)
         if options.device.type == "cpu":
             if kind == "ram":
                 cache_bytes = None
@@ -304,8 +308,13 @@ def offload(
     return model
 
 
-def stats(model: torch.nn.Module) -> Stats:
+def stats(model: torch.nn.Module, *, all_ranks: bool = False) -> Stats:
     """Return what an offloaded model's session did so far.
+
+    Args:
+        model: offloaded.
+        all_ranks: add up what all ranks did, of a model that is split over several processes. All
+            of them must ask, and each gets the sum.
 
     Raises:
         SpecMoEError: the model is not offloaded, or its session is closed.
@@ -313,7 +322,8 @@ def stats(model: torch.nn.Module) -> Stats:
     session = session_of(model)
     found = session.stats
     found.generation = generation_stats(session)
-    return found
+    ranks = ranks_of_or_none(model) if all_ranks else None
+    return found if ranks is None else Stats.over_ranks(ranks.gather(found))
 
 
 def reset_stats(model: torch.nn.Module) -> None:

@@ -29,6 +29,7 @@ from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cuda.decode_gather import waits_for_prefetch
 from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
+from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.ram import all_records
 
@@ -213,6 +214,10 @@ class Bench:
     vectors: list[Tensor] | None = None
     turns: Path | None = None
 
+    def build(self) -> tuple[Any, list[ExpertsLayer]]:
+        """A random model, and the MoE layers that the store is of."""
+        return build_skeleton(self.shape, self.device, layers=self.layers)
+
     @contextmanager
     def opened(
         self, slots: int, *, cache_policy: Policy = DEFAULT_POLICY
@@ -220,7 +225,7 @@ class Bench:
         """A model of its own with so many slots per layer; gives all back afterwards."""
         # On the CPU all fetches are over when they are issued, which needs no side streams.
         streams = InlineStreams() if self.device.type == "cpu" else None
-        model, layers = build_skeleton(self.shape, self.device, layers=self.layers)
+        model, layers = self.build()
         session = open_cuda_session(
             layers,
             self.store,

@@ -22,6 +22,7 @@ from specmoe_compile.bench.hf_arms import (
 )
 from specmoe_compile.bench.llama_cpp_arm import load_llama_cpp
 from specmoe_compile.bench.records import ArmJob
+from specmoe_compile.system.launched import launched
 
 _NO_PREFETCH: Mapping[str, Any] = {"prefetch": False}
 
@@ -30,10 +31,16 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
     import torch
 
     import specmoe_compile
+    from specmoe_compile.hf.ranks import device_of_rank, join_named_group
 
     # options that are not valid should fail before minutes of loading
     options = {**(arm.options or {}), **job.options}
     specmoe_compile.CompileOptions.from_kwargs(options)
+    split: dict[str, Any] = {}
+    if job.group is not None:
+        size = launched().size
+        split = {"distributed_config": {"tp_size": size, "ep_size": size}}
+        join_named_group(job.group, device_of_rank(torch.device(device_of(job))))
     inner = specmoe_compile.from_pretrained(
         job.model,
         device=job.device,
@@ -44,6 +51,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
         store_dir=job.store_dir,
         missing_weights=job.missing_weights,  # type: ignore[arg-type]
         progress=False,
+        **split,
     )
     stats = specmoe_compile.stats(inner)
     options = with_cuda_graphs(
@@ -55,7 +63,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
         model=model,
         inner=inner,
         fast_tier_bytes=kept,
-        read_stats=lambda: specmoe_compile.stats(inner),
+        read_stats=lambda: specmoe_compile.stats(inner, all_ranks=True),
         notes=[f"store on {stats.store}, {stats.store_bytes} bytes; options {options}"],
     )
 

@@ -197,6 +197,7 @@ def run_python(
     arguments: Sequence[str],
     *,
     cap: MemoryCap | None = None,
+    environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> None:
     """Run this Python with `arguments`, inside `cap`, and wait for a good end.
@@ -204,7 +205,8 @@ def run_python(
     Raises:
         ArmFailedError, ArmInputError: as `ChildPython.finish`.
     """
-    with contextlib.closing(ChildPython(arguments, cap=cap, timeout_s=timeout_s)) as child:
+    child = ChildPython(arguments, cap=cap, environment=environment, timeout_s=timeout_s)
+    with contextlib.closing(child):
         child.finish()
 
 

@@ -17,6 +17,7 @@ from specmoe_compile.bench.memory_cap import MemoryCap, memory_cap
 from specmoe_compile.bench.peer_files import MODULE as PEER_FILES
 from specmoe_compile.bench.peer_files import WRITERS
 from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record
+from specmoe_compile.system.launched import launched
 
 OnEvent = Callable[[ArmJob, int, dict[str, Any]], None]
 """Called with the job, the repeat, and an event of the worker."""
@@ -67,7 +68,7 @@ def run_arms(
 
             try:
                 with cap_or_nothing(cap_bytes) as cap:
-                    run = run_worker(job, cap=cap, on_event=tell)
+                    run = run_worker(_named(job, repeat), cap=cap, on_event=tell)
                     result.runs.append(run)
                     if cap is not None:
                         result.memory_cap_bytes = cap.limit_bytes
@@ -76,6 +77,11 @@ def run_arms(
                 result.error = str(error)
             tell({"event": "finished", "error": result.error})
     return results
+
+
+def _named(job: ArmJob, repeat: int) -> ArmJob:
+    """The job, with a name for the processes that run it together, if there are several."""
+    return job if launched().size == 1 else replace(job, group=f"{job.arm} {repeat}")
 
 
 def run_pack(
@@ -99,7 +105,12 @@ def run_pack(
             arguments += ["--quantize", quantize]
         if store_dir is not None:
             arguments += ["--store-dir", store_dir]
-        run_python(["-m", "specmoe_compile.cli.main", *arguments], cap=cap)
+        # Under torchrun each rank comes here; the store's lock lets one of them pack.
+        run_python(
+            ["-m", "specmoe_compile.cli.main", *arguments],
+            cap=cap,
+            environment={"WORLD_SIZE": ""},
+        )
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
         return result
 

@@ -31,6 +31,7 @@ class ArmJob:
         kv_cache: "static" or "dynamic", for compiled arms; other arms run as they come.
         options: of `torch.compile(backend="specmoe")`, over those of the arm.
         threads: that compute; None leaves the engine's default.
+        group: name under which the ranks of a split model meet; None in one process.
         peer_file: file that `peer_files` made for this arm; None where there is none yet.
         work_dir: folder for what an arm writes meanwhile (accelerate's offload folder).
         save_logits: file for the logits of every step, [prompts, new_tokens, V] float32, or None.
@@ -53,6 +54,7 @@ class ArmJob:
     kv_cache: str = "static"
     options: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    group: str | None = None
     peer_file: str | None = None
     work_dir: str
     save_logits: str | None = None

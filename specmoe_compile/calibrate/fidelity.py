@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
+from specmoe_compile.api import stats
 from specmoe_compile.errors import CompileError
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.options import CompileOptions, SessionOptions
@@ -290,7 +291,7 @@ class Evaluator:
             position_ids=everything[None, : len(context)],
             cache_position=everything[: len(context)],
         )
-        before = self._session.stats.total
+        before = stats(self._model, all_ranks=True).total
         rows: list[Tensor] = []
         began_s = time.perf_counter()
         for place in range(len(context), len(window) - 1):
@@ -302,7 +303,7 @@ class Evaluator:
             )
             rows.append(out.logits[0, -1].clone())
         ms = (time.perf_counter() - began_s) * 1e3
-        return before, torch.stack(rows), self._session.stats.total, ms
+        return before, torch.stack(rows), stats(self._model, all_ranks=True).total, ms
 
     def _continuations(self, model: Any) -> Iterator[list[int]]:
         for prompt in self._prompts:

@@ -30,11 +30,15 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
+from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks
+from specmoe_compile.system.launched import launched
 
 if TYPE_CHECKING:
     from specmoe_compile.bench.records import ArmJob
 
 DEFAULT_ARMS = "accelerate,on_demand,cache,resident"
+RANKED_ARMS = "on_demand,cache,specmoe"
+"""By default, where several processes split the model: Hugging Face's arms run in one."""
 DEFAULT_PROMPT = (
     "def merge_sorted(left, right):\n"
     '    """Merge two sorted lists into one sorted list."""\n'
@@ -122,12 +126,16 @@ def bench(
       specmoe bench ./checkpoint --arms accelerate,cache --new-tokens 64 --json out.json
 
       specmoe bench ./checkpoint --memory-cap 700MiB --dtype bfloat16
+
+      torchrun --nproc-per-node 2 -m specmoe_compile.cli.main bench ./checkpoint
     """
     from specmoe_compile.bench.arms import ARMS, checked_arms
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
     from specmoe_compile.system.sizes import parse_size
 
-    names = checked_arms(arms)
+    names = _arms_of_ranks(checked_arms(arms), given=arms)
+    refuse_on_ranks("--memory-cap", memory_cap, "a cap is of one")
+    json = first_ranks(json)
     check_dtype(dtype)
     check_missing_weights(missing_weights)
     check_quantize(quantize)
@@ -226,8 +234,22 @@ def measure(
         jobs = [harness.with_peer_file(job) for job in jobs]
         result = run_jobs(jobs, repeats=repeats, memory_cap_bytes=memory_cap_bytes)
     result["settings"] = {**settings, "repeats": repeats, "order": "interleaved", "seed": 0}
+    result["settings"]["ranks"] = launched().size
     result["pack"] = packed
     return result
+
+
+def _arms_of_ranks(names: list[str], *, given: str) -> list[str]:
+    """The arms, or those that a split model can have where several processes were started."""
+    from specmoe_compile.bench.arms import ARMS
+
+    if launched().size == 1:
+        return names
+    if given == DEFAULT_ARMS:
+        return RANKED_ARMS.split(",")
+    others = [name for name in names if ARMS[name].policy is None]
+    refuse_on_ranks(f"--arms {','.join(others)}", others, "specmoe's own arms split the model")
+    return names
 
 
 def reads_store(arm: str) -> bool:

@@ -27,6 +27,7 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
+from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks, split_of_ranks
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ def evaluate(
                 " give --reference offloaded."
             )
         reference = "offloaded"
+    per_layer = "recall per layer is of all experts"
+    refuse_on_ranks("--skip auto", "auto" in (skip or ()), per_layer)
+    refuse_on_ranks("--plot", plot, per_layer)
+    json, markdown = first_ranks(json), first_ranks(markdown)
     check_writable(json)
     check_documents(plot, markdown)
     options = compile_options(option)
@@ -193,12 +198,12 @@ def measure(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     import specmoe_compile
-    from specmoe_compile.calibrate.calibration import calibrate
     from specmoe_compile.calibrate.fidelity import Evaluator
     from specmoe_compile.options import CompileOptions
     from specmoe_compile.runtime.session import session_of
 
-    inner: Any = specmoe_compile.from_pretrained(model, device="cpu", store="disk", **loading)
+    split = {**loading, **split_of_ranks()}
+    inner: Any = specmoe_compile.from_pretrained(model, device="cpu", store="disk", **split)
     plain = _plain_or_none(model, loading["dtype"], reference)
     evaluator = Evaluator(
         inner,
@@ -209,17 +214,13 @@ def measure(
         options=CompileOptions.from_kwargs(options),
         **sizes,
     )
-    half = max(1, len(parts["windows"]) // 2)
-    layers = calibrate(
-        inner,
-        parts["windows"][half:] if len(parts["windows"]) > 1 else parts["windows"],
-        name=model,
-        held_out=parts["windows"][:half],
-    )
+    layers = None if split_of_ranks() else _calibrated(inner, parts["windows"], model)
     from dataclasses import asdict
 
     # All policies with the first list, then with the next: an early stop leaves a whole curve.
-    runs = dict.fromkeys(_run(parse_policy(n), skip, layers) for skip in skips for n in policies)
+    runs = dict.fromkeys(
+        _run(parse_policy(n), skip, layers, len(session.layers)) for skip in skips for n in policies
+    )
     found: list[dict[str, Any]] = []
     result = {
         "schema": 1,
@@ -232,7 +233,7 @@ def measure(
         "sizes": {**sizes, **{name: list(part.shape) for name, part in parts.items()}},
         "options": dict(options),
         "policies": found,
-        "layers": [asdict(layer) for layer in layers.layers],
+        "layers": [] if layers is None else [asdict(layer) for layer in layers.layers],
     }
     with tqdm(total=len(runs) * evaluator.steps_per_run, unit="text", leave=False) as bar:
         for run in runs:
@@ -241,6 +242,15 @@ def measure(
             if on_policy is not None:
                 on_policy(result)
     return result
+
+
+def _calibrated(model: Any, windows: Any, name: str) -> Calibration:
+    """What predictions are worth, layer by layer: computed from one half, measured on the other."""
+    from specmoe_compile.calibrate.calibration import calibrate
+
+    half = max(1, len(windows) // 2)
+    rest = windows[half:] if len(windows) > 1 else windows
+    return calibrate(model, rest, name=name, held_out=windows[:half])
 
 
 def parse_policy(text: str) -> PolicyRun:
@@ -271,19 +281,20 @@ def parse_policy(text: str) -> PolicyRun:
     )
 
 
-def _run(run: PolicyRun, skip: str, layers: Calibration) -> PolicyRun:
+def _run(run: PolicyRun, skip: str, layers: Calibration | None, count: int) -> PolicyRun:
     """The policy with a list of skipped layers; exact output knows no difference."""
     from dataclasses import replace
 
-    return run if run.policy == "exact" else replace(run, skip_layers=_skipped(skip, run, layers))
+    if run.policy == "exact":
+        return run
+    return replace(run, skip_layers=_skipped(skip, run, layers, count))
 
 
-def _skipped(text: str, run: PolicyRun, layers: Calibration) -> tuple[int, ...]:
+def _skipped(text: str, run: PolicyRun, layers: Calibration | None, count: int) -> tuple[int, ...]:
     if text == "none":
         return ()
-    if text == "auto":
+    if text == "auto" and layers is not None:
         return layers.poor_layers(run.policy)
-    count = len(layers.layers)
     try:
         numbers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:

@@ -32,6 +32,7 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
+from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks, split_of_ranks
 from specmoe_compile.system.progress import phase
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def generate(
     check_missing_weights(missing_weights)
     check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
+    refuse_on_ranks("--trace", trace, "a trace is of all experts")
+    refuse_on_ranks("--prompt -", prompt == "-", "they share standard input; give --prompt TEXT")
+    json = first_ranks(json)
     check_writable(json)
     check_writable(trace, "trace")
     text = _prompt_text(prompt)
@@ -128,6 +132,7 @@ def generate(
         expert_cache=expert_cache,
         adapter=adapter,
         missing_weights=missing_weights,  # type: ignore[arg-type]
+        **split_of_ranks(),
     )
     options = with_cuda_graphs(
         options,
@@ -147,7 +152,7 @@ def generate(
     result = stream(runner, tokenizer, ids.to(inner.device), max_new_tokens, settings)
     if recorder is not None and trace is not None:
         recorder.trace(model).save(trace.expanduser())
-    stats = specmoe_compile.stats(inner)
+    stats = specmoe_compile.stats(inner, all_ranks=True)
     print(_summary(result), file=sys.stderr)
     print(stats, file=sys.stderr)
     if json is not None:

@@ -24,6 +24,7 @@ from specmoe_compile.cli.evaluate import evaluate
 from specmoe_compile.cli.generate import generate
 from specmoe_compile.cli.options import DEBUG, check_no_value_is_empty, checked_numbers
 from specmoe_compile.cli.pack import pack
+from specmoe_compile.cli.ranks import check_command, first_rank_speaks, speaker
 from specmoe_compile.cli.replay import replay
 from specmoe_compile.cli.serve import serve
 from specmoe_compile.system.output import sentence, user_error_or_none
@@ -70,6 +71,7 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    check_command(context.invoked_subcommand)
 
 
 for command in (demo, generate, serve, bench, pack, calibrate, replay, doctor):
@@ -84,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
         logging.getLogger("specmoe_compile").setLevel(logging.DEBUG)
     try:
         check_no_value_is_empty(arguments)
-        with progress_lines():
+        with first_rank_speaks(), progress_lines():
             status = app(args=list(arguments), prog_name="specmoe", standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
@@ -107,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"specmoe: {sentence(ValueError(message))}", file=sys.stderr)
+    print(f"{speaker()}: {sentence(ValueError(message))}", file=sys.stderr)
 
 
 def _nobody_reads() -> int:

@@ -14,7 +14,7 @@ from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choic
 
 if TYPE_CHECKING:
     from specmoe_compile.options import SessionOptions
-    from specmoe_compile.replay.engine import ReplaySetting
+    from specmoe_compile.replay.engine import RankGroup, ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
     from specmoe_compile.runtime.experts.layout import ExpertLayout
@@ -74,6 +74,13 @@ def replay(
     prediction_ms: Annotated[
         float, typer.Option(min=0, help="The host's time to predict one layer.")
     ] = 0.0,
+    ranks: Annotated[
+        int,
+        typer.Option(min=1, help="Share the experts among so many ranks, each with such a link."),
+    ] = 1,
+    all_reduce_us: Annotated[
+        float, typer.Option(min=0, help="What the ranks' sum takes at the end of a layer.")
+    ] = 0.0,
     warmup: Annotated[
         int, typer.Option(min=0, help="Decode steps that are replayed and not counted.")
     ] = 4,
@@ -109,8 +116,11 @@ def replay(
       specmoe replay run.safetensors --link-gbps 25 --compute-ms 12 --predictor none,perfect
 
       specmoe replay run.safetensors --format int4 --link-gbps 25 --compute-ms 12
+
+      specmoe replay run.safetensors --ranks 2 --all-reduce-us 20 --expert-cache 25%
     """
     from specmoe_compile.options import CompileOptions, SessionOptions
+    from specmoe_compile.replay.engine import RankGroup
     from specmoe_compile.replay.formats import FORMATS, in_format
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
@@ -143,10 +153,11 @@ def replay(
             "latency_us": latency_us,
             "readers": readers,
         },
+        ranks=RankGroup(size=ranks, all_reduce_us=all_reduce_us),
     )
     chosen = _chosen_predictors(sweep, predictors)
     settings = [
-        (size, _setting(loaded, size, one_policy, name, speculation))
+        (size, _setting(loaded, size, one_policy, name, speculation, ranks))
         for size in sizes
         for one_policy in policies
         for name in chosen
@@ -195,6 +206,7 @@ def _sweep(
     compute_ms: float | None,
     parts: dict[str, float],
     link: dict[str, Any],
+    ranks: RankGroup,
 ) -> tuple[Sweep, dict[str, Any]]:
     """The machine as asked for, or as the trace measured it, and its parameters for the reader."""
     from specmoe_compile.replay.engine import ComputeTimes
@@ -216,12 +228,14 @@ def _sweep(
             raise ValueError(f"The trace measured nothing that gives --{name}: give it.")
     assert compute_ms is not None
     times = ComputeTimes.split(compute_ms, layers=trace.layers, top_k=trace.top_k, **parts)
-    sweep = Sweep(ReplaySteps(trace), Link(**link), times, warmup_steps=warmup)
+    sweep = Sweep(ReplaySteps(trace), Link(**link), times, warmup_steps=warmup, ranks=ranks)
     return sweep, {
         "link": link,
         "compute_ms": compute_ms,
         **parts,
         "warmup_steps": warmup,
+        "ranks": ranks.size,
+        "all_reduce_us": ranks.all_reduce_us,
         "from_trace": from_trace,
         "measured": asdict(found),
     }
@@ -246,7 +260,12 @@ def _chosen_predictors(sweep: Sweep, asked: list[str] | None) -> list[str]:
 
 
 def _setting(
-    trace: RoutingTrace, size: str, policy: Any, predictor: str, speculation: SessionOptions
+    trace: RoutingTrace,
+    size: str,
+    policy: Any,
+    predictor: str,
+    speculation: SessionOptions,
+    ranks: int,
 ) -> ReplaySetting:
     from specmoe_compile.replay.engine import ReplaySetting
     from specmoe_compile.system.sizes import parse_size
@@ -256,7 +275,10 @@ def _setting(
         lookahead = int(trace.setting.get("speculation", {}).get("lookahead", 1))
         speculation = replace(speculation, lookahead=lookahead)
     return ReplaySetting(
-        cache_bytes=parse_size(size, total_bytes=trace.total_bytes, option="--expert-cache"),
+        # A share is of a rank's own experts, as it is where ranks run.
+        cache_bytes=parse_size(
+            size, total_bytes=trace.total_bytes // ranks, option="--expert-cache"
+        ),
         cache_policy=policy,
         predictor=predictor,
         speculation=speculation,
@@ -333,7 +355,7 @@ def _print(
     experts = f" Experts as in {number_format}, {size} each." if number_format else ""
     print(
         f"{trace.model}: {LABEL}.{experts} Link {link['gbps']:.2f} GB/s, computing"
-        f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps."
+        f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps." + _ranks_line(machine)
     )
     print_table((*_HEAD, *_HEAD_TIMES), [_row(summary) for summary in result.summaries], keys=4)
     for row in {item["expert_cache"]: item for item in result.refused}.values():
@@ -348,6 +370,15 @@ def _print(
         "Belady: the best hit rate that any cache of this size without prefetch can have.",
         *_machine_notes(machine),
         file=sys.stderr,
+    )
+
+
+def _ranks_line(machine: dict[str, Any]) -> str:
+    if machine["ranks"] == 1:
+        return ""
+    return (
+        f" {machine['ranks']} ranks, each with such a link, {machine['all_reduce_us']:g} us per"
+        " sum; caches are per rank, counts and bytes of all."
     )
 
 

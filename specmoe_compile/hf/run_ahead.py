@@ -21,6 +21,7 @@ Shape letters: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -41,6 +42,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
+from specmoe_compile.hf.ranks import ranks_of_or_none
 from specmoe_compile.hf.step_inputs import StepInputs, cache_of
 from specmoe_compile.runtime.cache.statistics import GenerationStats
 from specmoe_compile.runtime.session import Session, get_session
@@ -93,7 +95,13 @@ def _generate(reference: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> A
     stats: GenerationStats = _stats_of(model)
     reason = _why_not(model, given)
     stats.reason = reason
-    with naming_what_did_not_fit(get_session(model.__dict__["_specmoe_session"])):
+    ranks = ranks_of_or_none(model)
+    with contextlib.ExitStack() as together:
+        if ranks is not None:
+            ranks.begin_call(given, model.device)
+            together.enter_context(ranks.explained())
+        session = get_session(model.__dict__["_specmoe_session"])
+        together.enter_context(naming_what_did_not_fit(session))
         if reason is not None:
             return plain(*args, **kwargs)
         decode = functools.partial(_decode, streamer=given.get("streamer"))

@@ -12,33 +12,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.replay.link import Link, SimulatedLink
 from specmoe_compile.replay.predictors import PREDICTORS, Predictor
-from specmoe_compile.replay.steps import ReplaySteps
+from specmoe_compile.replay.steps import ReplaySteps, Rows
+from specmoe_compile.replay.timed import (
+    TimedResidency,
+    TimedRunner,
+    allocate_nothing,
+    sizes_only_store,
+)
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
-from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
-from specmoe_compile.runtime.cpu.residency import Step
 from specmoe_compile.runtime.cpu.speculator import Speculator
-from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
-from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
-from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.slice import SliceStore
 
 NO_TICKET = -1
-_NO_WEIGHTS = ExpertTensors(WeightPlanes(torch.empty(0)), None, WeightPlanes(torch.empty(0)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +114,23 @@ class ReplaySetting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroup:
+    """Ranks that share a model's experts: each has E / N of them, a link and a cache of its own."""
+
+    size: int = 1
+    """N."""
+    all_reduce_us: float = 0.0
+    """what the sum over the ranks takes at the end of a layer, microseconds; the slowest rank is
+    waited for besides."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size={self.size} must be at least 1.")
+        if not (self.all_reduce_us >= 0 and math.isfinite(self.all_reduce_us)):
+            raise ValueError(f"all_reduce_us={self.all_reduce_us} must be 0 or more microseconds.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
     """One step of a replay; times in milliseconds of simulated time."""
 
@@ -131,9 +147,9 @@ class Replay:
     """What one replay did.
 
     Attributes:
-        slots: S of each layer, 0 without a cache.
-        steps: every step, prefill too.
-        layers: the counters of a session after the last step.
+        slots: S of each layer and rank, 0 without a cache.
+        steps: every step, prefill too; counters of all ranks, stalls of the mean rank.
+        layers: the counters of a session after the last step, of all ranks.
     """
 
     setting: ReplaySetting
@@ -150,117 +166,80 @@ class Replay:
         return total
 
 
-class SizesOnlyStore(ExpertStore):
-    """A store of which only the sizes are known."""
-
-    kind = "disk"
-
-    def read_into(self, layer: int, expert: int, record: Tensor | memoryview) -> None:
-        raise NotImplementedError("a replay reads nothing")
-
-    def close(self) -> None:
-        pass
-
-
-class TimedRunner(ExpertRunner):
-    """An experts layer that takes its time and computes nothing."""
-
-    def __init__(self, num_experts: int, compute: Callable[[], None]) -> None:
-        self.num_experts = num_experts
-        self.hidden_size = 1
-        self.dtype = torch.float32
-        self.native = None
-        self.foreign = None
-        self._compute = compute
-
-    def weights(self, record: Tensor) -> ExpertTensors:
-        return _NO_WEIGHTS
-
-    def run(self, weights: ExpertTensors, x: Tensor) -> Tensor:
-        self._compute()
-        return x
-
-
-class TimedResidency(CachedResidency):
-    """Takes its time for each expert that is used for the first time since it was read."""
-
-    def __init__(self, fetched_s: float, link: SimulatedLink, *parts: Any) -> None:
-        super().__init__(*parts)
-        self._fetched_s = fetched_s
-        self._link = link
-
-    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
-        stats, size_bytes = self._stats[layer], self._record_bytes[layer]
-        before = stats.useful_speculative_bytes // size_bytes - stats.late_prefetches
-        step = super().begin(layer, experts, prefill=prefill)
-        # Prefetched and already there; the others are counted as they arrive.
-        fresh = stats.useful_speculative_bytes // size_bytes - stats.late_prefetches - before
-        self._link.advance(fresh * self._fetched_s)
-        return step
-
-    def next_or_none(self, step: Step, *, block: bool) -> tuple[int, ExpertTensors] | None:
-        arrival = super().next_or_none(step, block=block)
-        if arrival is not None:
-            self._link.advance(self._fetched_s)
-        return arrival
-
-
 def replay(
     steps: ReplaySteps,
     setting: ReplaySetting,
     link: Link,
     compute: ComputeTimes,
     *,
+    ranks: RankGroup | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Replay:
     """Run a trace once.
 
     Args:
         steps: of the trace.
-        setting: cache and predictions.
-        link, compute: how long things take.
+        setting: cache of each rank, and predictions.
+        link, compute: how long things take; each rank has such a link, and computes all of a layer
+            but the experts of the others.
+        ranks: that share the experts; one by default.
         on_step: called after each step.
 
     Raises:
         ValueError: the cache does not hold one token's experts.
+        UnsupportedModelError: the experts cannot be split evenly.
     """
-    run = _Run(steps, setting, link, compute)
+    ranks = RankGroup() if ranks is None else ranks
+    runs = [_Run(steps, setting, link, compute, rank, ranks.size) for rank in range(ranks.size)]
     costs: list[StepCost] = []
     for step in range(len(steps)):
-        costs.append(run.step(step))
+        began_s = runs[0].now_s
+        for run in runs:
+            run.begin(step)
+        for layer in range(steps.trace.layers):
+            for run in runs:
+                run.layer(step, layer)
+            if ranks.size > 1:
+                _meet(runs, ranks.all_reduce_us * 1e-6)
+        of_ranks = [run.end() for run in runs]
+        costs.append(_cost((runs[0].now_s - began_s) * 1e3, of_ranks))
         if on_step is not None:
             on_step()
-    return Replay(setting=setting, slots=run.slots, steps=costs, layers=run.stats)
+    layers = tuple(_added(run.stats[layer] for run in runs) for layer in range(len(runs[0].stats)))
+    return Replay(setting=setting, slots=runs[0].slots, steps=costs, layers=layers)
 
 
-def allocate_nothing(size_bytes: int) -> Tensor:
-    """Return memory that has a size and no content, [size_bytes] uint8."""
-    return torch.empty(size_bytes, dtype=torch.uint8, device="meta")
+def _meet(runs: Sequence[_Run], cost_s: float) -> None:
+    """Let all ranks wait for the slowest, and for the sum."""
+    until_s = max(run.now_s for run in runs) + cost_s
+    for run in runs:
+        run.wait_until(until_s)
 
 
-def sizes_only_store(steps: ReplaySteps) -> SizesOnlyStore:
-    """Return a store with the sizes of a trace's experts."""
-    trace = steps.trace
-    layers = [
-        StoreLayer(
-            name=f"layer {index}",
-            num_experts=experts,
-            layout=ExpertLayout(tensors=(), record_bytes=size),
-        )
-        for index, (experts, size) in enumerate(
-            zip(trace.num_experts, trace.record_bytes, strict=True)
-        )
-    ]
-    return SizesOnlyStore(layers, fingerprint=trace.fingerprint, top_k=trace.top_k)
+def _added(counters: Iterable[LayerStats]) -> LayerStats:
+    total = LayerStats()
+    for one in counters:
+        total.add(one)
+    return total
 
 
 class _Run:
-    """One replay under way: the runtime's parts on simulated time."""
+    """One rank of a replay under way: the runtime's parts on simulated time."""
 
     def __init__(
-        self, steps: ReplaySteps, setting: ReplaySetting, link: Link, compute: ComputeTimes
+        self,
+        steps: ReplaySteps,
+        setting: ReplaySetting,
+        link: Link,
+        compute: ComputeTimes,
+        rank: int,
+        size: int,
     ) -> None:
-        store = sizes_only_store(steps)
+        store: ExpertStore = sizes_only_store(steps)
+        if size > 1:
+            store = SliceStore(store, rank, size)
+        self._rank, self._size = rank, size
+        self._num_experts = store.num_experts
         self._steps = steps
         self._compute = compute
         self._predictor: Predictor | None = PREDICTORS[setting.predictor]
@@ -271,7 +250,9 @@ class _Run:
         def compute_expert() -> None:
             self._link.advance(compute.expert_ms * 1e-3)
 
-        runners = [TimedRunner(experts, compute_expert) for experts in store.num_experts]
+        runners = [
+            TimedRunner(experts, compute_expert, is_slice=size > 1) for experts in store.num_experts
+        ]
         tier = FastTier(
             store,
             self._link,
@@ -297,28 +278,47 @@ class _Run:
             self._targets[source].append(target)
         self._split = [any(layer in edge for edge in self._edges) for layer in range(len(runners))]
 
-    def step(self, step: int) -> StepCost:
-        """Run one step through all layers."""
-        before, began_s = self._counters(), self._link.now_s()
-        layers = range(len(self.stats))
-        splits = self._plan(step)
-        tickets: dict[int, int] = {}
-        for layer in layers:
-            self._link.advance(self._compute.layer_ms * 1e-3)
-            x = self._steps.inputs[step]
-            ids, weights = self._steps.routed(step, layer)
-            if splits[layer]:
-                state = self._speculator.settle(tickets.get(layer, NO_TICKET), layer, ids)
-                for target in self._targets[layer]:
-                    self._predict(step, target, tickets)
-                partial = self._speculator.run(state, layer, x, ids, weights)
-                self._speculator.correct(state, layer, partial, x, ids, weights)
-            else:
-                self._speculator.demand(layer, x, ids, weights)
+    @property
+    def now_s(self) -> float:
+        return self._link.now_s()
+
+    def wait_until(self, time_s: float) -> None:
+        """Let time pass, for something else than reads."""
+        self._link.advance(max(0.0, time_s - self.now_s))
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self._before = self._counters()
+        self._splits = self._plan(step)
+        self._tickets: dict[int, int] = {}
+
+    def layer(self, step: int, layer: int) -> None:
+        """Run a layer of the step."""
+        self._link.advance(self._compute.layer_ms * 1e-3)
+        x = self._steps.inputs[step]
+        ids, weights = self._own(layer, self._steps.routed(step, layer))
+        if self._splits[layer]:
+            state = self._speculator.settle(self._tickets.get(layer, NO_TICKET), layer, ids)
+            for target in self._targets[layer]:
+                self._predict(step, target, self._tickets)
+            partial = self._speculator.run(state, layer, x, ids, weights)
+            self._speculator.correct(state, layer, partial, x, ids, weights)
+        else:
+            self._speculator.demand(layer, x, ids, weights)
+
+    def end(self) -> tuple[LayerStats, LayerStats]:
+        """End the step; the counters before and after it."""
         self._link.advance(self._compute.step_ms * 1e-3)
-        after = self._counters()
-        ms = (self._link.now_s() - began_s) * 1e3
-        return _cost(ms, before, after)
+        return self._before, self._counters()
+
+    def _own(self, layer: int, rows: Rows) -> Rows:
+        """The rows as this rank sees them: ids of its own experts, E and weight 0 of others."""
+        if self._size == 1:
+            return rows
+        ids, weights = rows
+        experts = self._num_experts[layer]
+        foreign = ids.div(experts, rounding_mode="floor") != self._rank
+        return torch.where(foreign, experts, ids % experts), weights.masked_fill(foreign, 0.0)
 
     def _plan(self, step: int) -> Sequence[bool]:
         """Which layers run with wait and correction, as the graph of such a step has them."""
@@ -328,7 +328,7 @@ class _Run:
         if not self._speculator.config.auto_off:
             return self._split
         flat = [layer for edge in self._edges for layer in edge]
-        ids, _ = self._steps.routed(step, 0)
+        ids, _ = self._own(0, self._steps.routed(step, 0))
         return self._speculator.plan(range(count), flat, ids)
 
     def _predict(self, step: int, target: int, tickets: dict[int, int]) -> None:
@@ -337,23 +337,23 @@ class _Run:
         if prediction is None:
             return
         self._link.advance(self._compute.prediction_ms * 1e-3)
-        tickets[target] = self._speculator.start(target, *prediction)
+        tickets[target] = self._speculator.start(target, *self._own(target, prediction))
 
     def _counters(self) -> LayerStats:
-        total = LayerStats()
-        for layer in self.stats:
-            total.add(layer)
-        return total
+        return _added(self.stats)
 
 
-def _cost(ms: float, before: LayerStats, after: LayerStats) -> StepCost:
+def _cost(ms: float, ranks: Sequence[tuple[LayerStats, LayerStats]]) -> StepCost:
+    def counted(name: str) -> int:
+        return sum(getattr(after, name) - getattr(before, name) for before, after in ranks)
+
     return StepCost(
         ms=ms,
-        stall_ms=after.stall_ms - before.stall_ms,
-        hits=after.hits - before.hits,
-        misses=after.misses - before.misses,
-        demand_bytes=after.demand_bytes - before.demand_bytes,
-        speculative_bytes=after.speculative_bytes - before.speculative_bytes,
+        stall_ms=counted("stall_ms") / len(ranks),
+        hits=counted("hits"),
+        misses=counted("misses"),
+        demand_bytes=counted("demand_bytes"),
+        speculative_bytes=counted("speculative_bytes"),
     )
 
 

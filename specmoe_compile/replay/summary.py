@@ -11,11 +11,12 @@ from functools import cache
 from statistics import fmean, median
 from typing import Any
 
-from specmoe_compile.replay.engine import ComputeTimes, Replay, ReplaySetting, replay
+from specmoe_compile.replay.engine import ComputeTimes, RankGroup, Replay, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.slot_table import belady_hits
+from specmoe_compile.runtime.store.slice import own_experts
 
 PAYS = 0.05
 """A larger cache pays if it takes more than this share off the time per token."""
@@ -26,8 +27,9 @@ class Summary:
     """One replay in numbers; rates, times and bytes are those of decoding, after the warm-up.
 
     `total_hits` and `total_misses` count all steps, prefill and warm-up too. `belady_hit_rate` is
-    the best that any replacement without prefetch can have; None without a cache, or where a step
-    wants more experts than there are slots.
+    the best that any replacement without prefetch can have; None without a cache, with several
+    ranks, or where a step wants more experts than there are slots. With ranks, counts and bytes are
+    of all.
     """
 
     expert_cache: str
@@ -72,7 +74,13 @@ class Sweep:
     """
 
     def __init__(
-        self, steps: ReplaySteps, link: Link, compute: ComputeTimes, *, warmup_steps: int = 0
+        self,
+        steps: ReplaySteps,
+        link: Link,
+        compute: ComputeTimes,
+        *,
+        warmup_steps: int = 0,
+        ranks: RankGroup | None = None,
     ) -> None:
         """Set the machine.
 
@@ -80,6 +88,7 @@ class Sweep:
             steps: of the trace.
             link, compute: how long things take.
             warmup_steps: decode steps that are replayed and not counted.
+            ranks: that share the experts; caches are of each.
 
         Raises:
             ValueError: no decode step is left to count.
@@ -87,6 +96,7 @@ class Sweep:
         self.steps = steps
         self._link = link
         self._compute = compute
+        self._ranks = RankGroup() if ranks is None else ranks
         self.counted = counted_steps(steps.trace, warmup_steps)
         self._bound = cache(self._belady_hit_rate)
 
@@ -103,7 +113,9 @@ class Sweep:
         Raises:
             ValueError: the cache does not hold one token's experts.
         """
-        done = replay(self.steps, setting, self._link, self._compute, on_step=on_step)
+        done = replay(
+            self.steps, setting, self._link, self._compute, ranks=self._ranks, on_step=on_step
+        )
         return self._summary(done, name)
 
     def sufficient_bytes(
@@ -132,7 +144,8 @@ class Sweep:
             )
             return self.run(one, name="", on_step=on_step).tpot_mean_ms
 
-        too_small, enough = trace.top_k - 1, max(trace.num_experts)
+        own = own_experts(max(trace.num_experts), self._ranks.size)
+        too_small, enough = min(trace.top_k, own) - 1, own
         max_ms = (1 + PAYS) * tpot_ms(enough)
         while enough - too_small > 1:
             middle = (too_small + enough) // 2
@@ -148,6 +161,7 @@ class Sweep:
         hits, misses = sum(c.hits for c in costs), sum(c.misses for c in costs)
         total = done.total
         per_token_ms = [c.ms for c in costs]
+        is_one = self._ranks.size == 1
         return Summary(
             expert_cache=name,
             cache_bytes=done.setting.cache_bytes,
@@ -155,7 +169,7 @@ class Sweep:
             cache_policy=done.setting.cache_policy if done.slots else "-",
             predictor=done.setting.predictor,
             hit_rate=hits / max(1, hits + misses),
-            belady_hit_rate=self._bound(done.slots) if done.slots else None,
+            belady_hit_rate=self._bound(done.slots) if is_one and done.slots else None,
             total_hits=total.hits,
             total_misses=total.misses,
             recall=total.recall if total.needed else None,

@@ -99,6 +99,24 @@ def test_kernel_decides_as_the_python_policy(stream: dict[str, Any]) -> None:
     assert_equal_streams(plan_by_kernel, **stream)
 
 
+@planners
+@pytest.mark.parametrize("speculative", [False, True])
+def test_the_id_after_the_last_is_another_ranks(planner: Any, speculative: bool) -> None:
+    """It is neither looked up nor fetched, counted, judged or remembered."""
+    tables = [LayerTables(5, 3, device=DEVICE) for _ in range(2)]
+    for ids in ([[5, 1], [0, 5]], [[5, 5]], [[5, 0], [3, 5]], [[2, 5]]):
+        rows = torch.tensor(ids, device=DEVICE)
+        plans = [
+            planner(chosen, each.layer, policy="adaptive", speculative=speculative)
+            for chosen, each in zip((rows, torch.where(rows == 5, -1, rows)), tables, strict=True)
+        ]
+        assert as_lists(plans[0]) == as_lists(plans[1])
+        assert as_lists(tables[0].layer) == as_lists(tables[1].layer)
+        foreign = rows == 5
+        assert bool((plans[0].present[foreign] == -1).all())
+        assert bool((plans[0].late[foreign] == -1).all())
+
+
 def random_steps(
     count: int, *, experts: int, tokens: int, top_k: int, distinct: bool = True
 ) -> list[Step]:
@@ -317,5 +335,5 @@ def test_wrong_arguments_are_refused_with_one_sentence() -> None:
 
 
 def test_cpu_op_refuses_unknown_experts() -> None:
-    with pytest.raises(ValueError, match=re.escape("expert 5, but slot_of has 5 experts")):
-        plan_cache(torch.tensor([[5]]), LayerTables(5, 3, device=CPU).layer, policy="lru")
+    with pytest.raises(ValueError, match=re.escape("expert 6, but slot_of has 5 experts")):
+        plan_cache(torch.tensor([[6]]), LayerTables(5, 3, device=CPU).layer, policy="lru")

@@ -1,65 +1,48 @@
-"""Several processes that share a model's experts, started by torchrun, on the CPU with gloo."""
+"""Several processes that share a model's experts, on the CPU with gloo."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-LAYERS, EXPERTS, TOP_K = 3, 8, 2
-WORKER = Path(__file__).with_name("worker.py")
+from tests.ranks.groups import (
+    EXPERTS,
+    LAYERS,
+    Group,
+    run_groups,
+    save_checkpoint,
+    torchrun,
+)
+
+SCENARIOS: list[dict[str, Any]] = [
+    {"name": "two", "ranks": 2},
+    {"name": "sampling", "ranks": 2, "compile": None, "sample": True, "new_tokens": 5},
+    {"name": "stores", "ranks": 2, "load_rank_1": {"quantize": "int8"}, "other_store": True},
+    {"name": "killed", "ranks": 2, "compile": None, "dies_at_read": 12, "limit_s": 60},
+]
+FAILURES: list[dict[str, Any]] = [
+    {"name": "uneven", "ranks": 3},
+    {"name": "packing", "ranks": 2, "load_rank_1": {"store_dir": "/dev/null/store"}},
+    {"name": "prompts", "ranks": 2, "compile": None, "other_prompt": True},
+]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    config = Qwen3MoeConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def start(
-    folder: Path, checkpoint: Path, ranks: int, **options: Any
-) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(ranks), str(WORKER), str(checkpoint), str(folder / "store"), str(folder),
-        json.dumps(options),
-    ]  # fmt: skip
-    root = str(WORKER.parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Group]:
+    return run_groups(tmp_path_factory.mktemp("groups"), checkpoint, SCENARIOS)
 
 
-def seen(folder: Path, checkpoint: Path, ranks: int, **options: Any) -> list[dict[str, Any]]:
-    ended = start(folder, checkpoint, ranks, **options)
-    assert ended.returncode == 0, ended.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-
-
-def test_two_ranks_give_the_plain_tokens_from_one_store(tmp_path: Path, checkpoint: Path) -> None:
-    found = seen(tmp_path, checkpoint, 2, compile={"lowering": "eager"})
+def test_two_ranks_give_the_plain_tokens_from_one_store(groups: dict[str, Group]) -> None:
+    found = groups["two"].checked()
     for rank, one in enumerate(found):
         assert one["tokens"] == one["expected"], "tokens differ from the plain model's"
         assert not one["breaks"]
@@ -68,33 +51,87 @@ def test_two_ranks_give_the_plain_tokens_from_one_store(tmp_path: Path, checkpoi
         experts = {expert for _, expert in one["reads"]}
         assert experts and experts <= set(range(rank * 4, rank * 4 + 4)), "reads only its own"
         assert sum(layer["predicted"] for layer in one["stats"]["layers"]) > 0
+    assert sum(sum(one["packed"]) for one in found) == 1, "packed once"
+
+
+def test_statistics_of_all_ranks_add_up(groups: dict[str, Group]) -> None:
+    found = groups["two"].checked()
+    for name in ("misses", "demand_bytes", "store_bytes", "fast_tier_bytes", "steps", "needed"):
+        total = sum(one["stats"][name] for one in found)
+        assert all(one["stats_of_all"][name] == total for one in found), name
+    assert found[0]["stats"]["misses"] != found[1]["stats"]["misses"]
+
+
+def test_sampling_draws_the_same_tokens_on_every_rank(groups: dict[str, Group]) -> None:
+    first, second = groups["sampling"].checked()
+    assert first["tokens"] == second["tokens"]
+    # As the plain model draws them from the first rank's seed.
+    assert first["tokens"] == first["expected"]
+
+
+def test_stores_that_differ_are_refused_by_every_rank(groups: dict[str, Group]) -> None:
+    group = groups["stores"]
+    assert group.statuses == [1, 1]
+    for text in group.errors:
+        assert "The ranks opened different expert stores" in text.splitlines()[-1]
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(groups: dict[str, Group]) -> None:
+    group = groups["killed"]
+    assert group.statuses == [1, -9], group.errors[0][-3000:]
+    last = group.errors[0].splitlines()
+    said = next(line for line in reversed(last) if "SpecMoEError" in line)
+    assert re.search(r"Rank 0 of 2 lost another rank: that process ended", said)
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Group]:
+    return run_groups(tmp_path_factory.mktemp("failures"), checkpoint, FAILURES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"expert_cache": "50%"},
-        {"static": False, "batch": 3, "expert_cache": "50%"},
-        {"store": "ram", "batch": 4},
-        {"expert_cache": "50%", "compile": {"prefetch": False}},
-    ],
-    ids=["inductor", "dynamic", "ram", "no_prefetch"],
-)
-def test_tokens_for(options: dict[str, Any], tmp_path: Path, checkpoint: Path) -> None:
-    for one in seen(tmp_path, checkpoint, 2, **options):
+def test_an_uneven_split_is_refused_by_every_rank(failures: dict[str, Group]) -> None:
+    group = failures["uneven"]
+    assert group.statuses == [1, 1, 1]
+    for text in group.errors:
+        assert "UnsupportedModelError" in text
+        assert "processes as divide the experts" in text.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_pack_ends_all_with_its_own_error(failures: dict[str, Group]) -> None:
+    group = failures["packing"]
+    assert group.statuses == [1, 1]
+    own = group.errors[1].splitlines()[-1]
+    told = group.errors[0].splitlines()[-1]
+    assert "StoreError" in own and "/dev/null" in own
+    assert "Rank 1 of 2 failed packing the experts" in told and own.split(": ", 1)[1] in told
+
+
+@pytest.mark.slow
+def test_prompts_that_differ_are_refused_by_every_rank(failures: dict[str, Group]) -> None:
+    group = failures["prompts"]
+    assert group.statuses == [1, 1]
+    for text in group.errors:
+        assert "other arguments on rank 1 than on rank 0" in text.splitlines()[-1]
+
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_and_ends_them(tmp_path: Path, checkpoint: Path) -> None:
+    scenario = {
+        "checkpoint": str(checkpoint),
+        "store_dir": str(tmp_path / "store"),
+        "compile": None,
+        "new_tokens": 4,
+    }
+    ended = torchrun(2, WORKER, json.dumps(scenario), str(tmp_path))
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    for rank in range(2):
+        one = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert one["tokens"] == one["expected"]
-
-
-@pytest.mark.slow
-def test_four_ranks(tmp_path: Path, checkpoint: Path) -> None:
-    for one in seen(tmp_path, checkpoint, 4):
-        assert one["tokens"] == one["expected"]
-        assert one["own"] == [EXPERTS // 4] * LAYERS
-
-
-@pytest.mark.slow
-def test_an_uneven_split_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    ended = start(tmp_path, checkpoint, 3)
+    ended = torchrun(2, WORKER, json.dumps({**scenario, "dies_at_read": 5}), str(tmp_path))
     assert ended.returncode != 0
-    assert "processes as divide the experts" in ended.stderr
+    assert "lost another rank" in ended.stderr or "SIGKILL" in ended.stderr

@@ -1,77 +1,145 @@
-"""One rank: generates with offloaded experts beside the plain model, and writes what it saw.
+"""One rank: generates with offloaded experts beside a reference, and returns what it saw.
 
-Started by torchrun: worker.py CHECKPOINT STORE OUT OPTIONS, where OPTIONS is JSON.
+A scenario is a dictionary: `name`, `ranks`, `checkpoint`, `store_dir`, and what differs from the
+defaults below. It is run by `tests.ranks.launch`, or by torchrun: `worker.py SCENARIO OUT`.
 """
+
+from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 import specmoe_compile
+from specmoe_compile import api
 from specmoe_compile.backend import specmoe
 from specmoe_compile.runtime.session import session_of
 
-NEW_TOKENS = 10
+DEFAULTS: dict[str, Any] = {
+    "load": {},  # more arguments of from_pretrained
+    "load_rank_1": {},  # the same, of rank 1 only
+    "compile": {"lowering": "eager"},  # options of torch.compile; None: run eagerly
+    "static": True,  # the cache of keys and values
+    "batch": 1,
+    "sample": False,
+    "new_tokens": 10,
+    "dies_at_read": 0,  # rank 1 ends itself when it reads for the nth time
+    "other_prompt": False,  # rank 1 generates from another prompt
+    "other_store": False,  # rank 1 has a folder of its own
+    "reference": "plain",  # or "one_rank": specmoe in one process, with the same arguments
+}
 
 
-def main(checkpoint: str, store_dir: str, out: str, options: dict[str, object]) -> None:
-    world = int(os.environ["WORLD_SIZE"])
-    reads: list[tuple[int, int]] = []
+def run(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Load, compile, generate."""
+    ask = {**DEFAULTS, **scenario}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    load = {
+        "device": "cpu",
+        "dtype": "float32",
+        "store": "disk",
+        "store_dir": ask["store_dir"],
+        "expert_cache": 0,
+        "progress": False,
+        **ask["load"],
+    }
+    if rank == 1:
+        load.update(ask["load_rank_1"])
+        load["store_dir"] += ".other" * ask["other_store"]
+    packed: list[bool] = []
+    pack_source = api.pack_source
+
+    def noted_pack(*args: Any, **kwargs: Any) -> Any:
+        report = pack_source(*args, **kwargs)
+        packed.append(not report.reused)
+        return report
+
+    api.pack_source = noted_pack
+    split = {"tp_size": size, "ep_size": size}
+    model = specmoe_compile.from_pretrained(ask["checkpoint"], distributed_config=split, **load)
+    reads = note_reads(model, ask["dies_at_read"] if rank == 1 else 0)
     sums: list[int] = []
 
     def counting(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         sums.append(sum("all_reduce" in str(node.target) for node in gm.graph.nodes))
-        return specmoe(gm, inputs, options=options.get("compile"))
+        return specmoe(gm, inputs, options=ask["compile"])
 
-    config = DistributedConfig(tp_size=world, ep_size=world)
-    model = specmoe_compile.from_pretrained(
-        checkpoint,
-        device="cpu",
-        store=options.get("store", "disk"),
-        store_dir=store_dir if options.get("store", "disk") == "disk" else None,
-        expert_cache=options.get("expert_cache", 0),
-        distributed_config=config,
-        progress=False,
-    )
-    store = session_of(model).store
-    whole = getattr(store, "whole", None)
-    if whole is not None:
-        read_into = whole.read_into
-
-        def noted(layer: int, expert: int, record: torch.Tensor) -> None:
-            reads.append((layer, expert))
-            read_into(layer, expert, record)
-
-        whole.read_into = noted
-    torch.manual_seed(0)
-    prompts = torch.randint(1, 90, (options.get("batch", 1), 5))
-    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    if options.get("static", True):
-        kwargs["cache_implementation"] = "static"
-    mask = torch.ones_like(prompts)
-    compiled = torch.compile(model, backend=counting)
-    tokens = compiled.generate(prompts, attention_mask=mask, **kwargs)
-    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    expected = plain.generate(prompts, attention_mask=mask, **kwargs)
-    stats = specmoe_compile.stats(model).as_dict()
+    compiled: Any = model if ask["compile"] is None else torch.compile(model, backend=counting)
+    torch.manual_seed(7 + rank * ask["sample"])
+    if ask["other_prompt"] and rank == 1:
+        ask["batch"] += 1
+    tokens = generate(compiled, ask)
     found = {
-        "tokens": tokens.tolist(),
-        "expected": expected.tolist(),
+        "tokens": tokens,
         "sums": sums,
         "breaks": dict(counters["graph_break"]),
         "reads": reads,
-        "own": list(store.num_experts),
-        "stats": stats,
+        "packed": packed,
+        "own": list(session_of(model).store.num_experts),
+        "stats": specmoe_compile.stats(model).as_dict(),
+        "stats_of_all": specmoe_compile.stats(model, all_ranks=True).as_dict(),
     }
-    rank = os.environ["RANK"]
-    Path(out, f"rank{rank}.json").write_text(json.dumps(found))
+    torch._dynamo.reset()
+    torch.manual_seed(7)
+    if ask["reference"] == "plain":
+        plain = AutoModelForCausalLM.from_pretrained(ask["checkpoint"], dtype=torch.float32)
+        found["expected"] = generate(plain.eval(), ask)
+        return found
+    api.pack_source = pack_source
+    load["store_dir"] += ".one"
+    if rank == 0:  # nobody has to wait for it
+        one = specmoe_compile.from_pretrained(ask["checkpoint"], **load)
+        other: Any = one
+        if ask["compile"] is not None:
+            other = torch.compile(one, backend="specmoe", options=ask["compile"])
+        found["expected"] = generate(other, ask)
+        found["stats_of_one"] = specmoe_compile.stats(one).as_dict()
+    return found
+
+
+def note_reads(model: Any, dies_at: int) -> list[tuple[int, int]]:
+    """Keep layer and expert of each read of the whole store; end this process at one of them."""
+    reads: list[tuple[int, int]] = []
+    whole = getattr(session_of(model).store, "whole", None)
+    if whole is None:
+        return reads
+    read_into = whole.read_into
+
+    def noted(layer: int, expert: int, record: torch.Tensor) -> None:
+        reads.append((layer, expert))
+        if len(reads) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        read_into(layer, expert, record)
+
+    whole.read_into = noted
+    return reads
+
+
+def generate(model: Any, ask: dict[str, Any]) -> list[list[int]]:
+    """Tokens of the same prompts for every model."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(2, 60, (ask["batch"], 5), generator=generator)
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": ask["new_tokens"],
+        "do_sample": ask["sample"],
+        "pad_token_id": 0,
+    }
+    if ask["static"]:
+        kwargs["cache_implementation"] = "static"
+    with torch.no_grad():
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **kwargs)
+    tokens: list[list[int]] = out.tolist()
+    return tokens
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], json.loads(sys.argv[4]))
+    given = json.loads(sys.argv[1])
+    result = json.dumps(run(given))
+    Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(result)

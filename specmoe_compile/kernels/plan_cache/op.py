@@ -111,7 +111,7 @@ def plan_cache(
 
     Args:
         ids: [T, K] int32 or int64, contiguous, T * K from 1 to 256: experts by choice; negative for
-            none. On CUDA, ids of E or more count as none too.
+            none, and E, which stands for an expert of another rank. On CUDA so do larger ones.
         tables: of the layer, on the device of `ids`; E and S at most 512. Changed in place.
         policy: "lru", "lfu" or "adaptive".
         bypass: only slots that hold nothing are filled, nothing is evicted.
@@ -128,7 +128,7 @@ def plan_cache(
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device or layout, or a size
-            is too large; on the CPU also an id of E or more.
+            is too large; on the CPU also an id of more than E.
         SpecMoEError: CUDA tensors without Triton.
     """
     op = torch.ops.specmoe_kernels.plan_cache

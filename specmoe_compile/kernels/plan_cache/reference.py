@@ -41,9 +41,10 @@ def plan_cache_reference(
     Args and returns: see `plan_cache`.
 
     Raises:
-        ValueError: an id is E or more.
+        ValueError: an id is more than E.
     """
-    choices: list[int] = ids.reshape(-1).tolist()
+    given: list[int] = ids.reshape(-1).tolist()
+    choices = [NOBODY if expert == slot_of.shape[0] else expert for expert in given]
     if max(choices) >= slot_of.shape[0]:
         raise ValueError(
             f"specmoe_kernels::plan_cache: ids holds expert {max(choices)}, but slot_of has"

@@ -140,6 +140,25 @@ class Stats:
         for layer in self.layers:
             self.total.add(layer)
 
+    @classmethod
+    def over_ranks(cls, ranks: Sequence[Stats]) -> Stats:
+        """The counters, bytes and times of several processes added up; all else is the first's.
+
+        Times add up too: `read_gbps` is the mean rate of one rank's reads.
+        """
+        first = ranks[0]
+        layers = tuple(layer.copy() for layer in first.layers)
+        for other in ranks[1:]:
+            for layer, more in zip(layers, other.layers, strict=True):
+                layer.add(more)
+        return replace(
+            first,
+            layers=layers,
+            fast_tier_bytes=sum(one.fast_tier_bytes for one in ranks),
+            store_bytes=sum(one.store_bytes for one in ranks),
+            read_busy_ms=sum(one.read_busy_ms for one in ranks),
+        )
+
     @property
     def overlap(self) -> float:
         """Share of the reading time in which the caller did something else; 0 without reads."""

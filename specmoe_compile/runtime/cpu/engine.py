@@ -27,7 +27,6 @@ from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.session import Session, check_store
 from specmoe_compile.runtime.store.base import ExpertStore
-from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 
 
@@ -106,7 +105,7 @@ class CpuEngine(Speculator):
         if not use_native_experts(engine.library):
             return None
         store = self._store
-        reads = store.direct_reads_or_none() if isinstance(store, DiskStore) else None
+        reads = store.direct_reads_or_none()
         places = [
             LayerPlace(
                 runner.native,
@@ -115,6 +114,7 @@ class CpuEngine(Speculator):
                 store.layouts[layer].record_bytes,
                 0 if reads is None else reads.offsets[layer],
                 None if reads is None or reads.verified is None else reads.verified[layer],
+                runner.foreign is not None,
             )
             for layer, runner in enumerate(self._runners)
         ]

@@ -229,7 +229,7 @@ class Speculator:
             assert state.prediction.weights is not None, "settle() keeps no other"
             predicted = Choices(ids.new_tensor(state.prediction.rows), state.prediction.weights)
             state.ids, state.weights = self.misses.committed(predicted, Choices(ids, weights))
-            self._stats[layer].skipped_experts += _count_missing(ids, state.ids)
+            self._stats[layer].skipped_experts += _count_missing(ids, state.ids, runner)
         routing = Routing(x, ids if state.ids is None else state.ids, runner)
         if state.step is None:
             needed = self._needed(state, routing, ids, weights, y)
@@ -330,7 +330,7 @@ class Speculator:
             stats.recalled += len(set(true).intersection(guess))
 
 
-def _count_missing(ids: Tensor, executed: Tensor) -> int:
+def _count_missing(ids: Tensor, executed: Tensor, runner: ExpertRunner) -> int:
     """Count the (token, expert) pairs of `ids` that are not in the same row of `executed`."""
     pairs = zip(ids.tolist(), executed.tolist(), strict=True)
-    return sum(len(set(true).difference(done)) for true, done in pairs)
+    return sum(len(set(runner.own(true)).difference(done)) for true, done in pairs)

@@ -19,8 +19,10 @@ from specmoe_compile.runtime.policy.misses import Choices, MissPolicy
 class Commitments:
     """Predictions of the live step, by layer, and the routing that they make of the true one."""
 
-    def __init__(self, layers: int, streams: Streams, device: torch.device) -> None:
-        """Start without predictions for so many layers, and count on the device."""
+    def __init__(self, num_experts: Sequence[int], streams: Streams, device: torch.device) -> None:
+        """Start without predictions for layers of E experts, and count on the device."""
+        layers = len(num_experts)
+        self._num_experts = num_experts
         self._left_out = torch.zeros(layers, dtype=torch.int64, device=device)
         self._streams = streams
         self._misses = MissPolicy(SessionOptions())
@@ -59,7 +61,8 @@ class Commitments:
         with self._streams.on("compute"):
             ids, weights = self._misses.committed(predicted, true)
             runs = (true.ids.unsqueeze(2) == ids.unsqueeze(1)).any(dim=2)
-            self._left_out[layer] += (~runs).sum()
+            own = true.ids < self._num_experts[layer]
+            self._left_out[layer] += (own & ~runs).sum()
             return Choices(ids.contiguous(), weights.contiguous())
 
     def add_to(self, layers: Sequence[LayerStats]) -> None:

@@ -135,7 +135,8 @@ class CopyDecoder(Decoder):
             on_host, left_out, number = weak_misses_on_device(on_host, shares, slot_of, threshold)
             self._counters[layer].skipped_experts += int(number)
             skipped = self._streams.to_device(left_out, ids.device)
-        choices: list[int] = on_host.reshape(-1).tolist()
+        experts = self._num_experts[layer]
+        choices = [e if e < experts else -1 for e in on_host.reshape(-1).tolist()]
         awaited = self._plan_demand(layer, choices)
         in_flight, slot_of_expert = self._in_flight[layer], self._table.slot_of[layer]
         slots = [slot_of_expert[expert] if expert >= 0 else -1 for expert in choices]
@@ -208,7 +209,8 @@ class CopyDecoder(Decoder):
         if guess.experts is None and self._streams.reached(guess.event):
             # The first choices of all tokens come first.
             ranked = guess.values.t().reshape(-1).tolist()
-            guess.experts = deque(expert for expert in dict.fromkeys(ranked) if expert >= 0)
+            experts = self._num_experts[guess.layer]
+            guess.experts = deque(e for e in dict.fromkeys(ranked) if 0 <= e < experts)
         return guess.experts
 
     def _link_is_free(self) -> bool:

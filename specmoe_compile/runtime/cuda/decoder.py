@@ -65,7 +65,7 @@ class Decoder(ABC):
 
         Args:
             layer: MoE layer ordinal.
-            ids: [T, P], most probable first; -1 is nobody.
+            ids: [T, P], most probable first; -1 and E are nobody here.
             max_records: records to fetch at most.
         """
 
@@ -73,7 +73,7 @@ class Decoder(ABC):
     def demand(
         self, layer: int, ids: Tensor, weights: Tensor | None = None, threshold: float = 0.0
     ) -> DecodeStep:
-        """Start fetching the experts of a routing, [T, K]; -1 is nobody.
+        """Start fetching the experts of a routing, [T, K]; -1 and E are nobody here.
 
         Args:
             layer: MoE layer ordinal.

@@ -101,11 +101,16 @@ class CudaEngine:
         if measure is None and device.type == "cuda":
             measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
         self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
-        self.default_vectors = DeviceVectors(store.num_experts, parts.hidden_sizes, device=device)
+        self.default_vectors = DeviceVectors(
+            store.num_experts,
+            parts.hidden_sizes,
+            device=device,
+            slices=[layer.is_slice for layer in layers],
+        )
         self.predictions = Predictions(len(layers))
         self._config = SessionOptions()
         self._misses = MissPolicy(self._config)
-        self._commitments = Commitments(len(layers), self._streams, device)
+        self._commitments = Commitments(store.num_experts, self._streams, device)
         copied = self._decoders.copied_bytes
         self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
         self._learns_from_decode = False

@@ -41,11 +41,6 @@ def open_device_session(
         UnsupportedModelError: the model spans several devices, or the kernels lack its experts.
         ValueError: the cache does not hold one token's experts.
     """
-    if any(layer.is_slice for layer in layers):
-        raise UnsupportedModelError(
-            "Experts that are split over ranks are computed on the CPU only so far: use"
-            " device='cpu', or one process with device='cuda'."
-        )
     device = _device_of(model)
     slot_bytes = sum(layout.record_bytes for layout in store.layouts)
     smallest = min(top_k, max(store.num_experts)) * slot_bytes

@@ -33,6 +33,7 @@ class DecoderParts(NamedTuple):
         forms: how experts are computed.
         norms: applied to each expert's output, or None.
         streams: the session's.
+        foreign: the id that stands for experts of other ranks; None where there are none.
     """
 
     cache: DeviceCache
@@ -41,6 +42,7 @@ class DecoderParts(NamedTuple):
     forms: Sequence[ExpertForm]
     norms: Sequence[Norm | None]
     streams: Streams
+    foreign: Sequence[int | None]
 
     @classmethod
     def for_layers(
@@ -67,6 +69,7 @@ class DecoderParts(NamedTuple):
             forms=forms,
             norms=[_norm_or_none(layer) for layer in layers],
             streams=streams,
+            foreign=[layer.num_experts if layer.is_slice else None for layer in layers],
         )
 
     @property

@@ -47,6 +47,7 @@ class PrefillBuffers:
         self._supply = supply
         self._forms = parts.forms
         self._streams = parts.streams
+        self._foreign = parts.foreign
         layouts, num_experts = parts.layouts, parts.num_experts
         shapes = [(e, one.record_bytes) for e, one in zip(num_experts, layouts, strict=True)]
         largest = max(experts * size for experts, size in shapes)
@@ -64,7 +65,7 @@ class PrefillBuffers:
         self._ahead: tuple[int, Any, bool] | None = None
 
     def run(self, layer: int, x: Tensor, ids: Tensor) -> Tensor:
-        """Unweighted outputs of all choices, [T, H], [T, K] -> [T, K, H]."""
+        """Unweighted outputs of all choices, [T, H], [T, K] -> [T, K, H]; zero on other ranks'."""
         capturing = self._streams.capturing
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (ahead[0], ahead[2]) == (layer, capturing):
@@ -76,7 +77,12 @@ class PrefillBuffers:
             self._copy_ahead(layer + 1, capturing)
         self._streams.wait("compute", ready)
         with self._streams.on("compute"):
-            y = x.new_empty((*ids.shape, x.shape[-1]))
+            foreign = self._foreign[layer]
+            if foreign is None:
+                y = x.new_empty((*ids.shape, x.shape[-1]))
+            else:
+                y = x.new_zeros((*ids.shape, x.shape[-1]))
+                ids = torch.where(ids == foreign, -1, ids)
             y = run_grouped_experts_(y, x, ids, self._banks[layer], self._forms[layer])
         if self._supply is not None:
             # The host waits for these records: not before it has given the device work.

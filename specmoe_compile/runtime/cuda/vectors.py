@@ -27,8 +27,13 @@ class DeviceVectors(DefaultVectors):
         hidden_sizes: Sequence[int],
         *,
         device: torch.device | str = "cpu",
+        slices: Sequence[bool] | None = None,
     ) -> None:
-        super().__init__(num_experts, hidden_sizes, device=device)
+        """As `DefaultVectors`; the id E is other ranks' in layers that are `slices`, and zero."""
+        slices = slices or [False] * len(num_experts)
+        rows = [experts + own for experts, own in zip(num_experts, slices, strict=True)]
+        super().__init__(rows, hidden_sizes, device=device)
+        self._num_experts = num_experts
         self._steps_left = [DECODE_SAMPLES] * len(num_experts)
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ class DeviceVectors(DefaultVectors):
 
     def learn(self, layer: int, ids: Tensor, y: Tensor) -> None:
         """Count outputs in, [T, K] and [T, K, H]."""
-        self._add(layer, ids, y, torch.ones_like(ids, dtype=torch.bool))
+        self._add(layer, ids, y, ids < self._num_experts[layer])
 
     def learn_from_decode(self, layer: int, ids: Tensor, y: Tensor, present: Tensor) -> None:
         """Count the outputs in whose `present`, [T, K], is not negative."""

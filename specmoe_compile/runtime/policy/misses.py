@@ -98,7 +98,8 @@ class MissPolicy:
             ids = ids.gather(1, places)
         if self.threshold is not None and ids.numel():
             heaviest = _heaviest_by_expert(ids, weights, num_experts)
-            ids = torch.where(heaviest[ids.long()] < self.threshold, -1, ids)
+            rows = ids.long().clamp(0, num_experts - 1)
+            ids = torch.where(heaviest[rows] < self.threshold, -1, ids)
         return ids
 
 
@@ -124,7 +125,7 @@ def weak_misses_on_device(
     """Leave `weak_misses` out without the host.
 
     Args:
-        ids: [T, K] int64 or int32.
+        ids: [T, K] int64 or int32; E and -1 are nobody's here.
         weights: [T, K] float.
         slot_of: [E] int32, slot of each expert or -1.
         threshold: router weight.
@@ -133,18 +134,24 @@ def weak_misses_on_device(
         ids to fetch, [T, K], -1 where left out; experts left out, [T, K] int32, else -1; and their
         number, [] int64.
     """
-    heaviest = _heaviest_by_expert(ids, weights, slot_of.shape[0])
+    experts = slot_of.shape[0]
+    heaviest = _heaviest_by_expert(ids, weights, experts)
     weak = (slot_of < 0) & (heaviest >= 0) & (heaviest < threshold)
-    left_out = weak[ids.long()]
+    left_out = weak[ids.long().clamp(0, experts - 1)] & (ids >= 0) & (ids < experts)
     kept = torch.where(left_out, -1, ids)
     skipped = torch.where(left_out, ids, -1).int()
     return kept, skipped, weak.sum()
 
 
 def _heaviest_by_expert(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """Largest weight of each expert, [T, K], [T, K] -> [E] float32; -1 for those not chosen."""
+    """Largest weight of each expert, [T, K], [T, K] -> [E] float32; -1 for those not chosen.
+
+    Ids outside 0..E-1 are nobody's.
+    """
     heaviest = torch.full((experts,), -1.0, device=ids.device)
-    return heaviest.scatter_reduce_(0, ids.reshape(-1).long(), weights.reshape(-1).float(), "amax")
+    rows, shares = ids.reshape(-1).long(), weights.reshape(-1).float()
+    shares = torch.where((rows >= 0) & (rows < experts), shares, -1.0)
+    return heaviest.scatter_reduce_(0, rows.clamp(0, experts - 1), shares, "amax")
 
 
 def committed_routing(
@@ -176,7 +183,10 @@ def committed_routing(
         totals = guess_weights.sum(dim=1, keepdim=True)
         guess_weights, place = guess_weights.topk(top_k, dim=1)
         guess = guess.gather(1, place)
-        guess_weights = guess_weights * (totals / guess_weights.sum(dim=1, keepdim=True))
+        kept = guess_weights.sum(dim=1, keepdim=True)
+        # All of a token's experts may be other ranks', with weight zero.
+        kept = kept.clamp(min=torch.finfo(kept.dtype).tiny)
+        guess_weights = guess_weights * (totals / kept)
     elif guess.shape[1] < top_k:
         missing = top_k - guess.shape[1]
         # Repeating an expert with weight zero keeps the shape and changes nothing.
@@ -186,14 +196,14 @@ def committed_routing(
         )
     if not use_true_weights:
         return guess, guess_weights.to(weights.dtype)
-    kept = (ids.unsqueeze(2) == predicted.unsqueeze(1)).any(dim=2)
-    kept_weights = torch.where(kept, weights, torch.zeros_like(weights))
+    is_kept = (ids.unsqueeze(2) == predicted.unsqueeze(1)).any(dim=2)
+    kept_weights = torch.where(is_kept, weights, torch.zeros_like(weights))
     kept_total = kept_weights.sum(dim=1, keepdim=True)
     scale = weights.sum(dim=1, keepdim=True) / kept_total.clamp(min=torch.finfo(weights.dtype).tiny)
     # An expert that is left out is replaced by one that runs anyway: none is fetched for nothing.
-    stand_in = ids.gather(1, kept.long().argmax(dim=1, keepdim=True))
-    own_ids = torch.where(kept, ids, stand_in)
-    none_kept = ~kept.any(dim=1, keepdim=True)
+    stand_in = ids.gather(1, is_kept.long().argmax(dim=1, keepdim=True))
+    own_ids = torch.where(is_kept, ids, stand_in)
+    none_kept = ~is_kept.any(dim=1, keepdim=True)
     return (
         torch.where(none_kept, guess, own_ids),
         torch.where(none_kept, guess_weights.to(weights.dtype), kept_weights * scale),

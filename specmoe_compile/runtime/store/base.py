@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,21 @@ class RecordSource(Protocol):
 
         Padding is left as it is. Experts of a layer are asked for in order, layer by layer.
         """
+
+
+class DirectReads(NamedTuple):
+    """What a reader outside Python needs.
+
+    Attributes:
+        fd: of the records' file, opened with O_DIRECT.
+        offsets: of each layer's first record, in bytes.
+        verified: of each layer, whether a record's checksum was seen to match, one byte each; None
+            if nobody asks.
+    """
+
+    fd: int
+    offsets: tuple[int, ...]
+    verified: list[memoryview] | None
 
 
 class ExpertStore(ABC):
@@ -92,6 +107,10 @@ class ExpertStore(ABC):
             f"A store on {self.kind} has no record in memory for layer {layer}, expert {expert}; "
             "use read_into."
         )
+
+    def direct_reads_or_none(self) -> DirectReads | None:
+        """What a reader outside Python needs, which must have ended before `close`; None: none."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -15,14 +15,13 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.experts.layout import RECORD_ALIGNMENT
-from specmoe_compile.runtime.store.base import ExpertStore, record_array
+from specmoe_compile.runtime.store.base import DirectReads, ExpertStore, record_array
 from specmoe_compile.runtime.store.header import (
     RECORDS_NAME,
     StoreHeader,
@@ -36,21 +35,6 @@ from specmoe_compile.system.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 DIRECT_ALIGNMENT = RECORD_ALIGNMENT  # bytes; memory, offset and length of an O_DIRECT read
-
-
-class DirectReads(NamedTuple):
-    """What a reader outside Python needs.
-
-    Attributes:
-        fd: of the records' file, opened with O_DIRECT.
-        offsets: of each layer's first record, in bytes.
-        verified: of each layer, whether a record's checksum was seen to match, one byte each; None
-            if nobody asks.
-    """
-
-    fd: int
-    offsets: tuple[int, ...]
-    verified: list[bytearray] | None
 
 
 class DiskStore(ExpertStore):
@@ -136,10 +120,10 @@ class DiskStore(ExpertStore):
             self._verified[layer][expert] = 1
 
     def direct_reads_or_none(self) -> DirectReads | None:
-        """Return what a reader outside Python needs, which must have ended before `close`."""
         if not self.direct:
             return None
-        return DirectReads(self._fd, self._layer_offsets, self._verified)
+        flags = None if self._verified is None else [memoryview(each) for each in self._verified]
+        return DirectReads(self._fd, self._layer_offsets, flags)
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every record and compare its checksum; raises `StoreError` at the first mismatch."""

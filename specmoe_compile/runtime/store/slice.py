@@ -14,7 +14,7 @@ import torch
 
 from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.runtime.experts.layout import StoreLayer
-from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
+from specmoe_compile.runtime.store.base import DirectReads, ExpertStore, RecordSource
 
 
 class SliceStore(ExpertStore):
@@ -35,6 +35,21 @@ class SliceStore(ExpertStore):
     def read_into(self, layer: int, expert: int, record: torch.Tensor | memoryview) -> None:
         self._offset(layer, expert)  # refuses an expert that is not this rank's
         self.whole.read_into(layer, self._rank * self.num_experts[layer] + expert, record)
+
+    def direct_reads_or_none(self) -> DirectReads | None:
+        reads = self.whole.direct_reads_or_none()
+        if reads is None:
+            return None
+        firsts = [self._rank * experts for experts in self.num_experts]
+        offsets = [
+            offset + first * layout.record_bytes
+            for offset, first, layout in zip(reads.offsets, firsts, self.layouts, strict=True)
+        ]
+        verified = None
+        if reads.verified is not None:
+            parts = zip(reads.verified, firsts, self.num_experts, strict=True)
+            verified = [flags[first : first + experts] for flags, first, experts in parts]
+        return DirectReads(reads.fd, tuple(offsets), verified)
 
     def close(self) -> None:
         self.whole.close()

@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from specmoe_compile.runtime.cpu.native import layer as native
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.disk import DiskStore
+from specmoe_compile.runtime.store.slice import SliceStore
 from specmoe_compile.runtime.store.writer import pack_records
 from tests.helpers import prompts, tiny_qwen3_moe
 from tests.runtime.fakes import E, K, L, ModuleSource, experts_layer, qwen_experts, token_batch
@@ -85,6 +87,39 @@ def test_tokens_tables_and_counters_are_those_of_python(
             assert getattr(stats, name) == getattr(expected, name)
         assert one.stats.read_busy_ms > 0
         assert "by one C++ op each" in str(one.stats)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_computes_its_own_part_as_python_does(store_folder: Path, rank: int) -> None:
+    layers = [replace(layer, num_experts=E // 2, is_slice=True) for layer in LAYERS]
+    generator = random.Random(rank)
+
+    def opened() -> Session:
+        store = SliceStore(DiskStore.open(store_folder), rank, 2)
+        return open_session(layers, store, expert_cache_bytes=CACHES["one_token"], top_k=K)
+
+    whole = make_session("in_place")
+    with whole, opened() as one, opened() as other:
+        for seed in range(150):
+            number = seed % L
+            x, ids, weights = token_batch(seed, generator.choice([1, 1, 2, 5]))
+            own = ids // (E // 2) == rank
+            if seed % 7 == 0:
+                own[:] = False
+            local = torch.where(own, ids % (E // 2), E // 2)
+            batch = (x, local, torch.where(own, weights, 0.0))
+            got = experts(*batch, one.handle, number)
+            assert torch.equal(got, by_python(other, number, batch))
+            torch.testing.assert_close(got, whole.experts(number, x, ids, batch[2]))
+            for name in ("slot_of", "expert_of", "last_use", "clock"):
+                tables = [getattr(s.engine.cache, name) for s in (one, other)]
+                assert tables[0] == tables[1], f"{name} in step {seed}"
+        stats, expected = (s.stats.total for s in (one, other))
+        assert stats.native_steps > 100 and expected.native_steps == 0
+        for name in ("steps", "hits", "misses", "demand_bytes"):
+            assert getattr(stats, name) == getattr(expected, name)
+        with pytest.raises(SpecMoEError):
+            experts(x[:1], torch.tensor([[E // 2 + 1, 0]]), weights[:1], one.handle, 0)
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -86,6 +86,7 @@ class LayerPlace:
         record_bytes: of each.
         file_offset: of expert 0's record in the store's file.
         verified: [E], whether a record's checksum was seen to match; None if it need not be.
+        is_slice: the id E stands for experts of other ranks.
     """
 
     native: NativeLayer | None
@@ -93,7 +94,8 @@ class LayerPlace:
     address: int
     record_bytes: int
     file_offset: int = 0
-    verified: bytearray | None = None
+    verified: bytearray | memoryview | None = None
+    is_slice: bool = False
 
 
 class StepLock:
@@ -183,6 +185,7 @@ class NativeSteps:
         entry.cache.experts = place.num_experts
         entry.memory = place.address
         entry.record_bytes = place.record_bytes
+        entry.is_slice = place.is_slice
         entry.file_offset = place.file_offset
         if place.verified is not None:
             flags = (ctypes.c_uint8 * len(place.verified)).from_buffer(place.verified)

@@ -112,6 +112,7 @@ class StepLayer(Structure):
         ("verified", c_void_p),
         ("counters", c_void_p),
         ("is_busy", c_void_p),
+        ("is_slice", c_int64),
     )
 
 

@@ -125,13 +125,16 @@ bool Steps::is_pythons(int64_t layer, const StepCall& call) const {
 // Groups choices by expert: one token's in its own order, else ascending. False: an id is none.
 bool Steps::group(const StepLayer& layer, const StepCall& call) {
   const int64_t choices = call.tokens * call.top_k;
+  int64_t own = 0;
   wanted_.clear();
   for (int64_t i = 0; i < choices; i++) {
     const int64_t id = id_at(call, i);
+    if (layer.is_slice && id == layer.cache.experts) continue;
+    own++;
     if (id < 0 || id >= layer.cache.experts) return false;
     if (std::find(wanted_.begin(), wanted_.end(), id) == wanted_.end()) wanted_.push_back(id);
   }
-  if (static_cast<int64_t>(wanted_.size()) < choices || call.tokens > 1)
+  if (static_cast<int64_t>(wanted_.size()) < own || call.tokens > 1)
     std::sort(wanted_.begin(), wanted_.end());
   tasks_.clear();
   tokens_.clear();
@@ -241,6 +244,7 @@ bool Steps::experts(int64_t number, const StepCall& call) {
   const StepLayer& layer = layers_[static_cast<size_t>(number)];
   if (!group(layer, call) || !fits(layer)) return false;
   y_.resize(static_cast<size_t>(call.tokens * call.top_k * call.hidden));
+  if (layer.is_slice) std::fill(y_.begin(), y_.end(), 0.0f);
   const float* x = static_cast<const float*>(call.x);
   if (call.x_dtype != F32) {
     x_.resize(static_cast<size_t>(call.tokens * call.hidden));

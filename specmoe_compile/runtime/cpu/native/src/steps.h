@@ -47,6 +47,7 @@ struct StepLayer {
   const uint8_t* verified;  // [E], whether a record's checksum was seen to match; null: no check
   int64_t* counters;        // [COUNTERS]
   int64_t* is_busy;         // [1], whether guesses or reads of this layer are Python's business
+  int64_t is_slice;         // the id E stands for experts of other ranks, whose outputs are zero
 };
 
 // Set by Python between steps.

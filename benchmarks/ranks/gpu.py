@@ -1,0 +1,226 @@
+"""Several GPUs beside one: experts split over ranks on real links, time per token of `generate`.
+
+    python -m benchmarks ranks_gpu --out ranks.json
+    python -m benchmarks ranks_gpu --out ranks.json --shapes GPT-OSS-20B-mxfp4 --contexts 65536
+    python -m benchmarks ranks_gpu --out dry.json --dry
+
+Phases: `check` (tokens in float32 equal to one GPU's), `link` (rates of all links at once, and the
+time of a sum over the ranks), `cells` (random weights of full shape, routing of a trace, a context
+that is there already; slots of 25 and 50 % of all experts on each rank). One rank and N ranks in
+turns, each group in processes of its own. Rows are kept one by one, and an existing file is gone on
+with, so that several calls of ten minutes make one result. `--layers` takes fewer layers than the
+model has: times are of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.full_size.arms import ARMS
+from benchmarks.full_size.model import SHAPES
+from benchmarks.full_size.token import DRY_STEPS, STEPS
+from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_needed
+from benchmarks.kit.claims import Claim
+from benchmarks.kit.command import explains_errors, run_parser
+from benchmarks.ranks.run import run_group
+from specmoe_compile.bench.machine import provenance
+from specmoe_compile.system.output import write_json
+
+SCHEMA = 1
+WORKER = "benchmarks.ranks.gpu_worker"
+PHASES = ("check", "link", "cells")
+FULL = ("Qwen3-30B-A3B", "Qwen3-30B-A3B-int4", "GPT-OSS-20B-mxfp4")
+DRY = ("tiny-qwen3",)
+CELL_ARMS = ("cache_25", "cache_50", "resident")
+MOST, NEVER_ABOVE = 0.6, 1.05
+MISSES_DECIDE = 0.5
+"""Share of a token's time at one rank that misses must take for the first bound to be asked."""
+
+
+class Benchmark:
+    """One call: what is asked for, what is there already, and how much time is left."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._started = time.monotonic()
+        self.result: dict[str, Any] = {
+            "schema": SCHEMA,
+            **provenance(),
+            "ranks": args.ranks,
+            "layers": args.layers,
+            "rows": {},
+        }
+        if args.out.exists():
+            self.result = json.loads(args.out.read_text(encoding="utf-8"))
+
+    def run(self) -> None:
+        """All phases asked for, in turns of one rank and N."""
+        with TemporaryDirectory(prefix="specmoe-ranks-") as name:
+            folder = Path(name)
+            for phase in self._args.phases:
+                for job, key in self._jobs(phase, folder):
+                    for ranks in (1, self._args.ranks):
+                        self._one(job, f"{key}|{ranks} ranks", ranks, folder)
+
+    def _one(self, job: Mapping[str, Any], key: str, ranks: int, folder: Path) -> None:
+        left_s = self._args.budget_s - (time.monotonic() - self._started)
+        if key in self.result["rows"]:
+            return
+        if left_s < 0:
+            print(f"left for another call: {key}", flush=True)
+            return
+        began_s = time.monotonic()
+        found = run_group(job, ranks, folder, WORKER)
+        row = {"commit": provenance()["commit"], "seconds": time.monotonic() - began_s, **found}
+        self.result["rows"][key] = row
+        write_json(self._args.out, self.result)
+        print(f"{key}: {row['seconds']:.0f} s", flush=True)
+
+    def _jobs(self, phase: str, folder: Path) -> list[tuple[dict[str, Any], str]]:
+        args = self._args
+        common = {"phase": phase, "dry": args.dry, "out": str(folder / "out.json")}
+        common |= {"layers": args.layers, "shape": args.shapes[0]}
+        if phase == "link":
+            return [(common, "link")]
+        if phase == "check":
+            checkpoint = folder / "checkpoint"
+            save_small(checkpoint)
+            store = str(folder / "store")
+            return [({**common, "checkpoint": str(checkpoint), "store_dir": store}, "check")]
+        trace = self._trace()
+        return [
+            (
+                {**common, "shape": s, "context": c, "arms": list(args.arms), "trace": str(trace)},
+                f"{s}|{c}|turn {turn + 1}",
+            )
+            for turn in range(args.turns)
+            for s in args.shapes
+            for c in args.contexts
+        ]
+
+    def _trace(self) -> Path:
+        """The routing trace, recorded from the reference model where it is not there yet."""
+        path: Path = self._args.trace
+        if not path.exists():
+            configs = [SHAPES[name].configured(self._args.layers) for name in self._args.shapes]
+            texts = max(
+                texts_needed(
+                    config.num_hidden_layers,
+                    getattr(config, "num_experts", None) or config.num_local_experts,
+                    reference_layers=8,
+                    reference_experts=32,
+                )
+                for config in configs
+            )
+            steps = DRY_STEPS if self._args.dry else STEPS
+            trace: RoutingTrace = record_reference(texts, steps.total)
+            trace.save(path)
+        return path
+
+
+def save_small(folder: Path) -> None:
+    """A small model in float32 with experts enough to miss."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(1)
+    shape: dict[str, Any] = {"head_dim": 16}
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        **shape,
+        num_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+def claims(result: Mapping[str, Any]) -> list[Claim]:
+    """What must hold of the rows that are there."""
+    rows, ranks = result["rows"], result["ranks"]
+    found = []
+    one, several = rows.get("check|1 ranks"), rows.get(f"check|{ranks} ranks")
+    if one and several:
+        same = one["tokens"] == several["tokens"]
+        found.append(
+            Claim(text=f"float32 tokens of {ranks} ranks are one's", measured=str(same), holds=same)
+        )
+    for key, row in rows.items():
+        case, _, group = key.rpartition("|")
+        other = rows.get(f"{case}|{ranks} ranks")
+        if group != "1 ranks" or other is None or "rows" not in row:
+            continue
+        resident_ms = _median(row, "resident")
+        for name in row["rows"]:
+            alone_ms, share = _median(row, name), _median(other, name) / _median(row, name)
+            decides = name != "resident" and resident_ms < (1 - MISSES_DECIDE) * alone_ms
+            bound = MOST if decides else NEVER_ABOVE
+            found.append(
+                Claim(
+                    text=f"{case}, {name}: {ranks} ranks take at most {bound} x one's time",
+                    measured=f"{share:.3f}",
+                    holds=share <= bound,
+                )
+            )
+    return found
+
+
+def _median(row: Mapping[str, Any], name: str) -> float:
+    if name not in row["rows"]:
+        return float("inf")
+    value: float = row["rows"][name]["wall_ms"]["p50"]
+    return value
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = run_parser("ranks_gpu", __doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU, with gloo")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES))
+    parser.add_argument("--contexts", nargs="+", type=int)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(CELL_ARMS))
+    parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
+    parser.add_argument("--turns", type=int, default=2, help="A B A B ...")
+    parser.add_argument("--trace", type=Path, help="routing trace; recorded if absent")
+    parser.add_argument("--budget-s", type=float, default=420.0, help="begin nothing after this")
+    args = parser.parse_args(argv)
+    args.shapes = args.shapes or list(DRY if args.dry else FULL)
+    args.contexts = args.contexts or ([32] if args.dry else [1024, 65536])
+    args.trace = args.trace or args.out.with_suffix(".trace.safetensors")
+    if args.dry:
+        args.turns = 1
+    return args
+
+
+@explains_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 if a claim does not hold."""
+    args = parse(argv)
+    found = 0 if args.dry else torch.cuda.device_count()
+    if not args.dry and found < args.ranks:
+        raise ValueError(f"{args.ranks} GPUs are needed and {found} found; give --ranks or --dry.")
+    benchmark = Benchmark(args)
+    benchmark.run()
+    held = claims(benchmark.result)
+    for claim in held:
+        print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}: {claim.measured}")
+    # A tiny model on a CPU says nothing of times.
+    counted = [claim for claim in held if not args.dry or "tokens" in claim.text]
+    return 0 if all(claim.holds for claim in counted) else 1

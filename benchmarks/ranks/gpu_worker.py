@@ -1,0 +1,178 @@
+"""One rank of `python -m benchmarks ranks_gpu`: started by torchrun, or alone, with a job's path.
+
+The job is JSON: `phase` (check, link, cells), `dry`, `checkpoint`, `store_dir`, `shape`, `layers`,
+`context`, `arms`, `trace`, `out`. Rank 0 writes what was found to `out`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import specmoe_compile
+import specmoe_compile.backend
+from benchmarks.full_size.arms import ARMS, learn_vectors
+from benchmarks.full_size.generation import Generation, measure_cell
+from benchmarks.full_size.model import SHAPES
+from benchmarks.full_size.routing import trace_predictions
+from benchmarks.full_size.run import VECTOR_TOKENS
+from benchmarks.full_size.token import DRY_STEPS, STEPS
+from benchmarks.full_size.trace import RoutingTrace, map_trace
+from benchmarks.ranks.split_model import SplitBench, filled_cache, open_store
+from benchmarks.ranks.worker import all_reduce_us
+from specmoe_compile.bench.records import quantile
+from specmoe_compile.cli.ranks import split_of_ranks
+from specmoe_compile.hf.ranks import device_of_rank, join_ranks
+from specmoe_compile.system.launched import launched
+
+LINK_BYTES, LINK_COPIES = 1 << 30, 8
+
+
+def main(job_path: str) -> None:
+    """Run the job's phase."""
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    device = torch.device("cpu") if job["dry"] else device_of_rank(torch.device("cuda"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size = launched().size
+    if size > 1:
+        join_ranks({"tp_size": size, "ep_size": size}, device)
+    phases: dict[str, Callable[[dict[str, Any], torch.device], dict[str, Any]]] = {
+        "check": check_tokens,
+        "link": link_rates,
+        "cells": cells,
+    }
+    found = phases[job["phase"]](job, device)
+    if launched().rank == 0:
+        Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def check_tokens(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tokens of a small model in float32, from a store on disk that all ranks share."""
+    model: Any = specmoe_compile.from_pretrained(
+        job["checkpoint"],
+        device=device.type,
+        dtype="float32",
+        store="disk" if job["dry"] else "ram",
+        store_dir=job["store_dir"] if job["dry"] else None,
+        expert_cache="50%",
+        progress=False,
+        **split_of_ranks(),
+    )
+    options: dict[str, Any] = {} if job["dry"] else {"mode": "reduce-overhead"}
+    compiled: Any = torch.compile(model, backend="specmoe", options=options)
+    prompt = torch.arange(3, 19, device=device)[None]
+    with torch.no_grad():
+        out = compiled.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8 if job["dry"] else 48,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+        )
+    return {"tokens": out[0].tolist(), "stats": specmoe_compile.stats(model).total.as_dict()}
+
+
+def link_rates(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What each rank's link brings while all copy at once, 1e9 bytes per second; and a sum's time.
+
+    Without a GPU there is no link to measure.
+    """
+    size = launched().size
+    found: dict[str, Any] = {"gbps": None, "all_reduce_us": None}
+    if size > 1:
+        elements = SHAPES[job["shape"]].configured(job["layers"]).hidden_size
+        reduce = reduce_on_gpu_us if device.type == "cuda" else all_reduce_us
+        found["all_reduce_us"] = reduce(elements)
+    if device.type != "cuda":
+        return found
+    host = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    there.copy_(host)
+    if size > 1:
+        dist.barrier()
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    for _ in range(LINK_COPIES):
+        there.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    gbps = LINK_BYTES * LINK_COPIES / 1e9 / (time.perf_counter() - began_s)
+    rates: list[Any] = [gbps]
+    if size > 1:
+        rates = [None] * size
+        dist.all_gather_object(rates, gbps)
+    return {**found, "gbps": rates}
+
+
+def reduce_on_gpu_us(elements: int) -> float:
+    """Median device time of a sum over the ranks, of so many bfloat16, by events."""
+    values = torch.ones(elements, dtype=torch.bfloat16, device="cuda")
+    spans = []
+    for _ in range(100):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        dist.all_reduce(values)
+        end.record()
+        end.synchronize()
+        spans.append(1e3 * begin.elapsed_time(end))
+        values.fill_(1.0)
+    return quantile(spans, 0.5)
+
+
+@torch.no_grad()
+def cells(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """One shape and context: a row per arm."""
+    size, shape = launched().size, SHAPES[job["shape"]]
+    config = shape.configured(job["layers"])
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    top_k = config.num_experts_per_tok
+    store = open_store(shape, device, size, job["layers"])
+    trace = RoutingTrace.load(Path(job["trace"]))
+    tables = map_trace(trace, layers=len(store.num_experts), experts=experts, top_k=top_k)
+    bench = SplitBench(
+        shape=shape,
+        device=device,
+        store=store,
+        tables=tables.to(device),
+        steps=DRY_STEPS if job["dry"] else STEPS,
+        lowering="eager" if job["dry"] else "inductor",
+        layers=job["layers"],
+        ranks=size,
+        experts=experts,
+    )
+    learn_vectors(bench, 32 if job["dry"] else VECTOR_TOKENS)
+    rows = {name: cell(bench, job, name) for name in job["arms"]}
+    store.give_back()
+    return {"rows": rows}
+
+
+def cell(bench: SplitBench, job: dict[str, Any], name: str) -> dict[str, Any]:
+    """One arm, in a session and a graph of its own."""
+    arm = ARMS[name]
+    options: dict[str, Any] = {**arm.options, "strict": True, "transfer": "gather"}
+    if job["dry"]:
+        options["lowering"] = "eager"
+    else:
+        options["mode"] = "reduce-overhead"
+    with bench.opened(bench.slots(arm)) as (model, session, routing), trace_predictions():
+        filled = filled_cache(bench, model.config, job["context"])
+        compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
+        run = Generation(bench, compiled, session, routing, filled)
+        row = measure_cell(bench, run, name)
+        sums_ms = sum(k["ms_per_token"] for k in row["kernels"] if "nccl" in k["kernel"].lower())
+        return {**row, "slots": bench.slots(arm), "sums_ms_per_token": sums_ms}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

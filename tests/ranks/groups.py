@@ -1,0 +1,102 @@
+"""Scenarios of several ranks, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+ROOT = Path(__file__).parents[2]
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the ranks of a scenario ended: by rank, exit statuses, results and error texts."""
+
+    statuses: list[Any]
+    results: list[dict[str, Any]]
+    errors: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Group:
+        """What `tests.ranks.launch` left in a scenario's folder."""
+        statuses = json.loads((folder / "status.json").read_text())
+        files = [folder / f"rank{rank}.json" for rank in range(len(statuses))]
+        results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        errors = [file.with_suffix(".err").read_text() for file in files]
+        return cls(statuses, results, errors)
+
+    def checked(self) -> list[dict[str, Any]]:
+        """The results, after a look at the statuses."""
+        assert all(status == 0 for status in self.statuses), "\n".join(
+            [str(self.statuses), *(text[-3000:] for text in self.errors)]
+        )
+        return self.results
+
+
+def environment() -> dict[str, str]:
+    """For a process that imports this checkout, computes on one thread and asks no hub."""
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **more}
+
+
+def run_groups(out: Path, checkpoint: Path, scenarios: list[dict[str, Any]]) -> dict[str, Group]:
+    """Run scenarios one after the other; returns them by name."""
+    given = [
+        {"checkpoint": str(checkpoint), "store_dir": str(out / f"{each['name']}.store"), **each}
+        for each in scenarios
+    ]
+    (out / "scenarios.json").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "tests.ranks.launch", str(out)]
+    ended = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return {each["name"]: Group.read(out / each["name"]) for each in scenarios}
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Start a script or a module by torchrun, and wait for its end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--master-port", port, *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+
+
+def save_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A tiny model of 8 experts per layer, in float32."""
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
