@@ -25,8 +25,6 @@ _LIBRARY = torch.library.Library("specmoe", "DEF")
 
 _SCHEMAS = {
     "experts": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
-    # What the C++ op behind `experts` on a CPU leaves to Python.
-    "experts_python": "(Tensor x, Tensor ids, Tensor weights, int session, int layer) -> Tensor",
     "blend_default_vectors": (
         "(Tensor ids, Tensor weights, Tensor like, int session, int layer) -> Tensor"
     ),
@@ -45,8 +43,16 @@ _SCHEMAS = {
         " int layer) -> Tensor"
     ),
 }
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """An op, and the one that gets what the op's body in C++, on a CPU, leaves to Python."""
+    return (name,) if name == "predict_experts" else (name, f"{name}_python")
+
+
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    for _op in _names(_name):
+        _LIBRARY.define(_op + _schema)
 
 
 def _check_routing(op: str, ids: Tensor, weights: Tensor) -> None:
@@ -218,7 +224,6 @@ def _correct_fake(
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
-    "experts_python": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
     "predict_experts": (_predict, _predict_fake),
     "start_prefetch": (_start, _start_fake),
@@ -228,8 +233,9 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "correct_experts": (_correct, _correct_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"specmoe::{_name}", _fake, lib=_LIBRARY)
+    for _op in _names(_name):
+        _LIBRARY.impl(_op, _real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"specmoe::{_op}", _fake, lib=_LIBRARY)
 
 for _name in ("plan_step", "start_prefetch", "wait_prefetch"):
     has_side_effect(getattr(torch.ops.specmoe, _name).default)

@@ -9,6 +9,7 @@ Shape letters: T tokens, E experts, K top-k, H hidden, L MoE layers.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ class DefaultVectors:
     Attributes:
         tables: [E, H] float32 of each layer.
         counts: [E] int64 of each layer, samples so far.
-        frozen: whether `update` is a no-op, as after `load`.
+        frozen_flag: [1] int64, what `frozen` says; memory that others may read.
     """
 
     def __init__(
@@ -53,12 +54,26 @@ class DefaultVectors:
         shapes = list(zip(num_experts, hidden_sizes, strict=True))
         self.tables = [torch.zeros(e, h, dtype=torch.float32, device=device) for e, h in shapes]
         self.counts = [torch.zeros(e, dtype=torch.int64, device=device) for e, _ in shapes]
-        self.frozen = False
+        self.frozen_flag = array("q", [False])
         self._decode_samples = decode_samples
         self._prefill_samples = prefill_samples
         # Experts that still learn, so that no tensor has to be asked.
         self._learning: list[set[int]] = [set(range(e)) for e, _ in shapes]
         self._young: list[set[int]] = [set(range(e)) for e, _ in shapes]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `update` is a no-op, as after `load`."""
+        return bool(self.frozen_flag[0])
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self.frozen_flag[0] = frozen
+
+    @property
+    def decode_samples(self) -> int:
+        """Samples up to which decoding adds to an expert's mean."""
+        return self._decode_samples
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
         """Weighted sum of default vectors over K.
@@ -117,7 +132,8 @@ class DefaultVectors:
         """Count one sample of each expert in, [K, H]; in decoding, so free of small tensors."""
         table, counts, young = self.tables[layer], self.counts[layer].numpy(), self._young[layer]
         for row, expert in enumerate(experts):
-            if expert in young:
+            # Steps in C++ count, too, and retire nobody.
+            if expert in young and counts[expert] < self._decode_samples:
                 counts[expert] += 1
                 count = int(counts[expert])
                 table[expert].lerp_(rows[row].float(), 1.0 / count)

@@ -18,7 +18,7 @@ class LayerStats:
     steps: int = 0
     """times the layer ran."""
     native_steps: int = 0
-    """of them those that one op in C++ took, without Python. On a CPU."""
+    """of them those that ran in C++, without Python. On a CPU."""
     hits: int = 0
     """experts that were in the fast tier, or on their way there by a prefetch."""
     misses: int = 0
@@ -220,7 +220,7 @@ class Stats:
     def _engine_line(self) -> tuple[str, ...]:
         if not self.total.native_steps:
             return ()
-        return (f"layer steps: {self.total.native_steps} of {self.total.steps} by one C++ op each",)
+        return (f"layer steps: {self.total.native_steps} of {self.total.steps} in C++",)
 
     def _experts_line(self) -> tuple[str, ...]:
         if not self.experts:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
+from specmoe_compile.runtime.cache.marks import ExpertMarks
 from specmoe_compile.runtime.cache.slot_table import CachePlan, ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
@@ -66,9 +67,9 @@ class CachedResidency(Residency):
         # share a bank share its slots.
         self._in_flight: list[dict[int, _InFlight]] = [{} for _ in range(max(memory.bank_of) + 1)]
         # Prefetched experts that no step has used yet.
-        self._unused: list[set[int]] = [set() for _ in memory.bank_of]
+        self._unused = [ExpertMarks(experts) for experts in store.num_experts]
         # Experts that a useless guess pushed out, until they are read again.
-        self._pushed_out: list[set[int]] = [set() for _ in memory.bank_of]
+        self._pushed_out = [ExpertMarks(experts) for experts in store.num_experts]
         # Begin and end of the last waits, as far back as a prediction may have begun.
         self._stalls: deque[tuple[float, float]] = deque(maxlen=_STALLS_KEPT)
 
@@ -79,8 +80,10 @@ class CachedResidency(Residency):
         return self._memory.address(layer)
 
     def is_busy(self, layer: int) -> bool:
-        in_flight = self._in_flight[self._memory.bank_of[layer]]
-        return bool(in_flight or self._unused[layer] or self._pushed_out[layer])
+        return bool(self._in_flight[self._memory.bank_of[layer]])
+
+    def marks(self, layer: int) -> tuple[bytearray, bytearray]:
+        return self._unused[layer].flags, self._pushed_out[layer].flags
 
     def set_poison(self, on: bool) -> None:
         """Fill every slot and buffer with NaNs before it is given to another expert; for tests."""
@@ -94,8 +97,7 @@ class CachedResidency(Residency):
             self.settle(layer, set(experts))
         plan = self.table.plan(layer, experts, pinned_slots=in_flight.keys(), bypass=prefill)
         step = Step(layer)
-        unused = self._unused[layer]
-        if unused:
+        if self._unused[layer]:
             self._count_use(layer, plan)
         for expert, slot in plan.hits:
             entry = in_flight.get(slot)

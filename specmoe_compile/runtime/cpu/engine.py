@@ -21,7 +21,7 @@ from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.cpu.fast_tier import FastTier
 from specmoe_compile.runtime.cpu.native import layer as native
 from specmoe_compile.runtime.cpu.native.steps import NO_FILE, LayerPlace, NativeSteps
-from specmoe_compile.runtime.cpu.native.torch_ops import use_native_experts
+from specmoe_compile.runtime.cpu.native.torch_ops import use_native_steps
 from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
@@ -102,7 +102,7 @@ class CpuEngine(Speculator):
         engine = native.engine_or_none() if any(r.native for r in self._runners) else None
         if engine is None or isinstance(self.cache, DoubleBuffers):
             return None
-        if not use_native_experts(engine.library):
+        if not use_native_steps(engine.library):
             return None
         store = self._store
         reads = store.direct_reads_or_none()
@@ -112,6 +112,9 @@ class CpuEngine(Speculator):
                 runner.num_experts,
                 self.residency.address(layer),
                 store.layouts[layer].record_bytes,
+                self.residency.marks(layer),
+                self.default_vectors.tables[layer],
+                self.default_vectors.counts[layer],
                 0 if reads is None else reads.offsets[layer],
                 None if reads is None or reads.verified is None else reads.verified[layer],
                 runner.foreign is not None,
@@ -119,7 +122,9 @@ class CpuEngine(Speculator):
             for layer, runner in enumerate(self._runners)
         ]
         fd = NO_FILE if reads is None else reads.fd
-        return NativeSteps(engine, places, self.cache, file=fd, readers=readers)
+        return NativeSteps(
+            engine, places, self.cache, vectors=self.default_vectors, file=fd, readers=readers
+        )
 
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self._take_over()
@@ -159,7 +164,12 @@ class CpuEngine(Speculator):
             self._hand_over(layer)
 
     def _take_over(self) -> None:
-        """Take in what C++ did since Python's last step."""
+        """End what C++ has under way, and take in what it did since Python's last step."""
+        if (direct := self.direct_steps) is not None:
+            direct.quiesce()
+            self._drain()
+
+    def _drain(self) -> None:
         if (direct := self.direct_steps) is not None:
             direct.drain(self._stats)
             self._learning_turn = direct.control.learning_turn
@@ -170,7 +180,6 @@ class CpuEngine(Speculator):
             control = direct.control
             control.learns = self.learns_from_decode
             control.learning_turn = self._learning_turn
-            control.is_timed = self.judge.is_timing
             direct.set_busy(layer, self._state is not None or self.residency.is_busy(layer))
 
     def _in_slots(self, cache_bytes: int, policy: Policy) -> CachedResidency:
@@ -209,6 +218,10 @@ class CpuEngine(Speculator):
         # Where nothing is fetched nothing is predicted, and nobody asks for a default vector.
         self.learns_from_decode = speculation.prefetch and self.fetches
         if self.direct_steps is not None:
+            self._take_over()
+            # Guesses of other ranks' experts are Python's.
+            is_slice = any(runner.foreign is not None for runner in self._runners)
+            self.direct_steps.use_options(self.config, self.misses, in_parts=not is_slice)
             self.direct_steps.control.learns = self.learns_from_decode
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
@@ -218,7 +231,7 @@ class CpuEngine(Speculator):
         return self.predictions.predict(layer, state, width)
 
     def stats(self) -> Stats:
-        self._take_over()
+        self._drain()
         spare = 0 if self.direct_steps is None else self.direct_steps.spare_bytes
         return Stats(
             layers=tuple(layer.copy() for layer in self._stats),
@@ -232,7 +245,7 @@ class CpuEngine(Speculator):
         )
 
     def reset_stats(self) -> None:
-        self._take_over()
+        self._drain()
         for layer in self._stats:
             layer.reset()
         self._busy_before_ms = self._busy_ms()

@@ -109,7 +109,11 @@ class Residency(ABC):
 
     @abstractmethod
     def is_busy(self, layer: int) -> bool:
-        """Whether reads or guesses of a layer have to be looked at in its next step."""
+        """Whether reads of a layer are under way, or have to be looked at in its next step."""
+
+    @abstractmethod
+    def marks(self, layer: int) -> tuple[bytearray, bytearray]:
+        """Return a byte per expert each: prefetched and not used yet, and pushed out in vain."""
 
     @abstractmethod
     def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
@@ -176,6 +180,10 @@ class InPlaceResidency(Residency):
 
     def is_busy(self, layer: int) -> bool:
         return False
+
+    def marks(self, layer: int) -> tuple[bytearray, bytearray]:
+        experts = self._store.num_experts[layer]
+        return bytearray(experts), bytearray(experts)
 
     def note_pushed_out(self, layer: int, experts: Sequence[int]) -> None:
         pass

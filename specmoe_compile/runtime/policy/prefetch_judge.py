@@ -49,11 +49,6 @@ class PrefetchJudge:
         if lacked_bytes >= 0:  # the counters were not reset
             self.trial.end(seconds * 1e3, int(lacked_bytes), int(pushed_out_bytes))
 
-    @property
-    def is_timing(self) -> bool:
-        """Whether the step that runs is timed."""
-        return self._began is not None
-
     def predicts(self, layer: int) -> bool:
         """Whether a layer is to be predicted in this step; asked once per step."""
         if not self.layers[layer].admits():

@@ -1,8 +1,9 @@
-"""The cache policy in C++ and in Python: the same integers, whatever is asked for."""
+"""Policies in C++ and in Python: the same integers and decisions, whatever is asked for."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from ctypes import c_int64
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,32 @@ from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.cpu.native.steps import cache_tables
+from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
+from specmoe_compile.runtime.policy.step_trial import StepTrial
+from specmoe_compile.runtime.transfer.base import DONE, Issued, Read
 
 TRACE = Path(__file__).resolve().parents[3] / "benchmarks/results/reference_trace.safetensors"
 POLICIES = ("lru", "lfu", "adaptive")
 
 
-def plan_in_cpp(cache: ExpertCache, layer: int, experts: list[int]) -> dict[str, Any]:
+def plan_in_cpp(
+    cache: ExpertCache,
+    layer: int,
+    experts: list[int],
+    *,
+    pinned_slots: Sequence[int] = (),
+    speculative: bool = False,
+) -> dict[str, Any]:
     """`ExpertCache.plan` of distinct experts, by the library."""
     library = library_or_none()
     assert library is not None
-    count = len(experts)
+    count, pins = len(experts), len(pinned_slots)
     wanted, placed = (c_int64 * count)(*experts), (c_int64 * (2 * count))()
     evicted, counts = (c_int64 * count)(), (c_int64 * 3)()
-    library.specmoe_cache_plan(cache_tables(cache, layer), wanted, count, placed, evicted, counts)
+    library.specmoe_cache_plan(
+        *(cache_tables(cache, layer), wanted, count, (c_int64 * pins)(*pinned_slots), pins),
+        *(speculative, placed, evicted, counts),
+    )
     hits, fills, gone = counts
     pairs = list(zip(placed[::2], placed[1::2], strict=True))
     return {
@@ -47,9 +61,11 @@ def state(cache: ExpertCache, layer: int) -> tuple[Any, ...]:
     )
 
 
-def check_step(python: ExpertCache, native: ExpertCache, layer: int, experts: list[int]) -> None:
-    expected = python.plan(layer, experts)
-    got = plan_in_cpp(native, layer, experts)
+def check_step(
+    python: ExpertCache, native: ExpertCache, layer: int, experts: list[int], **kwargs: Any
+) -> None:
+    expected = python.plan(layer, experts, **kwargs)
+    got = plan_in_cpp(native, layer, experts, **kwargs)
     assert got == {name: getattr(expected, name) for name in got}
     assert state(native, layer) == state(python, layer)
 
@@ -77,11 +93,10 @@ def test_random_steps_give_the_same_plans_and_tables(policy: Any, seed: int) -> 
             names = sorted({name % max(1, experts // 3) for name in names})
         check_step(*caches, 1, names)
         if step % 17 == 0:
-            # Guesses, prefill and failed reads are Python's, in the same tables.
-            guess = rng.sample(range(experts), 1)
+            guesses = rng.sample(range(experts), min(experts, 3))
             pinned = [rng.randrange(slots)]
-            for cache in caches:
-                cache.plan(1, guess, speculative=True, pinned_slots=pinned)
+            check_step(*caches, 1, guesses, speculative=True, pinned_slots=pinned)
+            for cache in caches:  # a failed read is Python's, in the same tables
                 cache.forget(1, names[0])
 
 
@@ -98,3 +113,66 @@ def test_a_recorded_model_gives_the_same_plans_and_tables(policy: Any, share: fl
             check_step(*caches, layer, list(dict.fromkeys(e for e in chosen if e >= 0)))
     assert len(rows) == 200
     assert all(cache.clock[0] == 200 for cache in caches)
+
+
+@pytest.mark.parametrize("gain_ms", [-3.0, 0.0, 0.4, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trial_decides_the_same(seed: int, gain_ms: float) -> None:
+    library = library_or_none()
+    assert library is not None
+    rng, trial = random.Random(seed), StepTrial()
+    pointer = library.specmoe_trial_new()
+    ways = []
+    try:
+        for _ in range(3000):
+            way = trial.begin()
+            assert library.specmoe_trial_begin(pointer) == way
+            ways.append(way)
+            lacked, pushed_out = rng.randrange(20) << 20, rng.randrange(2) << 20
+            ms = 10 + (lacked >> 20) + rng.gauss(0, 2) - gain_ms * way
+            trial.end(ms, lacked, pushed_out)
+            library.specmoe_trial_end(pointer, ms, lacked, pushed_out)
+    finally:
+        library.specmoe_trial_delete(pointer)
+    assert {True, False} == set(ways)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_judge_admits_the_same(seed: int) -> None:
+    library = library_or_none()
+    assert library is not None
+    rng, judge = random.Random(seed), PrefetchJudge(2, float)
+    pointer = library.specmoe_judge_new(2)
+    refused = 0
+    try:
+        for step in range(3000):
+            layer = step % 2
+            predicts = judge.predicts(layer)
+            assert library.specmoe_judge_predicts(pointer, layer) == predicts
+            if not predicts:
+                refused += 1
+                continue
+            width = 4
+            experts = rng.sample(range(32), rng.randint(1, 9))
+            count = len(experts)
+            out = (c_int64 * (3 * count))()
+            library.specmoe_judge_admitted(
+                pointer, layer, (c_int64 * count)(*experts), count, width, out
+            )
+            admitted, ranks = judge.admitted(layer, experts, width)
+            got = list(zip(out[::3], out[1::3], out[2::3], strict=True))
+            assert {e: rank for e, rank, _ in got} == ranks
+            assert [e for e, _, is_open in got if is_open] == admitted
+            wanted = {e for e in experts if rng.random() > 0.3 + 0.2 * ranks[e] + 0.3 * layer}
+            reads = {}
+            for expert in admitted:
+                reads[expert] = Read(layer, expert, None, speculative=True)  # type: ignore[arg-type]
+                reads[expert].state = DONE
+            judge.measure(layer, Issued(reads, []), ranks, wanted)
+            pairs = [value for e in admitted for value in (ranks[e], int(e in wanted))]
+            library.specmoe_judge_measure(
+                pointer, layer, (c_int64 * len(pairs))(*pairs), len(admitted)
+            )
+    finally:
+        library.specmoe_judge_delete(pointer)
+    assert 0 < refused < 3000

@@ -86,7 +86,7 @@ def test_tokens_tables_and_counters_are_those_of_python(
         for name in ("steps", "hits", "misses", "demand_bytes"):
             assert getattr(stats, name) == getattr(expected, name)
         assert one.stats.read_busy_ms > 0
-        assert "by one C++ op each" in str(one.stats)
+        assert "in C++" in str(one.stats)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

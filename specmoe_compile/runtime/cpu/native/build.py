@@ -89,7 +89,7 @@ def build(target: Path, *, extra_flags: tuple[str, ...] = ()) -> None:
 
 
 def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) -> None:
-    """Compile the op that torch calls, and put it at `target` when it is complete.
+    """Compile the ops that torch calls, and put it at `target` when it is complete.
 
     Args:
         target: file to write; its folder is made.

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import logging
 import threading
-from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from specmoe_compile.runtime.cpu.native import build
@@ -110,7 +110,10 @@ def _declared(library: CDLL) -> CDLL:
 
 
 def _declare_steps(library: CDLL) -> None:
-    library.specmoe_cache_plan.argtypes = (POINTER(CacheTables), c_void_p, c_int64, *[c_void_p] * 3)
+    library.specmoe_cache_plan.argtypes = (
+        *(POINTER(CacheTables), c_void_p, c_int64, c_void_p, c_int64, c_int32),
+        *[c_void_p] * 3,
+    )
     library.specmoe_cache_plan.restype = None
     library.specmoe_steps_new.argtypes = (
         c_void_p,
@@ -125,11 +128,31 @@ def _declare_steps(library: CDLL) -> None:
     for name in ("enter", "leave"):
         function = getattr(library, f"specmoe_steps_{name}")
         function.argtypes, function.restype = (c_int64, c_void_p), None
-    for name in ("delete", "lock", "unlock", "renew"):
+    for name in ("delete", "lock", "unlock", "renew", "quiesce"):
         function = getattr(library, f"specmoe_steps_{name}")
         function.argtypes, function.restype = (c_void_p,), None
     library.specmoe_steps_busy_ns.argtypes = (c_void_p,)
     library.specmoe_steps_busy_ns.restype = c_int64
+    library.specmoe_step_functions.argtypes = ()
+    library.specmoe_step_functions.restype = c_void_p
+    _declare_decisions(library)
+
+
+def _declare_decisions(library: CDLL) -> None:
+    """What only tests call by itself."""
+    for name, arguments, result in (
+        ("trial_new", (), c_void_p),
+        ("trial_delete", (c_void_p,), None),
+        ("trial_begin", (c_void_p,), c_int32),
+        ("trial_end", (c_void_p, c_double, c_int64, c_int64), None),
+        ("judge_new", (c_int64,), c_void_p),
+        ("judge_delete", (c_void_p,), None),
+        ("judge_predicts", (c_void_p, c_int64), c_int32),
+        ("judge_admitted", (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p), None),
+        ("judge_measure", (c_void_p, c_int64, c_void_p, c_int64), None),
+    ):
+        function = getattr(library, f"specmoe_{name}")
+        function.argtypes, function.restype = arguments, result
 
 
 def usable_cores() -> int:

@@ -1,7 +1,7 @@
 """Layer steps of decode that run in C++ alone, and what Python shares with them.
 
 Tables, slots and control words are one memory for both; whoever takes a step holds the lock. What
-C++ leaves alone (see `src/steps.h`) comes to Python by way of `specmoe::experts_python`.
+C++ leaves alone (see `src/steps.h`) comes to Python by way of the ops `specmoe::*_python`.
 
 Shape letters: E experts, L MoE layers, S slots per layer.
 """
@@ -12,13 +12,16 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import CDLL, POINTER, c_int64
+from ctypes import CDLL, POINTER
 from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.native.layer import NativeEngine, NativeLayer
@@ -28,6 +31,7 @@ from specmoe_compile.runtime.cpu.native.structures import (
     StepControl,
     StepLayer,
 )
+from specmoe_compile.runtime.policy.misses import MissPolicy
 from specmoe_compile.system.aligned import aligned_empty
 
 _open: weakref.WeakSet[NativeSteps] = weakref.WeakSet()
@@ -53,8 +57,29 @@ if hasattr(os, "register_at_fork"):
     )
 
 POLICIES = {"lru": 0, "lfu": 1, "adaptive": 2}
-_COUNTERS = 5
 NO_FILE = -1
+_COUNTERS = (
+    "steps",
+    "hits",
+    "misses",
+    "demand_bytes",
+    "speculative_bytes",
+    "useful_speculative_bytes",
+    "wasted_speculative_bytes",
+    "pushed_out_bytes",
+    "stall_ns",
+    "stall_bytes",
+    "predicted",
+    "needed",
+    "recalled",
+    "prefetches",
+    "late_prefetches",
+    "cancelled_prefetches",
+    "skipped_experts",
+)
+"""`Counter` of `src/slots.h`."""
+_BUSY, _SKIPPED = 0, 1
+_FLAGS = 2
 
 
 def cache_tables(cache: ExpertCache, layer: int) -> CacheTables:
@@ -85,6 +110,8 @@ class LayerPlace:
         address: of slot 0, or of expert 0 in place.
         record_bytes: of each.
         file_offset: of expert 0's record in the store's file.
+        marks: a byte per expert each, see `Residency.marks`.
+        vectors, samples: the default vectors, [E, H] float32, and their samples, [E] int64.
         verified: [E], whether a record's checksum was seen to match; None if it need not be.
         is_slice: the id E stands for experts of other ranks.
     """
@@ -93,6 +120,9 @@ class LayerPlace:
     num_experts: int
     address: int
     record_bytes: int
+    marks: tuple[bytearray, bytearray]
+    vectors: Tensor
+    samples: Tensor
     file_offset: int = 0
     verified: bytearray | memoryview | None = None
     is_slice: bool = False
@@ -131,6 +161,7 @@ class NativeSteps:
         places: Sequence[LayerPlace],
         cache: ExpertCache | None,
         *,
+        vectors: DefaultVectors,
         file: int = NO_FILE,
         readers: int = 1,
     ) -> None:
@@ -140,6 +171,7 @@ class NativeSteps:
             engine: computes.
             places: of each layer.
             cache: its tables are shared; None for experts in place.
+            vectors: the places' default vectors.
             file: the store's records, opened for direct reads; `NO_FILE`: Python reads them.
             readers: threads that read.
 
@@ -147,18 +179,18 @@ class NativeSteps:
             MemoryError: none was left.
         """
         count = len(places)
-        self.control = StepControl(is_off=1)
+        self.control = StepControl(is_off=1, max_samples=vectors.decode_samples)
+        self.control.is_frozen = vectors.frozen_flag.buffer_info()[0]
         self._library = engine.library
-        self._counters: NDArray[np.int64] = np.zeros((count, _COUNTERS), np.int64)
-        self._busy: NDArray[np.int64] = np.zeros(count, np.int64)
+        self._counters: NDArray[np.int64] = np.zeros((count, len(_COUNTERS)), np.int64)
+        self._flags: NDArray[np.int64] = np.zeros((count, _FLAGS), np.int64)
         layers = (StepLayer * count)()
         for number, (entry, place) in enumerate(zip(layers, places, strict=True)):
             self._describe(entry, place, cache, number)
-        self._record_bytes = [place.record_bytes for place in places]
-        spare = 0 if cache is None else cache.spare * max(self._record_bytes)
+        spare = 0 if cache is None else cache.spare * max(place.record_bytes for place in places)
         self._spare = aligned_empty(spare) if spare else None
         # C++ reads all of this for as long as the steps are there.
-        self._kept = (engine, cache, tuple(places), self._counters, self._busy, self.control)
+        self._kept = (engine, cache, vectors, tuple(places), self.control)
         self._pointer = self._library.specmoe_steps_new(
             engine.pointer,
             layers,
@@ -188,11 +220,11 @@ class NativeSteps:
         entry.is_slice = place.is_slice
         entry.file_offset = place.file_offset
         if place.verified is not None:
-            flags = (ctypes.c_uint8 * len(place.verified)).from_buffer(place.verified)
-            entry.verified = ctypes.addressof(flags)
-        word = ctypes.sizeof(c_int64)
-        entry.counters = self._counters.ctypes.data + number * _COUNTERS * word
-        entry.is_busy = self._busy.ctypes.data + number * word
+            entry.verified = _address(place.verified)
+        entry.unused, entry.pushed_out = map(_address, place.marks)
+        entry.counters = self._counters[number].ctypes.data
+        entry.flags = self._flags[number].ctypes.data
+        entry.vectors, entry.samples = place.vectors.data_ptr(), place.samples.data_ptr()
 
     def enter(self, handle: int) -> None:
         """Take the steps of the session that graphs call by this number, from now on."""
@@ -215,8 +247,22 @@ class NativeSteps:
         self.control.is_off = off
 
     def set_busy(self, layer: int, on: bool) -> None:
-        """Say whether reads or guesses of a layer are Python's business in its next step."""
-        self._busy[layer] = on
+        """Say whether reads of a layer, or its step, are Python's business now."""
+        self._flags[layer, _BUSY] = on
+
+    def use_options(self, options: SessionOptions, misses: MissPolicy, *, in_parts: bool) -> None:
+        """Take the options from now on; without `in_parts`, guesses are Python's."""
+        control = self.control
+        control.guesses = in_parts and not misses.commits
+        control.is_judged = options.auto_off
+        control.budget_bytes = _or_negative(options.prefetch_budget_bytes)
+        control.width = _or_negative(options.prefetch_width)
+        control.threshold = -1.0 if misses.threshold is None else misses.threshold
+        self._flags[:, _SKIPPED] = [options.skips(layer) for layer in range(len(self._flags))]
+
+    def quiesce(self) -> None:
+        """End what is under way, so that Python may take a step."""
+        self._library.specmoe_steps_quiesce(self._pointer)
 
     def renew_after_fork(self) -> None:
         """In a forked process: forget the parent's threads, and a lock that one may hold."""
@@ -233,13 +279,17 @@ class NativeSteps:
             return
         rows: list[list[int]] = self._counters.tolist()
         self._counters[:] = 0
-        for own, (steps, hits, misses, stall_ns, stall_bytes), record_bytes in zip(
-            stats, rows, self._record_bytes, strict=True
-        ):
-            own.steps += steps
-            own.native_steps += steps
-            own.hits += hits
-            own.misses += misses
-            own.demand_bytes += misses * record_bytes
-            own.stall_ms += stall_ns / 1e6
-            own.stall_bytes += stall_bytes
+        for own, row in zip(stats, rows, strict=True):
+            values = dict(zip(_COUNTERS, row, strict=True))
+            own.stall_ms += values.pop("stall_ns") / 1e6
+            own.native_steps += values["steps"]
+            for name, value in values.items():
+                setattr(own, name, getattr(own, name) + value)
+
+
+def _address(flags: bytearray | memoryview) -> int:
+    return ctypes.addressof((ctypes.c_uint8 * len(flags)).from_buffer(flags))
+
+
+def _or_negative(value: int | None) -> int:
+    return -1 if value is None else value

@@ -6,7 +6,7 @@ Shape letters: N outputs, K inputs, H hidden, I expert intermediate.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
@@ -110,8 +110,12 @@ class StepLayer(Structure):
         ("record_bytes", c_int64),
         ("file_offset", c_int64),
         ("verified", c_void_p),
+        ("unused", c_void_p),
+        ("pushed_out", c_void_p),
         ("counters", c_void_p),
-        ("is_busy", c_void_p),
+        ("flags", c_void_p),
+        ("vectors", c_void_p),
+        ("samples", c_void_p),
         ("is_slice", c_int64),
     )
 
@@ -121,14 +125,20 @@ class StepControl(Structure):
 
     _fields_ = (
         ("is_off", c_int64),
+        ("guesses", c_int64),
+        ("is_judged", c_int64),
+        ("budget_bytes", c_int64),
+        ("width", c_int64),
         ("learns", c_int64),
         ("learning_turn", c_int64),
-        ("is_timed", c_int64),
+        ("max_samples", c_int64),
+        ("is_frozen", c_void_p),
+        ("threshold", c_double),
     )
 
 
 class StepCall(Structure):
-    """Arguments of one layer step; filled in by the op."""
+    """Arguments of an op; filled in by it."""
 
     _fields_ = (
         ("x", c_void_p),

@@ -1,7 +1,7 @@
-"""The op `specmoe::experts` in C++: compiling it against the torch that runs, and opening it.
+"""The ops in C++: compiling them against the torch that runs, and opening them.
 
-It cannot be carried by a wheel that fits any torch, so that it is compiled at first use, into the
-cache folder, by the compiler that Inductor needs anyway.
+They cannot be carried by a wheel that fits any torch, so that they are compiled at first use, into
+the cache folder, by the compiler that Inductor needs anyway.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _BUILD_BYTES = 600 << 20
 _lock = threading.Lock()
 
 
-def use_native_experts(library: CDLL) -> bool:
-    """Let `specmoe::experts` run steps in this library; False, with one warning, if it cannot.
+def use_native_steps(library: CDLL) -> bool:
+    """Let the ops run steps in this library; False, with one warning, if they cannot.
 
     Args:
         library: the engine's.
@@ -43,14 +43,14 @@ def _use(library: CDLL) -> bool:
         ops = ctypes.CDLL(str(_path()))
     except (build.BuildError, OSError) as error:
         log.warning(
-            "Python takes the steps of the MoE layers and not one C++ op per layer, which is"
-            " faster: %s. Results are the same.",
+            "Python takes the steps of the MoE layers and not ops in C++, which are faster: %s."
+            " Results are the same.",
             error,
         )
         return False
     ops.specmoe_ops_use.argtypes = (c_void_p,)
     ops.specmoe_ops_use.restype = None
-    ops.specmoe_ops_use(ctypes.cast(library.specmoe_steps_experts, c_void_p))
+    ops.specmoe_ops_use(library.specmoe_step_functions())
     return True
 
 
@@ -61,7 +61,7 @@ def _path() -> Path:
     compiled = folder / build.TORCH_LIBRARY_NAME
     if not compiled.is_file():
         check_can_build(_BUILD_BYTES)
-        log.warning("compiling the op of the C++ engine once (half a minute): %s", compiled)
+        log.warning("compiling the ops of the C++ engine once (half a minute): %s", compiled)
         libraries = str(Path(torch.__file__).resolve().parent / "lib")
         build.build_torch_ops(compiled, includes=include_paths(), libraries=libraries)
     return compiled

@@ -73,18 +73,22 @@ SPECMOE_API int32_t specmoe_engine_run(void* engine, const ExpertSpec* spec, con
 }
 
 // Plans one step's experts, distinct; for tests, which compare it with Python's.
-//   placed: [count, 2], expert and slot, hits first. evicted: [count].
-//   counts: [3], hits, fills and evicted ones.
+//   pinned: [pinned_count] slots. placed: [count, 2], expert and slot, hits first.
+//   evicted: [count]. counts: [3], hits, fills and evicted ones.
 SPECMOE_API void specmoe_cache_plan(const CacheTables* cache, const int64_t* experts,
-                                    int64_t count, int64_t* placed, int64_t* evicted,
+                                    int64_t count, const int64_t* pinned, int64_t pinned_count,
+                                    int32_t is_guess, int64_t* placed, int64_t* evicted,
                                     int64_t* counts) {
   CachePlanner planner;
-  const CachePlan& plan = planner.plan(*cache, std::vector<int64_t>(experts, experts + count));
-  for (const auto* part : {&plan.hits, &plan.fills})
-    for (const Placed& entry : *part) {
-      *placed++ = entry.expert;
-      *placed++ = entry.slot;
-    }
+  const CachePlan& plan =
+      planner.plan(*cache, std::vector<int64_t>(experts, experts + count),
+                   std::vector<int64_t>(pinned, pinned + pinned_count), is_guess != 0);
+  std::vector<Placed> all = plan.hits;
+  all.insert(all.end(), plan.fills.begin(), plan.fills.end());
+  for (const Placed& entry : all) {
+    *placed++ = entry.expert;
+    *placed++ = entry.slot;
+  }
   for (const int64_t expert : plan.evicted) *evicted++ = expert;
   counts[0] = static_cast<int64_t>(plan.hits.size());
   counts[1] = static_cast<int64_t>(plan.fills.size());
@@ -133,14 +137,45 @@ SPECMOE_API int64_t specmoe_steps_busy_ns(void* steps) {
   return (*static_cast<std::shared_ptr<Steps>*>(steps))->busy_ns();
 }
 
-// Returns 1 when the step was done, 0 when it is Python's.
-SPECMOE_API int32_t specmoe_steps_experts(int64_t handle, int64_t layer, const StepCall* call) {
-  try {
-    const std::shared_ptr<Steps> steps = steps_or_null(handle);
-    return steps && steps->experts(layer, *call);
-  } catch (const std::exception&) {
-    return 0;
-  }
+// Ends what is under way, so that Python may take a step.
+SPECMOE_API void specmoe_steps_quiesce(void* steps) {
+  (*static_cast<std::shared_ptr<Steps>*>(steps))->quiesce();
+}
+
+// What torch's ops call.
+SPECMOE_API const StepFunctions* specmoe_step_functions() { return &step_functions(); }
+
+// The trial and the judge alone; for tests, which compare them with Python's.
+SPECMOE_API void* specmoe_trial_new() { return new (std::nothrow) StepTrial; }
+SPECMOE_API void specmoe_trial_delete(void* trial) { delete static_cast<StepTrial*>(trial); }
+SPECMOE_API int32_t specmoe_trial_begin(void* trial) {
+  return static_cast<StepTrial*>(trial)->begin();
+}
+SPECMOE_API void specmoe_trial_end(void* trial, double ms, int64_t lacked, int64_t pushed_out) {
+  static_cast<StepTrial*>(trial)->end(ms, lacked, pushed_out);
+}
+
+SPECMOE_API void* specmoe_judge_new(int64_t layers) {
+  return new (std::nothrow) PrefetchJudge(layers);
+}
+SPECMOE_API void specmoe_judge_delete(void* judge) { delete static_cast<PrefetchJudge*>(judge); }
+SPECMOE_API int32_t specmoe_judge_predicts(void* judge, int64_t layer) {
+  return static_cast<PrefetchJudge*>(judge)->predicts(layer);
+}
+// guesses: [count, 3], expert, rank and whether it is read.
+SPECMOE_API void specmoe_judge_admitted(void* judge, int64_t layer, const int64_t* experts,
+                                        int64_t count, int64_t width, int64_t* guesses) {
+  for (const RankedGuess& guess : static_cast<PrefetchJudge*>(judge)->admitted(
+           layer, std::vector<int64_t>(experts, experts + count), width))
+    for (const int64_t value : {guess.expert, guess.rank, int64_t{guess.is_admitted}})
+      *guesses++ = value;
+}
+// brought: [count, 2], rank and whether it was wanted.
+SPECMOE_API void specmoe_judge_measure(void* judge, int64_t layer, const int64_t* brought,
+                                       int64_t count) {
+  std::vector<std::pair<int64_t, bool>> pairs;
+  for (int64_t i = 0; i < count; i++) pairs.emplace_back(brought[2 * i], brought[2 * i + 1] != 0);
+  static_cast<PrefetchJudge*>(judge)->measure(layer, pairs);
 }
 
 }  // extern "C"

@@ -88,15 +88,17 @@ bool CachePlanner::is_bypassed(const CacheTables& cache, int64_t expert,
          key_of(cache, followed(cache), expert) < place.worth;
 }
 
-const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<int64_t>& wanted) {
+const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<int64_t>& wanted,
+                                    const std::vector<int64_t>& pinned, bool is_guess) {
   plan_.hits.clear();
   plan_.fills.clear();
   plan_.bypassed.clear();
   plan_.evicted.clear();
   missing_.clear();
   taken_.assign(static_cast<size_t>(cache.slots), 0);
+  for (const int64_t slot : pinned) taken_[static_cast<size_t>(slot)] = 1;
   const int64_t now = ++*cache.clock;
-  if (cache.policy != POLICY_LRU) note(cache, wanted, now);
+  if (cache.policy != POLICY_LRU && !is_guess) note(cache, wanted, now);
   for (const int64_t expert : wanted) {
     const int64_t slot = cache.slot_of[expert];
     if (slot == kNobody) {
@@ -105,17 +107,18 @@ const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<
     }
     plan_.hits.push_back({expert, slot});
     taken_[static_cast<size_t>(slot)] = 1;
-    cache.last_use[slot] = now;
+    if (!is_guess) cache.last_use[slot] = now;
   }
   if (missing_.empty()) return plan_;
   order_fillable(cache);
   size_t next = 0;
   for (const int64_t expert : missing_) {
-    if (next == places_.size() || is_bypassed(cache, expert, places_[next])) {
+    if (next == places_.size() || (!is_guess && is_bypassed(cache, expert, places_[next]))) {
       plan_.bypassed.push_back(expert);
       continue;
     }
     const int64_t slot = places_[next++].slot, previous = cache.expert_of[slot];
+    plan_.fills.push_back({{expert, slot}, previous, cache.last_use[slot]});
     if (previous != kNobody) {
       cache.slot_of[previous] = kNobody;
       plan_.evicted.push_back(previous);
@@ -123,7 +126,6 @@ const CachePlan& CachePlanner::plan(const CacheTables& cache, const std::vector<
     cache.expert_of[slot] = expert;
     cache.slot_of[expert] = slot;
     cache.last_use[slot] = now;
-    plan_.fills.push_back({expert, slot});
   }
   return plan_;
 }
@@ -134,6 +136,15 @@ void forget(const CacheTables& cache, int64_t expert) {
   cache.slot_of[expert] = kNobody;
   cache.expert_of[slot] = kNobody;
   cache.last_use[slot] = 0;
+}
+
+int64_t take_back(const CacheTables& cache, const Filled& fill) {
+  forget(cache, fill.expert);
+  if (fill.previous == kNobody || cache.slot_of[fill.previous] != kNobody) return kNobody;
+  cache.slot_of[fill.previous] = fill.slot;
+  cache.expert_of[fill.slot] = fill.previous;
+  cache.last_use[fill.slot] = fill.previous_use;
+  return fill.previous;
 }
 
 }  // namespace specmoe

@@ -1,7 +1,7 @@
 // Who is in which cache slot and who has to leave: `runtime/cache` in C++, the same integers.
 //
-// Only what a step of decode does: `ExpertCache.plan` of experts that a routing asked for. Guesses
-// and prefill are planned by Python, in the same memory.
+// Only what a step of decode does: `ExpertCache.plan` of experts that a routing asked for, or that
+// are guessed. Prefill is planned by Python, in the same memory.
 //
 // Shape letters: E experts, S slots, D decays.
 #pragma once
@@ -34,18 +34,28 @@ struct Placed {
   int64_t slot;
 };
 
+// A slot that gets an expert now: who had it before, -1 for nobody, and when it was used last.
+struct Filled : Placed {
+  int64_t previous;
+  int64_t previous_use;
+};
+
 // What a plan decided; the tables say so already. Kept from step to step, as is its memory.
 struct CachePlan {
   std::vector<Placed> hits;
-  std::vector<Placed> fills;
+  std::vector<Filled> fills;
   std::vector<int64_t> bypassed;  // the first of them have the spare places
   std::vector<int64_t> evicted;
 };
 
 class CachePlanner {
  public:
-  // `wanted`: distinct experts in order of preference.
-  const CachePlan& plan(const CacheTables& cache, const std::vector<int64_t>& wanted);
+  // Finds or gives slots.
+  //   wanted: distinct experts in order of preference.
+  //   pinned: slots that must keep their experts.
+  //   is_guess: hits are not counted as uses.
+  const CachePlan& plan(const CacheTables& cache, const std::vector<int64_t>& wanted,
+                        const std::vector<int64_t>& pinned = {}, bool is_guess = false);
 
  private:
   void note(const CacheTables& cache, const std::vector<int64_t>& wanted, int64_t now);
@@ -66,5 +76,7 @@ class CachePlanner {
 
 // Frees an expert's slot, after a read that failed.
 void forget(const CacheTables& cache, int64_t expert);
+// Undoes the fill of a guess that nothing was read for: whoever has its slot again, or -1.
+int64_t take_back(const CacheTables& cache, const Filled& fill);
 
 }  // namespace specmoe

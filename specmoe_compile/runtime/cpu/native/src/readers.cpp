@@ -9,6 +9,16 @@ namespace specmoe {
 namespace {
 
 constexpr int64_t kPartBytes = 1 << 20;
+// Parts of guesses in progress at once: a few MiB keep any disk busy, and a needed record has to
+// share it with them.
+constexpr int64_t kGuessedParts = 4;
+// Needed parts in progress beside which a guess may go on: the last one alone seldom keeps a disk
+// busy.
+constexpr int64_t kNeededBesideGuess = 1;
+
+bool is_final(const RecordRead& read) {
+  return read.state != ReadState::queued && read.state != ReadState::running;
+}
 
 }  // namespace
 
@@ -25,36 +35,69 @@ Readers::~Readers() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void Readers::start(std::vector<RecordRead>& reads) {
+void Readers::start(const std::vector<ReadPointer>& reads) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    reads_ = &reads;
-    done_.clear();
-    parts_left_ = 0;
-    for (size_t i = 0; i < reads.size(); i++) {
-      RecordRead& read = reads[i];
-      for (int64_t begin = 0; begin < read.bytes; begin += kPartBytes) {
-        parts_.push_back({i, begin, std::min(begin + kPartBytes, read.bytes)});
-        read.parts_left++;
-        parts_left_++;
-      }
+    for (const ReadPointer& read : reads) {
+      read->is_guess = read->was_guess;
+      (read->is_guess ? guessed_ : needed_).push_back(read.get());
     }
-    busy_since_ = Clock::now();
   }
   work_.notify_all();
 }
 
-size_t Readers::wait() {
+void Readers::drop(RecordRead& read) {
+  std::deque<RecordRead*>& queue = read.is_guess ? guessed_ : needed_;
+  queue.erase(std::remove(queue.begin(), queue.end(), &read), queue.end());
+}
+
+void Readers::promote(RecordRead& read) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!read.is_guess || is_final(read)) return;
+    drop(read);
+    read.is_guess = false;
+    guesses_running_ -= read.parts_running;
+    if (read.handed_out < read.bytes) needed_.push_back(&read);
+  }
+  work_.notify_all();
+}
+
+bool Readers::cancel(RecordRead& read) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (read.state != ReadState::queued) return false;
+  drop(read);
+  read.state = ReadState::cancelled;
+  return true;
+}
+
+ReadState Readers::state(const RecordRead& read) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return read.state;
+}
+
+ReadPointer Readers::final_or_null(const std::vector<ReadPointer>& reads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const ReadPointer& read : reads)
+    if (is_final(*read)) return read;
+  return nullptr;
+}
+
+ReadPointer Readers::wait_any(const std::vector<ReadPointer>& reads) {
   std::unique_lock<std::mutex> lock(mutex_);
-  arrived_.wait(lock, [&] { return !done_.empty(); });
-  const size_t first = done_.front();
-  done_.pop_front();
+  ReadPointer first;
+  arrived_.wait(lock, [&] {
+    const auto found = std::find_if(reads.begin(), reads.end(),
+                                    [](const ReadPointer& read) { return is_final(*read); });
+    if (found != reads.end()) first = *found;
+    return first != nullptr;
+  });
   return first;
 }
 
-bool Readers::has_arrived() {
+int64_t Readers::busy_ns() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return !done_.empty();
+  return busy_ns_;
 }
 
 bool Readers::read_part(const RecordRead& read, int64_t begin, int64_t end) const {
@@ -70,28 +113,43 @@ bool Readers::read_part(const RecordRead& read, int64_t begin, int64_t end) cons
   return true;
 }
 
+// The read whose next part is to be taken on.
+RecordRead* Readers::next_or_null() {
+  if (!needed_.empty()) return needed_.front();
+  const bool is_busy = parts_running_ - guesses_running_ > kNeededBesideGuess;
+  if (guessed_.empty() || is_busy || guesses_running_ >= kGuessedParts) return nullptr;
+  return guessed_.front();
+}
+
 void Readers::serve() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    work_.wait(lock, [&] { return closing_ || !parts_.empty(); });
+    RecordRead* read = nullptr;
+    work_.wait(lock, [&] { return closing_ || (read = next_or_null()) != nullptr; });
     if (closing_) return;
-    const Part part = parts_.front();
-    parts_.pop_front();
-    RecordRead& read = (*reads_)[part.read];
-    if (!read.has_begun) {
-      read.has_begun = true;
-      read.began = Clock::now();
+    const int64_t begin = read->handed_out, end = std::min(begin + kPartBytes, read->bytes);
+    read->handed_out = end;
+    if (end == read->bytes) (read->is_guess ? guessed_ : needed_).pop_front();
+    if (read->state == ReadState::queued) {
+      read->state = ReadState::running;
+      read->began = Clock::now();
     }
+    if (parts_running_++ == 0) busy_since_ = Clock::now();
+    read->parts_running++;
+    guesses_running_ += read->is_guess;
     lock.unlock();
-    const bool is_there = read_part(read, part.begin, part.end);
+    const bool is_there = read_part(*read, begin, end);
     lock.lock();
-    if (!is_there) read.failed = true;
-    if (--parts_left_ == 0)
+    if (!is_there) read->has_failed = true;
+    read->parts_running--;
+    guesses_running_ -= read->is_guess;
+    if (--parts_running_ == 0)
       busy_ns_ +=
           std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - busy_since_).count();
-    if (--read.parts_left > 0) continue;
-    read.ended = Clock::now();
-    done_.push_back(part.read);
+    if (!guessed_.empty()) work_.notify_all();
+    if (read->handed_out < read->bytes || read->parts_running > 0) continue;
+    read->ended = Clock::now();
+    read->state = read->has_failed ? ReadState::failed : ReadState::done;
     arrived_.notify_all();
   }
 }

@@ -1,6 +1,6 @@
-// What torch's op hands to the engine. Read by both, and so plain numbers only.
+// What torch's ops hand to the engine, and how they call it. Read by both, and so plain C only.
 //
-// Shape letters: T tokens, K top-k, H hidden.
+// Shape letters: T tokens, K top-k or guesses per token, H hidden.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,32 @@ namespace specmoe {
 
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
 
-// Arguments of `specmoe::experts`, contiguous.
+// Arguments of an op, contiguous; null for those that it does not have.
 struct StepCall {
   const void* x;        // [T, H]
   const void* ids;      // [T, K]
   const void* weights;  // [T, K]
-  void* out;            // [T, H], in the dtype of x
+  void* out;            // in the dtype of x
   int64_t tokens, top_k, hidden;
   int32_t x_dtype, weights_dtype;
   int32_t id_bytes;
   int32_t unused;
+};
+
+// The bodies of the ops, by session and layer. Those that return 0 leave the op to Python.
+struct StepFunctions {
+  int32_t (*experts)(int64_t session, int64_t layer, const StepCall* call);  // out [T, H]
+  int64_t (*start)(int64_t session, int64_t layer, const StepCall* call);    // the ticket
+  int64_t (*settle)(int64_t session, int64_t layer, const StepCall* call,
+                    int64_t ticket);  // the state
+  int32_t (*run)(int64_t session, int64_t layer, const StepCall* call,
+                 int64_t state);  // out [T, K, H]
+  int32_t (*correct)(int64_t session, int64_t layer, const StepCall* call,
+                     int64_t state);  // out [T, H]
+  int32_t (*blend)(int64_t session, int64_t layer, const StepCall* call);  // out [T, H]
+  // answers: [count], 0 or 1. edges: pairs.
+  int32_t (*plan)(int64_t session, const int64_t* layers, int64_t count, const int64_t* edges,
+                  int64_t edge_count, uint8_t* answers);
 };
 
 }  // namespace specmoe

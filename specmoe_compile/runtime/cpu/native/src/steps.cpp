@@ -2,124 +2,88 @@
 
 #include <algorithm>
 #include <cstring>
-#include <unordered_map>
 
-#include "numbers.h"
+#include "sums.h"
 
 namespace specmoe {
 namespace {
 
-int64_t id_at(const StepCall& call, int64_t i) {
-  if (call.id_bytes == 4) return static_cast<const int32_t*>(call.ids)[i];
-  return static_cast<const int64_t*>(call.ids)[i];
-}
+constexpr int64_t kMaxTokens = 16;
+// Torch adds more than 16 numbers in another order, and more than 4 in columns that are left over
+// when it has taken 4 vectors at a time.
+constexpr int64_t kMaxTopK = 16;
+constexpr int64_t kAnyWidthTopK = 4;
+constexpr int64_t kVectors = 64;
+// Steps per one that learns default vectors, where nothing is guessed from them now.
+constexpr int64_t kRest = 4;
 
-float value_at(const void* values, int32_t dtype, int64_t i) {
-  if (dtype == F32) return static_cast<const float*>(values)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(values)[i];
-  return dtype == BF16 ? from_bf16(bits) : from_f16(bits);
-}
+using Lock = std::lock_guard<std::recursive_mutex>;
 
-void put(void* values, int32_t dtype, int64_t i, float value) {
-  if (dtype == F32)
-    static_cast<float*>(values)[i] = value;
-  else
-    static_cast<uint16_t*>(values)[i] = dtype == BF16 ? to_bf16(value) : to_f16(value);
-}
-
-float rounded_to(float value, int32_t dtype) {
-  if (dtype == BF16) return from_bf16(to_bf16(value));
-  if (dtype == F16) return from_f16(to_f16(value));
-  return value;
-}
-
-// (y * weights).sum over K, in this order, as torch computes it: the products have the wider of
-// the two dtypes, sums are float32 and start at zero.
-void reduce(const float* y, const StepCall& call) {
-  const int32_t product = call.x_dtype == call.weights_dtype ? call.x_dtype : F32;
-  std::vector<float> sums(static_cast<size_t>(call.hidden));
-  for (int64_t t = 0; t < call.tokens; t++) {
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t k = 0; k < call.top_k; k++) {
-      const float weight = value_at(call.weights, call.weights_dtype, t * call.top_k + k);
-      const float* row = y + (t * call.top_k + k) * call.hidden;
-      float* sum = sums.data();
-      if (product == F32) {
-        for (int64_t h = 0; h < call.hidden; h++) sum[h] += row[h] * weight;
-      } else {
-        for (int64_t h = 0; h < call.hidden; h++) sum[h] += rounded_to(row[h] * weight, product);
-      }
-    }
-    for (int64_t h = 0; h < call.hidden; h++)
-      put(call.out, call.x_dtype, t * call.hidden + h, sums[static_cast<size_t>(h)]);
-  }
-}
-
-std::mutex table_mutex;
-std::unordered_map<int64_t, std::shared_ptr<Steps>>& table() {
-  static auto* entries = new std::unordered_map<int64_t, std::shared_ptr<Steps>>();
-  return *entries;
+bool holds(const std::vector<int64_t>& experts, int64_t expert) {
+  return std::find(experts.begin(), experts.end(), expert) != experts.end();
 }
 
 }  // namespace
-
-void enter_steps(int64_t handle, std::shared_ptr<Steps> steps) {
-  const std::lock_guard<std::mutex> lock(table_mutex);
-  table()[handle] = std::move(steps);
-}
-
-// Another session may have got the number meanwhile.
-void leave_steps(int64_t handle, Steps* steps) {
-  steps->close();
-  const std::lock_guard<std::mutex> lock(table_mutex);
-  const auto found = table().find(handle);
-  if (found != table().end() && found->second.get() == steps) table().erase(found);
-}
-
-std::shared_ptr<Steps> steps_or_null(int64_t handle) {
-  const std::lock_guard<std::mutex> lock(table_mutex);
-  const auto found = table().find(handle);
-  return found == table().end() ? nullptr : found->second;
-}
 
 Steps::Steps(Engine& engine, const StepLayer* layers, int64_t count, StepControl* control,
              int file, int readers, uint8_t* spare)
     : engine_(engine),
       layers_(layers, layers + count),
       control_(control),
-      file_(file),
-      reader_threads_(readers),
-      spare_(spare),
-      mutex_(std::make_unique<std::recursive_mutex>()) {}
-
-Steps::~Steps() = default;
+      mutex_(std::make_unique<std::recursive_mutex>()),
+      slots_(layers_, file, readers, spare),
+      judge_(count),
+      predictions_(static_cast<size_t>(count)),
+      asked_(static_cast<size_t>(count), -1) {}
 
 void Steps::renew_after_fork() {
   (void)mutex_.release();  // a thread of the parent's may have it
   mutex_ = std::make_unique<std::recursive_mutex>();
-  if (readers_) busy_before_ns_ += readers_->busy_ns();
-  (void)readers_.release();  // its threads are the parent's
+  abandon();
+  reads_ = {};
+  for (Prediction& prediction : predictions_) prediction = {};
+  slots_.forget_reads();
 }
 
 void Steps::close() {
-  const std::lock_guard<std::recursive_mutex> lock(*mutex_);
+  const Lock lock(*mutex_);
   is_closed_ = true;
-  if (readers_) busy_before_ns_ += readers_->busy_ns();
-  readers_.reset();
+  abandon();
+  slots_.close();
 }
 
-bool Steps::is_pythons(int64_t layer, const StepCall& call) const {
+void Steps::quiesce() {
+  const Lock lock(*mutex_);
+  abandon();
+  is_timed_ = false;
+  for (Prediction& prediction : predictions_) prediction = {};
+  slots_.quiesce();
+}
+
+// Null where Python has to take the step, whatever its arguments are.
+const StepLayer* Steps::layer_or_null(int64_t number) const {
   const int64_t count = static_cast<int64_t>(layers_.size());
-  if (control_->is_off || layer < 0 || layer >= count) return true;
-  if (control_->learns && control_->learning_turn <= 0) return true;
-  if (control_->is_timed && layer == count - 1) return true;
-  const StepLayer& own = layers_[static_cast<size_t>(layer)];
-  if (own.expert == nullptr || *own.is_busy) return true;
-  if (call.top_k > kAnyWidthTopK && call.hidden % kVectors != 0) return true;
+  if (is_closed_ || control_->is_off || number < 0 || number >= count) return nullptr;
+  const StepLayer& layer = layers_[static_cast<size_t>(number)];
+  return layer.expert == nullptr || layer.flags[FLAG_BUSY] ? nullptr : &layer;
+}
+
+bool Steps::is_pythons(const StepLayer& layer, const StepCall& call) const {
+  if (call.tokens < 1 || call.tokens > kMaxTokens || call.top_k < 1 || call.top_k > kMaxTopK)
+    return true;
+  if (call.top_k > kAnyWidthTopK && layer.expert->down.outputs % kVectors != 0) return true;
+  return control_->learns && control_->learning_turn <= 0 && call.tokens > 1;
+}
+
+// Whether the sum is torch's, and the input is what the experts take.
+bool Steps::fits(const StepLayer& layer, const StepCall& call) const {
   const bool mixes = call.x_dtype != F32 && call.weights_dtype != F32;
-  return call.tokens < 1 || call.tokens > kMaxTokens || call.top_k < 1 || call.top_k > kMaxTopK ||
-         call.hidden != own.expert->down.outputs || call.x_dtype != own.expert->gate.dtype ||
-         (mixes && call.x_dtype != call.weights_dtype);
+  return call.hidden == layer.expert->down.outputs && call.x_dtype == layer.expert->gate.dtype &&
+         !(mixes && call.x_dtype != call.weights_dtype);
+}
+
+bool Steps::needs_weights(const StepLayer& layer) const {
+  return control_->threshold >= 0.0 && !layer.flags[FLAG_SKIPPED];
 }
 
 // Groups choices by expert: one token's in its own order, else ascending. False: an id is none.
@@ -132,7 +96,7 @@ bool Steps::group(const StepLayer& layer, const StepCall& call) {
     if (layer.is_slice && id == layer.cache.experts) continue;
     own++;
     if (id < 0 || id >= layer.cache.experts) return false;
-    if (std::find(wanted_.begin(), wanted_.end(), id) == wanted_.end()) wanted_.push_back(id);
+    if (!holds(wanted_, id)) wanted_.push_back(id);
   }
   if (static_cast<int64_t>(wanted_.size()) < own || call.tokens > 1)
     std::sort(wanted_.begin(), wanted_.end());
@@ -151,21 +115,6 @@ bool Steps::group(const StepLayer& layer, const StepCall& call) {
   return true;
 }
 
-// Whether every expert is there or gets a slot, and may be read without Python.
-bool Steps::fits(const StepLayer& layer) const {
-  const CacheTables& cache = layer.cache;
-  if (cache.slots == 0) return true;
-  int64_t missing = 0, usable = 0;
-  for (const int64_t expert : wanted_) {
-    if (cache.slot_of[expert] != kNobody) continue;
-    missing++;
-    if (file_ < 0 || (layer.verified != nullptr && !layer.verified[expert])) return false;
-  }
-  if (missing == 0) return true;
-  for (int64_t slot = 0; slot < cache.slots; slot++) usable += cache.expert_of[slot] < cache.experts;
-  return usable >= static_cast<int64_t>(wanted_.size());
-}
-
 ExpertTask Steps::task_of(int64_t expert, const uint8_t* record) const {
   for (const Task& task : tasks_)
     if (task.expert == expert)
@@ -174,103 +123,292 @@ ExpertTask Steps::task_of(int64_t expert, const uint8_t* record) const {
   return {};
 }
 
-void Steps::compute(const StepLayer& layer, const std::vector<ExpertTask>& tasks, const float* x,
-                    int64_t tokens) {
-  engine_.run(*layer.expert, tasks.data(), static_cast<int64_t>(tasks.size()), x, tokens,
-              y_.data());
+// Makes room for outputs, and float32 of the input.
+void Steps::take_input(const StepCall& call) {
+  y_.resize(static_cast<size_t>(call.tokens * call.top_k * call.hidden));
+  input_ = static_cast<const float*>(call.x);
+  if (call.x_dtype == F32) return;
+  x_.resize(static_cast<size_t>(call.tokens * call.hidden));
+  for (size_t i = 0; i < x_.size(); i++)
+    x_[i] = value_at(call.x, call.x_dtype, static_cast<int64_t>(i));
+  input_ = x_.data();
 }
 
-void Steps::start_reads(const StepLayer& layer) {
-  reads_.clear();
-  const int64_t bytes = layer.record_bytes;
-  for (const Placed& fill : plan_->fills)
-    reads_.push_back(
-        {layer.memory + fill.slot * bytes, layer.file_offset + fill.expert * bytes, bytes});
-  uint8_t* place = spare_;
-  for (const int64_t expert : plan_->bypassed) {
-    reads_.push_back({place, layer.file_offset + expert * bytes, bytes});
-    place += bytes;
-  }
-  if (reads_.empty()) return;
-  if (!readers_) readers_ = std::make_unique<Readers>(file_, reader_threads_);
-  readers_->start(reads_);
+void Steps::compute(const StepLayer& layer, const StepCall& call) {
+  if (!ready_.empty())
+    engine_.run(*layer.expert, ready_.data(), static_cast<int64_t>(ready_.size()), input_,
+                call.tokens, y_.data());
 }
 
-// Computes what was read, as it arrives. False if a read failed; none is under way then.
-bool Steps::take_arrivals(const StepLayer& layer, const float* x, int64_t tokens) {
-  Stalls stalls;
+void Steps::compute_ready(int64_t number, const StepCall& call) {
+  const StepLayer& layer = layers_[static_cast<size_t>(number)];
+  ready_.clear();
+  for (const Placed& placed : reads_.ready) 
+    ready_.push_back(
+        task_of(placed.expert, layer.memory + placed.slot * layer.record_bytes));
+  reads_.ready.clear();
+  compute(layer, call);
+}
+
+// Computes what arrives; with `block` all of it. False if a read failed.
+bool Steps::compute_arrivals(int64_t number, const StepCall& call, bool block) {
+  const StepLayer& layer = layers_[static_cast<size_t>(number)];
   bool is_good = true;
-  for (size_t left = reads_.size(); left > 0; left--) {
-    const bool waits = !readers_->has_arrived();
-    const auto began = Clock::now();
-    const size_t arrived = readers_->wait();
-    if (waits) stalls.emplace_back(began, Clock::now());
-    const size_t fills = plan_->fills.size();
-    const int64_t expert = arrived < fills ? plan_->fills[arrived].expert
-                                           : plan_->bypassed[arrived - fills];
-    if (reads_[arrived].failed) {
-      forget(layer.cache, expert);
-      is_good = false;
-    } else if (is_good) {
-      ready_.assign(1, task_of(expert, reads_[arrived].target));
-      compute(layer, ready_, x, tokens);
-    }
+  while (const ReadPointer read = slots_.next_or_null(number, reads_, block)) {
+    if (read->state != ReadState::done) is_good = false;
+    if (!is_good) continue;
+    ready_.assign(1, task_of(read->fill.expert, read->target));
+    compute(layer, call);
   }
-  if (is_good) count_stalls(layer, stalls);
   return is_good;
 }
 
-// Time that the caller waited, and of each read the bytes that came in it, as if it ran evenly.
-void Steps::count_stalls(const StepLayer& layer, const Stalls& stalls) const {
-  using std::chrono::duration;
-  for (const auto& [began, ended] : stalls)
-    layer.counters[COUNT_STALL_NS] +=
-        std::chrono::duration_cast<std::chrono::nanoseconds>(ended - began).count();
-  for (const RecordRead& read : reads_) {
-    double stalled = 0.0;
-    for (const auto& [began, ended] : stalls)
-      stalled += std::max(0.0, duration<double>(std::min(ended, read.ended) -
-                                                std::max(began, read.began)).count());
-    const double whole = duration<double>(read.ended - read.began).count();
-    if (whole > 0.0)
-      layer.counters[COUNT_STALL_BYTES] +=
-          static_cast<int64_t>(static_cast<double>(read.bytes) * std::min(1.0, stalled / whole));
+bool Steps::experts(int64_t number, const StepCall& call) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || is_pythons(*layer, call) || !fits(*layer, call)) return false;
+  if (!group(*layer, call) || !slots_.takes(number, wanted_)) return false;
+  abandon();
+  live_.filled.clear();
+  take_input(call);
+  if (layer->is_slice) std::fill(y_.begin(), y_.end(), 0.0f);
+  slots_.begin(number, wanted_, reads_);
+  compute_ready(number, call);
+  if (!compute_arrivals(number, call, true)) return false;
+  end_step(number, call, kRest);
+  return true;
+}
+
+int64_t Steps::settle(int64_t number, const StepCall& call, int64_t ticket) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || !control_->guesses || is_pythons(*layer, call)) return 0;
+  if (!group(*layer, call)) return 0;
+  const bool is_known_now = !needs_weights(*layer);
+  if (is_known_now && !slots_.takes(number, wanted_)) return 0;
+  abandon();
+  live_.ids.clear();
+  for (int64_t i = 0; i < call.tokens * call.top_k; i++) live_.ids.push_back(id_at(call, i));
+  live_.filled.clear();
+  meet_guess(number, ticket, call);
+  if (is_known_now)
+    slots_.begin(number, wanted_, reads_);
+  else
+    slots_.settle(number, wanted_);
+  live_.has_begun = is_known_now;
+  live_.has_run = false;
+  live_.layer = number;
+  return live_.state = ++numbers_;
+}
+
+bool Steps::is_live(int64_t number, const StepCall& call, int64_t state) const {
+  if (live_.state == 0 || live_.state != state || live_.layer != number) return false;
+  const int64_t choices = call.tokens * call.top_k;
+  if (choices != static_cast<int64_t>(live_.ids.size())) return false;
+  for (int64_t i = 0; i < choices; i++)
+    if (id_at(call, i) != live_.ids[static_cast<size_t>(i)]) return false;
+  return true;
+}
+
+// Gives misses that are light for each of their tokens their default vectors; returns the others.
+std::vector<int64_t> Steps::fill_weak(const StepLayer& layer, const StepCall& call) {
+  std::vector<int64_t> kept;
+  for (const Task& task : tasks_) {
+    double heaviest = 0.0;
+    for (size_t i = task.first; i < task.first + task.count; i++)
+      heaviest = std::max(heaviest, static_cast<double>(value_at(call.weights, call.weights_dtype,
+                                                                 places_[i])));
+    const bool is_there =
+        layer.cache.slots == 0 || layer.cache.slot_of[task.expert] != kNobody;
+    if (is_there || heaviest >= control_->threshold) {
+      kept.push_back(task.expert);
+      continue;
+    }
+    live_.filled.push_back(task.expert);
+    const float* vector = layer.vectors + task.expert * call.hidden;
+    for (size_t i = task.first; i < task.first + task.count; i++)
+      for (int64_t h = 0; h < call.hidden; h++)
+        y_[static_cast<size_t>(places_[i] * call.hidden + h)] =
+            rounded_to(vector[h], call.x_dtype);
+  }
+  return kept;
+}
+
+bool Steps::run(int64_t number, const StepCall& call, int64_t state) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || !is_live(number, call, state) || live_.has_run) return false;
+  if (!fits(*layer, call) || !group(*layer, call)) return false;
+  take_input(call);
+  if (!live_.has_begun) {
+    const std::vector<int64_t> needed = fill_weak(*layer, call);
+    if (!slots_.takes(number, needed)) return false;
+    layer->counters[COUNT_SKIPPED] += static_cast<int64_t>(live_.filled.size());
+    slots_.begin(number, needed, reads_);
+    live_.has_begun = true;
+  }
+  live_.has_run = true;
+  compute_ready(number, call);
+  if (!compute_arrivals(number, call, false)) return false;
+  if (call.x_dtype == F32)
+    std::memcpy(call.out, y_.data(), y_.size() * sizeof(float));
+  else
+    for (size_t i = 0; i < y_.size(); i++)
+      put(call.out, call.x_dtype, static_cast<int64_t>(i), y_[i]);
+  return true;
+}
+
+bool Steps::correct(int64_t number, const StepCall& call, int64_t state) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || !is_live(number, call, state) || !live_.has_run) return false;
+  // `start` of another layer may have come between, but no step: the groups are still this one's.
+  take_input(call);
+  const bool is_good = compute_arrivals(number, call, true);
+  abandon();
+  if (!is_good) return false;
+  end_step(number, call, 1);
+  return true;
+}
+
+void Steps::end_step(int64_t number, const StepCall& call, int64_t rest) {
+  const StepLayer& layer = layers_[static_cast<size_t>(number)];
+  learn(layer, call, rest);
+  reduce_experts(y_.data(), call);
+  if (!is_timed_ || number != static_cast<int64_t>(layers_.size()) - 1) return;
+  is_timed_ = false;
+  trial_.end(std::chrono::duration<double, std::milli>(Clock::now() - began_).count(),
+             slots_.lacked_bytes() - lacked_before_,
+             slots_.pushed_out_bytes() - pushed_out_before_);
+}
+
+// Counts one token's outputs in, one layer per step in turn (or per `rest` steps).
+void Steps::learn(const StepLayer& layer, const StepCall& call, int64_t rest) {
+  if (!control_->learns || call.tokens > 1) return;
+  if (--control_->learning_turn >= 0) return;
+  control_->learning_turn = rest * static_cast<int64_t>(layers_.size());
+  if (*control_->is_frozen || tasks_.size() < places_.size()) return;
+  for (const Task& task : tasks_) {
+    int64_t& samples = layer.samples[task.expert];
+    if (samples >= control_->max_samples || holds(live_.filled, task.expert)) continue;
+    samples++;
+    const float share = 1.0f / static_cast<float>(samples);
+    float* mean = layer.vectors + task.expert * call.hidden;
+    const float* row = y_.data() + places_[task.first] * call.hidden;
+    for (int64_t h = 0; h < call.hidden; h++) mean[h] += share * (row[h] - mean[h]);
   }
 }
 
-bool Steps::experts(int64_t number, const StepCall& call) {
-  const std::lock_guard<std::recursive_mutex> lock(*mutex_);
-  if (is_closed_ || is_pythons(number, call)) return false;
+bool Steps::guesses(int64_t number) {
+  if (layers_[static_cast<size_t>(number)].flags[FLAG_SKIPPED]) return false;
+  return !control_->is_judged || judge_.predicts(number);
+}
+
+bool Steps::plan(const int64_t* layers, int64_t count, const int64_t* edges, int64_t edge_count,
+                 uint8_t* answers) {
+  const Lock lock(*mutex_);
+  if (is_closed_ || control_->is_off || !control_->guesses) return false;
+  for (int64_t i = 0; i < count; i++)
+    if (layers[i] < 0 || layers[i] >= static_cast<int64_t>(layers_.size()) ||
+        layers_[static_cast<size_t>(layers[i])].expert == nullptr)
+      return false;
+  bool may_guess = true;
+  is_timed_ = false;
+  if (control_->is_judged) {
+    may_guess = trial_.begin();
+    if ((is_timed_ = trial_.is_trying())) {
+      began_ = Clock::now();
+      lacked_before_ = slots_.lacked_bytes();
+      pushed_out_before_ = slots_.pushed_out_bytes();
+    }
+  }
+  for (int64_t i = 1; i < edge_count; i += 2) asked_[static_cast<size_t>(edges[i])] = -1;
+  std::vector<uint8_t> is_busy(layers_.size(), 0);
+  for (int64_t i = 1; i < edge_count; i += 2) {
+    int8_t& asked = asked_[static_cast<size_t>(edges[i])];
+    if (asked < 0) asked = may_guess && guesses(edges[i]);
+    if (asked)
+      for (const int64_t layer : {edges[i - 1], edges[i]})
+        is_busy[static_cast<size_t>(layer)] = 1;
+  }
+  for (int64_t i = 0; i < count; i++) answers[i] = is_busy[static_cast<size_t>(layers[i])];
+  return true;
+}
+
+int64_t Steps::start(int64_t number, const StepCall& call) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || !control_->guesses || call.tokens < 1 || call.tokens > kMaxTokens)
+    return 0;
+  Prediction& prediction = predictions_[static_cast<size_t>(number)];
+  prediction = {};
+  const int8_t asked = asked_[static_cast<size_t>(number)];
+  asked_[static_cast<size_t>(number)] = -1;
+  const int64_t ticket = ++numbers_;
+  if (!(asked < 0 ? guesses(number) : asked == 1)) return ticket;
+  prediction.number = ticket;
+  prediction.tokens = call.tokens;
+  prediction.width = call.top_k;
+  for (int64_t i = 0; i < call.tokens * call.top_k; i++)
+    prediction.ids.push_back(id_at(call, i));
+  const std::vector<int64_t> experts = worth_fetching(
+      call, control_->width, control_->threshold, layer->cache.experts);
+  std::vector<int64_t> admitted = experts;
+  if (control_->is_judged) {
+    admitted.clear();
+    for (const RankedGuess& guess : judge_.admitted(number, experts, call.top_k)) {
+      prediction.ranks.emplace_back(guess.expert, guess.rank);
+      if (guess.is_admitted) admitted.push_back(guess.expert);
+    }
+  }
+  prediction.issued = slots_.prefetch(number, admitted, experts, control_->budget_bytes);
+  return ticket;
+}
+
+// Tells recall and the judge what a prediction was worth, if this is the one that was made.
+void Steps::meet_guess(int64_t number, int64_t ticket, const StepCall& call) {
+  Prediction prediction;
+  std::swap(prediction, predictions_[static_cast<size_t>(number)]);
+  if (prediction.number == 0 || prediction.number != ticket || prediction.tokens != call.tokens)
+    return;
   const StepLayer& layer = layers_[static_cast<size_t>(number)];
-  if (!group(layer, call) || !fits(layer)) return false;
-  y_.resize(static_cast<size_t>(call.tokens * call.top_k * call.hidden));
-  if (layer.is_slice) std::fill(y_.begin(), y_.end(), 0.0f);
-  const float* x = static_cast<const float*>(call.x);
-  if (call.x_dtype != F32) {
-    x_.resize(static_cast<size_t>(call.tokens * call.hidden));
-    for (size_t i = 0; i < x_.size(); i++)
-      x_[i] = value_at(call.x, call.x_dtype, static_cast<int64_t>(i));
-    x = x_.data();
+  count_recall(prediction, live_.ids, call.top_k, layer.counters);
+  if (prediction.ranks.empty()) return;
+  size_t useful = 0;
+  std::vector<std::pair<int64_t, bool>> brought;
+  for (const ReadPointer& read : prediction.issued.reads) {
+    const bool is_wanted = holds(wanted_, read->fill.expert);
+    useful += is_wanted;
+    if (!slots_.has_begun(*read)) continue;  // it cost nothing, and said nothing
+    for (const auto& [expert, rank] : prediction.ranks)
+      if (expert == read->fill.expert) brought.emplace_back(rank, is_wanted);
   }
-  ready_.clear();
-  reads_.clear();
-  if (layer.cache.slots == 0) {
-    for (const int64_t expert : wanted_)
-      ready_.push_back(task_of(expert, layer.memory + expert * layer.record_bytes));
-  } else {
-    plan_ = &planner_.plan(layer.cache, wanted_);
-    start_reads(layer);
-    for (const Placed& hit : plan_->hits)
-      ready_.push_back(task_of(hit.expert, layer.memory + hit.slot * layer.record_bytes));
+  judge_.measure(number, brought);
+  // Useful guesses would have pushed out the first ones anyway.
+  for (size_t i = useful; i < prediction.issued.evicted.size(); i++)
+    layer.pushed_out[prediction.issued.evicted[i]] = 1;
+}
+
+// Weighted sum of default vectors over K.
+bool Steps::blend(int64_t number, const StepCall& call) {
+  const Lock lock(*mutex_);
+  const StepLayer* layer = layer_or_null(number);
+  if (layer == nullptr || call.tokens < 1 || call.tokens > kMaxTokens) return false;
+  if (call.hidden != layer->expert->down.outputs) return false;
+  std::vector<float> sums(static_cast<size_t>(call.hidden));
+  for (int64_t t = 0; t < call.tokens; t++) {
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t k = 0; k < call.top_k; k++) {
+      const int64_t i = t * call.top_k + k, expert = id_at(call, i);
+      if (expert < 0 || expert >= layer->cache.experts) return false;
+      const float weight = value_at(call.weights, call.weights_dtype, i);
+      const float* vector = layer->vectors + expert * call.hidden;
+      for (int64_t h = 0; h < call.hidden; h++)
+        sums[static_cast<size_t>(h)] += weight * vector[h];
+    }
+    for (int64_t h = 0; h < call.hidden; h++)
+      put(call.out, call.x_dtype, t * call.hidden + h, sums[static_cast<size_t>(h)]);
   }
-  const size_t hits = ready_.size();
-  if (hits > 0) compute(layer, ready_, x, call.tokens);
-  if (!take_arrivals(layer, x, call.tokens)) return false;
-  reduce(y_.data(), call);
-  layer.counters[COUNT_STEPS]++;
-  layer.counters[COUNT_HITS] += static_cast<int64_t>(hits);
-  layer.counters[COUNT_MISSES] += static_cast<int64_t>(reads_.size());
-  if (control_->learns) control_->learning_turn--;
   return true;
 }
 

@@ -1,10 +1,12 @@
-// `specmoe::experts` on the CPU without Python: arguments as plain numbers to the engine's library.
+// The ops of a CPU session without Python: arguments as plain numbers to the engine's library.
 //
 // The only file that is compiled against torch, so that the engine itself fits any torch. What the
-// engine leaves alone goes to `specmoe::experts_python`, which has the same schema.
+// engine leaves alone goes to `specmoe::NAME_python`, which has the schema of `specmoe::NAME`.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
@@ -14,10 +16,23 @@
 
 namespace {
 
-using Run = int32_t (*)(int64_t session, int64_t layer, const specmoe::StepCall* call);
-Run run = nullptr;
+using at::Tensor;
 
-int32_t dtype_or_negative(const at::Tensor& tensor) {
+const specmoe::StepFunctions* engine = nullptr;
+
+// A profiler wants the ranges that Python marks.
+bool is_on() { return engine != nullptr && !at::hasCallbacks(); }
+
+// Calls an op of the same signature that Python has registered.
+template <typename... Parameters, typename... Arguments>
+Tensor python(Tensor (*)(Parameters...), const char* name, const Arguments&... arguments) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .typed<Tensor(Parameters...)>()
+      .call(arguments...);
+}
+
+int32_t dtype_or_negative(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return specmoe::F32;
     case at::kBFloat16: return specmoe::BF16;
@@ -26,49 +41,132 @@ int32_t dtype_or_negative(const at::Tensor& tensor) {
   }
 }
 
-// Fills in the call; false for what the engine does not take.
-bool describe(const at::Tensor& x, const at::Tensor& ids, const at::Tensor& weights,
-              specmoe::StepCall& call) {
-  if (x.dim() != 2 || ids.dim() != 2 || weights.sizes() != ids.sizes() ||
-      x.size(0) != ids.size(0) || x.size(0) == 0)
-    return false;
-  if (!x.is_contiguous() || !ids.is_contiguous() || !weights.is_contiguous()) return false;
+// Each fills in its part of a call; false for what the engine does not take.
+bool add_ids(specmoe::StepCall& call, const Tensor& ids) {
   const auto kind = ids.scalar_type();
-  if (kind != at::kLong && kind != at::kInt) return false;
-  call.x_dtype = dtype_or_negative(x);
-  call.weights_dtype = dtype_or_negative(weights);
-  if (call.x_dtype < 0 || call.weights_dtype < 0) return false;
-  call.x = x.const_data_ptr();
+  if (ids.dim() != 2 || !ids.is_contiguous() || (kind != at::kLong && kind != at::kInt))
+    return false;
   call.ids = ids.const_data_ptr();
-  call.weights = weights.const_data_ptr();
-  call.tokens = x.size(0);
-  call.top_k = ids.size(1);
-  call.hidden = x.size(1);
   call.id_bytes = kind == at::kLong ? 8 : 4;
+  call.tokens = ids.size(0);
+  call.top_k = ids.size(1);
   return true;
 }
 
-at::Tensor experts(const at::Tensor& x, const at::Tensor& ids, const at::Tensor& weights,
-                   int64_t session, int64_t layer) {
+bool add_routing(specmoe::StepCall& call, const Tensor& ids, const Tensor& weights) {
+  if (!add_ids(call, ids) || weights.sizes() != ids.sizes() || !weights.is_contiguous())
+    return false;
+  call.weights = weights.const_data_ptr();
+  call.weights_dtype = dtype_or_negative(weights);
+  return call.weights_dtype >= 0;
+}
+
+bool add_all(specmoe::StepCall& call, const Tensor& x, const Tensor& ids, const Tensor& weights) {
+  if (x.dim() != 2 || !x.is_contiguous() || !add_routing(call, ids, weights)) return false;
+  call.x = x.const_data_ptr();
+  call.x_dtype = dtype_or_negative(x);
+  call.hidden = x.size(1);
+  return call.x_dtype >= 0 && x.size(0) == ids.size(0);
+}
+
+// The tensor that carries a number through the graph.
+Tensor token(int64_t number) { return at::full({1}, number, at::TensorOptions(at::kLong)); }
+
+bool is_token(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kLong && tensor.numel() == 1;
+}
+
+int64_t number(const Tensor& tensor) { return *tensor.const_data_ptr<int64_t>(); }
+
+Tensor experts(const Tensor& x, const Tensor& ids, const Tensor& weights, int64_t session,
+               int64_t layer) {
   specmoe::StepCall call{};
-  // A profiler wants the ranges that Python marks.
-  if (run != nullptr && !at::hasCallbacks() && describe(x, ids, weights, call)) {
-    at::Tensor out = at::empty_like(x);
+  if (is_on() && add_all(call, x, ids, weights)) {
+    Tensor out = at::empty_like(x);
     call.out = out.mutable_data_ptr();
-    if (run(session, layer, &call)) return out;
+    if (engine->experts(session, layer, &call)) return out;
   }
-  static const auto python =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("specmoe::experts_python", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                            int64_t)>();
-  return python.call(x, ids, weights, session, layer);
+  return python(experts, "specmoe::experts_python", x, ids, weights, session, layer);
+}
+
+Tensor blend(const Tensor& ids, const Tensor& weights, const Tensor& like, int64_t session,
+             int64_t layer) {
+  specmoe::StepCall call{};
+  if (is_on() && add_routing(call, ids, weights) && like.dim() == 2 &&
+      like.size(0) == ids.size(0) && (call.x_dtype = dtype_or_negative(like)) >= 0) {
+    Tensor out = at::empty(like.sizes(), like.options());
+    call.out = out.mutable_data_ptr();
+    call.hidden = like.size(1);
+    if (engine->blend(session, layer, &call)) return out;
+  }
+  return python(blend, "specmoe::blend_default_vectors_python", ids, weights, like, session,
+                        layer);
+}
+
+Tensor plan(const Tensor& ids, int64_t session, at::IntArrayRef layers, at::IntArrayRef edges) {
+  if (is_on()) {
+    Tensor out = at::empty({static_cast<int64_t>(layers.size())}, at::TensorOptions(at::kBool));
+    if (engine->plan(session, layers.data(), static_cast<int64_t>(layers.size()), edges.data(),
+                     static_cast<int64_t>(edges.size()),
+                     static_cast<uint8_t*>(out.mutable_data_ptr())))
+      return out;
+  }
+  return python(plan, "specmoe::plan_step_python", ids, session, layers, edges);
+}
+
+Tensor start(const Tensor& ids, const Tensor& weights, int64_t session, int64_t layer,
+             at::TensorList after) {
+  specmoe::StepCall call{};
+  if (is_on() && add_routing(call, ids, weights))
+    if (const int64_t ticket = engine->start(session, layer, &call)) return token(ticket);
+  return python(start, "specmoe::start_prefetch_python", ids, weights, session, layer, after);
+}
+
+Tensor settle(const Tensor& ticket, const Tensor& ids, int64_t session, int64_t layer) {
+  specmoe::StepCall call{};
+  if (is_on() && is_token(ticket) && add_ids(call, ids))
+    if (const int64_t state = engine->settle(session, layer, &call, number(ticket)))
+      return token(state);
+  return python(settle, "specmoe::wait_prefetch_python", ticket, ids, session, layer);
+}
+
+Tensor run(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& state,
+           int64_t session, int64_t layer, at::TensorList after) {
+  specmoe::StepCall call{};
+  if (is_on() && is_token(state) && add_all(call, x, ids, weights)) {
+    Tensor out = at::empty({call.tokens, call.top_k, call.hidden}, x.options());
+    call.out = out.mutable_data_ptr();
+    if (engine->run(session, layer, &call, number(state))) return out;
+  }
+  return python(run, "specmoe::run_resident_experts_python", x, ids, weights, state, session,
+                        layer, after);
+}
+
+Tensor correct(const Tensor& partial, const Tensor& x, const Tensor& ids, const Tensor& weights,
+               const Tensor& state, int64_t session, int64_t layer) {
+  specmoe::StepCall call{};
+  if (is_on() && is_token(state) && add_all(call, x, ids, weights)) {
+    Tensor out = at::empty_like(x);
+    call.out = out.mutable_data_ptr();
+    if (engine->correct(session, layer, &call, number(state))) return out;
+  }
+  return python(correct, "specmoe::correct_experts_python", partial, x, ids, weights, state, session,
+                        layer);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(specmoe, CPU, library) { library.impl("experts", experts); }
+TORCH_LIBRARY_IMPL(specmoe, CPU, library) {
+  library.impl("experts", experts);
+  library.impl("blend_default_vectors", blend);
+  library.impl("plan_step", plan);
+  library.impl("start_prefetch", start);
+  library.impl("wait_prefetch", settle);
+  library.impl("run_resident_experts", run);
+  library.impl("correct_experts", correct);
+}
 
-extern "C" __attribute__((visibility("default"))) void specmoe_ops_use(Run function) {
-  run = function;
+extern "C" __attribute__((visibility("default"))) void specmoe_ops_use(
+    const specmoe::StepFunctions* functions) {
+  engine = functions;
 }
