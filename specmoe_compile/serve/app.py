@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
@@ -18,13 +19,9 @@ from specmoe_compile.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from specmoe_compile.serve.engine import Engine, Event, Failed, Finished, Job, Piece
 from specmoe_compile.serve.errors import RequestRefused
 from specmoe_compile.serve.guards import Guards
-from specmoe_compile.serve.inbox import PAUSE_S, Inbox
 from specmoe_compile.serve.metrics import CONTENT_TYPE, Metrics
 from specmoe_compile.serve.prompts import chat_job, completion_job
 from specmoe_compile.serve.requests import ChatRequest, CompletionRequest, parse
-
-Batch = list[Piece | Finished]
-"""What came of an answer since it was last looked at."""
 
 
 def make_app(
@@ -141,43 +138,38 @@ class _Endpoints:
 
     async def answer(self, request: Request, asked: Any, job: Job, answer: Answer) -> Response:
         """Run a job and give its answer, in one piece or streamed."""
-        batches = _batches(request, self._engine, job, stream=bool(asked.stream))
         if not asked.stream:
-            async with contextlib.aclosing(batches):
-                async for events in batches:
-                    for event in events:
-                        self._note(event)
-                        answer.take(event)
+            job.text_every_s = math.inf
+        events = _events(request, self._engine, job)
+        if not asked.stream:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    self._note(event)
+                    answer.take(event)
             self._metrics.requests.labels(_route(request), 200).inc()
             return JSONResponse(answer.whole())
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         # Started here, so that a full queue is a status and not an event in a stream.
-        first: Batch = await anext(batches, [])
-        body = self._stream(request, batches, first, answer, usage)
+        first = await anext(events, None)
+        body = self._stream(request, events, first, answer, usage)
         return StreamingResponse(body, media_type="text/event-stream")
 
     async def _stream(
-        self,
-        request: Request,
-        batches: AsyncGenerator[Batch],
-        first: Batch,
-        answer: Answer,
-        usage: bool,
+        self, request: Request, events: Any, first: Event, answer: Answer, usage: bool
     ) -> AsyncIterator[str]:
         def line(chunk: dict[str, Any]) -> str:
             return f"data: {json.dumps(chunk)}\n\n"
 
         status = 200
-        async with contextlib.aclosing(batches):
+        async with contextlib.aclosing(events):
             try:
-                events = first
-                while events:
-                    for event in events:
-                        self._note(event)
-                    lines = [line(chunk) for event in events for chunk in answer.chunks(event)]
+                event = first
+                while event is not None:
+                    self._note(event)
+                    lines = [line(chunk) for chunk in answer.chunks(event)]
                     if lines:
                         yield "".join(lines)
-                    events = await anext(batches, [])
+                    event = await anext(events, None)
                 if usage:
                     yield line(answer.usage_chunk())
             except RequestRefused as error:
@@ -193,24 +185,23 @@ class _Endpoints:
             self._metrics.cached_tokens.inc(event.cached_tokens)
 
 
-async def _batches(
-    request: Request, engine: Engine, job: Job, *, stream: bool
-) -> AsyncGenerator[Batch]:
-    """A job's events as they come; ends the job when the client is gone or nobody reads on."""
-    inbox = Inbox(pause_s=PAUSE_S if stream else None)
-    job.on_event = inbox.put
+async def _events(request: Request, engine: Engine, job: Job) -> AsyncGenerator[Piece | Finished]:
+    """A job's events; ends the job when the client is gone or nobody reads on."""
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job.on_event = put
     engine.submit(job)
     watcher = asyncio.create_task(_when_gone(request, lambda: engine.cancel(job)))
     try:
-        ended = False
-        while not ended:
-            events = await inbox.take()
-            if batch := [event for event in events if isinstance(event, (Piece, Finished))]:
-                yield batch
-            for event in events:
-                if isinstance(event, Failed):
-                    raise _failure(event.error)
-            ended = None in events
+        while (event := await events.get()) is not None:
+            if isinstance(event, Failed):
+                raise _failure(event.error)
+            yield event
         if job.cancelled.is_set():
             raise RequestRefused(503, "The server is shutting down, or the client is gone.")
     finally:

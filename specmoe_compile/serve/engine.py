@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -26,6 +27,9 @@ from specmoe_compile.serve.text import StopStrings, TextPieces
 
 logger = logging.getLogger(__name__)
 
+TEXT_EVERY_S = 0.04
+"""Shortest time between two texts of a stream. What the server does for a text holds decoding up:
+threads share an interpreter, on a small machine cores too. 25 texts a second read as one flow."""
 _RETRY_AFTER_S = 1.0  # before any request has told how long one takes
 
 
@@ -75,6 +79,7 @@ class Job:
         stops: stop strings.
         seed: of sampling; None draws one.
         on_event: called from the engine's thread with each event.
+        text_every_s: shortest time between two texts of a choice; infinity: one text, at its end.
         cancelled: set by anyone to end the job before its next token.
     """
 
@@ -85,6 +90,7 @@ class Job:
     stops: tuple[str, ...]
     seed: int | None
     on_event: Callable[[Event], None]
+    text_every_s: float = TEXT_EVERY_S
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -102,25 +108,33 @@ class _Streamer:
         self._pieces = TextPieces(engine.tokenizer)
         self._stops = StopStrings(job.stops)
         self._resumed_s = time.perf_counter()
+        self._due_s = 0.0 if math.isfinite(job.text_every_s) else math.inf
+        self._unread: list[int] = []
+        self._unshown = ""
         self._prompt_seen = False
         self.prompt = list(prompt)
         self.tokens: list[int] = []
         self.stopped = False
 
     def put(self, value: Any) -> None:
-        """Take the prompt (first call) or one token."""
+        """Take the prompt (first call) or one token, [1] int64 in host memory."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
         now_s = time.perf_counter()
         self._metrics(now_s - self._resumed_s, first=not self.tokens)
         self._resumed_s = now_s
-        token = int(value.reshape(-1)[0])
+        (token,) = value.tolist()
         self.tokens.append(token)
+        self._unread.append(token)
         if self._job.cancelled.is_set():
             raise _Ended
-        text, self.stopped = self._stops.add(self._pieces.add(token))
-        self._show(text)
+        due = now_s >= self._due_s
+        if due or self._job.stops:  # a stop string is seen at its last token
+            self._read()
+        if (due and self._unshown) or self.stopped:
+            self._show()
+            self._due_s = now_s + self._job.text_every_s
         if self.stopped:
             raise _Ended
 
@@ -129,12 +143,21 @@ class _Streamer:
 
     def finish(self) -> None:
         """Show what is left."""
-        text, self.stopped = self._stops.add(self._pieces.rest())
-        self._show(text if self.stopped else text + self._stops.rest())
+        self._read()
+        if not self.stopped:
+            text, self.stopped = self._stops.add(self._pieces.rest())
+            self._unshown += text if self.stopped else text + self._stops.rest()
+        self._show()
 
-    def _show(self, text: str) -> None:
-        if text:
-            self._job.on_event(Piece(self._choice, text))
+    def _read(self) -> None:
+        text, self.stopped = self._stops.add(self._pieces.add(self._unread))
+        self._unread.clear()
+        self._unshown += text
+
+    def _show(self) -> None:
+        if self._unshown:
+            self._job.on_event(Piece(self._choice, self._unshown))
+            self._unshown = ""
 
 
 class Engine:

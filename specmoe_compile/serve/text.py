@@ -19,9 +19,9 @@ class TextPieces:
         self._window = 0  # first token that is decoded again
         self._shown = 0  # tokens whose text is out
 
-    def add(self, token: int) -> str:
-        """Take one token id; returns the text that is final now."""
-        self._tokens.append(token)
+    def add(self, tokens: Sequence[int]) -> str:
+        """Take the next token ids; returns the text that is final now."""
+        self._tokens += tokens
         before = self._decode(self._tokens[self._window : self._shown])
         now = self._decode(self._tokens[self._window :])
         if len(now) <= len(before) or now.endswith("\ufffd"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
-from specmoe_compile.serve.engine import Engine, Failed, Finished, Job
+from specmoe_compile.serve.engine import Engine, Failed, Finished, Job, Piece
 from specmoe_compile.serve.errors import RequestRefused
 from tests.helpers import tiny_qwen3_moe
 
@@ -113,6 +114,33 @@ def test_a_generation_that_fails_leaves_the_engine_alive(
     engine.submit(job)
     assert ended.wait(60)
     assert next(e for e in events if isinstance(e, Finished)).completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("every_s", "stops", "texts"),
+    [
+        (0.0, (), ["A"] * 6),
+        (3600.0, (), ["A", "AAAAA"]),
+        (math.inf, (), ["AAAAAA"]),
+        (3600.0, ("B",), ["A", "AAAAA"]),
+        (math.inf, ("AAAA",), []),
+    ],
+    ids=["each", "the first and the rest", "all", "a stop that never comes", "a stop at once"],
+)
+def test_text_is_shown_no_more_often_than_asked(
+    engine: Engine, model: Model, every_s: float, stops: tuple[str, ...], texts: list[str]
+) -> None:
+    model.go.release(1000)
+    job, events, ended = _job(6)
+    job.text_every_s, job.stops = every_s, stops
+    engine.submit(job)
+    assert ended.wait(60)
+    assert [event.text for event in events if isinstance(event, Piece)] == texts
+    finished = next(event for event in events if isinstance(event, Finished))
+    if stops == ("AAAA",):
+        assert (finished.reason, finished.completion_tokens, model.steps) == ("stop", 4, 4)
+    else:
+        assert (finished.reason, finished.completion_tokens) == ("length", 6)
 
 
 @pytest.mark.parametrize(("end", "reason"), [([65], "stop"), (66, "length")])

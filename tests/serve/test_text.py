@@ -12,11 +12,11 @@ from specmoe_compile.serve.text import StopStrings, TextPieces
 TOKENIZER = build_tokenizer(256)
 
 
-@given(st.text(max_size=40))
-def test_pieces_joined_are_the_text(text: str) -> None:
+@given(st.text(max_size=40), st.integers(1, 5))
+def test_pieces_joined_are_the_text(text: str, size: int) -> None:
     pieces = TextPieces(TOKENIZER)
     tokens = TOKENIZER(text).input_ids
-    shown = [pieces.add(token) for token in tokens]
+    shown = [pieces.add(tokens[at : at + size]) for at in range(0, len(tokens), size)]
     assert "".join(shown) + pieces.rest() == TOKENIZER.decode(tokens, skip_special_tokens=True)
     assert not any("\ufffd" in piece for piece in shown)
 
@@ -33,7 +33,7 @@ def test_a_space_at_the_start_of_a_line_is_kept() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokens = [4, 0, 2, 3, 0, 1, 4]
     pieces = TextPieces(tokenizer)
-    text = "".join(pieces.add(token) for token in tokens) + pieces.rest()
+    text = "".join(pieces.add([token]) for token in tokens) + pieces.rest()
     assert text == "if\n    return\n if"
 
 
