@@ -1,110 +1,115 @@
-"""What the server costs beside `specmoe generate`: tokens per second, and a chat's second turn.
+"""What the server costs beside `specmoe generate`: time per token, load, a chat's second turn.
 
-    python -m benchmarks serving MODEL --out serving.json [--store-dir DIR] [--expert-cache 25%]
+    python -m benchmarks serving MODEL --phase cost --out serving.json [--store-dir DIR]
 
-Rows: `specmoe generate` alone, then 1, 4 and 8 clients of `specmoe serve` at the same model, in
-turn and twice; then the time to the first token of a second turn after a history of 2,000 tokens,
-beside that of the first turn. Real processes, the real `openai` client.
+Each phase takes a few minutes and keeps what others wrote into the file:
+
+- `cost`: the server's own cost per token, one model in one process in turns (`serving.cost`).
+- `load`: tokens per second of 1, 4 and 8 clients beside `generate` alone, likewise in turns.
+- `second_turn`: time to the first token behind a history of 2,000 tokens whose keys and values are
+  kept, and behind the same history after another conversation has taken their place. The server is
+  a process of its own.
+
+With `--page` the file becomes docs/results/serving.md. Clients are the real `openai` package's.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kit.command import run_parser
+from benchmarks.kit.places import DOCUMENTS
+from benchmarks.serving.cost import Side, load, own_cost, stream_times
+from benchmarks.serving.report import page
 from specmoe_compile.bench.machine import provenance
 
 PROMPT = "import os\n\n\ndef walk(folder):\n"
-TOKENS = 64
+CONTEXT = 256
 HISTORY_TOKENS = 2000
+PHASES = ("cost", "load", "second_turn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all rows and write the file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks serving", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("model")
+    """Measure a phase and add it to the file, or write the page."""
+    parser = run_parser("serving", __doc__)
+    parser.add_argument("model", help="folder or hub name")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--phase", choices=PHASES)
+    parser.add_argument("--page", action="store_true", help="write docs/results/serving.md")
     parser.add_argument("--store-dir", type=Path)
     parser.add_argument("--expert-cache", default="25%")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", default="disk")
-    parser.add_argument("--rounds", type=int, default=2)
-    arguments = parser.parse_args(argv)
-    common = ["--device", arguments.device, "--store", arguments.store]
-    common += ["--expert-cache", arguments.expert_cache]
-    if arguments.store_dir is not None:
-        common += ["--store-dir", str(arguments.store_dir)]
-    rows: list[dict[str, Any]] = []
-    for turn in range(arguments.rounds):
-        rows.append({"arm": "generate", "turn": turn, **alone(arguments.model, common)})
-        with Server(arguments.model, common) as server:
-            rows.append({"arm": "ready", "turn": turn, "seconds": server.ready_s})
-            for clients in (1, 4, 8):
-                rows.append({"arm": "serve", "turn": turn, **server.load(clients)})
-            rows.append({"arm": "second_turn", "turn": turn, **server.second_turn()})
-        print(json.dumps(rows[-6:], indent=1), flush=True)
-    result = {
-        "schema": 1,
-        **provenance(),
-        "model": Path(arguments.model).name,
-        "tokens": TOKENS,
-        "rows": rows,
-        "server_cost": server_cost(rows),
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("--threads", type=int, help="PyTorch's; by default its own choice")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--seconds", type=float, default=180, help="of the phase cost")
+    parser.add_argument("--rounds", type=int, default=5, help="of the other phases")
+    parser.add_argument("--history", type=int, default=HISTORY_TOKENS, help="tokens")
+    asked = parser.parse_args(argv)
+    found = json.loads(asked.out.read_text()) if asked.out.exists() else {"schema": 1}
+    if asked.phase is not None:
+        kept = ("device", "store", "expert_cache", "threads")
+        found[asked.phase] = {
+            **provenance(),
+            "seed": None,  # greedy
+            "model": Path(asked.model).resolve().name,
+            "settings": {name: getattr(asked, name) for name in kept},
+            **_measured(asked),
+        }
+        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    if asked.page:
+        (DOCUMENTS / "serving.md").write_text(page(found))
     return 0
 
 
-def server_cost(rows: list[dict[str, Any]]) -> float:
-    """Time per token of one client over that of `generate` alone, medians, less 1."""
-    alone_ms = [float(row["tpot_ms"]) for row in rows if row["arm"] == "generate"]
-    served = [row for row in rows if row["arm"] == "serve" and row["clients"] == 1]
-    served_ms = [float(row["tpot_ms"]) for row in served]
-    return statistics.median(served_ms) / statistics.median(alone_ms) - 1.0
-
-
-def alone(model: str, common: list[str]) -> dict[str, Any]:
-    """Median time per token of `specmoe generate`, after the first tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "specmoe_compile.cli.main", "generate", model, *common]
-        command += ["--prompt", PROMPT, "--max-new-tokens", str(3 * TOKENS), "--json", str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(out.read_text())
-    return {"tpot_ms": found["tpot_ms"]["p50"]}
+def _measured(asked: Any) -> dict[str, Any]:
+    if asked.phase == "second_turn":
+        with Server(asked, context=asked.history + 256) as server:
+            return second_turn(server, asked.history, asked.rounds)
+    settings = {name: getattr(asked, name) for name in ("device", "store", "expert_cache")}
+    if asked.store_dir is not None:
+        settings["store_dir"] = asked.store_dir
+    side = Side(asked.model, CONTEXT, asked.threads, **settings)
+    try:
+        if asked.phase == "cost":
+            return {"context": CONTEXT} | own_cost(
+                side, PROMPT, asked.tokens, seconds=asked.seconds
+            )
+        rows = load(side, PROMPT, asked.tokens, clients=(1, 4, 8), rounds=asked.rounds, requests=8)
+        return {"context": CONTEXT, "tokens": asked.tokens, "requests": 8, "rows": rows}
+    finally:
+        side.close()
 
 
 class Server:
-    """A server process and its client."""
+    """`specmoe serve` in a process of its own, and its client."""
 
-    def __init__(self, model: str, common: list[str]) -> None:
-        command = [sys.executable, "-m", "specmoe_compile.cli.main", "serve", model, *common]
-        command += ["--port", "0", "--served-name", "m", "--max-context", "4096"]
+    def __init__(self, asked: Any, *, context: int) -> None:
+        """Start it and wait until it is ready; raises `RuntimeError` where it ends before."""
+        command = [sys.executable, "-m", "specmoe_compile.cli.main", "serve", asked.model]
+        for name in ("device", "store", "expert_cache", "store_dir", "threads"):
+            value = getattr(asked, name)
+            if value is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        command += ["--port", "0", "--served-name", "m", "--max-context", str(context)]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr is not None
+        lines = []
         for line in self._process.stderr:
-            found = re.search(r"Ready after ([\d.]+) s: (\S+)", line)
-            if found:
+            lines.append(line)
+            if found := re.search(r"Ready after ([\d.]+) s: (\S+)", line):
                 break
         else:
-            raise SystemExit("the server ended before it was ready")
+            raise RuntimeError(f"the server ended before it was ready: {''.join(lines[-5:])}")
         self.ready_s = float(found[1])
-        from openai import OpenAI
-
-        self._client: Any = OpenAI(base_url=found[2], api_key="none", max_retries=0, timeout=600)
+        self.url = found[2]
 
     def __enter__(self) -> Server:
         return self
@@ -113,37 +118,42 @@ class Server:
         self._process.terminate()
         self._process.wait(60)
 
-    def _stream(self, prompt: str, tokens: int) -> tuple[float, list[float]]:
-        started = time.perf_counter()
-        stamps = [
-            time.perf_counter()
-            for chunk in self._client.completions.create(
-                model="m", prompt=prompt, max_tokens=tokens, temperature=0, stream=True
-            )
-            if chunk.choices[0].text
-        ]
-        return (stamps[0] - started) * 1e3, [(b - a) * 1e3 for a, b in itertools.pairwise(stamps)]
 
-    def load(self, clients: int) -> dict[str, Any]:
-        """So many clients at once, each two requests."""
-        self._stream(PROMPT, TOKENS)
-        started = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            out = list(pool.map(lambda _: self._stream(PROMPT, TOKENS), range(2 * clients)))
-        seconds = time.perf_counter() - started
-        gaps = [gap for _, each in out for gap in each]
-        return {
-            "clients": clients,
-            "tpot_ms": statistics.median(gaps),
-            "tokens_per_s": 2 * clients * TOKENS / seconds,
-        }
+def second_turn(server: Server, history_tokens: int, rounds: int) -> dict[str, Any]:
+    """Times to the first token behind a history that is kept, and one that is not."""
+    from openai import OpenAI
 
-    def second_turn(self) -> dict[str, Any]:
-        """Time to the first token of a long prompt, and of the same with an end."""
-        words = " ".join(f"value_{number} = {number}" for number in range(HISTORY_TOKENS))
-        sample = words[1000:3000]
-        usage = self._client.completions.create(model="m", prompt=sample, max_tokens=1).usage
-        history = words[: int(HISTORY_TOKENS * len(sample) / usage.prompt_tokens)]
-        first_ms, _ = self._stream(history, 8)
-        second_ms, _ = self._stream(history + "\nprint(", 8)
-        return {"first_turn_ttft_ms": first_ms, "second_turn_ttft_ms": second_ms}
+    client = OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=600)
+
+    def ask(prompt: str) -> Any:
+        out = client.completions.create(model="m", prompt=prompt, max_tokens=2, temperature=0)
+        return out.usage
+
+    words = " ".join(f"value_{number} = {number}" for number in range(2 * history_tokens))
+    fits = history_tokens // 4  # characters of which there are surely fewer tokens
+    history = words[: int(fits * history_tokens / ask(words[:fits]).prompt_tokens)]
+    turn = history + "\nprint("
+    times: dict[str, list[float]] = {"kept": [], "not_kept": []}
+    for _ in range(rounds):
+        ask("#" + history)  # another conversation, as long
+        times["not_kept"].append(stream_times(server.url, turn, 2)[0])
+        ask(history)
+        times["kept"].append(stream_times(server.url, turn, 2)[0])
+    ask("#" + history)
+    cold = ask(turn)
+    first = ask(history)
+    warm = ask(turn)
+    return {
+        "ready_s": server.ready_s,
+        "tokens": {"history": first.prompt_tokens, "prompt": warm.prompt_tokens},
+        "cached": {
+            "kept": warm.prompt_tokens_details.cached_tokens,
+            "not_kept": cold.prompt_tokens_details.cached_tokens,
+        },
+        "ttft_ms": {arm: statistics.median(each) for arm, each in times.items()},
+        "turns_ms": times,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
