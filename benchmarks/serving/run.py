@@ -1,6 +1,6 @@
 """What the server costs beside `specmoe generate`: time per token, load, a chat's second turn.
 
-    python -m benchmarks serving MODEL --phase cost --out serving.json [--store-dir DIR]
+    python -m benchmarks serving MODEL --phase cost load --out serving.json [--store-dir DIR]
 
 Each phase takes a few minutes and keeps what others wrote into the file:
 
@@ -20,7 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,16 @@ from specmoe_compile.bench.machine import provenance
 PROMPT = "import os\n\n\ndef walk(folder):\n"
 CONTEXT = 256
 HISTORY_TOKENS = 2000
+REQUESTS = 8
 PHASES = ("cost", "load", "second_turn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure a phase and add it to the file, or write the page."""
+    """Measure phases and add them to the file; write the page."""
     parser = run_parser("serving", __doc__)
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--phase", choices=PHASES)
+    parser.add_argument("--phase", choices=PHASES, nargs="*", default=[])
     parser.add_argument("--page", action="store_true", help="write docs/results/serving.md")
     parser.add_argument("--store-dir", type=Path)
     parser.add_argument("--expert-cache", default="25%")
@@ -54,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--history", type=int, default=HISTORY_TOKENS, help="tokens")
     asked = parser.parse_args(argv)
     found = json.loads(asked.out.read_text()) if asked.out.exists() else {"schema": 1}
-    if asked.phase is not None:
-        kept = ("device", "store", "expert_cache", "threads")
-        found[asked.phase] = {
+    kept = ("device", "store", "expert_cache", "threads")
+    for phase, figures in _measured(asked):
+        found[phase] = {
             **provenance(),
             "seed": None,  # greedy
-            "model": Path(asked.model).resolve().name,
+            "model": asked.model,
             "settings": {name: getattr(asked, name) for name in kept},
-            **_measured(asked),
+            **figures,
         }
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
     if asked.page:
@@ -69,23 +70,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(asked: Any) -> dict[str, Any]:
-    if asked.phase == "second_turn":
+def _measured(asked: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each phase that was asked for, with its figures."""
+    if {"cost", "load"} & set(asked.phase):
+        settings = {name: getattr(asked, name) for name in ("device", "store", "expert_cache")}
+        if asked.store_dir is not None:
+            settings["store_dir"] = asked.store_dir
+        side = Side(asked.model, CONTEXT, asked.threads, **settings)
+        try:
+            if "cost" in asked.phase:
+                cost = own_cost(side, PROMPT, asked.tokens, seconds=asked.seconds)
+                yield "cost", {"context": CONTEXT, **cost}
+            if "load" in asked.phase:
+                head = {"context": CONTEXT, "tokens": asked.tokens, "requests": REQUESTS}
+                rows = load(
+                    side,
+                    PROMPT,
+                    asked.tokens,
+                    clients=(1, 4, 8),
+                    rounds=asked.rounds,
+                    requests=REQUESTS,
+                )
+                yield "load", {**head, "rows": rows}
+        finally:
+            side.close()
+    if "second_turn" in asked.phase:
         with Server(asked, context=asked.history + 256) as server:
-            return second_turn(server, asked.history, asked.rounds)
-    settings = {name: getattr(asked, name) for name in ("device", "store", "expert_cache")}
-    if asked.store_dir is not None:
-        settings["store_dir"] = asked.store_dir
-    side = Side(asked.model, CONTEXT, asked.threads, **settings)
-    try:
-        if asked.phase == "cost":
-            return {"context": CONTEXT} | own_cost(
-                side, PROMPT, asked.tokens, seconds=asked.seconds
-            )
-        rows = load(side, PROMPT, asked.tokens, clients=(1, 4, 8), rounds=asked.rounds, requests=8)
-        return {"context": CONTEXT, "tokens": asked.tokens, "requests": 8, "rows": rows}
-    finally:
-        side.close()
+            yield "second_turn", second_turn(server, asked.history, asked.rounds)
 
 
 class Server:
