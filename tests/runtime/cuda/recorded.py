@@ -1,7 +1,8 @@
 """Generation through rewritten graphs whose ops a `StreamModel` records, the graph's own too.
 
 Memory that the graph gets anew may be memory that a transfer still reads or writes; so its ops
-count as well, on the stream that computes. Sessions take turns on one model, compiled once.
+count as well, on the stream that computes. Sessions take turns on one model, compiled once: tests
+that share a recorder must not reset Dynamo in between.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
-import pytest
 import torch
 
 from specmoe_compile import backend
@@ -48,7 +49,7 @@ class Prompt(NamedTuple):
 class Recorder:
     """A model that is compiled by and by, and runs on the streams of the session that is open."""
 
-    def __init__(self, plain: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def __init__(self, plain: Any, **options: Any) -> None:
         self.prefetches = 0
         """`start_prefetch` nodes of the rewritten graphs so far, outside branches."""
         self.branches = 0
@@ -75,7 +76,7 @@ class Recorder:
 
             return call
 
-        monkeypatch.setattr(backend, "_lower_eager", recorded)
+        self._lower = recorded
         self._options = {"lowering": "eager", **options}
         self._compiled: Any = None
 
@@ -90,7 +91,10 @@ class Recorder:
     ) -> Iterator[Session]:
         """Give the model a new session; it runs on its streams until the end."""
         self.streams = streams
-        with open_session(self._plain, self._model, streams, slots=slots, **kwargs) as opened:
+        with (
+            mock.patch.object(backend, "_lower_eager", self._lower),
+            open_session(self._plain, self._model, streams, slots=slots, **kwargs) as opened,
+        ):
             attach_session(self._model, opened)
             if self._compiled is None:  # a wrapper learns from the session to generate compiled
                 self._compiled = torch.compile(

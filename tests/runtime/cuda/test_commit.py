@@ -12,9 +12,7 @@ import torch
 from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.session import Session
-from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
-from tests.runtime.cuda.recorded import Prompt, Recorder
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.fakes import E, K, L, ram_store, token_batch
 from tests.runtime.split_path import predict, step
@@ -91,19 +89,3 @@ def test_a_step_without_a_prediction_of_its_own_is_exact(case: str) -> None:
         streams.finish()
         assert session.stats.total.skipped_experts == 0
     torch.testing.assert_close(out, expected)
-
-
-def test_committed_generation_has_no_unordered_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(tiny_qwen3_moe(), monkeypatch)
-    tokens = []
-    # The first one compiles, and learns default vectors meanwhile; the others start alike.
-    for transfer, late in (("gather", True), ("gather", True), ("gather", False), ("copy", True)):
-        streams = StreamModel(late=late)
-        config = SessionOptions(policy="commit", transfer=transfer)  # type: ignore[arg-type]
-        with recorder.session(streams, config=config, slots=5) as opened:
-            tokens.append(recorder.run(Prompt(), opened))
-            assert opened.stats.total.skipped_experts > 0
-        assert not unordered_pairs(streams.ops)
-    # What is executed depends on no time and on no transfer.
-    assert torch.equal(tokens[1], tokens[2])
-    assert torch.equal(tokens[1], tokens[3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
@@ -23,9 +23,22 @@ GATHER, COPY = SessionOptions(transfer="gather"), SessionOptions(transfer="copy"
 DECODE, PREFILL = Prompt(), Prompt(length=20, new_tokens=2)
 
 
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """In place of the suite's: what `recorder` has compiled stays."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Any:
     return tiny_qwen3_moe()
+
+
+@pytest.fixture(scope="module")
+def recorder(plain: Any) -> Iterator[Recorder]:
+    """One model with the default rewrites; sessions differ, its graphs do not."""
+    yield Recorder(plain)
+    torch._dynamo.reset()
 
 
 def check(
@@ -43,24 +56,20 @@ def check(
     assert not unordered_pairs(streams.ops), what
 
 
-def test_decode_steps_have_no_unordered_pair(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_decode_steps_have_no_unordered_pair(plain: Any, recorder: Recorder) -> None:
     for config in (GATHER, COPY):
         for slots, policy in ((2, "lru"), (3, "lfu"), (4, "lru"), (8, "adaptive")):
             check(recorder, plain, DECODE, config, slots=slots, cache_policy=policy)
     assert recorder.prefetches > 0
 
 
-def test_prefill_has_no_unordered_pair(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_prefill_has_no_unordered_pair(plain: Any, recorder: Recorder) -> None:
     for config in (GATHER, COPY):
         check(recorder, plain, PREFILL, config)
 
 
-def test_batches_in_a_static_cache_have_no_unordered_pair(
-    plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_batches_in_a_static_cache_have_no_unordered_pair(plain: Any) -> None:
+    recorder = Recorder(plain)
     prompt = Prompt(batch=3, static=True)
     for config in (GATHER, COPY):
         for slots in (3, 7):  # with 3 they do not fit, and pass by the slots
@@ -68,23 +77,18 @@ def test_batches_in_a_static_cache_have_no_unordered_pair(
 
 
 @pytest.mark.parametrize("options", [{"lookahead": 2}, {"prefetch": False}])
-def test_other_rewrites_have_no_unordered_pair(
-    options: dict[str, Any], plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(plain, monkeypatch, **options)
+def test_other_rewrites_have_no_unordered_pair(options: dict[str, Any], plain: Any) -> None:
+    recorder = Recorder(plain, **options)
     for transfer in ("gather", "copy"):
         config = SessionOptions(transfer=transfer, **options)  # type: ignore[arg-type]
         check(recorder, plain, Prompt(new_tokens=2), config)
     assert (recorder.prefetches > 0) == options.get("prefetch", True)
 
 
-def test_default_vectors_leave_no_unordered_pair(
-    plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_default_vectors_leave_no_unordered_pair(recorder: Recorder) -> None:
     weak: dict[str, Any] = {"policy": "default_vector", "default_vector_threshold": 0.45}
     tokens: list[torch.Tensor] = []
-    # The first one compiles, and learns default vectors meanwhile; the others start alike.
+    # The first one may compile, and learns default vectors meanwhile; the others start alike.
     for transfer, late in (("gather", True), ("gather", True), ("gather", False), ("copy", True)):
         config = SessionOptions(transfer=transfer, **weak)  # type: ignore[arg-type]
         streams = StreamModel(late=late)
@@ -96,12 +100,27 @@ def test_default_vectors_leave_no_unordered_pair(
     assert torch.equal(tokens[1], tokens[2])
 
 
+def test_committed_generation_has_no_unordered_pair(recorder: Recorder) -> None:
+    tokens = []
+    # The first one may compile, and learns default vectors meanwhile; the others start alike.
+    for transfer, late in (("gather", True), ("gather", True), ("gather", False), ("copy", True)):
+        streams = StreamModel(late=late)
+        config = SessionOptions(policy="commit", transfer=transfer)  # type: ignore[arg-type]
+        with recorder.session(streams, config=config, slots=5) as opened:
+            tokens.append(recorder.run(DECODE, opened))
+            assert opened.stats.total.skipped_experts > 0
+        assert not unordered_pairs(streams.ops)
+    # What is executed depends on no time and on no transfer.
+    assert torch.equal(tokens[1], tokens[2])
+    assert torch.equal(tokens[1], tokens[3])
+
+
 @pytest.mark.parametrize("pays", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_branches_of_copied_steps_have_no_unordered_pair(
     pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decide_trials(monkeypatch, predicts=pays)
-    recorder = Recorder(plain, monkeypatch, transfer="copy")
+    recorder = Recorder(plain, transfer="copy")
     blended: list[int] = []
     blend = DeviceVectors.blend
 
@@ -129,8 +148,7 @@ MISSING_WAITS = {
 }
 
 
-def test_every_missing_wait_is_seen(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_every_missing_wait_is_seen(recorder: Recorder) -> None:
     for bug, (prompt, waiter, source) in MISSING_WAITS.items():
         with recorder.session(StreamModel(), config=GATHER) as opened:
             recorder.run(prompt, opened)
@@ -159,10 +177,9 @@ class PlansAside(GatherDecoder):
 
 
 def test_a_slot_that_is_refilled_before_its_last_reader_is_seen(
-    plain: Any, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders, "GatherDecoder", PlansAside)
-    recorder = Recorder(plain, monkeypatch)
     with recorder.session(StreamModel(), config=GATHER) as opened:
         recorder.run(DECODE, opened)
         pairs = unordered_pairs(recorder.streams.ops)
@@ -173,10 +190,7 @@ def test_a_slot_that_is_refilled_before_its_last_reader_is_seen(
     )
 
 
-def test_a_host_that_does_not_wait_for_its_ids_is_seen(
-    plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(plain, monkeypatch)
+def test_a_host_that_does_not_wait_for_its_ids_is_seen(recorder: Recorder) -> None:
     with recorder.session(StreamModel(), config=COPY) as opened:
         right = recorder.run(DECODE, opened)
         recorder.streams.restart(dropping("host", "compute"))
