@@ -19,7 +19,6 @@ from benchmarks.reference_model.tokenizer import build_tokenizer
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError, run_python
 from specmoe_compile.bench.harness import run_arms
-from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.page_cache import drop_cached_pages
 from specmoe_compile.bench.progress import BenchProgress
 from specmoe_compile.bench.records import ArmJob
@@ -139,14 +138,17 @@ def test_a_cache_that_is_too_small_ends_the_bench_with_its_sentence(
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: Path) -> None:
+    """What goes on saves its logits, of every step of every prompt."""
+    saved = tmp_path / "logits.pt"
     jobs = [
         ArmJob(
             arm=arm,
             model=str(checkpoint),
-            prompts=[[5, 6]],
+            prompts=[[5, 6], [7, 8, 9]],
             new_tokens=5,
             warmup_tokens=3,
             skip_tokens=0,
+            save_logits=str(saved),
             # no such precision of arithmetic: a bug's error, not a mistake with a sentence
             dtype=dtype,
             work_dir=str(tmp_path),
@@ -163,7 +165,10 @@ def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: 
     assert results["accelerate"].runs == []
     assert len(results["eager"].runs) == 1
     assert events[-1] == ("eager", "finished")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [saved]
+    logits = torch.load(saved)
+    assert logits.shape == (2, 5, 96)
+    assert logits.dtype == torch.float32
 
 
 def test_a_process_that_refuses_hands_its_sentence_on() -> None:
@@ -180,27 +185,6 @@ def test_a_process_that_is_killed_says_by_what() -> None:
 def test_a_process_that_ends_silently_says_its_status() -> None:
     with pytest.raises(ArmFailedError, match="status 3"):
         run_python(["-c", "raise SystemExit(3)"])
-
-
-def test_logits_are_saved_for_every_step(checkpoint: Path, tmp_path: Path) -> None:
-    import torch
-
-    path = tmp_path / "logits.pt"
-    run_worker(
-        ArmJob(
-            arm="eager",
-            model=str(checkpoint),
-            prompts=[[5, 6], [7, 8, 9]],
-            new_tokens=5,
-            warmup_tokens=3,
-            skip_tokens=0,
-            work_dir=str(tmp_path),
-            save_logits=str(path),
-        )
-    )
-    logits = torch.load(path)
-    assert logits.shape == (2, 5, 96)
-    assert logits.dtype == torch.float32
 
 
 def test_generate_streams_the_unmodified_models_text(
