@@ -99,7 +99,7 @@ class DiskTransfer(Transfer):
     def _make_locks(self) -> None:
         self._mutex = threading.Lock()
         self._work = threading.Condition(self._mutex)
-        self._arrived = threading.Condition(self._mutex)
+        self._gates: list[threading.Lock] = []  # one per thread that waits for reads to end
 
     def _start_threads(self) -> None:
         self._threads = [
@@ -153,7 +153,7 @@ class DiskTransfer(Transfer):
         with self._mutex:
             cancelled = self._queue.cancel(ticket.reads.values(), experts)
             if cancelled:
-                self._arrived.notify_all()
+                self._open_gates()
         return cancelled
 
     def promote(self, read: Read) -> bool:
@@ -165,17 +165,28 @@ class DiskTransfer(Transfer):
         return promoted
 
     def wait_any(self, reads: Iterable[Read]) -> Read:
-        with self._mutex:
-            waiting = tuple(reads)
-            if not waiting:
-                raise ValueError("wait_any needs at least one read.")
-            self._ensure_threads()
-            while True:
+        waiting = tuple(reads)
+        if not waiting:
+            raise ValueError("wait_any needs at least one read.")
+        while True:
+            with self._mutex:
+                self._ensure_threads()
                 for read in waiting:
                     if read.state >= DONE:
                         return read
                 self._check_open()
-                self._arrived.wait()
+                gate = threading.Lock()
+                gate.acquire()
+                self._gates.append(gate)
+            # Not in a Condition: between its release of the mutex and its waiting, Ctrl-C would
+            # release the mutex once more, which by then is a reader's.
+            gate.acquire()
+
+    def _open_gates(self) -> None:
+        """Let every waiting thread look again; the caller holds the mutex."""
+        for gate in self._gates:
+            gate.release()
+        self._gates.clear()
 
     def close(self) -> None:
         with self._mutex:
@@ -183,7 +194,7 @@ class DiskTransfer(Transfer):
                 self._closed = True
                 self._queue.clear()
                 self._work.notify_all()
-                self._arrived.notify_all()
+                self._open_gates()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -214,6 +225,6 @@ class DiskTransfer(Transfer):
                 error = raised
             with self._mutex:
                 another = self._queue.finish(read, self.now_s(), error)
-                self._arrived.notify_all()
+                self._open_gates()
                 if another:
                     self._work.notify()

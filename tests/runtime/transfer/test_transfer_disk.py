@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 from specmoe_compile.errors import StoreError, TransferError
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.writer import pack_records
+from specmoe_compile.runtime.transfer import disk
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 from specmoe_compile.system.aligned import aligned_empty
@@ -263,3 +268,37 @@ def test_reads_a_store_on_disk(tmp_path: Path) -> None:
         assert torch.equal(bank[expert], RECORDS.record(1, expert))
     transfer.close()
     store.close()
+
+
+def test_ctrl_c_at_any_line_of_a_wait_is_ctrl_c_and_the_next_wait_works() -> None:
+    """It must not release the readers' lock once more, nor hide behind an error of its own."""
+    transfer = DiskTransfer(SlowStore(RECORDS, delay_s=lambda: 0.005), reader_threads=2)
+    lines_left = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines_left
+        if frame.f_code.co_filename not in (disk.__file__, threading.__file__):
+            return None
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not source.startswith("with "):  # where Python takes no signals
+            lines_left -= 1
+            if lines_left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    for line in itertools.count(1):
+        ticket, lines_left = transfer.start(0, buffers([3])), line
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            transfer.wait_any(ticket.reads.values())
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        ticket.wait()
+        assert torch.equal(ticket.reads[3].destination, RECORDS.record(0, 3))
+        if lines_left > 0:
+            break
+    assert line > 8
+    transfer.close()
