@@ -26,7 +26,7 @@ NEW_TOKENS = 10
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,17 @@ def left_padded(batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("cache", "lowering"),
+    [
+        ("dynamic", "eager"),
+        ("static", "inductor"),
+        pytest.param("dynamic", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_every_forward_step_of_generate_is_compiled(
     cache: str,
+    lowering: str,
     plain: Any,
     offloaded: Any,
     counts: collections.Counter[str],
@@ -86,7 +94,7 @@ def test_every_forward_step_of_generate_is_compiled(
     monkeypatch.setattr(compiled_calls, "_mark_static", marked.append)
     ids = prompts(1, 7)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
-    compiled = torch.compile(offloaded, backend="specmoe")
+    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": lowering})
     torch._dynamo.utils.counters.clear()
     tokens = greedy(compiled, ids, NEW_TOKENS, **kwargs)
     assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
@@ -140,7 +148,7 @@ def test_compile_in_place_matches(
     plain: Any, offloaded: Any, counts: collections.Counter[str]
 ) -> None:
     ids = prompts(1, 6)
-    offloaded.compile(backend="specmoe")
+    offloaded.compile(backend="specmoe", options={"lowering": "eager"})
     assert torch.equal(greedy(offloaded, ids, NEW_TOKENS), greedy(plain, ids, NEW_TOKENS))
     assert counts["calls"] == NEW_TOKENS
 
@@ -162,14 +170,21 @@ def test_generate_of_the_inner_model_stays_eager(
     assert compiled._orig_mod is offloaded
 
 
-@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
+@pytest.mark.parametrize(
+    ("cache", "lowering"),
+    [
+        ("static", "eager"),
+        pytest.param("static", "inductor", marks=pytest.mark.slow),
+        pytest.param("dynamic", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_plain_model_compiled_in_place_matches(
-    cache: str, checkpoint: Path, plain: Any, counts: collections.Counter[str]
+    cache: str, lowering: str, checkpoint: Path, plain: Any, counts: collections.Counter[str]
 ) -> None:
     ids = prompts(2, 6)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    model.compile(backend="specmoe")
+    model.compile(backend="specmoe", options={"lowering": lowering})
     assert torch.equal(greedy(model, ids, NEW_TOKENS, **kwargs), greedy(plain, ids, NEW_TOKENS))
     assert counts["calls"] == NEW_TOKENS
 
