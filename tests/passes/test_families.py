@@ -64,7 +64,7 @@ def test_rewritten_graph_computes_the_same(monkeypatch: Any, family: str) -> Non
 @torch.no_grad()
 def test_inductor_keeps_values_and_order(monkeypatch: Any, family: str) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny(family)
+    model, layers = tiny(family, num_hidden_layers=3)
     want = model(_tokens(), use_cache=False).logits
     session.events.clear()
     speculation = SpeculationPass(PassConfig())
@@ -80,7 +80,7 @@ def test_inductor_keeps_values_and_order(monkeypatch: Any, family: str) -> None:
 @torch.no_grad()
 def test_control_recalls_everything_through_inductor(monkeypatch: Any) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny("qwen3_moe")
+    model, layers = tiny("qwen3_moe", num_hidden_layers=3)
     speculation = SpeculationPass(PassConfig(control=True))
     with torch._inductor.config.patch(fx_graph_cache=False):
         compile_with(model, speculation)(_tokens(), use_cache=False)
@@ -105,7 +105,7 @@ def test_lookahead_of_two_and_wider_predictions_through_inductor(monkeypatch: An
 @torch.no_grad()
 def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny("qwen3_moe")
+    model, layers = tiny("qwen3_moe", num_hidden_layers=3)
     tokens = _tokens(batch=1)
 
     def decode(run: Any) -> list[torch.Tensor]:
