@@ -42,7 +42,7 @@ def real_run(
     options: dict[str, Any] | None = None,
     reads_at_once: bool = False,
     read_s: float = 0.0,
-    layers: int = 4,
+    layers: int = 3,
 ) -> RealRun:
     """Generate with a tiny model whose experts are on disk, and record it.
 

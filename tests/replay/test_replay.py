@@ -90,9 +90,9 @@ def test_the_time_of_a_token_is_predicted_within_a_tenth(tmp_path: Path) -> None
 
     What a real disk and all processors do to these times: `benchmarks.simulation.replay_check`.
     """
-    cached = real_run(tmp_path / "all", expert_cache="100%").trace
+    cached = real_run(tmp_path / "all", expert_cache="100%", layers=4).trace
     computing = measured(cached, cached.decode_steps()[TOKENS:]).compute_ms
-    run = real_run(tmp_path / "few", expert_cache="25%", read_s=0.04)
+    run = real_run(tmp_path / "few", expert_cache="25%", read_s=0.04, layers=4)
     steps = run.trace.decode_steps()
     own_ms = measured(run.trace, steps).tpot_ms
     assert computing is not None and own_ms is not None

@@ -23,9 +23,9 @@ from tests.runtime.cuda.cuda_guard import install_cuda_guard
 from tests.runtime.cuda.fake_device import CUDA, FakeRun, fake_run
 
 
-def reference_model() -> PretrainedConfig:
-    """The trained model of the repository: 8 layers of 32 experts."""
-    return AutoConfig.from_pretrained(CHECKPOINT_DIR)
+def reference_model(layers: int = 8) -> PretrainedConfig:
+    """The trained model of the repository: 8 layers of 32 experts, or the first of them."""
+    return AutoConfig.from_pretrained(CHECKPOINT_DIR, num_hidden_layers=layers)
 
 
 def qwen3_30b(layers: int = 48) -> PretrainedConfig:
@@ -89,7 +89,7 @@ def trace(
 
 
 def test_decode_step_of_the_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = reference_model()
+    config = reference_model(layers=3)
     with fake_run(config, monkeypatch) as run:
         run.compile()
         run.step(1, 1, run.cache(64, batch=1))
@@ -180,7 +180,7 @@ def test_calibration_computes_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         LayerMeasure, "add", lambda _, predicted, true: met.append((predicted, true))
     )
     monkeypatch.setattr(LayerProbe, "compare", lambda _, *states: met.append(states[:2]))
-    config = reference_model()
+    config = reference_model(layers=3)
     with fake_run(config, monkeypatch) as run:
         probe = LayerProbe(run.model, run.session)
         probe.run(torch.zeros(1, 40, dtype=torch.int64))
