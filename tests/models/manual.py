@@ -68,6 +68,10 @@ Every modeling file of transformers whose experts use the experts interface
 random model of each, saves it in its hub format with `save_pretrained`, and compares with the
 unmodified eager model in float32. This page is written by that walk
 (`python -m tests.models.manual --results FILE --write docs/models.md`); do not edit it.
+
+With transformers 5.24 all 66 models of its families were exact too, 63 with speculation, in one
+case each (three of them in two); fifteen of these were run again on the code of 0.1.0
+([data](../benchmarks/results/models_walk_5_24.json)).
 """
 
 _COLUMNS = """
