@@ -144,7 +144,7 @@ def test_sums_and_ratios() -> None:
     reference = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]))
     found.compare(logits, reference, torch.tensor([0, 0]))
     after = LayerStats(demand_bytes=30, speculative_bytes=10, hits=3, misses=1, skipped_experts=2)
-    found.count(LayerStats(demand_bytes=10), after, tokens=2)
+    found.count(LayerStats(demand_bytes=10), after, tokens=2, ms=5.0)
     found.greedy_tokens, found.reference_tokens = [[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]
     ratios = found.as_dict()
     assert ratios["top1_agreement"] == 0.5
