@@ -54,7 +54,7 @@ def test_report_holds_the_recorded_versions_of_triton() -> None:
     assert [line.split(" | ")[0] for line in section.splitlines()[-len(recorded) :]] == [
         f"| {run['triton']}" for run in recorded
     ]
-    report = Path(__file__).parents[2] / "docs" / "results" / "kernels.md"
+    report = Path(__file__).parents[2] / "docs" / "results" / "log" / "kernels.md"
     assert report.read_text().endswith(section)
 
 
