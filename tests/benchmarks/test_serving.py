@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.reference_model.tokenizer import build_tokenizer
 from benchmarks.serving import run
 from benchmarks.serving.cost import over
@@ -41,3 +42,8 @@ def test_each_phase_is_measured_and_keeps_the_others(tmp_path: Path) -> None:
     cached = found["second_turn"]["cached"]
     assert cached["kept"] >= tokens["history"] and cached["not_kept"] == 0
     assert page(found).count("\n|") == 12
+
+
+def test_the_page_is_of_the_data() -> None:
+    data = json.loads((RESULTS / "serving.json").read_text(encoding="utf-8"))
+    assert page(data) == (DOCUMENTS / "serving.md").read_text(encoding="utf-8")
