@@ -189,12 +189,12 @@ def _in_cpp(table: ExpertCache) -> Callable[[list[int]], object]:
     library = library_or_none()
     if library is None:
         raise ValueError("The C++ engine is not there: install g++.")
-    room = (ctypes.c_int64 * 64)()
+    placed, evicted = (ctypes.c_int64 * 128)(), (ctypes.c_int64 * 64)()
     tables, counts = cache_tables(table, 0), (ctypes.c_int64 * 3)()
 
     def plan(wanted: list[int], owner: ExpertCache = table) -> None:
         asked = (ctypes.c_int64 * len(wanted))(*wanted)
-        library.specmoe_cache_plan(tables, asked, len(wanted), room, room, counts)
+        library.specmoe_cache_plan(tables, asked, len(wanted), None, 0, 0, placed, evicted, counts)
 
     return plan
 
