@@ -52,7 +52,6 @@ goal was 1. Beside FreeToken: [peers_gpu.md](peers_gpu.md).
 
 ## Not done
 
-- The time of a token on a CPU with a disk beside LRU: `python -m benchmarks eviction_time`.
 - Bypass on a GPU: the kernel `plan_cache` decides it (`spare`), the engine has no spare places yet.
 - Other budgets per layer; several seeds of the reference model; router probabilities of experts
   that are not chosen.
