@@ -54,7 +54,9 @@ def test_without_accelerate_the_rest_is_compared_and_it_says_so(
 
 def test_the_memory_limit_follows_the_packages_and_is_for_a_cpu() -> None:
     streamed = {"device": "cpu", "rss_before_bytes": 400 << 20, "fast_tier_bytes": 200 << 20}
-    assert demo._default_cap(streamed) == 664 << 20
+    assert demo._default_cap(streamed) == 856 << 20
+    few = {**streamed, "rss_before_bytes": 100 << 20}
+    assert demo._default_cap(few) == 700 << 20
     assert demo._default_cap({**streamed, "device": "cuda"}) is None
 
 
