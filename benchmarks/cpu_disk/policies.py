@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import itertools
 import os
 import random
 import tempfile
@@ -25,8 +24,10 @@ import specmoe_compile
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import RESULTS
+from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import spread
+from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cpu.native.library import library_or_none
@@ -41,19 +42,6 @@ PLAN_SHAPES = ((32, 8, 4), (128, 32, 8))
 """E, S and K of the plans that are timed."""
 PLANS = 4000
 AT_MOST = {"25%": 0.90, "50%": 0.80}
-
-
-class _Clock:
-    """A streamer that notes when each token came."""
-
-    def __init__(self) -> None:
-        self.times_s: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times_s.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 class Arm:
@@ -83,28 +71,20 @@ class Arm:
             progress=False,
         )
         options: dict[str, Any] = {"prefetch": False}
-        self.model: Any = torch.compile(self.inner, backend="specmoe", options=options)
+        model = torch.compile(self.inner, backend="specmoe", options=options)
+        self._generator = HuggingFaceGenerator(
+            model, self.inner, {"cache_implementation": "static"}
+        )
 
     def turn(self, prompt: Sequence[int], new_tokens: int, *, counts: bool) -> None:
         """Continue one prompt greedily."""
-        ids, clock = torch.tensor([prompt]), _Clock()
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation="static",
-            streamer=clock,
-        )
+        clock = TokenClock()
+        tokens, _ = self._generator.generate(list(prompt), new_tokens, clock)
         if not counts:
             session_of(self.inner).reset_stats()
             return
-        self.texts.append(out[0, len(prompt) :].tolist())
-        # The first is the prompt's own, the second the token that prefill gave.
-        ends = clock.times_s[2:]
-        steps = [(b - a) * 1e3 for a, b in itertools.pairwise(ends)]
+        self.texts.append(tokens)
+        steps = clock.intervals_ms[1:]
         self.samples_ms += steps
         self.turns_ms.append(median(steps))
 

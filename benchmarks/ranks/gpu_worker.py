@@ -28,9 +28,8 @@ from benchmarks.full_size.trace import RoutingTrace, map_trace
 from benchmarks.ranks.split_model import SplitBench, filled_cache, open_store
 from benchmarks.ranks.worker import all_reduce_us
 from specmoe_compile.bench.records import quantile
-from specmoe_compile.cli.ranks import split_of_ranks
 from specmoe_compile.hf.ranks import device_of_rank, join_ranks
-from specmoe_compile.system.launched import launched
+from specmoe_compile.system.launched import launched, split_of_ranks
 
 LINK_BYTES, LINK_COPIES = 1 << 30, 8
 

@@ -19,11 +19,11 @@ import specmoe_compile
 import specmoe_compile.backend
 from benchmarks.ranks.limited import limited_links
 from specmoe_compile.api import reset_stats
+from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.bench.timing import TokenClock
-from specmoe_compile.cli.ranks import split_of_ranks
 from specmoe_compile.runtime.session import session_of
-from specmoe_compile.system.launched import launched
+from specmoe_compile.system.launched import launched, split_of_ranks
 
 REDUCTIONS = 200
 
@@ -53,11 +53,11 @@ def run_case(job: dict[str, Any], slots: int) -> dict[str, Any]:
             **split_of_ranks(),
         )
     compiled = torch.compile(model, backend="specmoe")
-    prompt = torch.tensor([job["prompt"]])
-    generate(compiled, prompt, job["skipped"], TokenClock())
+    generator = HuggingFaceGenerator(compiled, model, {"cache_implementation": "static"})
+    generator.generate(job["prompt"], job["skipped"], TokenClock())
     reset_stats(model)
     clock = TokenClock()
-    tokens = generate(compiled, prompt, job["new_tokens"], clock)
+    tokens, _ = generator.generate(job["prompt"], job["new_tokens"], clock)
     spans = clock.intervals_ms[job["skipped"] :]
     own = specmoe_compile.stats(model)
     together = specmoe_compile.stats(model, all_ranks=True)
@@ -77,24 +77,6 @@ def run_case(job: dict[str, Any], slots: int) -> dict[str, Any]:
     specmoe_compile.close(model)
     torch._dynamo.reset()
     return row
-
-
-def generate(model: Any, prompt: torch.Tensor, count: int, clock: TokenClock) -> list[int]:
-    """Greedy tokens, so many."""
-    clock.start()
-    with torch.no_grad():
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=clock,
-            cache_implementation="static",
-        )
-    tokens: list[int] = out[0, prompt.shape[1] :].tolist()
-    return tokens
 
 
 def all_reduce_us(elements: int) -> float:

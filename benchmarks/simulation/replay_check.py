@@ -29,8 +29,10 @@ import torch
 import specmoe_compile
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
 from benchmarks.kit.places import DOCUMENTS, RESULTS
+from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.probes import disk_rates
+from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.reference_model.widened import widened_model
@@ -95,23 +97,16 @@ class Run:
             progress=False,
         )
         options: dict[str, Any] = {"prefetch": cell.prefetch}
-        self.model: Any = torch.compile(self.inner, backend="specmoe", options=options)
+        model = torch.compile(self.inner, backend="specmoe", options=options)
+        self._generator = HuggingFaceGenerator(
+            model, self.inner, {"cache_implementation": "static"}
+        )
         self.recorder = TraceRecorder(session_of(self.inner))
         self.warm_steps = 0
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """Continue a prompt greedily; returns the new tokens."""
-        ids = torch.tensor([prompt])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation="static",
-        )
-        tokens: list[int] = out[0, len(prompt) :].tolist()
+        tokens, _ = self._generator.generate(list(prompt), new_tokens, TokenClock())
         return tokens
 
     def finish(self) -> tuple[RoutingTrace, Stats]:

@@ -22,7 +22,7 @@ from specmoe_compile.bench.hf_arms import (
 )
 from specmoe_compile.bench.llama_cpp_arm import load_llama_cpp
 from specmoe_compile.bench.records import ArmJob
-from specmoe_compile.system.launched import launched
+from specmoe_compile.system.launched import split_of_ranks
 
 _NO_PREFETCH: Mapping[str, Any] = {"prefetch": False}
 
@@ -38,8 +38,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
     specmoe_compile.CompileOptions.from_kwargs(options)
     split: dict[str, Any] = {}
     if job.group is not None:
-        size = launched().size
-        split = {"distributed_config": {"tp_size": size, "ep_size": size}}
+        split = split_of_ranks()
         join_named_group(job.group, device_of_rank(torch.device(device_of(job))))
     inner = specmoe_compile.from_pretrained(
         job.model,

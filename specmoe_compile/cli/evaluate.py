@@ -27,8 +27,9 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
-from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks, split_of_ranks
+from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
+from specmoe_compile.system.launched import split_of_ranks
 
 if TYPE_CHECKING:
     from specmoe_compile.calibrate.calibration import Calibration

@@ -32,7 +32,8 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
-from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks, split_of_ranks
+from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks
+from specmoe_compile.system.launched import split_of_ranks
 from specmoe_compile.system.progress import phase
 
 if TYPE_CHECKING:

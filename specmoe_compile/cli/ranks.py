@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from specmoe_compile.system.launched import launched
 
@@ -49,12 +48,6 @@ def speaker() -> str:
 def first_ranks(path: Path | None) -> Path | None:
     """A file to write, on the first rank; None on the others."""
     return path if launched().rank == 0 else None
-
-
-def split_of_ranks() -> dict[str, Any]:
-    """Arguments of `from_pretrained` that split a model over the ranks; none in one process."""
-    size = launched().size
-    return {} if size == 1 else {"distributed_config": {"tp_size": size, "ep_size": size}}
 
 
 def refuse_on_ranks(option: str, given: object, why: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Launched(NamedTuple):
@@ -50,3 +50,9 @@ def launched() -> Launched:
             " with torchrun, or unset WORLD_SIZE."
         )
     return found
+
+
+def split_of_ranks() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that split a model over the ranks; none in one process."""
+    size = launched().size
+    return {} if size == 1 else {"distributed_config": {"tp_size": size, "ep_size": size}}

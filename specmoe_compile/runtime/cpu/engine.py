@@ -5,7 +5,8 @@ Shape letters: T tokens, K top-k, P predicted per token, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -127,39 +128,33 @@ class CpuEngine(Speculator):
         )
 
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        self._take_over()
-        try:
+        with self._taken_over(layer):
             return super().demand(layer, x, ids, weights)
-        finally:
-            self._hand_over(layer)
 
     def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
-        self._take_over()
-        try:
+        with self._taken_over(layers[-1]):
             return super().plan(layers, edges, ids)
-        finally:
-            self._hand_over(layers[-1])
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
-        self._take_over()
-        try:
+        with self._taken_over(layer):
             return super().start(layer, ids, weights)
-        finally:
-            self._hand_over(layer)
 
     def settle(self, number: int, layer: int, ids: Tensor) -> int:
-        self._take_over()
-        try:
+        with self._taken_over(layer):
             return super().settle(number, layer, ids)
-        finally:
-            self._hand_over(layer)
 
     def correct(
         self, number: int, layer: int, partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:
+        with self._taken_over(layer):
+            return super().correct(number, layer, partial, x, ids, weights)
+
+    @contextmanager
+    def _taken_over(self, layer: int) -> Iterator[None]:
+        """A part of a step that is Python's."""
         self._take_over()
         try:
-            return super().correct(number, layer, partial, x, ids, weights)
+            yield
         finally:
             self._hand_over(layer)
 

@@ -18,14 +18,6 @@ from tests.runtime.split_path import predict, step
 from tests.runtime.test_session import CACHES, MODULES, make_session, poison
 
 
-@pytest.fixture
-def tiny_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine takes experts of any size."""
-    if library.library_or_none() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(layer, "MIN_RECORD_BYTES", 0)
-
-
 @pytest.mark.usefixtures("tiny_experts")
 @pytest.mark.parametrize("cache", [name for name in CACHES if name != "in_place"])
 def test_caches_and_predictions_change_no_bit(cache: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,21 @@ import torch
 from torch import Tensor
 
 import specmoe_compile
-from specmoe_compile import ops
 from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.engine import CpuEngine, open_session
-from specmoe_compile.runtime.cpu.native import layer as native
-from specmoe_compile.runtime.cpu.native.library import library_or_none
-from specmoe_compile.runtime.session import Session, get_session
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.disk import DiskStore
-from specmoe_compile.runtime.store.writer import pack_records
 from tests.helpers import prompts, tiny_qwen3_moe
-from tests.runtime.fakes import K, L, ModuleSource, token_batch
+from tests.runtime.fakes import K, L, token_batch
 from tests.runtime.split_path import predict
 from tests.runtime.test_session import CACHES, LAYERS, make_session
+
+pytestmark = pytest.mark.usefixtures("tiny_experts")
 
 OPS = torch.ops.specmoe
 KINDS = ("right", "wrong", "random", "wide", "empty")
 Batch = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def tiny_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine takes experts of any size."""
-    if library_or_none() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(native, "MIN_RECORD_BYTES", 0)
-
-
-@pytest.fixture
-def store_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "store"
-    pack_records(ModuleSource(LAYERS, K), folder)
-    return folder
 
 
 def on_disk(folder: Path, cache: str, options: SessionOptions, **kwargs: Any) -> Session:
@@ -221,21 +203,6 @@ def test_plan_step_follows_the_options(store_folder: Path) -> None:
     ):
         with on_disk(store_folder, "half", options) as session:
             assert OPS.plan_step(ids, session.handle, [0, 1, 2], edges).tolist() == want
-
-
-@pytest.fixture
-def python_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Calls of a session by the Python bodies of ops."""
-    calls: Counter[str] = Counter()
-
-    def counted(handle: int) -> Session:
-        calls["body"] += 1
-        return get_session(handle)
-
-    monkeypatch.setattr(ops, "get_session", counted)
-    torch._dynamo.reset()
-    yield calls
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

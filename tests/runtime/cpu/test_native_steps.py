@@ -6,7 +6,6 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,19 @@ import specmoe_compile
 import specmoe_compile.ops
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.options import SessionOptions
-from specmoe_compile.runtime import session as sessions
+from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.engine import open_session
-from specmoe_compile.runtime.cpu.native import layer as native
-from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.slice import SliceStore
-from specmoe_compile.runtime.store.writer import pack_records
 from tests.helpers import prompts, tiny_qwen3_moe
 from tests.runtime.fakes import E, K, L, ModuleSource, experts_layer, qwen_experts, token_batch
 from tests.runtime.split_path import predict, step
 from tests.runtime.test_session import CACHES, LAYERS, make_session
 
+pytestmark = pytest.mark.usefixtures("tiny_experts")
+
 experts = torch.ops.specmoe.experts
-
-
-@pytest.fixture(autouse=True)
-def tiny_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine takes experts of any size."""
-    if library_or_none() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(native, "MIN_RECORD_BYTES", 0)
-
-
-@pytest.fixture
-def store_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "store"
-    pack_records(ModuleSource(LAYERS, K), folder)
-    return folder
 
 
 def on_disk(folder: Path, cache: str, **kwargs: Any) -> Session:
@@ -61,6 +44,17 @@ def by_python(session: Session, layer: int, batch: tuple[Tensor, ...]) -> Tensor
 
 def native_steps(session: Session) -> int:
     return session.stats.total.native_steps
+
+
+def assert_same_tables(one: Session, other: Session, when: str) -> None:
+    for name in ("slot_of", "expert_of", "last_use", "clock"):
+        tables = [getattr(session.engine.cache, name) for session in (one, other)]
+        assert tables[0] == tables[1], f"{name} in {when}"
+
+
+def assert_same_counters(stats: LayerStats, expected: LayerStats) -> None:
+    for name in ("steps", "hits", "misses", "demand_bytes"):
+        assert getattr(stats, name) == getattr(expected, name)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
@@ -78,13 +72,10 @@ def test_tokens_tables_and_counters_are_those_of_python(
             batch = token_batch(seed, generator.choice([1, 1, 1, 2, 5, 16, 20]))
             got = experts(*batch, one.handle, number)
             assert torch.equal(got, by_python(other, number, batch))
-            for name in ("slot_of", "expert_of", "last_use", "clock"):
-                tables = [getattr(s.engine.cache, name) for s in (one, other)]
-                assert tables[0] == tables[1], f"{name} in step {seed}"
+            assert_same_tables(one, other, f"step {seed}")
         stats, expected = (s.stats.total for s in (one, other))
         assert stats.native_steps > 20 and expected.native_steps == 0
-        for name in ("steps", "hits", "misses", "demand_bytes"):
-            assert getattr(stats, name) == getattr(expected, name)
+        assert_same_counters(stats, expected)
         assert one.stats.read_busy_ms > 0
         assert "in C++" in str(one.stats)
 
@@ -111,13 +102,10 @@ def test_a_rank_computes_its_own_part_as_python_does(store_folder: Path, rank: i
             got = experts(*batch, one.handle, number)
             assert torch.equal(got, by_python(other, number, batch))
             torch.testing.assert_close(got, whole.experts(number, x, ids, batch[2]))
-            for name in ("slot_of", "expert_of", "last_use", "clock"):
-                tables = [getattr(s.engine.cache, name) for s in (one, other)]
-                assert tables[0] == tables[1], f"{name} in step {seed}"
+            assert_same_tables(one, other, f"step {seed}")
         stats, expected = (s.stats.total for s in (one, other))
         assert stats.native_steps > 100 and expected.native_steps == 0
-        for name in ("steps", "hits", "misses", "demand_bytes"):
-            assert getattr(stats, name) == getattr(expected, name)
+        assert_same_counters(stats, expected)
         with pytest.raises(SpecMoEError):
             experts(x[:1], torch.tensor([[E // 2 + 1, 0]]), weights[:1], one.handle, 0)
 
@@ -254,23 +242,6 @@ def test_a_forked_process_goes_on(store_folder: Path) -> None:
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         experts(*batches[0], session.handle, 0)
-
-
-@pytest.fixture
-def python_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Calls of a session by the Python bodies of ops."""
-    calls: Counter[str] = Counter()
-    original = sessions.get_session
-    from specmoe_compile import ops
-
-    def counted(handle: int) -> Session:
-        calls["body"] += 1
-        return original(handle)
-
-    monkeypatch.setattr(ops, "get_session", counted)
-    torch._dynamo.reset()
-    yield calls
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
@@ -78,14 +79,11 @@ def build(target: Path, *, extra_flags: tuple[str, ...] = ()) -> None:
         OSError: the folder cannot be written.
     """
     compiler = find_compiler()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        objects = _compile_all(compiler, Path(folder), extra_flags)
-        library = Path(folder) / LIBRARY_NAME
+    with _whole(target) as library:
+        objects = _compile_all(compiler, library.parent, extra_flags)
         _run(
             [compiler, "-shared", "-pthread", *extra_flags, *map(str, objects), "-o", str(library)]
         )
-        os.replace(library, target)  # never half a library
 
 
 def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) -> None:
@@ -101,9 +99,7 @@ def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) ->
         OSError: the folder cannot be written.
     """
     compiler = find_compiler()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        library = Path(folder) / TORCH_LIBRARY_NAME
+    with _whole(target) as library:
         _run(
             [
                 # torch's headers need C++20 since 2.15; the last -std counts.
@@ -113,6 +109,15 @@ def build_torch_ops(target: Path, *, includes: Sequence[str], libraries: str) ->
                 *(f"-L{libraries}", "-ltorch_cpu", "-lc10"),
             ]
         )
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A file in a folder of its own, which takes its place at `target` once it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        library = Path(folder) / target.name
+        yield library
         os.replace(library, target)
 
 
