@@ -26,11 +26,23 @@ WRITE = """
 """
 
 MEASURE = """
-    import json, sys, torch
+    import hashlib, json, sys, time, types, torch
     import specmoe_compile
     from specmoe_compile.api import from_pretrained, offload
     from specmoe_compile.runtime.session import session_of
+    from specmoe_compile.runtime.store import source_content
     from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    class Late:
+        "A hash whose thread gets no core: what it waits for must not pile up."
+        def __init__(self, data=b""):
+            self.sha = hashlib.sha256(data)
+            self.hexdigest = self.sha.hexdigest
+        def update(self, data):
+            time.sleep(0.01)
+            self.sha.update(data)
+
+    source_content.hashlib = types.SimpleNamespace(sha256=Late)
 
     def peak(reset=False):
         if reset:

@@ -10,10 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from specmoe_compile.runtime.store.known_files import (
     remember,
     settled_identity_or_none,
 )
+from specmoe_compile.system.aligned import aligned_empty
 from specmoe_compile.system.files import pread_into
 from specmoe_compile.system.progress import progress_bar
 
 _CHUNK_BYTES = 8 << 20
-_WAITING_BYTES = 32 << 20  # read and not hashed yet
 _THREADS = 4
 
 
@@ -111,10 +111,9 @@ class SourceContent:
             self._passing = passing
             try:
                 yield
+                self._digests.update(passing.finished())
             finally:
                 self._passing = None
-                for name, digest in passing.finished():
-                    self._digests[name] = digest
 
     def saw(self, fd: int, start: int, stop: int, offset: int, data: torch.Tensor) -> None:
         """Take note of bytes that were read from a tensor.
@@ -123,7 +122,7 @@ class SourceContent:
             fd: of the file.
             start, stop: the tensor's bytes in it.
             offset: where `data` begins in the file.
-            data: [n] uint8, CPU, contiguous; not written to afterwards.
+            data: [n] uint8, CPU, contiguous.
         """
         if self._passing is None:
             return
@@ -236,13 +235,20 @@ class SourceContent:
 
 
 class _PassingHashes:
-    """Hashes of tensors whose bytes come by in order, computed in one thread beside the caller."""
+    """Hashes of tensors whose bytes come by in order, computed in one thread beside the caller.
+
+    The bytes are copied into two chunks of fixed memory. Were they only kept until their turn came,
+    a thread that gets no core would let the caller's heap grow to several times of what waits.
+    """
 
     def __init__(self) -> None:
         self._hashes: dict[str, tuple[Any, int, int]] = {}  # hash, next offset, stop
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="specmoe-hash")
-        self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._waiting_bytes = 0
+        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for _ in range(2):
+            self._free.put(aligned_empty(_CHUNK_BYTES))
+        self._waiting: queue.SimpleQueue[tuple[Any, torch.Tensor, int] | None]
+        self._waiting = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="specmoe-hash", daemon=True)
 
     def update(self, name: str, start: int, stop: int, offset: int, data: torch.Tensor) -> None:
         """Hash `data` if it comes next in its tensor; bytes seen before and gaps are left out."""
@@ -251,25 +257,29 @@ class _PassingHashes:
             return
         sha = hashlib.sha256() if sha is None else sha
         self._hashes[name] = (sha, offset + data.numel(), stop)
-        self._waiting.append((self._pool.submit(sha.update, data.numpy().data), data.numel()))
-        self._waiting_bytes += data.numel()
-        while self._waiting_bytes > _WAITING_BYTES:
-            self._wait_for_one()
+        for part in data.split(_CHUNK_BYTES):
+            chunk = self._free.get()
+            chunk[: part.numel()].copy_(part)
+            self._waiting.put((sha, chunk, part.numel()))
 
     def finished(self) -> list[tuple[str, str]]:
         """Return name and digest of the tensors that came by as a whole."""
-        while self._waiting:
-            self._wait_for_one()
+        chunks = [self._free.get() for _ in range(2)]  # both are free: everything is hashed
+        for chunk in chunks:
+            self._free.put(chunk)
         whole = [name for name, (_, offset, stop) in self._hashes.items() if offset == stop]
         return [(name, self._hashes[name][0].hexdigest()) for name in whole]
 
-    def _wait_for_one(self) -> None:
-        future, size_bytes = self._waiting.popleft()
-        self._waiting_bytes -= size_bytes
-        future.result()
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            sha, chunk, size_bytes = item
+            sha.update(chunk[:size_bytes].numpy().data)
+            self._free.put(chunk)
 
     def __enter__(self) -> _PassingHashes:
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._waiting.put(None)
+        self._thread.join()
