@@ -30,7 +30,7 @@ from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_needed
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.command import explains_errors, run_parser
-from benchmarks.ranks.run import run_group
+from benchmarks.ranks.groups import run_group
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import write_json
 

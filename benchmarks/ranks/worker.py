@@ -1,7 +1,8 @@
 """One rank of `python -m benchmarks ranks`: started by torchrun, or alone, with a job's path.
 
 The job is JSON: `model`, `store_dir`, `bytes_per_s` of each rank's link, `slots` per layer of each
-case, `prompt`, `new_tokens`, `skipped`, `reduce_elements`, `out`. Rank 0 writes the rows to `out`.
+case, `prompt`, `new_tokens`, `skipped`, `reduce_elements`, and what a `Group` adds. All cases are
+loaded, compiled and warmed up first; then each turn is one `generate` of one case.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 import specmoe_compile
 import specmoe_compile.backend
+from benchmarks.ranks.groups import Turns
 from benchmarks.ranks.limited import limited_links
 from specmoe_compile.api import reset_stats
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
@@ -28,55 +31,67 @@ from specmoe_compile.system.launched import launched, split_of_ranks
 REDUCTIONS = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model with so many slots per layer and rank, compiled and warm."""
+
+    slots: int
+    model: Any
+    generator: HuggingFaceGenerator
+
+    @classmethod
+    def opened(cls, job: dict[str, Any], slots: int) -> Case:
+        """Load behind the limited link, compile, and generate once as every turn does."""
+        with limited_links(job["bytes_per_s"]):
+            model: Any = specmoe_compile.from_pretrained(
+                job["model"],
+                device="cpu",
+                dtype="float32",
+                store="disk",
+                store_dir=job["store_dir"],
+                expert_cache=slots * job["slot_bytes"],
+                progress=False,
+                **split_of_ranks(),
+            )
+        compiled = torch.compile(model, backend="specmoe")
+        generator = HuggingFaceGenerator(compiled, model, {"cache_implementation": "static"})
+        generator.generate(job["prompt"], job["new_tokens"], TokenClock())
+        return cls(slots, model, generator)
+
+    def turn(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Generate once more: times of the tokens, and what the ranks did meanwhile."""
+        reset_stats(self.model)
+        clock = TokenClock()
+        tokens, _ = self.generator.generate(job["prompt"], job["new_tokens"], clock)
+        spans = clock.intervals_ms[job["skipped"] :]
+        own = specmoe_compile.stats(self.model)
+        together = specmoe_compile.stats(self.model, all_ranks=True)
+        return {
+            "ranks": launched().size,
+            "slots": self.slots,
+            "experts_per_rank": session_of(self.model).store.num_experts[0],
+            "tpot_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
+            "mean_ms": sum(spans) / len(spans),
+            "hit_rate": together.total.hit_rate,
+            "misses": together.total.misses,
+            "misses_of_rank_0": own.total.misses,
+            "demand_bytes": together.total.demand_bytes,
+            "speculative_bytes": together.total.speculative_bytes,
+            "tokens": tokens,
+        }
+
+
 def main(job_path: str) -> None:
-    """Run every case of the job."""
+    """Open every case of the job, then take turns."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    rows = [run_case(job, slots) for slots in job["slots"]]
-    reduce_us = all_reduce_us(job["reduce_elements"]) if launched().size > 1 else None
-    if launched().rank == 0:
-        text = json.dumps({"rows": rows, "all_reduce_us": reduce_us})
-        Path(job["out"]).write_text(text, encoding="utf-8")
-
-
-def run_case(job: dict[str, Any], slots: int) -> dict[str, Any]:
-    """Load with so many slots per layer and rank, compile, generate twice; times the second."""
-    with limited_links(job["bytes_per_s"]):
-        model: Any = specmoe_compile.from_pretrained(
-            job["model"],
-            device="cpu",
-            dtype="float32",
-            store="disk",
-            store_dir=job["store_dir"],
-            expert_cache=slots * job["slot_bytes"],
-            progress=False,
-            **split_of_ranks(),
-        )
-    compiled = torch.compile(model, backend="specmoe")
-    generator = HuggingFaceGenerator(compiled, model, {"cache_implementation": "static"})
-    generator.generate(job["prompt"], job["skipped"], TokenClock())
-    reset_stats(model)
-    clock = TokenClock()
-    tokens, _ = generator.generate(job["prompt"], job["new_tokens"], clock)
-    spans = clock.intervals_ms[job["skipped"] :]
-    own = specmoe_compile.stats(model)
-    together = specmoe_compile.stats(model, all_ranks=True)
-    row = {
-        "ranks": launched().size,
-        "slots": slots,
-        "experts_per_rank": session_of(model).store.num_experts[0],
-        "tpot_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
-        "mean_ms": sum(spans) / len(spans),
-        "hit_rate": together.total.hit_rate,
-        "misses": together.total.misses,
-        "misses_of_rank_0": own.total.misses,
-        "demand_bytes": together.total.demand_bytes,
-        "speculative_bytes": together.total.speculative_bytes,
-        "tokens": tokens,
-    }
-    specmoe_compile.close(model)
-    torch._dynamo.reset()
-    return row
+    here = launched()
+    cases = {slots: Case.opened(job, slots) for slots in job["slots"]}
+    turns = Turns(job, here.rank)
+    reduce_us = all_reduce_us(job["reduce_elements"]) if here.size > 1 else None
+    turns.answer({"all_reduce_us": reduce_us, "threads": torch.get_num_threads()})
+    while (ask := turns.next_or_none()) is not None:
+        turns.answer(cases[ask["slots"]].turn(job))
 
 
 def all_reduce_us(elements: int) -> float:

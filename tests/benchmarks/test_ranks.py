@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,20 +12,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ranks import gpu, run
+from benchmarks.ranks import gpu
+from benchmarks.ranks.figures import claims
+from benchmarks.ranks.groups import Group, Turns
 from benchmarks.ranks.limited import LimitedStore
+from benchmarks.ranks.page import page
 from tests.runtime.fakes import ram_store
 from tests.runtime.test_session import LAYERS, RECORD
 
 
-def row(ranks: int, slots: int, mean_ms: float, tokens: list[int]) -> dict[str, Any]:
+def row(turn: int, ranks: int, slots: int, ms: float, tokens: list[int]) -> dict[str, Any]:
     return {
-        "turn": 0,
+        "turn": turn,
         "ranks": ranks,
         "slots": slots,
         "experts_per_rank": 32 // ranks,
-        "tpot_ms": {"p20": mean_ms, "p50": mean_ms, "p80": mean_ms},
-        "mean_ms": mean_ms,
+        "tpot_ms": {"p20": ms, "p50": ms, "p80": ms},
+        "mean_ms": ms,
         "hit_rate": 0.5,
         "misses": 10,
         "misses_of_rank_0": 10 // ranks,
@@ -30,8 +36,13 @@ def row(ranks: int, slots: int, mean_ms: float, tokens: list[int]) -> dict[str, 
     }
 
 
-def result(two_ms: float, tokens: list[int]) -> dict[str, Any]:
-    rows = [row(1, 8, 100.0, [1, 2]), row(2, 8, two_ms, tokens), row(2, 4, 70.0, [1, 2])]
+def result(two_ms: list[float], tokens: list[int]) -> dict[str, Any]:
+    rows = []
+    for turn, ms in enumerate(two_ms):
+        # The machine is slower from turn to turn: ratios are of one.
+        slow = 1.0 + turn
+        rows += [row(turn, 1, 8, 100.0 * slow, [1, 2]), row(turn, 2, 8, ms * slow, tokens)]
+        rows += [row(turn, 1, 4, 140.0 * slow, [1, 2]), row(turn, 2, 4, 70.0 * slow, [1, 2])]
     return {
         "schema": 1,
         "commit": "c" * 40,
@@ -39,26 +50,65 @@ def result(two_ms: float, tokens: list[int]) -> dict[str, Any]:
         "model": {"moe_layers": 8, "experts": [32], "top_k": 4},
         "miss_ms": 3.0,
         "ranks": 2,
-        "slots": [8],
-        "slots_in_all": [4],
-        "all_reduce_us": [50.0],
+        "slots": [4, 8],
+        "tokens_timed": 27,
+        "threads_per_rank": 1,
+        "all_reduce_us": 50.0,
         "rows": rows,
     }
 
 
 @pytest.mark.parametrize(
     ("two_ms", "tokens", "holds"),
-    [(60.0, [1, 2], [True, True]), (61.0, [1, 2], [False, True]), (50.0, [1, 3], [True, False])],
+    [
+        ([60.0, 50.0, 90.0], [1, 2], [True, True, True]),
+        ([61.0, 50.0, 90.0], [1, 2], [True, False, True]),
+        ([50.0], [1, 3], [True, True, False]),
+    ],
 )
-def test_claims_say_what_does_not_hold(two_ms: float, tokens: list[int], holds: list[bool]) -> None:
-    assert [claim.holds for claim in run.claims(result(two_ms, tokens))] == holds
+def test_claims_take_the_median_of_the_turns_ratios(
+    two_ms: list[float], tokens: list[int], holds: list[bool]
+) -> None:
+    assert [claim.holds for claim in claims(result(two_ms, tokens))] == holds
 
 
 def test_the_page_labels_its_links_as_simulated() -> None:
-    page = run.page(result(45.0, [1, 2]))
-    assert "**The links are simulated**" in page
-    assert "0.450. Holds." in page and "the time is 0.700 x" in page
-    assert page.count("\n| ") == 4, "a head and a row for each case"
+    found = result([45.0, 40.0, 50.0], [1, 2])
+    text = page(found, claims(found))
+    assert "**The links are simulated**" in text
+    assert "0.450 (0.400 to 0.500). Holds." in text
+    assert "0.700 (0.700 to 0.700) x its time. That is what the links alone" in text
+    assert text.count("\n| ") == 5, "a head and a row for each case"
+
+
+PARENT = {"parent": os.getpid()}
+
+
+def test_ranks_take_a_turn_for_each_that_is_asked_for(tmp_path: Path) -> None:
+    turns = Turns({**PARENT, "folder": str(tmp_path)}, rank=0)
+    other = Turns({**PARENT, "folder": str(tmp_path)}, rank=1)
+    ask = tmp_path / "ask.json"
+    for number in (1, 2):
+        ask.write_text(json.dumps({"number": number, "ask": {"slots": 4 * number}}))
+        assert turns.next_or_none() == other.next_or_none() == {"slots": 4 * number}
+        other.answer({"no": "body hears it"})
+        turns.answer({"turn": number})
+        answer = tmp_path / f"answer-{number}.json"
+        assert json.loads(answer.read_text()) == {"turn": number}
+    ask.write_text(json.dumps({"number": 3, "ask": None}))
+    assert turns.next_or_none() is None
+    assert other.next_or_none() is None
+
+
+def test_ranks_end_when_nobody_asks_any_more(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert Turns({"parent": gone.pid, "folder": str(tmp_path)}, rank=0).next_or_none() is None
+
+
+def test_a_group_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"1 ranks failed:\n.*No module named .*no_worker"):
+        Group("benchmarks.ranks.no_worker", {}, 1, tmp_path)
 
 
 def test_a_limited_link_takes_its_time_for_every_record() -> None:

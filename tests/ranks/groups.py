@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
+WORKER = str(Path(__file__).with_name("worker.py"))
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
@@ -57,25 +57,20 @@ def run_groups(out: Path, checkpoint: Path, scenarios: list[dict[str, Any]]) -> 
     ]
     (out / "scenarios.json").write_text(json.dumps(given))
     command = [sys.executable, "-m", "tests.ranks.launch", str(out)]
-    ended = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1200
-    )
+    ended = finished(command)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return {each["name"]: Group.read(out / each["name"]) for each in scenarios}
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Start a script or a module by torchrun, and wait for its end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", port, *arguments,
-    ]  # fmt: skip
-    return subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    """Start a script or a module by torchrun, on a port that it finds, and wait for its end."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return finished([sys.executable, *launch, *arguments])
+
+
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, however long that takes."""
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
 
 
 def save_checkpoint(folder: Path, **changes: Any) -> Path:

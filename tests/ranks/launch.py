@@ -2,7 +2,8 @@
 
 Run as `python -m tests.ranks.launch OUT`, where OUT/scenarios.json holds a list of scenarios (see
 `tests.ranks.worker`). Each group gets OUT/NAME with a result, an error text and a status per rank.
-Nobody ends the others when a rank fails: each must end by itself.
+Nobody ends the others when a rank fails: each must end by itself. Those that do not are ended after
+a time that no machine needs, however busy it is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import specmoe_compile.backend  # noqa: F401
 from tests.ranks import worker
 
-LIMIT_S = 100.0
+LIMIT_S = 1200.0
 
 
 def free_port() -> int:
@@ -67,7 +68,7 @@ def run_group(scenario: dict[str, Any], out: Path) -> None:
             os._exit(be_rank(scenario, folder, rank, port))
         children[child] = rank
     ended: dict[int, Any] = {}
-    until = time.monotonic() + scenario.get("limit_s", LIMIT_S)
+    until = time.monotonic() + LIMIT_S
     while children and time.monotonic() < until:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in children:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from specmoe_compile.reference_model import CHECKPOINT_DIR
-from tests.ranks.groups import ROOT, environment, torchrun
+from tests.ranks.groups import ROOT, finished, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +20,7 @@ MODEL = str(CHECKPOINT_DIR)
 
 
 def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *MAIN, *arguments]
-    return subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+    return finished([sys.executable, *MAIN, *arguments])
 
 
 def in_two(*arguments: str) -> subprocess.CompletedProcess[str]:

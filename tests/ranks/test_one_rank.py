@@ -1,9 +1,13 @@
-"""A group of one rank: sums over ranks are in the compiled graph, and in CUDA graphs on a GPU."""
+"""One rank: sums over ranks are in the compiled graph, and in CUDA graphs on a GPU.
+
+`test_ranks.py` has two ranks' sums in one graph on the CPU; what is here runs on one GPU.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +15,20 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed._functional_collectives import all_reduce
+from transformers.distributed import DistributedConfig
 
 import specmoe_compile
 from specmoe_compile.backend import specmoe
+from specmoe_compile.hf.ranks import ranks_of_or_none
 from specmoe_compile.runtime.experts.module import find_experts_layers
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.ranks.launch import free_port
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+SLOW_CPU = pytest.param("cpu", marks=pytest.mark.slow)
 
 
-@pytest.fixture(params=["cpu", GPU])
+@pytest.fixture(params=[SLOW_CPU, GPU])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A process group of this process alone."""
     kind: str = request.param
@@ -63,4 +70,34 @@ def test_sums_over_ranks_stay_inside_the_graph(device: str) -> None:
     if device == "cuda":
         assert counters["inductor"]["cudagraph_skips"] == 0
     assert specmoe_compile.stats(model).total.steps > 0
+    specmoe_compile.close(model)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_configuration_of_one_rank_is_one_process(device: str, tmp_path: Path) -> None:
+    plain: Any = tiny_qwen3_moe()
+    plain.save_pretrained(tmp_path / "checkpoint")
+    plain.to(device)
+    ids = prompts(1, 5).to(device)
+    model: Any = specmoe_compile.from_pretrained(
+        tmp_path / "checkpoint",
+        device=device,
+        dtype="float32",
+        store="disk" if device == "cpu" else "ram",
+        store_dir=tmp_path / "store" if device == "cpu" else None,
+        expert_cache="50%",
+        progress=False,
+        distributed_config=DistributedConfig(tp_size=1, ep_size=1),
+    )
+    assert ranks_of_or_none(model) is None and not dist.is_initialized()
+    static = {"cache_implementation": "static"}
+    if device == "cpu":
+        assert torch.equal(greedy(model, ids, 8, **static), greedy(plain, ids, 8, **static))
+    else:
+        compiled: Any = torch.compile(
+            model, backend="specmoe", options={"mode": "reduce-overhead"}, fullgraph=True
+        )
+        assert torch.equal(greedy(compiled, ids, 8, **static), greedy(plain, ids, 8, **static))
+    own, together = (specmoe_compile.stats(model, all_ranks=every) for every in (False, True))
+    assert own.total.steps > 0 and own.as_dict() == together.as_dict()
     specmoe_compile.close(model)

@@ -52,7 +52,8 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     }
     if rank == 1:
         load.update(ask["load_rank_1"])
-        load["store_dir"] += ".other" * ask["other_store"]
+    if rank == 1 and ask["other_store"]:
+        load["store_dir"] += ".other"
     packed: list[bool] = []
     pack_source = api.pack_source
 
@@ -80,6 +81,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "sums": sums,
         "breaks": dict(counters["graph_break"]),
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         "reads": reads,
         "packed": packed,
         "own": list(session_of(model).store.num_experts),
@@ -90,7 +92,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(7)
     if ask["reference"] == "plain":
         plain = AutoModelForCausalLM.from_pretrained(ask["checkpoint"], dtype=torch.float32)
-        found["expected"] = generate(plain.eval(), ask)
+        found["expected"] = generate(plain.eval().to(model.device), ask)
         return found
     api.pack_source = pack_source
     load["store_dir"] += ".one"
@@ -125,7 +127,7 @@ def note_reads(model: Any, dies_at: int) -> list[tuple[int, int]]:
 def generate(model: Any, ask: dict[str, Any]) -> list[list[int]]:
     """Tokens of the same prompts for every model."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(2, 60, (ask["batch"], 5), generator=generator)
+    prompts = torch.randint(2, 60, (ask["batch"], 5), generator=generator).to(model.device)
     kwargs: dict[str, Any] = {
         "max_new_tokens": ask["new_tokens"],
         "do_sample": ask["sample"],
