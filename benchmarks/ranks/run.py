@@ -6,7 +6,8 @@ The reference model in float32, experts on disk; each rank's reads pass a link o
 as long for a record as is asked for (`--miss-ms`). One rank and N ranks, each on one thread, are
 loaded, compiled and warmed up before anything is timed, and then generate the same tokens in turns.
 N ranks with the same slots per rank have N times the links and N times the cache; where the slots
-of all together are one rank's, they have N times the links only. Tokens must be equal.
+of all together are one rank's, they have N times the links only. Tokens must be equal. The page is
+written from the results of all rates that lie in the folder of `--out`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.kit.command import explains_errors, run_parser
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.ranks.figures import SKIPPED, claims
 from benchmarks.ranks.groups import Group
-from benchmarks.ranks.page import page
+from benchmarks.ranks.page import page, results
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.bench import DEFAULT_PROMPT, describe_model
 from specmoe_compile.cli.generate import load_tokenizer
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = claims(result)
     write_json(args.out, result)
     if not args.dry:
-        args.page.write_text(page(result, found), encoding="utf-8")
+        args.page.write_text(page(results(args.out.parent)), encoding="utf-8")
     for claim in found:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}: {claim.measured}")
     return 0 if all(claim.holds for claim in found) else 1
@@ -52,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = run_parser("ranks", __doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "ranks_cpu.json")
+    parser.add_argument("--out", type=Path, help="by default ranks_cpu_Xms.json of the results")
     parser.add_argument("--page", type=Path, default=DOCUMENTS / "ranks.md")
     parser.add_argument("--store-dir", type=Path, help="where experts are packed; kept")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--miss-ms", type=float, default=3.0, help="time of a record on a link")
-    parser.add_argument("--tokens", type=int, default=32, help="generated in a turn")
-    parser.add_argument("--turns", type=int, default=7, help="of every case")
+    parser.add_argument("--miss-ms", type=float, default=12.0, help="time of a record on a link")
+    parser.add_argument("--tokens", type=int, default=24, help="generated in a turn")
+    parser.add_argument("--turns", type=int, default=4, help="of every case")
     parser.add_argument("--dry", action="store_true", help="one short turn, no page")
     args = parser.parse_args(argv)
     if args.dry:
@@ -68,6 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--ranks must be at least 2, --miss-ms above 0, --turns at least 1, --tokens at least"
             f" {SKIPPED + 2}."
         )
+    args.out = args.out or RESULTS / f"ranks_cpu_{args.miss_ms:g}ms.json"
     check_writable(args.out, "out")
     check_writable(args.page, "page")
     return args

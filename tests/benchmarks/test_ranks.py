@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.ranks import gpu
 from benchmarks.ranks.figures import claims
 from benchmarks.ranks.groups import Group, Turns
 from benchmarks.ranks.limited import LimitedStore
-from benchmarks.ranks.page import page
+from benchmarks.ranks.page import page, results
 from tests.runtime.fakes import ram_store
 from tests.runtime.test_session import LAYERS, RECORD
 
@@ -74,11 +75,15 @@ def test_claims_take_the_median_of_the_turns_ratios(
 
 def test_the_page_labels_its_links_as_simulated() -> None:
     found = result([45.0, 40.0, 50.0], [1, 2])
-    text = page(found, claims(found))
+    text = page({"ranks_cpu_3ms.json": found})
     assert "**The links are simulated**" in text
     assert "0.450 (0.400 to 0.500). Holds." in text
-    assert "0.700 (0.700 to 0.700) x its time. That is what the links alone" in text
+    assert "0.700 (0.700 to 0.700) x its time. That is what links alone" in text
     assert text.count("\n| ") == 5, "a head and a row for each case"
+
+
+def test_the_page_is_of_the_data() -> None:
+    assert page(results(RESULTS)) == (DOCUMENTS / "ranks.md").read_text(encoding="utf-8")
 
 
 PARENT = {"parent": os.getpid()}
