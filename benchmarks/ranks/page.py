@@ -65,9 +65,10 @@ def _section(name: str, result: Mapping[str, Any]) -> list[str]:
     if links is not None:
         said.append(
             f"- {ranks} ranks with {links[0]} slots each, the cache in all of one rank with"
-            f" {links[1]}: {told(shares(result, *links))} x its time. That is what links alone give."
+            f" {links[1]}: {told(shares(result, *links))} x its time: what links alone give."
         )
-    said.append(f"- A sum over the ranks takes {result['all_reduce_us']:.0f} us when nobody waits.")
+    sum_us = result["all_reduce_us"]
+    said.append(f"- A sum over the ranks takes {sum_us:.0f} us where ranks do nothing else.")
     return [
         f"## A record takes {result['miss_ms']:g} ms",
         "",

@@ -131,10 +131,11 @@ class Ranks:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
+            said = str(error).splitlines()[0].partition(" This is typically")[0]
             raise SpecMoEError(
                 f"Rank {self.rank} of {self.size} lost another rank: that process ended, or did not"
                 f" answer for {TIME_LIMIT.total_seconds() / 60:.0f} minutes. Its own message says"
-                f" why; start all ranks again. ({str(error).splitlines()[0]})"
+                f" why; start all ranks again. ({said})"
             ) from error
 
 

@@ -78,7 +78,7 @@ def test_the_page_labels_its_links_as_simulated() -> None:
     text = page({"ranks_cpu_3ms.json": found})
     assert "**The links are simulated**" in text
     assert "0.450 (0.400 to 0.500). Holds." in text
-    assert "0.700 (0.700 to 0.700) x its time. That is what links alone" in text
+    assert "0.700 (0.700 to 0.700) x its time: what links alone" in text
     assert text.count("\n| ") == 5, "a head and a row for each case"
 
 
