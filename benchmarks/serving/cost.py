@@ -79,6 +79,7 @@ class Side:
             max_context=context,
             max_queue=16,
             threads=threads,
+            on_first_token=metrics.on_first_token,
             on_token=metrics.on_token,
             on_job=lambda: metrics.note_stats(specmoe_compile.stats(self._inner)),
         )

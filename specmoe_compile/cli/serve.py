@@ -144,6 +144,7 @@ def serve(
             max_context=longest,
             max_queue=max_queue,
             threads=threads,
+            on_first_token=metrics.on_first_token,
             on_token=metrics.on_token,
             on_job=lambda: metrics.note_stats(specmoe_compile.stats(inner)),
         )

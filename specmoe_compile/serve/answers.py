@@ -13,6 +13,13 @@ from specmoe_compile.serve.engine import Event, Finished, Piece
 
 logger = logging.getLogger(__name__)
 
+_ANY_TEXT = "\0"
+
+
+def server_sent(data: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
+
 
 class Answer(abc.ABC):
     """Texts, finish reasons and token counts of one request's choices."""
@@ -34,6 +41,7 @@ class Answer(abc.ABC):
         self._created = int(time.time())
         self._texts: dict[int, list[str]] = {}
         self._finished: dict[int, Finished] = {}
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
 
     def take(self, event: Event) -> None:
         """Note an event."""
@@ -50,29 +58,41 @@ class Answer(abc.ABC):
         ]
         return {**self._head(self.kind), "choices": choices, "usage": self._usage()}
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
-        """Note an event; returns what a stream says of it."""
-        self.take(event)
-        if not isinstance(event, (Piece, Finished)):
-            return []
-        head = self._head(self.chunk_kind)
-        said = self._said(event)
-        return [
-            {**head, "choices": [{"index": event.choice, "logprobs": None, **part}]}
-            for part in said
-        ]
+    def said(self, event: Piece | Finished) -> bytes:
+        """Note an event; returns what a stream says of it: no, one or several chunks.
 
-    def usage_chunk(self) -> dict[str, Any]:
+        The chunks of a choice's texts differ in the text alone: what is around it is made once.
+        """
+        self.take(event)
+        choice = event.choice
+        if isinstance(event, Piece) and choice in self._around_text:
+            before, after = self._around_text[choice]
+            return before + json.dumps(event.text).encode() + after
+        part = self._text_part(_ANY_TEXT)
+        if isinstance(event, Piece) and part is not None:
+            before, _, after = self._chunk(choice, part).rpartition(json.dumps(_ANY_TEXT).encode())
+            self._around_text[choice] = (before, after)
+        return b"".join(self._chunk(choice, each) for each in self._parts(event))
+
+    def said_usage(self) -> bytes:
         """The last chunk of a stream whose client asked for `include_usage`."""
-        return {**self._head(self.chunk_kind), "choices": [], "usage": self._usage()}
+        return server_sent({**self._head(self.chunk_kind), "choices": [], "usage": self._usage()})
 
     @abc.abstractmethod
     def _choice(self, finished: Finished) -> dict[str, Any]:
         """One whole choice."""
 
     @abc.abstractmethod
-    def _said(self, event: Piece | Finished) -> list[dict[str, Any]]:
-        """The chunks of one event."""
+    def _text_part(self, text: str) -> dict[str, Any] | None:
+        """A streamed choice that says a text; None where texts wait for the end."""
+
+    @abc.abstractmethod
+    def _parts(self, event: Piece | Finished) -> list[dict[str, Any]]:
+        """The streamed choices that say one event."""
+
+    def _chunk(self, choice: int, part: dict[str, Any]) -> bytes:
+        choices = [{"index": choice, "logprobs": None, **part}]
+        return server_sent({**self._head(self.chunk_kind), "choices": choices})
 
     def _text(self, choice: int) -> str:
         return "".join(self._texts.get(choice, ()))
@@ -107,9 +127,12 @@ class CompletionAnswer(Answer):
     def _choice(self, finished: Finished) -> dict[str, Any]:
         return {"text": self._text(finished.choice), "finish_reason": finished.reason}
 
-    def _said(self, event: Piece | Finished) -> list[dict[str, Any]]:
+    def _text_part(self, text: str) -> dict[str, Any]:
+        return {"text": text, "finish_reason": None}
+
+    def _parts(self, event: Piece | Finished) -> list[dict[str, Any]]:
         if isinstance(event, Piece):
-            return [{"text": event.text, "finish_reason": None}]
+            return [self._text_part(event.text)]
         return [{"text": "", "finish_reason": event.reason}]
 
 
@@ -150,13 +173,17 @@ class ChatAnswer(Answer):
         message, reason = self._message(finished)
         return {"message": {"role": "assistant", **message}, "finish_reason": reason}
 
-    def _said(self, event: Piece | Finished) -> list[dict[str, Any]]:
+    def _text_part(self, text: str) -> dict[str, Any] | None:
+        return None if self._parses else _delta({"content": text})
+
+    def _parts(self, event: Piece | Finished) -> list[dict[str, Any]]:
         said: list[dict[str, Any]] = []
         if event.choice not in self._opened:
             self._opened.add(event.choice)
             said.append(_delta({"role": "assistant", "content": ""}))
         if isinstance(event, Piece):
-            return said if self._parses else [*said, _delta({"content": event.text})]
+            part = self._text_part(event.text)
+            return said if part is None else [*said, part]
         reason = event.reason
         if self._parses:
             message, reason = self._message(event)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from specmoe_compile.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from specmoe_compile.serve.engine import Engine, Event, Failed, Finished, Job, Piece
+from specmoe_compile.serve.engine import Engine, Finished, Job, Piece
 from specmoe_compile.serve.errors import RequestRefused
 from specmoe_compile.serve.guards import Guards
 from specmoe_compile.serve.metrics import CONTENT_TYPE, Metrics
 from specmoe_compile.serve.prompts import chat_job, completion_job
 from specmoe_compile.serve.requests import ChatRequest, CompletionRequest, parse
+from specmoe_compile.serve.stream import Events, EventStream
 
 
 def make_app(
@@ -51,7 +49,7 @@ def make_app(
         known = RequestRefused(
             error.status_code, f"{request.method} {request.url.path}: {error.detail}."
         )
-        return JSONResponse(known.body(), known.status)
+        return JSONResponse(known.body(), known.status, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
@@ -140,86 +138,36 @@ class _Endpoints:
         """Run a job and give its answer, in one piece or streamed."""
         if not asked.stream:
             job.text_every_s = math.inf
-        events = _events(request, self._engine, job)
-        if not asked.stream:
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    self._note(event)
-                    answer.take(event)
-            self._metrics.requests.labels(_route(request), 200).inc()
-            return JSONResponse(answer.whole())
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        # Started here, so that a full queue is a status and not an event in a stream.
-        first = await anext(events, None)
-        body = self._stream(request, events, first, answer, usage)
-        return StreamingResponse(body, media_type="text/event-stream")
+        events = Events(request, self._engine, job)
+        try:
+            # Awaited here, so that a failure is a status and not an event in a stream.
+            event = await events.next()
+            if asked.stream:
+                return self._stream(request, asked, events, event, answer)
+            while event is not None:
+                self._note(event)
+                answer.take(event)
+                event = await events.next()
+        except BaseException:
+            events.close()
+            raise
+        events.close()
+        self._metrics.requests.labels(_route(request), 200).inc()
+        return JSONResponse(answer.whole())
 
-    async def _stream(
-        self, request: Request, events: Any, first: Event, answer: Answer, usage: bool
-    ) -> AsyncIterator[str]:
-        def line(chunk: dict[str, Any]) -> str:
-            return f"data: {json.dumps(chunk)}\n\n"
+    def _stream(
+        self, request: Request, asked: Any, events: Events, first: Any, answer: Answer
+    ) -> EventStream:
+        return EventStream(
+            events,
+            first,
+            answer,
+            usage=asked.stream_options is not None and asked.stream_options.include_usage,
+            on_event=self._note,
+            on_end=lambda status: self._metrics.requests.labels(_route(request), status).inc(),
+        )
 
-        status = 200
-        async with contextlib.aclosing(events):
-            try:
-                event = first
-                while event is not None:
-                    self._note(event)
-                    lines = [line(chunk) for chunk in answer.chunks(event)]
-                    if lines:
-                        yield "".join(lines)
-                    event = await anext(events, None)
-                if usage:
-                    yield line(answer.usage_chunk())
-            except RequestRefused as error:
-                status = error.status
-                yield line(error.body())
-            finally:
-                self._metrics.requests.labels(_route(request), status).inc()
-        yield "data: [DONE]\n\n"
-
-    def _note(self, event: Event) -> None:
+    def _note(self, event: Piece | Finished) -> None:
         if isinstance(event, Finished):
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.cached_tokens.inc(event.cached_tokens)
-
-
-async def _events(request: Request, engine: Engine, job: Job) -> AsyncGenerator[Piece | Finished]:
-    """A job's events; ends the job when the client is gone or nobody reads on."""
-    loop = asyncio.get_running_loop()
-    events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def put(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    job.on_event = put
-    engine.submit(job)
-    watcher = asyncio.create_task(_when_gone(request, lambda: engine.cancel(job)))
-    try:
-        while (event := await events.get()) is not None:
-            if isinstance(event, Failed):
-                raise _failure(event.error)
-            yield event
-        if job.cancelled.is_set():
-            raise RequestRefused(503, "The server is shutting down, or the client is gone.")
-    finally:
-        watcher.cancel()
-        engine.cancel(job)
-
-
-async def _when_gone(request: Request, action: Callable[[], None]) -> None:
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            action()
-            return
-
-
-def _failure(error: BaseException) -> RequestRefused:
-    if isinstance(error, RequestRefused):
-        return error
-    return RequestRefused(
-        500, f"The generation failed: {type(error).__name__}. The server's log says more."
-    )

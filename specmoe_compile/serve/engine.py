@@ -14,11 +14,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.serve.errors import RequestRefused
@@ -80,7 +81,8 @@ class Job:
         seed: of sampling; None draws one.
         on_event: called from the engine's thread with each event.
         text_every_s: shortest time between two texts of a choice; infinity: one text, at its end.
-        cancelled: set by anyone to end the job before its next token.
+        cancelled: set by anyone to end the job before its next token. A plain attribute: it is
+            read for each token.
     """
 
     prompts: list[list[int]]
@@ -91,28 +93,32 @@ class Job:
     seed: int | None
     on_event: Callable[[Event], None]
     text_every_s: float = TEXT_EVERY_S
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
 
 class _Ended(Exception):
     """Raised from the streamer to leave `generate`: a stop string, or the client is gone."""
 
 
-class _Streamer:
-    """The streamer of one answer: text to the client, tokens to the kept cache."""
+class _Streamer(BaseStreamer):
+    """The streamer of one answer: text to the client, tokens to the kept cache.
 
-    def __init__(self, engine: Engine, job: Job, choice: int, prompt: Sequence[int]) -> None:
+    Decoding waits while `put` runs, after a token that has swept the processor's caches. So a token
+    is noted and no more, unless a text is due or a stop string may end with it.
+    """
+
+    def __init__(self, engine: Engine, job: Job, choice: int) -> None:
         self._job = job
         self._choice = choice
-        self._metrics = engine.on_token
+        self._on_token = engine.on_token
+        self._note_seconds = engine.on_first_token
         self._pieces = TextPieces(engine.tokenizer)
         self._stops = StopStrings(job.stops)
         self._resumed_s = time.perf_counter()
         self._due_s = 0.0 if math.isfinite(job.text_every_s) else math.inf
-        self._unread: list[int] = []
+        self._read_tokens = 0
         self._unshown = ""
         self._prompt_seen = False
-        self.prompt = list(prompt)
         self.tokens: list[int] = []
         self.stopped = False
 
@@ -122,24 +128,23 @@ class _Streamer:
             self._prompt_seen = True
             return
         now_s = time.perf_counter()
-        self._metrics(now_s - self._resumed_s, first=not self.tokens)
+        self._note_seconds(now_s - self._resumed_s)
+        self._note_seconds = self._on_token
         self._resumed_s = now_s
-        (token,) = value.tolist()
-        self.tokens.append(token)
-        self._unread.append(token)
-        if self._job.cancelled.is_set():
+        self.tokens += value.tolist()
+        if self._job.cancelled:
             raise _Ended
         due = now_s >= self._due_s
         if due or self._job.stops:  # a stop string is seen at its last token
             self._read()
-        if (due and self._unshown) or self.stopped:
-            self._show()
-            self._due_s = now_s + self._job.text_every_s
-        if self.stopped:
-            raise _Ended
+            if (due and self._unshown) or self.stopped:
+                self._show()
+                self._due_s = now_s + self._job.text_every_s
+            if self.stopped:
+                raise _Ended
 
     def end(self) -> None:
-        """`generate` is done: what was held back can be shown."""
+        """`generate` is done; whether what was held back is shown is for `finish`."""
 
     def finish(self) -> None:
         """Show what is left."""
@@ -150,8 +155,8 @@ class _Streamer:
         self._show()
 
     def _read(self) -> None:
-        text, self.stopped = self._stops.add(self._pieces.add(self._unread))
-        self._unread.clear()
+        text, self.stopped = self._stops.add(self._pieces.add(self.tokens[self._read_tokens :]))
+        self._read_tokens = len(self.tokens)
         self._unshown += text
 
     def _show(self) -> None:
@@ -171,7 +176,8 @@ class Engine:
         max_context: int,
         max_queue: int,
         threads: int | None = None,
-        on_token: Callable[..., None] = lambda seconds, first: None,
+        on_first_token: Callable[[float], object] = lambda seconds: None,
+        on_token: Callable[[float], object] = lambda seconds: None,
         on_job: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the thread.
@@ -182,12 +188,15 @@ class Engine:
             max_context: most tokens of prompt and answer.
             max_queue: jobs that may wait beside the running one.
             threads: PyTorch's threads; None is its own choice.
-            on_token: called with (seconds, first=) for each token, from the engine's thread.
+            on_first_token: called with the seconds of an answer's first token, from the engine's
+                thread.
+            on_token: likewise, of each token after it.
             on_job: called after each job, from the engine's thread.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.max_context = max_context
+        self.on_first_token = on_first_token
         self.on_token = on_token
         self._on_job = on_job
         self._max_queue = max_queue
@@ -234,7 +243,7 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a job: at once if it waits, before its next token if it runs."""
-        job.cancelled.set()
+        job.cancelled = True
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -291,13 +300,13 @@ class Engine:
         seed = secrets.randbits(63) if job.seed is None else job.seed
         answers = [prompt for prompt in job.prompts for _ in range(job.choices)]
         for choice, prompt in enumerate(answers):
-            if job.cancelled.is_set():
+            if job.cancelled:
                 return
             torch.manual_seed(seed + choice % job.choices)
             self._answer(job, choice, prompt)
 
     def _answer(self, job: Job, choice: int, prompt: list[int]) -> None:
-        streamer = _Streamer(self, job, choice, prompt)
+        streamer = _Streamer(self, job, choice)
         ids = torch.tensor([prompt], device=self._inner.device)
         cache = self._kept.take(prompt)
         with contextlib.suppress(_Ended):
@@ -311,7 +320,7 @@ class Engine:
                 **job.sampling,
             )
         self._kept.note([*prompt, *streamer.tokens[:-1]])
-        if job.cancelled.is_set():
+        if job.cancelled:
             return
         if not streamer.stopped:
             streamer.finish()

@@ -65,8 +65,9 @@ class Guards:
                 " its address, or start it with --host and --api-key.",
             )
         if self._api_key is not None and scope["path"] not in _OPEN_PATHS:
-            given = headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            known = hmac.compare_digest(key.strip().encode(), self._api_key.encode())
+            if not known or scheme.lower() != "bearer":
                 raise RequestRefused(
                     401,
                     "The API key is missing or wrong: send 'Authorization: Bearer KEY'.",
@@ -79,7 +80,7 @@ class Guards:
                     415, f"The body is {kind or 'of no kind'!r}: send application/json."
                 )
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+            if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
                 raise too_large()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,7 +14,15 @@ _FIRST_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Counters of one server, in a registry of their own.
+
+    Times come while the model decodes and are counted when somebody asks, at the latest after each
+    job: until then they wait in a queue, which any thread may fill and empty.
+
+    Attributes:
+        on_first_token: takes the seconds of an answer's first token.
+        on_token: takes the seconds of each other token.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -37,6 +47,11 @@ class Metrics:
             buckets=_FIRST_SECONDS,
             **given,
         )
+        self._uncounted: list[tuple[deque[float], Histogram]] = [
+            (deque(), self._first_seconds),
+            (deque(), self._token_seconds),
+        ]
+        self.on_first_token, self.on_token = (seconds.append for seconds, _ in self._uncounted)
         self._queue = Gauge("specmoe_queue_length", "Requests that wait.", **given)
         self._hit_rate = Gauge(
             "specmoe_expert_hit_rate", "Share of the needed experts in the fast tier.", **given
@@ -45,17 +60,22 @@ class Metrics:
             "specmoe_expert_missed_bytes", "Bytes of experts fetched on demand so far.", **given
         )
 
-    def on_token(self, seconds: float, *, first: bool) -> None:
-        """Count one token."""
-        self.tokens.inc()
-        (self._first_seconds if first else self._token_seconds).observe(seconds)
+    def count(self) -> None:
+        """Count the tokens that wait."""
+        for waiting, histogram in self._uncounted:
+            for _ in range(len(waiting)):
+                with contextlib.suppress(IndexError):  # another thread counted it
+                    histogram.observe(waiting.popleft())
+                    self.tokens.inc()
 
     def note_stats(self, stats: Any) -> None:
-        """Take `specmoe_compile.stats` of the model."""
+        """Take `specmoe_compile.stats` of the model after a job."""
+        self.count()
         self._hit_rate.set(stats.total.hit_rate)
         self._missed.set(stats.total.demand_bytes)
 
     def text(self, queue_length: int) -> bytes:
         """Everything, in Prometheus' text format."""
+        self.count()
         self._queue.set(queue_length)
         return generate_latest(self._registry)

@@ -13,9 +13,10 @@ from specmoe_compile.serve.requests import ChatRequest, CompletionRequest
 
 _COMPLETION_TOKENS = 16  # what OpenAI's endpoint gives where nobody says how many
 _MAX_PROMPTS = 16
-_OWN_TEMPLATE_ARGUMENTS = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-) - {"kwargs"}
+_OWN_TEMPLATE_ARGUMENTS = (
+    frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    - {"kwargs"}
+) | {"messages"}
 """Arguments of transformers' own; all others reach the template."""
 
 

@@ -7,7 +7,7 @@ client sends by habit and that changes nothing is accepted.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,6 +48,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported, and the values at which they ask for nothing."""
 
 
+T = TypeVar("T")
+_List = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first wrong item ends the check: a body has room for millions of them."""
+
+
 class StreamOptions(BaseModel):
     """`stream_options` of a streamed request."""
 
@@ -68,7 +73,7 @@ class _Request(BaseModel):
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     repetition_penalty: float | None = Field(default=None, gt=0.0, le=10.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -123,7 +128,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _List[str] | _List[int] | _List[_List[int]]
 
 
 class Message(BaseModel):
@@ -132,7 +137,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | _List[dict[str, Any]] | None = None
 
     def as_template_input(self) -> dict[str, Any]:
         """The turn as chat templates take it."""
@@ -156,15 +161,20 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[dict[str, Any]] | None = None
+    tools: _List[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     """Handed to the chat template, which may have a use for it (GPT-OSS has)."""
 
 
 R = TypeVar("R", bound=_Request)
+
+
+def _is_kind(part: str | int) -> bool:
+    """Whether a part of an error's place is a type that a field may have, and not a key."""
+    return part == "str" or (isinstance(part, str) and part.startswith("list["))
 
 
 def parse(kind: type[R], body: Any) -> R:
@@ -177,14 +187,17 @@ def parse(kind: type[R], body: Any) -> R:
         raise RequestRefused(
             400, "The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no text."
         ) from error
+    except RecursionError as error:  # it could be read, which takes less depth than writing it
+        raise RequestRefused(400, "The body is nested too deeply.") from error
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"]]
+        # Of a field that may be several things, what it is most like tells most.
+        told = max(error.errors(include_input=False), key=lambda one: len(one["loc"]))
+        where = [str(part) for part in told["loc"] if not _is_kind(part)]
         raise RequestRefused(
             400,
-            f"'{'.'.join(where)}' is not valid: {first['msg']}.",
+            f"'{'.'.join(where)}' is not valid: {told['msg']}.",
             param=where[0] if where else None,
         ) from error
     request.check_extra()

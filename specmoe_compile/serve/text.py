@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_WINDOW_TOKENS = 32
+"""From here on the window moves on, which costs a second decoding."""
+
 
 class TextPieces:
     """Decodes tokens as they come, so that the pieces joined are the text decoded at once.
@@ -15,27 +18,29 @@ class TextPieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._window = 0  # first token that is decoded again
-        self._shown = 0  # tokens whose text is out
+        self._window: list[int] = []  # tokens that are decoded again
+        self._shown = 0  # how many of them are shown
+        self._shown_characters = 0  # what these are alone
 
     def add(self, tokens: Sequence[int]) -> str:
         """Take the next token ids; returns the text that is final now."""
-        self._tokens += tokens
-        before = self._decode(self._tokens[self._window : self._shown])
-        now = self._decode(self._tokens[self._window :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
+        self._window += tokens
+        now = self._decode()
+        if len(now) <= self._shown_characters or now.endswith("\ufffd"):
             return ""
-        self._window, self._shown = self._shown, len(self._tokens)
-        return now[len(before) :]
+        text = now[self._shown_characters :]
+        if len(self._window) > _WINDOW_TOKENS and self._shown:
+            del self._window[: self._shown]
+            now = self._decode()
+        self._shown, self._shown_characters = len(self._window), len(now)
+        return text
 
     def rest(self) -> str:
         """The text of an unfinished character at the end."""
-        before = self._decode(self._tokens[self._window : self._shown])
-        return self._decode(self._tokens[self._window :])[len(before) :]
+        return self._decode()[self._shown_characters :]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._window, skip_special_tokens=True)
         return text
 
 

@@ -25,6 +25,12 @@ TEMPLATE = (
 )
 MAX_CONTEXT = 192
 NAME = "tiny"
+PATIENCE_S = 1800.0
+"""Nothing here is about speed: a wait ends a test that hangs, however busy the machine is."""
+LONG: dict[str, Any] = {"prompt": ["LONG"] * 16, "n": 8, "max_tokens": 180}
+"""A request that is under way for minutes, so that what a test does meanwhile is in the middle of
+it. It must be cancelled."""
+LONG_TOKENS = 16 * 8 * 180
 
 
 class Process:
@@ -51,7 +57,7 @@ class Process:
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         if wait:
-            assert self._ready.wait(300), self.log()
+            assert self._ready.wait(PATIENCE_S), self.log()
             assert self.url, self.log()
 
     def _read(self) -> None:
@@ -78,15 +84,24 @@ class Process:
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(60)
+            return self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
 
 
-def connect(server: Process) -> Any:
+def connect(server: Process, api_key: str = "none") -> Any:
     """The real OpenAI client of a server."""
     openai = pytest.importorskip("openai")
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S
+    )
+
+
+def begin_long(client: Any) -> Any:
+    """The stream of a `LONG` request that is under way."""
+    stream = client.completions.create(model=NAME, stream=True, **LONG)
+    next(iter(stream))
+    return stream
 
 
 @pytest.fixture(scope="package")

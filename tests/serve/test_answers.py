@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
-from specmoe_compile.serve.answers import ChatAnswer
+from specmoe_compile.serve.answers import ChatAnswer, CompletionAnswer
 from specmoe_compile.serve.engine import Finished, Piece
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -41,8 +41,9 @@ def answer(text: str, *, template: Any, tools: Any, reason: str = "stop") -> tup
     ]
     for event in (*events, last):
         made[0].take(event)
-    chunks = [c["choices"][0] for event in (*events, last) for c in made[1].chunks(event)]
-    return made[0].whole()["choices"][0], chunks
+    said = b"".join(made[1].said(event) for event in (*events, last))
+    chunks = [json.loads(line.removeprefix("data: ")) for line in said.decode().split("\n\n")[:-1]]
+    return made[0].whole()["choices"][0], [chunk["choices"][0] for chunk in chunks]
 
 
 def test_a_call_is_told_as_a_call() -> None:
@@ -70,3 +71,31 @@ def test_else_it_is_text(text: str, template: Any, tools: Any, reason: str) -> N
     assert whole["message"] == {"role": "assistant", "content": text}
     assert "".join(c["delta"].get("content", "") for c in chunks) == text
     assert whole["finish_reason"] == reason == chunks[-1]["finish_reason"]
+
+
+TEXTS = ["A", "", '"', "\\u0000 \0", "\n\ndata: x", "\ud7ff é 😀", '{"text": "\\u0000"}']
+
+
+@pytest.mark.parametrize("name", ["m", '\0"text": "\0"'])
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_every_text_of_a_stream_has_the_form_of_the_first(kind: str, name: str) -> None:
+    """What is around a text is made once."""
+    tokenizer = build_tokenizer(256)
+    made: Any = (
+        CompletionAnswer(name, choices=2)
+        if kind == "completion"
+        else ChatAnswer(name, choices=2, tokenizer=tokenizer, prompt=[1], tools=None)
+    )
+    chunks: dict[int, list[Any]] = {0: [], 1: []}
+    for text in TEXTS:
+        for choice in chunks:
+            events = made.said(Piece(choice, text)).decode().split("\n\n")
+            assert events.pop() == ""
+            chunks[choice].append(json.loads(events[-1].removeprefix("data: ")))
+    for choice, texts in chunks.items():
+        shown = [
+            chunk["choices"][0].pop("text" if kind == "completion" else "delta") for chunk in texts
+        ]
+        assert shown == [text if kind == "completion" else {"content": text} for text in TEXTS]
+        assert all(chunk == texts[0] for chunk in texts)
+        assert texts[0]["model"] == name and texts[0]["choices"][0]["index"] == choice

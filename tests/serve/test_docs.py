@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import Process
+from tests.serve.conftest import PATIENCE_S, Process
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURLS = [
@@ -39,7 +39,7 @@ def test_a_curl_command_works(server: Process, command: str) -> None:
         ["bash", "-c", _here(command.replace("curl ", "curl --fail --silent ", 1), server)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert out.returncode == 0, out.stdout + out.stderr
     if "stream" in command:
@@ -53,7 +53,10 @@ def test_a_curl_command_works(server: Process, command: str) -> None:
 def test_the_python_client_works(server: Process) -> None:
     pytest.importorskip("openai")
     out = subprocess.run(
-        [sys.executable, "-c", _here(SNIPPET, server)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _here(SNIPPET, server)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert out.returncode == 0, out.stderr
     assert out.stdout

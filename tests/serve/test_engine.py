@@ -14,6 +14,7 @@ from benchmarks.reference_model.tokenizer import build_tokenizer
 from specmoe_compile.serve.engine import Engine, Failed, Finished, Job, Piece
 from specmoe_compile.serve.errors import RequestRefused
 from tests.helpers import tiny_qwen3_moe
+from tests.serve.conftest import PATIENCE_S
 
 
 class Model:
@@ -34,7 +35,7 @@ class Model:
         streamer.put(ids)
         for _ in range(max_new_tokens):
             self.asked.release()
-            assert self.go.acquire(timeout=60)
+            assert self.go.acquire(timeout=PATIENCE_S)
             self.steps += 1
             streamer.put(torch.tensor([65]))
 
@@ -62,7 +63,7 @@ def engine(model: Model) -> Any:
     yield made
     made.stop()
     model.go.release(1000)
-    assert made.join(60)
+    assert made.join(PATIENCE_S)
 
 
 def test_a_cancelled_job_computes_at_most_the_token_that_is_under_way(
@@ -71,12 +72,12 @@ def test_a_cancelled_job_computes_at_most_the_token_that_is_under_way(
     job, events, ended = _job(50)
     engine.submit(job)
     for _ in range(3):
-        assert model.asked.acquire(timeout=60)
+        assert model.asked.acquire(timeout=PATIENCE_S)
         model.go.release()
-    assert model.asked.acquire(timeout=60)  # the fourth is under way
+    assert model.asked.acquire(timeout=PATIENCE_S)  # the fourth is under way
     engine.cancel(job)
     model.go.release(1000)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE_S)
     assert model.steps == 4
     assert not any(isinstance(event, Finished) for event in events)
 
@@ -85,7 +86,7 @@ def test_a_cancelled_job_leaves_the_queue_at_once(engine: Engine, model: Model) 
     running, _, ended = _job(2)
     waiting, events, _ = _job(2)
     engine.submit(running)
-    assert model.asked.acquire(timeout=60)
+    assert model.asked.acquire(timeout=PATIENCE_S)
     engine.submit(waiting)
     with pytest.raises(RequestRefused) as refused:
         engine.submit(_job(2)[0])
@@ -93,7 +94,7 @@ def test_a_cancelled_job_leaves_the_queue_at_once(engine: Engine, model: Model) 
     engine.cancel(waiting)
     assert events == [None] and engine.queue_length == 0
     model.go.release(1000)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE_S)
     assert model.steps == 2
 
 
@@ -108,11 +109,11 @@ def test_a_generation_that_fails_leaves_the_engine_alive(
     with monkeypatch.context() as patched:
         patched.setattr(model, "generate", fail, raising=False)
         engine.submit(job)
-        assert ended.wait(60)
+        assert ended.wait(PATIENCE_S)
     assert isinstance(events[0], Failed)
     job, events, ended = _job(2)
     engine.submit(job)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE_S)
     assert next(e for e in events if isinstance(e, Finished)).completion_tokens == 2
 
 
@@ -134,7 +135,7 @@ def test_text_is_shown_no_more_often_than_asked(
     job, events, ended = _job(6)
     job.text_every_s, job.stops = every_s, stops
     engine.submit(job)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE_S)
     assert [event.text for event in events if isinstance(event, Piece)] == texts
     finished = next(event for event in events if isinstance(event, Finished))
     if stops == ("AAAA",):
@@ -150,7 +151,35 @@ def test_the_models_end_token_is_a_stop(model: Model, end: Any, reason: str) -> 
     engine = Engine(model, build_tokenizer(256), max_context=64, max_queue=1)
     job, events, ended = _job(1)
     engine.submit(job)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE_S)
     assert next(e for e in events if isinstance(e, Finished)).reason == reason
     engine.stop()
-    assert engine.join(60)
+    assert engine.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("every_s", "stops", "decoded"), [(3600.0, (), 3), (math.inf, (), 2), (3600.0, ("B",), 22)]
+)
+def test_a_token_whose_text_is_not_due_is_not_decoded(
+    model: Model, every_s: float, stops: tuple[str, ...], decoded: int
+) -> None:
+    """Decoding waits for what a streamer does; a stop string alone needs every token's text."""
+    model.go.release(1000)
+    calls: list[int] = []
+
+    class Counting:
+        pad_token_id = 0
+
+        def decode(self, tokens: Any, **settings: Any) -> str:
+            calls.append(len(tokens))
+            return "A" * len(tokens)
+
+    engine = Engine(model, Counting(), max_context=64, max_queue=1)
+    job, events, ended = _job(20)
+    job.text_every_s, job.stops = every_s, stops
+    engine.submit(job)
+    assert ended.wait(PATIENCE_S)
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+    assert "".join(event.text for event in events if isinstance(event, Piece)) == "A" * 20
+    assert len(calls) == decoded  # two of them in `finish`, for what is left

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from specmoe_compile.serve.guards import MAX_BODY_BYTES
-from tests.serve.conftest import Process
+from tests.serve.conftest import PATIENCE_S, Process
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\n"
@@ -35,7 +35,7 @@ REFUSED = {
 
 def _connect(server: Process) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
 def _answer(server: Process, request: bytes) -> tuple[int, bytes]:
@@ -76,5 +76,5 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(server: Pr
             link.sendall(POST + b"Content-Length: 100\r\n\r\n{")
             link.shutdown(socket.SHUT_WR)
             link.recv(1)
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=PATIENCE_S).status_code == 200
     assert "Traceback" not in server.log()

@@ -63,3 +63,31 @@ def test_a_prompt_is_text_or_tokens_one_or_several() -> None:
         assert (len(job.prompts), job.choices, job.max_tokens) == (count, 2, 16)
     with pytest.raises(RequestRefused, match="--max-context"):
         completion_job(parse(CompletionRequest, {"prompt": "A" * 60}), tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "told"),
+    [
+        (CompletionRequest, {"prompt": ["A", 1]}, "'prompt.1' is not valid: .* valid string"),
+        (CompletionRequest, {"prompt": [[1], ["A"]]}, "'prompt.1.0' is not valid: .* integer"),
+        (CompletionRequest, {"prompt": "A", "stop": [1]}, "'stop.0' is not valid: .* valid string"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [1]}]},
+            "'messages.0.content.0' is",
+        ),
+        (ChatRequest, {"messages": [{}] * 200_000}, "'messages.0.role' is not valid"),
+    ],
+)
+def test_a_refusal_names_the_place(kind: Any, body: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestRefused, match=told):
+        parse(kind, body)
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    """A parser may read what a writer cannot write."""
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(RequestRefused, match="nested too deeply"):
+        parse(CompletionRequest, {"prompt": "A", "metadata": deep})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import NAME, Process, connect
+from tests.serve.conftest import NAME, PATIENCE_S, Process, begin_long, connect
 
 openai = pytest.importorskip("openai")
 PROMPT = "BEGIN AGAIN"
@@ -34,12 +34,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _interrupted(server: Process, how: int) -> BaseException:
     """Signal the server after a stream's first chunk; returns what the client then sees."""
-    stream = iter(
-        connect(server).completions.create(
-            model=NAME, prompt=PROMPT, max_tokens=150, temperature=0, stream=True
-        )
-    )
-    next(stream)
+    stream = begin_long(connect(server))
     server.process.send_signal(how)
     with pytest.raises(Exception) as seen:
         for _ in stream:
@@ -58,13 +53,13 @@ def test_a_server_that_was_killed_starts_again(
     assert written
     seen = _interrupted(server, signal.SIGKILL)
     assert type(seen).__name__ in _CUT, repr(seen)
-    assert server.process.wait(30) == -signal.SIGKILL
+    assert server.process.wait(PATIENCE_S) == -signal.SIGKILL
     assert _digests(store) == written
 
     server = Process(checkpoint, store, "--port", port)
     seen = _interrupted(server, signal.SIGTERM)
     assert isinstance(seen, openai.APIError) and "shutting down" in str(seen), repr(seen)
-    assert server.process.wait(30) == 0, server.log()
+    assert server.process.wait(PATIENCE_S) == 0, server.log()
     assert "Traceback" not in server.log(), server.log()
     assert _digests(store) == written
 

@@ -12,7 +12,7 @@ from specmoe_compile.serve.text import StopStrings, TextPieces
 TOKENIZER = build_tokenizer(256)
 
 
-@given(st.text(max_size=40), st.integers(1, 5))
+@given(st.text(max_size=120), st.integers(1, 5))
 def test_pieces_joined_are_the_text(text: str, size: int) -> None:
     pieces = TextPieces(TOKENIZER)
     tokens = TOKENIZER(text).input_ids
@@ -31,10 +31,10 @@ def test_a_space_at_the_start_of_a_line_is_kept() -> None:
     backend = tokenizers.Tokenizer(model)
     backend.decoder = tokenizers.decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokens = [4, 0, 2, 3, 0, 1, 4]
+    tokens = [4, 0, 2, 3, 0, 1, 4] * 20  # the window of tokens that are decoded again moves on
     pieces = TextPieces(tokenizer)
     text = "".join(pieces.add([token]) for token in tokens) + pieces.rest()
-    assert text == "if\n    return\n if"
+    assert text == "if\n    return\n if" * 20 == tokenizer.decode(tokens)
 
 
 @given(
