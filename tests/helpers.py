@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCABULARY = 96
+PATIENCE_S = 600.0
+"""How long tests wait for what must happen: never so long, but a busy machine may stand still."""
 
 
 def tiny_qwen3_moe(*, layers: int = 3, experts: int = 8, top_k: int = 2, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import random
 import tempfile
@@ -165,7 +166,7 @@ def _read_rate(fd: int, threads: int, records: int, record_bytes: int, seconds: 
     region = aligned_empty(threads * _PLACES * record_bytes)
     region.fill_(1)
     places = region.view(threads, _PLACES, record_bytes).numpy()
-    deadline = [0.0]
+    deadline = [math.inf]
     counting = threading.Event()
     done_bytes = [0] * threads
     errors: list[OSError] = []
@@ -174,7 +175,8 @@ def _read_rate(fd: int, threads: int, records: int, record_bytes: int, seconds: 
         generator = random.Random(index)
         turns = itertools.cycle([places[index, place].data for place in range(_PLACES)])
         try:
-            while time.perf_counter() < deadline[0]:
+            # Once at least, on a machine so busy that a thread has no turn before the deadline.
+            while time.perf_counter() < deadline[0] or not done_bytes[index]:
                 offset = generator.randrange(records) * record_bytes
                 count = pread_into(fd, next(turns), offset)
                 if counting.is_set():
@@ -182,13 +184,13 @@ def _read_rate(fd: int, threads: int, records: int, record_bytes: int, seconds: 
         except OSError as error:
             errors.append(error)
 
-    deadline[0] = time.perf_counter() + _WARM_UP_S + seconds
     workers = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(threads)]
     for worker in workers:
         worker.start()
     time.sleep(_WARM_UP_S)
-    counting.set()
     started_s = time.perf_counter()
+    deadline[0] = started_s + seconds
+    counting.set()
     for worker in workers:
         worker.join()
     elapsed_s = time.perf_counter() - started_s

@@ -33,6 +33,7 @@ from benchmarks.cpu_disk.turns import Timed, Turns
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ChildPython
 from specmoe_compile.bench.live_worker import LiveWorker
+from tests.helpers import PATIENCE_S
 
 MODEL = {
     "name": "m",
@@ -209,7 +210,7 @@ class FakeBench:
 
     def start(self, cell: Cell, stack: ExitStack, **_: Any) -> Started:
         self.started += 1
-        child = stack.enter_context(closing(ChildPython(["-c", self.code], timeout_s=30)))
+        child = stack.enter_context(closing(ChildPython(["-c", self.code], timeout_s=PATIENCE_S)))
         worker = LiveWorker.__new__(LiveWorker)
         worker._child, worker._result_path = child, Path("/nonexistent")
         return Started(worker=worker, cap=None)

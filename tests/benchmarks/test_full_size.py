@@ -29,8 +29,10 @@ from benchmarks.full_size.trace import (
     map_trace,
     record_reference,
 )
+from benchmarks.kit import turns
 from benchmarks.kit.turns import turn
 from specmoe_compile.runtime.session import Session
+from tests.helpers import PATIENCE_S
 
 CPU = torch.device("cpu")
 STD = 0.2  # so large that experts decide tokens
@@ -238,14 +240,23 @@ def test_processes_that_name_one_file_measure_in_turn(
 ) -> None:
     file = tmp_path / "turn"
     monkeypatch.setattr(qwen, "turns", file)
+    asked, lock = threading.Event(), fcntl.flock
+
+    def flock(held: Any, kind: int) -> None:
+        if kind == fcntl.LOCK_EX and threading.current_thread() is start:
+            asked.set()
+        lock(held, kind)
+
+    monkeypatch.setattr(turns.fcntl, "flock", flock)
     seen: list[Any] = []
     start = threading.Thread(
         target=lambda: seen.extend(measure_arms(qwen, ["cache_25"], "eager", 32, ("trace",)))
     )
     with turn(file):
         start.start()
-        start.join(timeout=4)
-        assert start.is_alive() and not seen  # ready long before, were it not for the other's turn
+        # It shares the lock while it prepares, and then wants it alone.
+        assert asked.wait(PATIENCE_S)
+        assert start.is_alive() and not seen
     start.join()
     assert seen[0]["trace"]["tpot_ms"]["p50"] > 0
 

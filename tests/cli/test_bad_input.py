@@ -21,7 +21,7 @@ from specmoe_compile.system import compilers
 from specmoe_compile.system.output import check_writable, sentence, user_error_or_none, write_json
 from specmoe_compile.system.sizes import parse_size
 from tests.cli.test_main import complaint
-from tests.helpers import save_tiny
+from tests.helpers import PATIENCE_S, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_json_to_a_pipe_is_read_at_its_other_end(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
     write_json(pipe, {"a": 1})
-    reader.join(30)
+    reader.join(PATIENCE_S)
     assert json.loads(got[0]) == {"a": 1}
     assert pipe.is_fifo()
 

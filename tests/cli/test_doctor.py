@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from specmoe_compile.bench.link_rates import measure_link
 from specmoe_compile.cli.doctor import _print, _store_or_none, advice
 from specmoe_compile.cli.main import run
 from specmoe_compile.runtime.store.writer import pack_records
+from tests.helpers import PATIENCE_S
 from tests.runtime.store_helpers import RandomSource
 
 
@@ -138,22 +142,54 @@ def test_the_link_of_this_machine() -> None:
         assert 0 < rate.gather_gbps < 1.2 * rates.large_copy_gbps
 
 
+class Lockstep:
+    """A clock that moves when all reader threads are in a read, and stops until counting begins.
+
+    Each read takes `read_s`; the main thread sleeps by the same clock.
+    """
+
+    def __init__(self, readers: int, read_s: float) -> None:
+        self.now_s, self.read_s, self.wakes_s = 0.0, read_s, math.inf
+        self.asleep, self.wakes, self.counts = (threading.Event() for _ in range(3))
+        self.all_read = threading.Barrier(readers, self.move, timeout=PATIENCE_S)
+
+    def move(self) -> None:
+        assert self.asleep.wait(PATIENCE_S)
+        self.now_s += self.read_s
+        if self.now_s >= self.wakes_s and not self.counts.is_set():
+            self.wakes.set()
+            assert self.counts.wait(PATIENCE_S)
+
+    def sleep(self, seconds: float) -> None:
+        self.wakes_s = seconds
+        self.asleep.set()
+        assert self.wakes.wait(PATIENCE_S)
+
+    def event(self) -> threading.Event:
+        return self.counts
+
+
 def test_reads_count_only_what_was_read_in_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With reads of known duration the rate is known: threads x size / duration."""
-    size, duration_s = 1 << 16, 0.02
+    size, readers, read_s = 1 << 16, 4, 1 / 64
+    clock = Lockstep(readers, read_s)
 
-    def slow_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
         assert offset % size == 0
-        probes.time.sleep(duration_s)
+        clock.all_read.wait()
         return sum(len(buffer) for buffer in buffers)
 
-    monkeypatch.setattr(probes.os, "preadv", slow_read)
-    rate = probes._read_rate(0, 4, 8, size, 0.5)
-    expected = 4 * size / duration_s / 1e9
-    # Threads start and end a read apart, and sleeping takes a little longer than asked.
-    assert 0.5 * expected < rate < 1.15 * expected
+    times = SimpleNamespace(perf_counter=lambda: clock.now_s, sleep=clock.sleep)
+    threads = SimpleNamespace(Thread=threading.Thread, Event=clock.event)
+    monkeypatch.setattr(probes, "time", times)
+    monkeypatch.setattr(probes, "threading", threads)
+    monkeypatch.setattr(probes.os, "preadv", read)
+    rate = probes._read_rate(0, readers, 8, size, 0.5)
+    reads = 1 + 32  # one is under way when counting begins, 32 follow in half a second
+    assert clock.now_s == 0.3125 + 32 * read_s
+    assert rate == pytest.approx(reads * readers * size / (32 * read_s) / 1e9)
 
 
 def healthy() -> dict[str, Any]:

@@ -16,12 +16,11 @@ from torch._inductor import cudagraph_trees
 import specmoe_compile
 from specmoe_compile.errors import SpecMoEError
 from tests.e2e.prompt_lengths import check_lengths, load_plain, offload
-from tests.helpers import greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
 
 pytestmark = pytest.mark.gpu
 
 STATIC = {"cache_implementation": "static"}
-WAIT_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_threads_forks_and_wrappers(pair: tuple[Any, Any], plain: Any, recorded:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive(), "it hangs"
     assert wrong == [] and recorded
     child = os.fork()

@@ -25,9 +25,8 @@ from specmoe_compile.hf import gpu_memory, run_ahead
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.graph_threads import GraphState
 from specmoe_compile.runtime.session import session_of
-from tests.helpers import greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
 
-WAIT_S = 120
 STEPS = 6
 
 
@@ -106,7 +105,7 @@ def test_a_kept_result_survives_other_threads_and_later_steps(captured: Any, pla
                 target=lambda t=token, c=caches[0], f=found: f.append(decode(captured, t, c))
             )
             thread.start()
-            thread.join(WAIT_S)
+            thread.join(PATIENCE_S)
             kept += found
             expected.append(decode(plain, token, caches[1]))
     assert Recorded.runs == len(kept) == 6, "every decode step is a graph"
@@ -137,7 +136,7 @@ def test_threads_generate_with_one_captured_model(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive(), "it hangs"
     assert wrong == [] and Recorded.runs > 0
 
@@ -172,7 +171,7 @@ def test_every_thread_sees_its_models_trees_and_gets_its_own_back(
     look()
     thread = threading.Thread(target=look)
     thread.start()
-    thread.join(WAIT_S)
+    thread.join(PATIENCE_S)
     assert len(seen) == 6, "a thread that PyTorch did not start has trees, too"
     assert len(set(seen)) == 2, "one for each model, whichever thread runs it"
     assert streams == []

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 import specmoe_compile
 from specmoe_compile import backend
 from specmoe_compile.hf.recompile_limit import RECOMPILE_LIMIT, raised_recompile_limit
-from tests.helpers import greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
 
 TOKENS = 6
-WAIT_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 def joined(thread: threading.Thread) -> None:
-    thread.join(WAIT_S)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive(), "it hangs"
 
 
@@ -112,7 +111,7 @@ def test_threads_on_one_wrapper(plain: Any, offloaded: Any, compiled_calls: list
 
         def hold_first(ids: Any, scores: Any, fails: bool = fails, begun: Any = begun) -> Any:
             if ids.shape[1] == 6:
-                assert begun.wait(WAIT_S), "the other thread never had a turn"
+                assert begun.wait(PATIENCE_S), "the other thread never had a turn"
                 if fails:
                     raise RuntimeError("planted")
             return scores
@@ -120,7 +119,7 @@ def test_threads_on_one_wrapper(plain: Any, offloaded: Any, compiled_calls: list
         def hold_second(ids: Any, scores: Any, begun: Any = begun, ended: Any = ended) -> Any:
             if ids.shape[1] == 5:
                 begun.set()
-                assert ended.wait(WAIT_S), "the first generation did not end"
+                assert ended.wait(PATIENCE_S), "the first generation did not end"
             return scores
 
         first, found_one = in_thread(
@@ -262,7 +261,7 @@ def test_a_forked_process_generates(plain: Any, offloaded: Any) -> None:
     try:
         child = os.fork()
         if child == 0:
-            signal.alarm(WAIT_S)
+            signal.alarm(int(PATIENCE_S))
             same = torch.equal(greedy(offloaded, other, 12), expected)
             os._exit(0 if same else 3)
         assert torch.equal(greedy(offloaded, other, 12), expected)
@@ -280,12 +279,12 @@ def test_recompile_limit_is_raised_for_each_thread_and_restored() -> None:
     def other() -> int:
         with raised_recompile_limit():
             inside.set()
-            leave.wait(WAIT_S)
+            leave.wait(PATIENCE_S)
             return config.recompile_limit
 
     with raised_recompile_limit():
         thread, found = in_thread(other)
-        assert inside.wait(WAIT_S)
+        assert inside.wait(PATIENCE_S)
         assert config.recompile_limit == RECOMPILE_LIMIT
     leave.set()
     joined(thread)

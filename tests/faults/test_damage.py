@@ -320,11 +320,11 @@ def test_a_header_of_an_absurd_length_is_refused(length: int, checkpoint: Path) 
 def test_hostile_indexes_are_refused(index: Any, expected: str, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint.parent / "secret.safetensors")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    began_s = time.monotonic()
+    began_s = time.process_time()
     with pytest.raises(CheckpointError, match=expected) as caught:
         check_checkpoint_folder(checkpoint)
     assert_one_sentence(caught.value)
-    assert time.monotonic() - began_s < 60, "no hang"
+    assert time.process_time() - began_s < 60, "no hang"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

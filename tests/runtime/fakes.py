@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from specmoe_compile.runtime.experts.module import ExpertsLayer, expert_parameter_names
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.runtime.transfer.base import Read
+from tests.helpers import PATIENCE_S
 
 E, K, H, INTERMEDIATE, L = 8, 2, 32, 48, 3
 
@@ -116,6 +119,34 @@ class SlowStore(ExpertStore):
 
     def close(self) -> None:
         self.closed = True
+
+
+def wait_until_reads_began(session: Session) -> None:
+    """Wait until no read from a session's `SlowStore` waits for a reader any more."""
+    total, store = session.stats.total, session.store
+    assert isinstance(store, SlowStore)
+    started = total.prefetches - total.cancelled_prefetches + total.misses
+    while len(store.reads) < started:
+        time.sleep(0.0005)
+
+
+def let_waits_last(session: Session, wait_s: float) -> None:
+    """Give a session a clock that stands still, except that its first wait for a read takes time.
+
+    Every read of that step has begun before the wait and ends with it, after `wait_s` seconds.
+    """
+    transfer, store = session.engine.transfer, session.store
+    assert transfer is not None and isinstance(store, SlowStore)
+    waiting, wait_any = threading.Event(), transfer.wait_any
+    store.before_read = lambda layer, expert: waiting.wait(PATIENCE_S) and None
+
+    def wait(awaited: Iterable[Read]) -> Read:
+        wait_until_reads_began(session)
+        waiting.set()
+        return wait_any(awaited)
+
+    transfer.now_s = lambda: wait_s if waiting.is_set() else 0.0  # type: ignore[method-assign]
+    transfer.wait_any = wait  # type: ignore[method-assign]
 
 
 def random_delays(seed: int, *, most_s: float = 0.001) -> Callable[[], float]:

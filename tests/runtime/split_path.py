@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.session import Session
+from tests.helpers import PATIENCE_S
 from tests.runtime.fakes import E, H, K, SlowStore, ram_store
 from tests.runtime.test_session import LAYERS, RECORD, make_session
 
@@ -59,7 +60,7 @@ def predict(kind: str, batch: Batch, generator: random.Random) -> tuple[Tensor, 
 def hold_readers(session: Session) -> threading.Event:
     """Occupy every reader until the event is set."""
     blocked = threading.Event()
-    session.store.before_read = lambda layer, expert: blocked.wait(10)  # type: ignore[attr-defined]
+    session.store.before_read = lambda layer, expert: blocked.wait(PATIENCE_S)  # type: ignore[attr-defined]
     assert session.engine.transfer is not None
     session.engine.transfer.start(
         2, [(e, torch.empty(RECORD, dtype=torch.uint8)) for e in range(4)]

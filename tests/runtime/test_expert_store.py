@@ -26,6 +26,7 @@ from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.runtime.store.writer import pack_records
 from specmoe_compile.system.aligned import aligned_empty
 from specmoe_compile.system.sizes import format_bytes, parse_size
+from tests.helpers import PATIENCE_S
 from tests.runtime.store_helpers import RandomSource, assert_record
 
 
@@ -327,20 +328,20 @@ def test_closing_waits_for_readers(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     def slow_preadv(*args: Any) -> int:
         started.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         return real_preadv(*args)
 
     store = DiskStore.open(folder)
     monkeypatch.setattr(os, "preadv", slow_preadv)
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(read, store, 0, 0)
-        assert started.wait(30)
+        assert started.wait(PATIENCE_S)
         closing = pool.submit(store.close)
         with pytest.raises(TimeoutError):
             closing.result(0.1)
         go_on.set()
-        closing.result(30)
-        reading.result(30)
+        closing.result(PATIENCE_S)
+        reading.result(PATIENCE_S)
 
 
 def test_a_failed_open_leaves_no_descriptor(folder: Path) -> None:

@@ -16,7 +16,15 @@ from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.policy.amount import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
 from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Issued, Read
-from tests.runtime.fakes import E, K, SlowStore, ram_store, token_batch
+from tests.runtime.fakes import (
+    E,
+    K,
+    SlowStore,
+    let_waits_last,
+    ram_store,
+    token_batch,
+    wait_until_reads_began,
+)
 from tests.runtime.split_path import predict, step
 from tests.runtime.test_session import LAYERS, make_session
 
@@ -42,15 +50,14 @@ def test_gate_stays_open_while_it_pays() -> None:
 
 
 def test_wrong_predictions_turn_a_layer_off() -> None:
-    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.001)
-    with make_session("one_token", store=store) as session:
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
         session.configure(Config())
         generator = random.Random(0)
         for token in range(4 * TRIAL_STEPS):
             batch = token_batch(token, 1)
             wrong = predict("wrong", batch, generator)
             ticket = session.start_prefetch(0, *wrong)
-            time.sleep(0.001)  # or nothing begins, and what has not begun costs nothing
+            wait_until_reads_began(session)  # what has not begun costs nothing
             step(session, 0, batch, ticket)
         assert session.stats.layers[0].prefetches <= K * (TRIAL_STEPS + 1)
         assert session.stats.layers[0].needed < 4 * TRIAL_STEPS * K, "and is predicted no more"
@@ -58,14 +65,13 @@ def test_wrong_predictions_turn_a_layer_off() -> None:
 
 
 def test_right_predictions_keep_a_layer_on() -> None:
-    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.004)
-    with make_session("one_token", store=store) as session:
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
         session.configure(Config())
         prefetches: list[Any] = []
         for token in range(3 * TRIAL_STEPS):
             batch = token_batch(token, 1)
             ticket = session.start_prefetch(0, *batch[1:])
-            time.sleep(0.003)
+            wait_until_reads_began(session)
             step(session, 0, batch, ticket)
             prefetches.append(session.stats.layers[0].prefetches)
         assert prefetches[-1] > prefetches[TRIAL_STEPS]
@@ -73,15 +79,14 @@ def test_right_predictions_keep_a_layer_on() -> None:
 
 def test_only_the_rank_that_errs_is_turned_off() -> None:
     """The heaviest guess is always right, the lightest always wrong."""
-    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.004)
-    with make_session("one_token", store=store) as session:
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
         session.configure(Config())
         for token in range(3 * TRIAL_STEPS):
             batch = _, ids, _ = token_batch(token, 1)
             wrong = next(e for e in range(E) if e not in ids[0].tolist())
             guess = torch.tensor([[int(ids[0, 0]), wrong]])
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
-            time.sleep(0.003)
+            wait_until_reads_began(session)
             step(session, 0, batch, ticket)
         judge = session.engine.judge
         heavy, light = judge.ranks[0]
@@ -149,14 +154,11 @@ def test_a_step_is_timed_with_what_it_lacked(pushed_out: int) -> None:
 
 
 def test_a_session_remembers_when_it_waited() -> None:
-    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.005)
-    with make_session("one_token", store=store) as session:
-        before_s = session.engine.residency.now_s()
+    with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
+        let_waits_last(session, 0.25)
         session.experts(0, *token_batch(0, 1))
-        after_s = session.engine.residency.now_s()
-        waited_ms = session.stats.layers[0].stall_ms
-        assert waited_ms > 0.0
+        assert session.stats.layers[0].stall_ms == 250.0
         assert isinstance(session.engine.residency, CachedResidency)
         stalled_s = session.engine.residency._stalled_s
-        assert stalled_s(before_s, after_s) == pytest.approx(waited_ms / 1e3)
-        assert stalled_s(0.0, before_s) == stalled_s(after_s, after_s + 1.0) == 0.0
+        assert (stalled_s(-1.0, 1.0), stalled_s(0.125, 1.0)) == (0.25, 0.125)
+        assert stalled_s(-1.0, 0.0) == stalled_s(0.25, 1.0) == 0.0

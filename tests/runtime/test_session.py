@@ -17,6 +17,7 @@ from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.cpu.engine import open_session
 from specmoe_compile.runtime.session import Session, get_session
 from specmoe_compile.runtime.transfer.base import DONE, Read
+from tests.helpers import PATIENCE_S
 from tests.runtime.fakes import (
     INTERMEDIATE,
     E,
@@ -25,6 +26,7 @@ from tests.runtime.fakes import (
     L,
     SlowStore,
     experts_layer,
+    let_waits_last,
     qwen_experts,
     ram_store,
     random_delays,
@@ -189,13 +191,14 @@ def test_close_ends_threads_and_store() -> None:
 
 
 def test_forgotten_session_closes_itself() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     session = make_session("half")
+    own = set(threading.enumerate()) - before
     handle, store = session.handle, session.store
     session.experts(0, *token_batch(0, 1))
     del session
     gc.collect()
-    assert threading.active_count() == before
+    assert len(own) == 4 and not any(thread.is_alive() for thread in own)
     assert store.closed  # type: ignore[attr-defined]
     with pytest.raises(SpecMoEError):
         get_session(handle)
@@ -243,13 +246,26 @@ def test_random_reader_errors_never_hang_or_corrupt(cache: str) -> None:
 
 
 def test_close_wakes_a_waiting_caller() -> None:
-    session = make_session("half")
-    hold = threading.Event()
-    session.store.before_read = lambda layer, expert: hold.wait(10)  # type: ignore[attr-defined]
-    threading.Timer(0.2, hold.set).start()
-    threading.Timer(0.05, session.close).start()
+    session = make_session("half", store=SlowStore(ram_store(LAYERS)))
+    transfer: Any = session.engine.transfer
+    hold, waiting, wait_any = threading.Event(), threading.Event(), transfer.wait_any
+    session.store.before_read = lambda layer, expert: hold.wait(PATIENCE_S)  # type: ignore[attr-defined]
+
+    def wait(awaited: Any) -> Any:
+        waiting.set()
+        return wait_any(awaited)
+
+    def close() -> None:
+        waiting.wait(PATIENCE_S)
+        session.close()
+
+    transfer.wait_any = wait
+    closing = threading.Thread(target=close)
+    closing.start()
     with pytest.raises(TransferError, match="closed"):
         in_time(lambda: session.experts(0, *token_batch(0, 1)))
+    hold.set()  # no read ended before: it is closing that woke the caller
+    closing.join()
     session.close()
 
 
@@ -267,32 +283,32 @@ def test_second_caller_waits_for_the_first(session: Session) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
 
 
 def test_all_misses_of_a_layer_are_read_at_once() -> None:
     with make_session("half", store=SlowStore(ram_store(LAYERS))) as session:
-        together = threading.Barrier(K, timeout=5)
+        together = threading.Barrier(K, timeout=PATIENCE_S)
         session.store.before_read = lambda layer, expert: together.wait()  # type: ignore[attr-defined]
         in_time(lambda: session.experts(0, *token_batch(0, 1)))
 
 
 def test_stall_is_the_time_spent_waiting() -> None:
-    store = SlowStore(ram_store(LAYERS), delay_s=lambda: 0.05)
-    with make_session("half", store=store) as session:
+    with make_session("half", store=SlowStore(ram_store(LAYERS))) as session:
+        let_waits_last(session, 0.05)
         session.experts(0, *token_batch(0, 1))
         first = session.stats.layers[0]
-        assert 40 < first.stall_ms < 500
-        assert 0.7 * first.demand_bytes < first.stall_bytes <= first.demand_bytes
+        assert first.stall_ms == 50.0
+        assert first.stall_bytes == first.demand_bytes == K * RECORD
         session.experts(0, *token_batch(0, 1))
         stats = session.stats
-        assert stats.layers[0].stall_ms == stats.total.stall_ms < 500
-        assert stats.read_busy_ms >= 49
+        assert stats.layers[0].stall_ms == stats.total.stall_ms == 50.0, "hits wait for nothing"
+        assert stats.read_busy_ms == 50.0
 
 
-def in_time(call: Any, seconds: float = 20.0) -> Any:
+def in_time(call: Any, seconds: float = PATIENCE_S) -> Any:
     """Return what `call` returns or raises; fail when it takes longer."""
     result: list[Any] = []
     errors: list[BaseException] = []

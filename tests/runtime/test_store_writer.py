@@ -20,6 +20,7 @@ from specmoe_compile.errors import StoreError
 from specmoe_compile.runtime.store import writer as store_writer
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.writer import pack_records
+from tests.helpers import PATIENCE_S
 from tests.runtime.store_helpers import RandomSource, assert_record
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def kill_at(folder: Path, layer: int) -> None:
         assert process.stdout.readline() == "there\n"
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        process.wait(PATIENCE_S)
         process.stdout.close()
 
 
@@ -137,7 +138,7 @@ def test_two_packers_do_not_collide(tmp_path: Path) -> None:
     first = start_packing(tmp_path / "store", slow)
     assert first.stdout is not None and first.stdout.readline() == "there\n"
     second = start_packing(tmp_path / "store", "pass")
-    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in (first, second)]
     assert outputs[0].splitlines()[-1] == "packed 0"
     assert outputs[1] == "reused 0\n"
     assert_store_holds(tmp_path / "store", RandomSource(layers=9))
@@ -192,7 +193,7 @@ def run_on_tmpfs(folder: Path, options: str, code: str) -> str:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr

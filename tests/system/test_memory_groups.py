@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from specmoe_compile.bench.memory_cap import memory_cap, why_not_permitted
@@ -158,11 +159,11 @@ def test_a_system_without_control_groups_has_none(tmp_path: Path) -> None:
 
 
 def test_the_smaller_of_system_and_groups_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = machine.available_ram_bytes()
-    monkeypatch.setattr(machine, "room_bytes_or_none", lambda: 5 * MIB)
-    assert machine.available_ram_bytes() == 5 * MIB
-    monkeypatch.setattr(machine, "room_bytes_or_none", lambda: 1 << 60)
-    assert machine.available_ram_bytes() > free // 2
+    free = psutil.virtual_memory()._replace(available=7 * MIB)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
+    for room, available in ((5 * MIB, 5 * MIB), (1 << 60, 7 * MIB), (None, 7 * MIB)):
+        monkeypatch.setattr(machine, "room_bytes_or_none", lambda room=room: room)
+        assert machine.available_ram_bytes() == available
 
 
 @pytest.mark.skipif(why_not_permitted() is not None, reason="control groups are not permitted here")

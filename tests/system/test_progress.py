@@ -11,8 +11,7 @@ import pytest
 
 from specmoe_compile.system import progress
 from specmoe_compile.system.progress import Progress, ProgressLines, on_progress, phase
-
-WAIT_S = 60
+from tests.helpers import PATIENCE_S
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Progress]]:
 
 
 def wait_until(said: threading.Event) -> None:
-    assert said.wait(WAIT_S), "nothing was told"
+    assert said.wait(PATIENCE_S), "nothing was told"
 
 
 def told_of(what: str) -> threading.Event:
@@ -65,6 +64,7 @@ def test_long_work_is_told_of_while_it_runs_and_when_it_ends(
 
 
 def test_short_work_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_S", PATIENCE_S)
     found: list[Progress] = []
     on_progress(found.append)
     with phase("short"):
@@ -149,7 +149,8 @@ def test_nothing_goes_to_standard_output(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines()[-1].startswith("specmoe: compiling decode took")
-    assert len(shown.err.splitlines()) == 2, "told once, though asked for twice"
+    lines = shown.err.splitlines()
+    assert len(set(lines)) == len(lines) >= 2, "told once, though asked for twice"
     with progress.progress_lines(enabled=False), phase("compiling decode"):
         wait_until(told_of("compiling decode"))
     assert capsys.readouterr().err == ""

@@ -16,6 +16,7 @@ from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_sessi
 from specmoe_compile.runtime.cuda.page_lock import PageLock
 from specmoe_compile.runtime.cuda.supply import MIN_BUFFERS, StagedSupply
 from specmoe_compile.system.aligned import aligned_empty
+from tests.helpers import PATIENCE_S
 from tests.runtime.cuda.fake_cudart import FakeCudart
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
@@ -101,7 +102,7 @@ def test_what_is_there_runs_before_what_is_read(disk: Disk) -> None:
     other = next(expert for expert in range(E) if expert not in wanted)
     ids = torch.tensor([[int(batch[1][0, 0]), other]])
     held = threading.Event()
-    disk.store.before_read = lambda layer, expert: held.wait(10)  # type: ignore[assignment, return-value]
+    disk.store.before_read = lambda layer, expert: held.wait(PATIENCE_S)  # type: ignore[assignment, return-value]
     state = disk.session.wait_prefetch(-1, 0, ids)
     partial = disk.session.run_resident_experts(0, batch[0], ids, batch[2], state)
     held.set()

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from specmoe_compile.errors import StoreError, TransferError
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.writer import pack_records
 from specmoe_compile.runtime.transfer import disk
-from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Ticket
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 from specmoe_compile.system.aligned import aligned_empty
+from tests.helpers import PATIENCE_S
 from tests.runtime.fakes import (
     E,
     K,
@@ -43,6 +44,16 @@ def buffers(experts: list[int]) -> list[tuple[int, Tensor]]:
     return [(expert, torch.zeros(RECORD, dtype=torch.uint8)) for expert in experts]
 
 
+def held(event: threading.Event, *experts: int) -> Callable[[int, int], None]:
+    """What a store does before a read: those of these experts wait for the event; none: all do."""
+
+    def before_read(layer: int, expert: int) -> None:
+        if not experts or expert in experts:
+            event.wait(PATIENCE_S)
+
+    return before_read
+
+
 @pytest.fixture
 def store() -> SlowStore:
     return SlowStore(RECORDS)
@@ -60,7 +71,7 @@ def transfer(store: SlowStore) -> Iterator[DiskTransfer]:
 def hold(store: SlowStore, transfer: DiskTransfer) -> Iterator[threading.Event]:
     """Keep the reader busy with expert 7 of layer 1 until the event is set."""
     event = threading.Event()
-    store.before_read = lambda layer, expert: event.wait(10) and None
+    store.before_read = held(event)
     transfer.start(1, buffers([7]))
     while not store.reads:
         time.sleep(0.001)
@@ -123,7 +134,9 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=2)
     transfer._queue.max_guesses = 1
     event = threading.Event()
-    store.before_read = lambda layer, expert: (event.wait(10) if expert < 4 else True) and None
+    store.before_read = lambda layer, expert: (
+        (event.wait(PATIENCE_S) if expert < 4 else True) and None
+    )
     guess = transfer.start(0, buffers([0, 1, 2]), speculative=True)
     demand = transfer.start(0, buffers([5, 6]))
     demand.wait()
@@ -136,12 +149,13 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
 def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=4)
     events = [threading.Event() for _ in range(E)]
-    store.before_read = lambda layer, expert: events[expert].wait(10) and None
+    store.before_read = lambda layer, expert: events[expert].wait(PATIENCE_S) and None
     demand = transfer.start(0, buffers([0, 1]))
     guess = transfer.start(1, buffers([5]), speculative=True).reads[5]
     while len(store.reads) < 2:
         time.sleep(0.001)
-    time.sleep(0.02)
+    with transfer._mutex:
+        assert transfer._queue.begin_or_none(0.0) is None, "a reader that asks gets no guess"
     assert guess.state == QUEUED
     events[0].set()
     demand.wait(0)
@@ -159,7 +173,9 @@ def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=2)
     transfer._queue.max_guesses = 1
     event = threading.Event()
-    store.before_read = lambda layer, expert: (event.wait(10) if expert == 0 else True) and None
+    store.before_read = lambda layer, expert: (
+        (event.wait(PATIENCE_S) if expert == 0 else True) and None
+    )
     guess = transfer.start(0, buffers([0, 1]), speculative=True)
     while guess.reads[0].state == QUEUED:
         time.sleep(0.001)
@@ -196,7 +212,9 @@ def test_error_reaches_every_waiter_and_spares_the_others(
 def test_wait_any_returns_the_first_that_arrives(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=2)
     event = threading.Event()
-    store.before_read = lambda layer, expert: (event.wait(10) if expert == 0 else True) and None
+    store.before_read = lambda layer, expert: (
+        (event.wait(PATIENCE_S) if expert == 0 else True) and None
+    )
     reads = transfer.start(0, buffers([0, 1])).reads
     assert transfer.wait_any(reads.values()).expert == 1
     event.set()
@@ -208,26 +226,52 @@ def test_close_cancels_what_is_queued_and_ends_the_threads(
     store: SlowStore, transfer: DiskTransfer, hold: threading.Event
 ) -> None:
     ticket = transfer.start(0, buffers([0]))
-    threading.Timer(0.05, hold.set).start()
-    transfer.close()
+    readers = [t for t in threading.enumerate() if t.name.startswith("specmoe-reader")]
+    closing = threading.Thread(target=transfer.close)
+    closing.start()
+    while ticket.reads[0].state == QUEUED:  # taken back at once, though a read is under way
+        time.sleep(0.001)
+    hold.set()
+    closing.join()
     transfer.close()
     assert ticket.reads[0].state == CANCELLED
-    assert not any(thread.is_alive() for thread in transfer._threads)
+    assert readers and not any(thread.is_alive() for thread in readers)
     with pytest.raises(TransferError):
         ticket.wait()
     with pytest.raises(TransferError, match="closed"):
         transfer.start(0, buffers([1]))
 
 
-def test_busy_time_is_the_time_in_which_something_is_read(store: SlowStore) -> None:
-    transfer = DiskTransfer(SlowStore(RECORDS, delay_s=lambda: 0.05), reader_threads=2)
-    transfer.start(0, buffers([0, 1])).wait()
-    time.sleep(0.05)
-    transfer.start(0, buffers([2])).wait()
-    assert 99 < transfer.busy_ms < 1000
-    before_ms = transfer.busy_ms
-    time.sleep(0.02)
-    assert transfer.busy_ms == before_ms
+def test_busy_time_is_the_time_in_which_something_is_read(
+    store: SlowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1.0]
+    monkeypatch.setattr(DiskTransfer, "now_s", lambda self: clock[0])
+    transfer = DiskTransfer(store, reader_threads=2)
+    read = [threading.Event() for _ in range(3)]
+    store.before_read = lambda layer, expert: read[expert].wait(PATIENCE_S) and None
+
+    def begin(experts: list[int]) -> Ticket:
+        ticket = transfer.start(0, buffers(experts))
+        while any(started.state == QUEUED for started in ticket.reads.values()):
+            time.sleep(0.001)
+        return ticket
+
+    assert transfer.busy_ms == 0.0
+    both = begin([0, 1])
+    for expert, now_s in ((0, 2.0), (1, 4.0)):
+        clock[0] = now_s
+        read[expert].set()
+        both.wait(expert)
+    clock[0] = 9.0
+    assert transfer.busy_ms == 3000.0, "two at once count once, and a pause does not count"
+    last = begin([2])
+    clock[0] = 9.5
+    assert transfer.busy_ms == 3500.0, "what is under way counts"
+    read[2].set()
+    last.wait()
+    clock[0] = 20.0
+    assert transfer.busy_ms == 3500.0
     transfer.close()
 
 
@@ -241,7 +285,7 @@ def test_reads_go_on_in_a_forked_process(
     queued = transfer.start(0, requests)
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(int(PATIENCE_S))
         hold.set()
         busy.wait()
         queued.wait()
