@@ -7,18 +7,15 @@ Face model, and a `Session` ties them together.
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
-from specmoe_compile.errors import StoreError, UnsupportedModelError
+from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.guards import refuse_adapted_experts
 from specmoe_compile.hf.missing_weights import MissingWeights
@@ -27,13 +24,27 @@ from specmoe_compile.hf.model_loader import (
     checked_dtype,
     load_without_experts,
 )
+from specmoe_compile.hf.offload_options import (
+    OffloadOptions,
+    StoreKind,
+    check_choice,
+    checked_options,
+)
 from specmoe_compile.hf.packing import pack_source
 from specmoe_compile.hf.ranks import Ranks, device_of_rank, join_ranks, ranks_of_or_none
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
+from specmoe_compile.hf.tier_sizes import (
+    COMPILING_BYTES,
+    check_ram,
+    check_room,
+    choose_cache_bytes,
+    choose_store,
+    rest_bytes_of,
+    total_bytes_of,
+)
 from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.cpu.engine import open_session
-from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
 from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
@@ -54,34 +65,8 @@ from specmoe_compile.runtime.store.module_source import (
 from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.runtime.store.slice import SliceSource, SliceStore
-from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.progress import phase, progress_lines
-from specmoe_compile.system.sizes import format_bytes, parse_size
-
-logger = logging.getLogger(__name__)
-
-StoreKind = Literal["auto", "ram", "disk"]
-
-_DEFAULT_CACHE = "25%"
-_RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
-_COMPILING_BYTES = 512 << 20
-"""RAM that compiling takes besides: 350 MiB of the C++ compiler, and Inductor's own modules."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """What both entry points take, checked."""
-
-    device: torch.device
-    quantize: str | None
-    store: StoreKind
-    expert_cache: int | str | None
-    store_dir: Path | None
-    cache_policy: Policy
-    reader_threads: int
-    verify: bool
-    progress: bool
 
 
 def from_pretrained(
@@ -144,7 +129,7 @@ def from_pretrained(
         StoreError: the store cannot be written, or holds something else.
         UnsupportedModelError: the model has no experts that can be offloaded.
     """
-    options = _checked(
+    options = checked_options(
         device,
         quantize,
         store,
@@ -155,7 +140,7 @@ def from_pretrained(
         verify,
         progress,
     )
-    _check_choice("missing_weights", missing_weights, get_args(MissingWeights))
+    check_choice("missing_weights", missing_weights, get_args(MissingWeights))
     if hf_kwargs.get("distributed_config") is not None:
         options = replace(options, device=device_of_rank(options.device))
         if options.device.type == "cuda":
@@ -181,15 +166,15 @@ def from_pretrained(
         nonlocal compiling_bytes
         layers: Sequence[StoreLayer] = [layer.store_layer for layer in skeleton.layers]
         here = 1 if ranks is None else ranks.on_machine  # they share its RAM
-        rest_bytes = here * _rest_bytes(skeleton, options)
-        cache_bytes: int | None = _cache_bytes(options, layers, skeleton.top_k, rest_bytes)
-        kind = _store_kind(options, here * _total_bytes(layers), rest_bytes=rest_bytes)
+        rest_bytes = here * rest_bytes_of(skeleton, options)
+        cache_bytes: int | None = choose_cache_bytes(options, layers, skeleton.top_k, rest_bytes)
+        kind = choose_store(options, here * total_bytes_of(layers), rest_bytes=rest_bytes)
         if options.device.type == "cpu":
             if kind == "ram":
                 cache_bytes = None
             elif options.store == "auto":
-                _check_room(cache_bytes, rest_bytes)
-                compiling_bytes = _COMPILING_BYTES
+                check_room(cache_bytes, rest_bytes)
+                compiling_bytes = COMPILING_BYTES
         store_of = _fill_store(skeleton.source, kind, options, ranks)
         placed.append((skeleton, store_of, cache_bytes))
 
@@ -253,7 +238,7 @@ def offload(
         )
         base.eval()
         return model
-    options = _checked(
+    options = checked_options(
         device,
         quantize,
         store,
@@ -284,10 +269,10 @@ def offload(
     if options.quantize is not None:
         quantising = QuantisingSource(plain, layers, options.quantize)
         source, layers = quantising, list(quantising.experts_layers)
-    cache_bytes: int | None = _cache_bytes(options, source.layers, top_k)
-    total_bytes = _total_bytes(source.layers)
-    in_ram = _total_bytes(plain.layers) if all(plain.on_cpu) and source is plain else 0
-    kind = _store_kind(options, total_bytes, freed_bytes=in_ram)
+    cache_bytes: int | None = choose_cache_bytes(options, source.layers, top_k)
+    total_bytes = total_bytes_of(source.layers)
+    in_ram = total_bytes_of(plain.layers) if all(plain.on_cpu) and source is plain else 0
+    kind = choose_store(options, total_bytes, freed_bytes=in_ram)
     devices = expert_devices(layers)
     expert_store: ExpertStore
     if kind == "ram" and options.device.type == "cpu":
@@ -352,7 +337,7 @@ def _attach(
     store: ExpertStore,
     cache_bytes: int | None,
     top_k: int,
-    options: _Options,
+    options: OffloadOptions,
 ) -> None:
     """Create the session that owns the store, and tie it to the model."""
     if options.device.type == "cuda":
@@ -383,7 +368,7 @@ def _attach(
 def _fill_store(
     source: RecordSource,
     kind: Literal["ram", "disk"],
-    options: _Options,
+    options: OffloadOptions,
     ranks: Ranks | None = None,
 ) -> ExpertStore:
     """Open or make the store of a model's experts; with `ranks`, of the part that is this rank's.
@@ -397,7 +382,7 @@ def _fill_store(
     whole = source
     if ranks is not None:
         source = SliceSource(whole, ranks.rank, ranks.size)
-    _check_ram(_total_bytes(source.layers))
+    check_ram(total_bytes_of(source.layers))
     node = gpu_node_or_none(options.device)
     if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
         found: ExpertStore = open_matching(
@@ -408,164 +393,3 @@ def _fill_store(
         with contextlib.closing(found):
             return RamStore.from_store(found, progress=options.progress, numa_node=node)
     return RamStore.from_source(source, progress=options.progress, numa_node=node)
-
-
-def _check_ram(total_bytes: int) -> None:
-    available = available_ram_bytes()
-    if total_bytes > available:
-        raise StoreError(
-            f"The experts need {format_bytes(total_bytes)} of RAM, {format_bytes(available)} are "
-            "free. Use store='disk'."
-        )
-
-
-def _rest_bytes(skeleton: Skeleton, options: _Options) -> int:
-    """Bytes of RAM that the parameters other than experts will take."""
-    if options.device.type != "cpu":
-        return 0
-    experts = sum(layer.total_bytes for layer in skeleton.source.layers)
-    every = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
-    return max(every - experts, 0)
-
-
-def _check_room(cache_bytes: int | None, rest_bytes: int) -> None:
-    """Raise `StoreError` where not even a store on disk leaves enough RAM for the model.
-
-    Where it leaves too little to compile, that is a warning: the model runs without.
-    """
-    cache_bytes = cache_bytes or 0
-    available = available_ram_bytes()
-    needs = (
-        f"The model needs {format_bytes(rest_bytes)} of RAM besides its experts,"
-        f" {format_bytes(cache_bytes)} for the expert cache and"
-        f" {format_bytes(_COMPILING_BYTES)} to compile, {format_bytes(available)} are free."
-        " Free some RAM, raise the memory limit, give a smaller expert_cache, or try it all the"
-        " same with store='disk'."
-    )
-    if rest_bytes + cache_bytes > available:
-        raise StoreError(needs)
-    if rest_bytes + cache_bytes + _COMPILING_BYTES > available:
-        logger.warning("%s Without torch.compile it runs as it is.", needs)
-
-
-def _store_kind(
-    options: _Options, total_bytes: int, *, rest_bytes: int = 0, freed_bytes: int = 0
-) -> Literal["ram", "disk"]:
-    """Choose the slow tier; "auto" says which one it took.
-
-    Args:
-        options: of the load.
-        total_bytes: of the experts.
-        rest_bytes: RAM that the rest of the model has yet to take.
-        freed_bytes: RAM that is given back as the experts move.
-    """
-    if options.store != "auto":
-        return options.store
-    taken = rest_bytes + (_COMPILING_BYTES if options.device.type == "cpu" else 0)
-    available = max(available_ram_bytes() + freed_bytes - taken, 0)
-    kind: Literal["ram", "disk"] = "ram" if total_bytes <= _RAM_SHARE * available else "disk"
-    logger.info(
-        "store='auto' puts %s of experts on %s: %s of RAM are left for them.",
-        format_bytes(total_bytes),
-        kind,
-        format_bytes(available),
-    )
-    return kind
-
-
-def _total_bytes(layers: Sequence[StoreLayer]) -> int:
-    return sum(layer.total_bytes for layer in layers)
-
-
-def _cache_bytes(
-    options: _Options, layers: Sequence[StoreLayer], top_k: int, rest_bytes: int = 0
-) -> int:
-    """Return the expert cache's size; raises `ValueError` if one token's experts do not fit.
-
-    The default is 25 %, less where the cache is in RAM and `_RAM_SHARE` of what `rest_bytes` leave
-    free there is less.
-    """
-    total_bytes = _total_bytes(layers)
-    # A session gives every layer the same number of slots, or as many as it has experts.
-    slot_bytes = sum(layer.layout.record_bytes for layer in layers)
-    needed = min(top_k, max(layer.num_experts for layer in layers)) * slot_bytes
-    if options.expert_cache is None:
-        default = parse_size(_DEFAULT_CACHE, total_bytes=total_bytes)
-        if options.device.type == "cpu":
-            free = available_ram_bytes() - rest_bytes - _COMPILING_BYTES
-            default = min(default, int(_RAM_SHARE * free))
-        return max(needed, default)
-    size_bytes = parse_size(options.expert_cache, total_bytes=total_bytes)
-    if size_bytes == 0:
-        return 0
-    if size_bytes >= total_bytes:
-        return max(layer.num_experts for layer in layers) * slot_bytes
-    if size_bytes < needed:
-        percent = math.ceil(1000 * needed / total_bytes) / 10
-        raise ValueError(
-            f"expert_cache={options.expert_cache!r} is {format_bytes(size_bytes)}, but one token "
-            f"uses {top_k} experts in each of {len(layers)} layers, {format_bytes(needed)} in all. "
-            f"Give at least {needed} bytes ({percent}% of the experts)."
-        )
-    return size_bytes
-
-
-def _checked(
-    device: str | torch.device,
-    quantize: str | None,
-    store: str,
-    expert_cache: int | str | None,
-    store_dir: str | os.PathLike[str] | None,
-    cache_policy: str,
-    reader_threads: int,
-    verify: bool,
-    progress: bool,
-) -> _Options:
-    """Check the options that need no model; raises `ValueError` or `TypeError`."""
-    for name, value, kinds in (
-        ("store", store, get_args(StoreKind)),
-        ("cache_policy", cache_policy, get_args(Policy)),
-    ):
-        _check_choice(name, value, kinds)
-    if isinstance(reader_threads, bool) or not isinstance(reader_threads, int):
-        raise TypeError(f"reader_threads={reader_threads!r} must be an int.")
-    if reader_threads < 1:
-        raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
-    if expert_cache is not None:
-        parse_size(expert_cache, total_bytes=1 << 40)
-    return _Options(
-        device=_checked_device(device),
-        quantize=checked_quantize(quantize),
-        store=store,  # type: ignore[arg-type]
-        expert_cache=expert_cache,
-        store_dir=None if store_dir is None else Path(store_dir).expanduser(),
-        cache_policy=cache_policy,  # type: ignore[arg-type]
-        reader_threads=reader_threads,
-        verify=verify,
-        progress=progress,
-    )
-
-
-def _check_choice(name: str, value: object, kinds: Sequence[str]) -> None:
-    if value not in kinds:
-        raise ValueError(f"{name}={value!r} is not valid: choose {', '.join(map(repr, kinds))}.")
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    """Resolve "auto" and check that the device is there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r} is not a device: give 'auto', 'cpu' or 'cuda'."
-        ) from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r} is not supported: give 'auto', 'cpu' or 'cuda'.")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={device!r} is not possible: PyTorch sees no CUDA device here. Use "
-            "device='cpu'."
-        )
-    return resolved

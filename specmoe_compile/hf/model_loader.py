@@ -15,37 +15,39 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel
 
 from specmoe_compile.errors import CheckpointError, SpecMoEError, UnsupportedModelError
 from specmoe_compile.hf.adapter import Adapter
-from specmoe_compile.hf.checkpoint import Checkpoint, check_checkpoint_folder
-from specmoe_compile.hf.conversion import CheckpointSource, KeyAssignment, assign_checkpoint_keys
+from specmoe_compile.hf.checkpoint import Checkpoint
+from specmoe_compile.hf.conversion import CheckpointSource
+from specmoe_compile.hf.key_assignment import KeyAssignment, assign_checkpoint_keys
 from specmoe_compile.hf.load_options import (
     HUB_OPTIONS,
     LOADER_OPTIONS,
     checked_options,
-    refuse_unknown,
 )
 from specmoe_compile.hf.missing_weights import (
     MissingWeights,
     missing_before_loading,
     report_missing,
 )
-from specmoe_compile.hf.quantised.base import QuantisedFormat
+from specmoe_compile.hf.model_config import (
+    check_local_folder,
+    first_sentence,
+    hub_error,
+    load_model_config,
+    model_class_of,
+    modelopt_or_none,
+)
 from specmoe_compile.hf.quantised.schemes import (
-    MODELOPT_FILE,
     PlainKeys,
-    format_of_file_or_none,
     plain_keys,
     take_format,
 )
@@ -109,13 +111,13 @@ def load_without_experts(
     options = checked_options(hf_options)
     if str(path_or_id).startswith("~"):
         path_or_id = Path(path_or_id).expanduser()
-    _check_local_folder(path_or_id, options)
+    check_local_folder(path_or_id, options)
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    config = _load_config(path_or_id, options, hub_options)
-    format = take_format(config) or _modelopt_or_none(path_or_id, hub_options)
+    config = load_model_config(path_or_id, options, hub_options)
+    format = take_format(config) or modelopt_or_none(path_or_id, hub_options)
     if format is not None and dtype == "auto" and getattr(config, "dtype", None) is None:
         dtype = torch.bfloat16  # not that of the first tensor, which may be one of codes
-    model_class = _model_class(path_or_id, config, options, hub_options)
+    model_class = model_class_of(path_or_id, config, options, hub_options)
     called: list[bool] = []
     read_adapters: list[Adapter] = []
     check_first = missing_weights == "error"
@@ -173,12 +175,12 @@ def load_without_experts(
             output_loading_info=True,
         )
     except OSError as error:
-        raise _hub_error(path_or_id, error) from error
+        raise hub_error(path_or_id, error) from error
     except ValueError as error:
         if "Cannot evenly shard" not in str(error):
             raise
         raise UnsupportedModelError(
-            f"{path_or_id}: {_first_sentence(error)} Start as many processes as divide the experts."
+            f"{path_or_id}: {first_sentence(error)} Start as many processes as divide the experts."
         ) from error
     if not called:
         raise SpecMoEError(
@@ -298,111 +300,3 @@ def _apply_dtype_plan(model: PreTrainedModel, plan: Mapping[str, torch.dtype]) -
                     parameter = getattr(module, parameter_name)
                     kept = torch.nn.Parameter(parameter.to(dtype), requires_grad=False)
                     module.register_parameter(parameter_name, kept)
-
-
-def _check_local_folder(path_or_id: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """Check a local folder first: its problems get a clearer message here than further down."""
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        check_checkpoint_folder(folder / options.get("subfolder", ""), options.get("variant"))
-    elif folder.exists():
-        raise CheckpointError(
-            f"{folder} is a file; give the model's folder or its name on the hub."
-        )
-    elif folder.is_absolute() or str(path_or_id).startswith(".") or len(folder.parts) > 2:
-        raise CheckpointError(f"There is no model folder {folder}.")
-
-
-def _load_config(
-    path_or_id: str | os.PathLike[str], options: Mapping[str, Any], hub_options: dict[str, Any]
-) -> Any:
-    """Load the configuration with the caller's changes; raises `ValueError` for an unknown one."""
-    changes = {
-        name: value
-        for name, value in options.items()
-        if name not in HUB_OPTIONS and name not in LOADER_OPTIONS
-    }
-    config = deepcopy(options.get("config"))  # what it says about quantisation is taken out
-    unknown: Mapping[str, Any] = changes
-    if not isinstance(config, transformers.PretrainedConfig):
-        try:
-            config, unknown = AutoConfig.from_pretrained(
-                config or path_or_id,
-                return_unused_kwargs=True,
-                trust_remote_code=options.get("trust_remote_code", False),
-                **hub_options,
-                **changes,
-            )
-        except OSError as error:
-            raise _hub_error(path_or_id, error) from error
-        except ValueError as error:
-            if "does not recognize this architecture" not in str(error):
-                raise
-            raise UnsupportedModelError(f"{path_or_id}: {_first_sentence(error)}") from error
-    refuse_unknown([name for name in unknown if name not in hub_options], type(config).__name__)
-    return config
-
-
-def _modelopt_or_none(
-    path_or_id: str | os.PathLike[str], hub_options: Mapping[str, Any]
-) -> QuantisedFormat | None:
-    """What a file of ModelOpt's says that exports without a `quantization_config` have.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        UnsupportedModelError: specmoe does not read that format.
-    """
-    found = cached_file(
-        str(path_or_id),
-        MODELOPT_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_options,
-    )
-    return None if found is None else format_of_file_or_none(Path(found))
-
-
-def _model_class(
-    path_or_id: str | os.PathLike[str],
-    config: Any,
-    options: Mapping[str, Any],
-    hub_options: Mapping[str, Any],
-) -> type[PreTrainedModel]:
-    """Return the class to load: the checkpoint's own if it can generate, else the usual one.
-
-    Raises:
-        UnsupportedModelError: transformers has no generating model for this configuration.
-    """
-    remote = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    if remote and options.get("trust_remote_code", False):
-        code_options = {k: v for k, v in options.items() if k == "code_revision"}
-        remote_class: type[PreTrainedModel] = get_class_from_dynamic_module(
-            remote, path_or_id, **code_options, **hub_options
-        )
-        return remote_class
-    for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
-            return named
-    for auto_class in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForImageTextToText,
-    ):
-        if type(config) in auto_class._model_mapping:
-            found: Any = auto_class._model_mapping[type(config)]
-            first: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
-            return first
-    raise UnsupportedModelError(
-        f"transformers has no text-generating model for {type(config).__name__}."
-    )
-
-
-def _hub_error(path_or_id: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    what = "" if Path(path_or_id).exists() else " is no local folder, and"
-    return CheckpointError(f"{path_or_id}{what} cannot be loaded: {_first_sentence(error)}")
-
-
-def _first_sentence(error: Exception) -> str:
-    """Return the first sentence of a message of transformers, which often give whole lectures."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0].rstrip(".") + "."

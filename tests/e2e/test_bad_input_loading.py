@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import specmoe_compile
-from specmoe_compile import api as loading
 from specmoe_compile.errors import CheckpointError, StoreError, UnsupportedModelError
+from specmoe_compile.hf import tier_sizes
 from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store.disk import DiskStore
 from tests.runtime import tiny_checkpoints
@@ -304,7 +304,7 @@ def _full_after(pwrite: Any, writes: int) -> Any:
 
 
 def test_too_little_ram(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: 1000)
+    monkeypatch.setattr(tier_sizes, "available_ram_bytes", lambda: 1000)
     match = r"The experts need .* of RAM, 1000 B are free\. Use store='disk'\."
     refuse(StoreError, match, folder, tmp_path, store="ram")
 

@@ -19,9 +19,9 @@ import transformers
 from torch._dynamo.exc import BackendCompilerFailed
 
 import specmoe_compile
-from specmoe_compile import api as loading
-from specmoe_compile import backend
+from specmoe_compile import api, backend
 from specmoe_compile.errors import StoreError, UnsupportedModelError
+from specmoe_compile.hf import tier_sizes
 from specmoe_compile.hf.packing import pack
 from specmoe_compile.runtime.experts.module import find_experts_layers
 from specmoe_compile.runtime.session import session_of
@@ -29,6 +29,7 @@ from specmoe_compile.runtime.store import module_source
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.system.machine import cache_folder
+from tests.helpers import PATIENCE_S
 from tests.runtime import tiny_checkpoints
 from tests.runtime.test_packing import (
     assert_holds_model,
@@ -152,7 +153,7 @@ def run_python(code: str) -> str:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert process.returncode == 0, process.stderr
@@ -161,8 +162,8 @@ def run_python(code: str) -> str:
 
 def set_free_ram(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     """Beside what compiling takes."""
-    total = free_bytes + loading._COMPILING_BYTES
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: total)
+    total = free_bytes + tier_sizes.COMPILING_BYTES
+    monkeypatch.setattr(tier_sizes, "available_ram_bytes", lambda: total)
 
 
 @pytest.mark.parametrize(("free_share", "expected"), [(1.5, "disk"), (1.8, "ram")])
@@ -194,7 +195,7 @@ def session_slots(model: Any) -> int:
 
 
 def test_auto_refuses_what_would_be_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_ram_bytes", lambda: 50_000)
+    monkeypatch.setattr(tier_sizes, "available_ram_bytes", lambda: 50_000)
     with pytest.raises(StoreError, match=r"512\.0 MiB to compile, 48\.8 KiB are free") as caught:
         load(folder, store="auto")
     assert str(caught.value).endswith("store='disk'.")
@@ -204,7 +205,7 @@ def test_auto_refuses_what_would_be_killed(folder: Path, monkeypatch: pytest.Mon
 def test_auto_runs_uncompiled_where_compiling_would_be_killed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (loading, backend):
+    for module in (tier_sizes, backend):
         monkeypatch.setattr(module, "available_ram_bytes", lambda: 500 << 20)
     model = load(folder, store="auto")
     assert session_of(model).store.kind == "disk"
@@ -221,7 +222,7 @@ def test_auto_runs_uncompiled_where_compiling_would_be_killed(
 def test_the_default_cache_leaves_room_where_ram_is_short(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_DEFAULT_CACHE", "100%")
+    monkeypatch.setattr(tier_sizes, "_DEFAULT_CACHE", "100%")
     assert session_slots(load(folder, store="disk")) == 8
     model = tiny_checkpoints.build("qwen3_moe")
     layers = find_experts_layers(model)
@@ -378,7 +379,7 @@ def test_an_offload_that_fails_at_the_end_leaves_the_model_whole(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no session today")
 
-    monkeypatch.setattr(loading, "open_session", fail)
+    monkeypatch.setattr(api, "open_session", fail)
     with pytest.raises(RuntimeError, match="no session today"):
         specmoe_compile.offload(model, device="cpu", store=store, progress=False)
     assert torch.equal(generate(model), expected)
