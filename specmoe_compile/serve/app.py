@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -80,7 +82,7 @@ def make_app(
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
         endpoints.check_model(asked.model)
-        job = completion_job(asked, engine.tokenizer, engine.max_context)
+        job = await _apart(completion_job, asked, engine)
         return await endpoints.answer(
             request, asked, job, CompletionAnswer(name, choices=job.choices)
         )
@@ -89,7 +91,7 @@ def make_app(
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         endpoints.check_model(asked.model)
-        job = chat_job(asked, engine.tokenizer, engine.max_context)
+        job = await _apart(chat_job, asked, engine)
         answer = ChatAnswer(
             name,
             choices=job.choices,
@@ -105,6 +107,14 @@ def make_app(
 def _route(request: Request) -> str:
     """The endpoint's own path, so that what clients make up is no label."""
     return str(getattr(request.scope.get("route"), "path", "other"))
+
+
+async def _apart(make_job: Callable[[Any, Any, int], Job], asked: Any, engine: Engine) -> Job:
+    """Make a job in another thread: reading a prompt of megabytes takes a minute.
+
+    Meanwhile other streams go on; tokenizers let go of the interpreter.
+    """
+    return await run_in_threadpool(make_job, asked, engine.tokenizer, engine.max_context)
 
 
 async def _body(request: Request) -> Any:
