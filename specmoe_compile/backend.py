@@ -24,6 +24,7 @@ from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.system.compilers import check_compiler
+from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
 from specmoe_compile.system.sizes import format_bytes
@@ -36,11 +37,6 @@ log = logging.getLogger(__name__)
 
 ATTENTION_DEVICES = ("cuda",)
 """Where `read_filled_cache` rewrites attention."""
-
-MIN_PARALLEL_ELEMENTS = 16384
-"""Elements of a loop per thread, below which OpenMP's threads do not pay on a CPU: Inductor's own
-bound of 512 is a tenth of a microsecond of work, and a parallel region costs several, or a slice of
-the scheduler where another process has one of the cores."""
 
 Compiled = Callable[..., Any]
 
@@ -205,15 +201,9 @@ def _lower(
     patches = {
         "post_grad_custom_pre_pass": speculation,
         "freezing": False,
-        "cpp.min_chunk_size": _min_chunk_size(),
+        **({} if _on_gpu(example_inputs) else cpu_settings()),
     }
     return _lower_with_inductor(gm, example_inputs, config, patches)
-
-
-def _min_chunk_size() -> int:
-    from torch._inductor import config
-
-    return max(MIN_PARALLEL_ELEMENTS, config.cpp.min_chunk_size)  # TORCHINDUCTOR_CPP_MIN_CHUNK_SIZE
 
 
 def _lower_with_inductor(
@@ -234,11 +224,14 @@ def _lower_with_inductor(
 
 def _check_compiler(example_inputs: Sequence[Any]) -> None:
     """Raise `CompileError`, one sentence, instead of what Inductor says without a compiler."""
-    on_gpu = any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs)
     try:
-        check_compiler("cuda" if on_gpu else "cpu")
+        check_compiler("cuda" if _on_gpu(example_inputs) else "cpu")
     except FileNotFoundError as error:
         raise CompileError(str(error)) from error
+
+
+def _on_gpu(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs)
 
 
 def _check_room(sessions: Sequence[Session]) -> None:

@@ -39,7 +39,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
 from specmoe_compile.hf.graph_threads import GraphState
+from specmoe_compile.hf.prompts import options_of, options_or_none, prompts_as_they_are
 from specmoe_compile.hf.recompile_limit import raised_recompile_limit
+from specmoe_compile.options import CompileOptions
 from specmoe_compile.runtime.session import get_session
 
 log = logging.getLogger(__name__)
@@ -112,11 +114,23 @@ class ModelCalls:
                 if self._generating == 0:
                     self.model._compiled_call_impl, self._in_place = self._in_place, None
 
+    def prompts_as_they_are(
+        self, compiled: Call, plain: Call, options: CompileOptions | None
+    ) -> Call:
+        """A compiled call that leaves prompts to the plain one, where nothing is lost by it."""
+        session = get_session(self.model.__dict__["_specmoe_session"])
+        return prompts_as_they_are(compiled, plain, options=options, session=session)
+
+    def compile_call(self, call: Call, *args: Any, **kwargs: Any) -> Call:
+        """`torch.compile` of a forward call that reaches the model."""
+        compiled = torch.compile(call, *args, **kwargs)
+        return self.prompts_as_they_are(compiled, call, options_of(kwargs.get("backend"), kwargs))
+
     def compile_in_place(self, *args: Any, **kwargs: Any) -> None:
         """`nn.Module.compile` of the model; arguments are those of `torch.compile`."""
         model = self.model
         # _call_impl and not __call__, which is what consults _compiled_call_impl.
-        compiled = functools.partial(self.run, torch.compile(model._call_impl, *args, **kwargs))
+        compiled = functools.partial(self.run, self.compile_call(model._call_impl, *args, **kwargs))
         with self._mutex:
             self.is_compiled = True
             if self._generating:
@@ -217,14 +231,21 @@ def _compile(holder: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> None:
     calls = _calls[id(module)]
     calls.compile_in_place(*args, **kwargs)
     if module is not calls.model:
-        compiled = torch.compile(module._call_impl, *args, **kwargs)
+        compiled = calls.compile_call(module._call_impl, *args, **kwargs)
         module._compiled_call_impl = functools.partial(calls.run, compiled)
 
 
 def _call(wrapper: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """`OptimizedModule.__call__` around an offloaded model."""
-    module = _alive(wrapper)
-    return _calls[id(module)].run(module._call_impl, *args, **kwargs)
+    module: Any = _alive(wrapper)
+    calls = _calls[id(module)]
+    call = module.__dict__.get("_specmoe_call")
+    if call is None:
+        plain = module._orig_mod._call_impl
+        options = options_or_none(module.dynamo_ctx)
+        call = calls.prompts_as_they_are(module._call_impl, plain, options)
+        module.__dict__["_specmoe_call"] = call
+    return calls.run(call, *args, **kwargs)
 
 
 def _generate_compiled(wrapper: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -232,7 +253,9 @@ def _generate_compiled(wrapper: OptimizedModule, *args: Any, **kwargs: Any) -> A
     calls = _calls[id(wrapper)]
     compiled = wrapper.__dict__.get("_specmoe_compiled_call")
     if compiled is None:
-        compiled = wrapper.dynamo_ctx(calls.model._call_impl)
+        plain = calls.model._call_impl
+        options = options_or_none(wrapper.dynamo_ctx)
+        compiled = calls.prompts_as_they_are(wrapper.dynamo_ctx(plain), plain, options)
         wrapper.__dict__["_specmoe_compiled_call"] = compiled
     with calls.routed_through(compiled):
         return wrapper._orig_mod.generate(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,139 @@
+"""On a CPU a prompt reaches neither Dynamo nor Inductor, unless it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+import specmoe_compile
+from specmoe_compile.hf.compiled_calls import cache_argument
+from specmoe_compile.options import MAX_DECODE_TOKENS
+from specmoe_compile.runtime.session import session_of
+from tests.helpers import prompts, tiny_qwen3_moe
+
+LONG, SHORT = MAX_DECODE_TOKENS + 1, MAX_DECODE_TOKENS
+
+
+@pytest.fixture
+def model() -> Iterator[nn.Module]:
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_qwen3_moe(layers=2)
+    specmoe_compile.offload(model, store="ram", device="cpu", progress=False)
+    yield model
+    specmoe_compile.close(model)
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has traced."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def static(model: Any) -> dict[str, Any]:
+    """A new static cache, as the argument of `forward`."""
+    return cache_argument(model, StaticCache(config=model.config, max_cache_len=2 * LONG))
+
+
+def wrapped(model: nn.Module, **arguments: Any) -> Any:
+    return torch.compile(model, backend="specmoe", **arguments)
+
+
+def in_place(model: nn.Module, **arguments: Any) -> Any:
+    model.compile(backend="specmoe", **arguments)
+    return model
+
+
+def in_a_module(model: nn.Module, **arguments: Any) -> Any:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return self.model(input_ids, **kwargs)
+
+    return torch.compile(Holder(), backend="specmoe", **arguments)
+
+
+@pytest.mark.parametrize("compiled_as", [wrapped, in_place, in_a_module])
+@torch.no_grad()
+def test_a_prompt_is_not_traced(model: nn.Module, compiled_as: Any) -> None:
+    want = model(prompts(1, LONG), **static(model)).logits
+    compiled = compiled_as(model, options={"compile_prefill": False})
+    got = compiled(prompts(1, LONG), **static(model)).logits
+    assert graphs() == 0
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "is_static"),
+    [
+        (LONG, {"lowering": "eager"}, True),
+        (SHORT, {"lowering": "eager"}, True),
+        (LONG, {}, False),
+    ],
+)
+@torch.no_grad()
+def test_what_is_traced(
+    model: nn.Module, length: int, options: dict[str, Any], is_static: bool
+) -> None:
+    cache = static(model) if is_static else {}
+    wrapped(model, options=options)(prompts(1, length), **cache)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_generate_traces_the_decode_step_alone(model: Any) -> None:
+    seen: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(graphs())
+
+        def end(self) -> None:
+            pass
+
+    compiled = wrapped(model)
+    compiled.generate(
+        prompts(1, LONG),
+        max_new_tokens=3,
+        do_sample=False,
+        cache_implementation="static",
+        streamer=Streamer(),
+    )
+    assert seen == [0, 0, 1, 1]  # the prompt, its token, and those of two decode steps
+
+
+@torch.enable_grad()
+def test_with_gradients_a_prompt_is_traced(model: nn.Module) -> None:
+    """The backend may have to refuse it."""
+    wrapped(model, options={})(prompts(1, LONG), **static(model))
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_a_wrong_option_is_said_before_the_prompt(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="unknown specmoe option 'policyy'"):
+        wrapped(model, options={"policyy": "exact"})(prompts(1, LONG), **static(model))
+
+
+@torch.no_grad()
+def test_the_session_is_told_of_the_options_before_the_prompt(model: nn.Module) -> None:
+    session = session_of(model)
+    wrapped(model, options={"auto_off": False})(prompts(1, LONG), **static(model))
+    assert session.speculation is not None
+    assert session.speculation.auto_off is False
+
+
+@torch.no_grad()
+def test_another_backend_traces_as_ever(model: nn.Module) -> None:
+    torch.compile(model, backend="eager")(prompts(1, LONG))
+    assert graphs() >= 1
