@@ -2,8 +2,8 @@
 
 Two processes differ by more than a server costs, so all arms share one: `alone` calls `generate`
 with a cache of the server's size and a streamer that does nothing, `served` streams the same tokens
-to the real client, which is a process of its own. `alone` is there twice: what lies between the two
-is noise.
+to the real client, which is a process of its own. `alone` is there twice, before and after: what
+lies between the two is noise, and a machine that grows slower or faster favours neither.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Side:
             settings: arguments of `specmoe_compile.from_pretrained`.
         """
         import torch
-        import uvicorn
         from transformers import StaticCache
 
         import specmoe_compile
@@ -64,7 +63,7 @@ class Side:
         from specmoe_compile.serve.app import make_app
         from specmoe_compile.serve.engine import Engine
         from specmoe_compile.serve.metrics import Metrics
-        from specmoe_compile.serve.server import bind, warm_up
+        from specmoe_compile.serve.server import Server, bind, warm_up
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -87,7 +86,7 @@ class Side:
         app = make_app(self._engine, metrics, name="m", api_key=None, loopback_only=True)
         bound = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
-        self._http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        self._http = Server(app, self._engine, "ready")
         self._thread = threading.Thread(target=self._http.run, kwargs={"sockets": [bound]})
         self._thread.start()
 
@@ -144,8 +143,8 @@ def own_cost(
     """Measure the arms in turns, back and forth, for so many seconds.
 
     Returns:
-        Mean time per token of each turn by arm, in ms; and each arm over `alone`: the median of
-        pairs of turns, and its standard error.
+        Mean time per token of each turn by arm, in ms; `served` over the mean of the two turns
+        around it, and `alone_again` over `alone`: medians and their standard errors.
     """
     turns: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with client_process() as pool:
@@ -163,7 +162,13 @@ def own_cost(
     return {
         "tokens": tokens,
         "tpot_ms": {arm: statistics.median(turns[arm]) for arm in ARMS},
-        "over_alone": {arm: over(turns[arm], turns["alone"]) for arm in ARMS[1:]},
+        "over_alone": {
+            "served": over(
+                turns["served"],
+                [sum(each) / 2 for each in zip(turns["alone"], turns["alone_again"], strict=True)],
+            ),
+            "alone_again": over(turns["alone_again"], turns["alone"]),
+        },
         "turns_ms": {arm: [round(ms, 4) for ms in turns[arm]] for arm in ARMS},
     }
 

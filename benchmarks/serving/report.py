@@ -41,8 +41,8 @@ def _cost(phase: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("time per token, `generate` alone", f"{tpot['alone']:.2f} ms"),
         (
-            f"the same, streamed by the server (median of {len(phase['turns_ms']['alone'])} pairs"
-            f" of turns, {phase['tokens']} tokens each)",
+            f"the same, streamed by the server (median of {len(phase['turns_ms']['alone'])} turns"
+            f" of {phase['tokens']} tokens, each between two of `generate` alone)",
             f"{_ratio(ratios['served'])} of it",
         ),
         ("the same, `generate` alone once more: noise", f"{_ratio(ratios['alone_again'])} of it"),
