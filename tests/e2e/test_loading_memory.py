@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import PATIENCE_S
+
 REPOSITORY = Path(__file__).parents[2]
 
 WRITE = """
@@ -80,7 +82,7 @@ def run_python(code: str, *arguments: str) -> str:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE_S,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert process.returncode == 0, process.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from specmoe_compile.system import files, machine
-from tests.helpers import save_tiny
+from tests.helpers import PATIENCE_S, save_tiny
 
 SCRIPT = """
 import fcntl, os, pathlib, sys, time
@@ -65,7 +65,7 @@ def test_everything_works_without_what_only_linux_has(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), str(tmp_path / "store")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
