@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specmoe_compile.serve.errors import RequestRefused
 
-_Base: Any = AutoHTTPProtocol  # uvicorn's own choice: httptools where it is installed, else h11
+# Not httptools, which takes headers of any length and answers HTTP/1.0 in chunks.
+_Base: Any = H11Protocol
 
 
 class Protocol(_Base):  # type: ignore[misc]

@@ -14,6 +14,9 @@ from tests.serve.conftest import PATIENCE_S, Process
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\n"
+ENDLESS = (GET + b"Host: localhost\r\nX: ").ljust((64 << 10) + 1, b"x")
+"""One byte more than may be there before a header has ended: none is left unread, which would reset
+the connection before its answer is read."""
 
 REFUSED = {
     "no HTTP": (400, b"hello\r\n\r\n"),
@@ -25,6 +28,7 @@ REFUSED = {
     "no UTF-8": (400, POST + b'Content-Length: 14\r\n\r\n{"prompt":"\xe9"}'),
     "nothing": (400, POST + b"Content-Length: 0\r\n\r\n"),
     "a body too long": (413, POST + b"Content-Length: %d\r\n\r\n" % (MAX_BODY_BYTES + 1)),
+    "a header without end": (400, ENDLESS),
     "another host": (403, GET + b"Host: evil.example\r\n\r\n"),
     "a host that begins well": (403, GET + b"Host: localhost.evil.example\r\n\r\n"),
     "another method": (405, b"PUT /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n"),
@@ -78,3 +82,16 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(server: Pr
             link.recv(1)
     assert httpx.get(f"{server.url}/health", timeout=PATIENCE_S).status_code == 200
     assert "Traceback" not in server.log()
+
+
+def test_http_1_0_has_no_chunks(server: Process) -> None:
+    """Its streams end with their connection."""
+    body = b'{"prompt": "A", "max_tokens": 3, "stream": true}'
+    request = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n" % len(body)
+    with _connect(server) as link:
+        link.sendall(request + body)
+        answer = b"".join(iter(lambda: link.recv(65536), b""))
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert all(event.startswith(b"data: ") for event in events.split(b"\n\n")[:-1])
+    assert events.endswith(b"data: [DONE]\n\n")
