@@ -181,7 +181,7 @@ def launch_all(
     case: Case, launch: Launch, inputs: Inputs, banks: Sequence[ExpertBank], config: GemvConfig
 ) -> None:
     """One call on each list of slots, on one bank after the other."""
-    from specmoe_compile.kernels.packed_experts.kernel import (
+    from specmoe_compile.kernels.packed_experts.launch import (
         launch_packed_down,
         launch_packed_gate_up,
     )

@@ -33,7 +33,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.expert_mlp.sum_choices import sum_choices
-from specmoe_compile.kernels.packed_experts.kernel import launch_packed_down, launch_packed_gate_up
+from specmoe_compile.kernels.packed_experts.launch import launch_packed_down, launch_packed_gate_up
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 DOWN_FP_FUSION = False

@@ -30,7 +30,7 @@ from specmoe_compile.kernels.packed_experts.codes import (
     decode_scale,
     decode_words,
 )
-from specmoe_compile.kernels.packed_experts.kernel import code_constexprs, plane_args
+from specmoe_compile.kernels.packed_experts.launch import code_constexprs, plane_args
 from specmoe_compile.runtime.experts.formats.weight_code import (
     WeightCode,
     WeightPlanes,
