@@ -254,19 +254,27 @@ def test_json_to_a_pipe_is_read_at_its_other_end(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("redirected", [False, True])
-def test_json_to_standard_output_comes_after_what_was_printed(
-    redirected: bool, untold: str, tmp_path: Path
-) -> None:
-    store, out = str(tmp_path / "store"), tmp_path / "out"
-    command = [sys.executable, "-m", "specmoe_compile.cli.main", "pack", untold]
+TWICE = """
+import os, sys
+from specmoe_compile.cli.main import run
+command = sys.argv[2:]
+status = run(command)
+sys.stdout.flush()
+os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
+sys.exit(status or run(command))
+"""
+
+
+def test_json_to_standard_output_comes_after_what_was_printed(untold: str, tmp_path: Path) -> None:
+    """To a pipe, and redirected to a file."""
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    command = [sys.executable, "-c", TWICE, str(out), "pack", untold]
     command += ["--store-dir", store, "--json", "/dev/stdout"]
-    with open(out, "wb") as file:
-        to = file if redirected else subprocess.PIPE
-        done = subprocess.run(command, stdout=to, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    text = out.read_text() if redirected else done.stdout.decode()
-    assert text.startswith("Packed ") and json.loads(text[text.index("{") :])["experts"] == 24
+    for text, said in ((done.stdout, "Packed "), (out.read_text(), "")):
+        assert text.startswith(said) and not text.startswith("{")
+        assert json.loads(text[text.index("{") :])["experts"] == 24
 
 
 def test_json_to_a_device_leaves_the_device() -> None:

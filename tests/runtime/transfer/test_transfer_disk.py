@@ -21,8 +21,9 @@ from specmoe_compile.errors import StoreError, TransferError
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.writer import pack_records
 from specmoe_compile.runtime.transfer import disk
-from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Ticket
+from specmoe_compile.runtime.transfer.base import CANCELLED, DONE, QUEUED, RUNNING, Read, Ticket
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
+from specmoe_compile.runtime.transfer.read_queue import ReadQueue
 from specmoe_compile.system.aligned import aligned_empty
 from tests.helpers import PATIENCE_S
 from tests.runtime.fakes import (
@@ -134,9 +135,7 @@ def test_few_guesses_are_in_progress_at_once(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=2)
     transfer._queue.max_guesses = 1
     event = threading.Event()
-    store.before_read = lambda layer, expert: (
-        (event.wait(PATIENCE_S) if expert < 4 else True) and None
-    )
+    store.before_read = held(event, 0, 1, 2, 3)
     guess = transfer.start(0, buffers([0, 1, 2]), speculative=True)
     demand = transfer.start(0, buffers([5, 6]))
     demand.wait()
@@ -154,8 +153,6 @@ def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     guess = transfer.start(1, buffers([5]), speculative=True).reads[5]
     while len(store.reads) < 2:
         time.sleep(0.001)
-    with transfer._mutex:
-        assert transfer._queue.begin_or_none(0.0) is None, "a reader that asks gets no guess"
     assert guess.state == QUEUED
     events[0].set()
     demand.wait(0)
@@ -168,14 +165,24 @@ def test_guesses_wait_until_one_demand_read_is_left(store: SlowStore) -> None:
     transfer.close()
 
 
+def test_a_reader_that_asks_gets_no_guess_beside_two_demand_reads() -> None:
+    queue = ReadQueue(readers=4, largest_record_bytes=RECORD)
+    place = torch.empty(0, dtype=torch.uint8)
+    demand = [Read(0, expert, place, speculative=False) for expert in range(2)]
+    guess = Read(1, 5, place, speculative=True)
+    queue.add([guess], speculative=True)
+    queue.add(demand, speculative=False)
+    assert [queue.begin_or_none(0.0) for _ in range(3)] == [*demand, None]
+    assert queue.finish(demand[0], 1.0), "another may begin now"
+    assert queue.begin_or_none(1.0) is guess
+
+
 def test_promoted_guess_begins_on_an_idle_reader(store: SlowStore) -> None:
     """The first guess holds one reader and the place of guesses; the other reader is idle."""
     transfer = DiskTransfer(store, reader_threads=2)
     transfer._queue.max_guesses = 1
     event = threading.Event()
-    store.before_read = lambda layer, expert: (
-        (event.wait(PATIENCE_S) if expert == 0 else True) and None
-    )
+    store.before_read = held(event, 0)
     guess = transfer.start(0, buffers([0, 1]), speculative=True)
     while guess.reads[0].state == QUEUED:
         time.sleep(0.001)
@@ -212,9 +219,7 @@ def test_error_reaches_every_waiter_and_spares_the_others(
 def test_wait_any_returns_the_first_that_arrives(store: SlowStore) -> None:
     transfer = DiskTransfer(store, reader_threads=2)
     event = threading.Event()
-    store.before_read = lambda layer, expert: (
-        (event.wait(PATIENCE_S) if expert == 0 else True) and None
-    )
+    store.before_read = held(event, 0)
     reads = transfer.start(0, buffers([0, 1])).reads
     assert transfer.wait_any(reads.values()).expert == 1
     event.set()
