@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.bench import harness
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError, run_python
 from specmoe_compile.bench.harness import run_arms
@@ -48,10 +49,10 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(checkpoint: Path, prompt_file: Path, tmp_path_factory: Any) -> dict[str, Any]:
-    """Two arms, two repeats, through the command line."""
+    """Two arms, through the command line, each in a process of its own."""
     folder = tmp_path_factory.mktemp("bench")
     out = folder / "out.json"
-    arguments = ["--arms", "eager,cache", "--new-tokens", "9", "--repeats", "2"]
+    arguments = ["--arms", "eager,cache", "--new-tokens", "9", "--repeats", "1"]
     arguments += ["--prompt-file", str(prompt_file), "--store-dir", str(folder / "store")]
     arguments += ["-O", "lowering=eager", "--expert-cache", "50%", "--threads", "1"]
     arguments += ["--dtype", "float32", "--memory-cap", "4GiB", "--json", str(out)]
@@ -69,8 +70,8 @@ def test_document_has_the_schema(result: dict[str, Any]) -> None:
         assert set(arm["tpot_ms"]) == {"p20", "p50", "p80"}
         assert 0 < arm["tpot_ms"]["p20"] <= arm["tpot_ms"]["p50"] <= arm["tpot_ms"]["p80"]
         assert re.fullmatch("[0-9a-f]{64}", arm["tokens_sha256"])
-        # two repeats of two prompts, 8 intervals each, 4 of them skipped
-        assert arm["samples"] == 16
+        # two prompts, 8 intervals each, 4 of them skipped
+        assert arm["samples"] == 8
         assert arm["peak_rss_bytes"] > 1 << 20
 
 
@@ -80,8 +81,8 @@ def test_the_cache_arm_gives_the_unmodified_models_tokens_and_counts(
     eager, cache = result["arms"]
     assert cache["tokens_sha256"] == eager["tokens_sha256"]
     assert cache["compiled_graphs"] > 0
-    # two repeats of two prompts, 8 decode steps each, 3 layers
-    assert cache["decode_steps"] == 2 * 2 * 8 * 3
+    # two prompts, 8 decode steps each, 3 layers
+    assert cache["decode_steps"] == 2 * 8 * 3
     assert 0 < cache["hit_rate"] < 1
     assert cache["demand_bytes"] > 0
     assert cache["speculative_bytes"] == 0
@@ -135,6 +136,29 @@ def test_a_cache_that_is_too_small_ends_the_bench_with_its_sentence(
     assert run(["bench", str(checkpoint), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("specmoe: expert_cache='1%'")
+
+
+def test_arms_take_turns_and_one_that_fails_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+
+    def run_one(job: ArmJob, **_: Any) -> Any:
+        ran.append(job.arm)
+        if job.arm == "accelerate":
+            raise ArmFailedError("no")
+        return f"{job.arm} {len(ran)}"
+
+    monkeypatch.setattr(harness, "run_worker", run_one)
+    jobs: list[Any] = [
+        ArmJob(arm=arm, model="m", prompts=[[1]], new_tokens=2, work_dir="w")
+        for arm in ("eager", "accelerate", "cache")
+    ]
+    results = run_arms(jobs, repeats=2)
+    assert ran == ["eager", "accelerate", "cache", "eager", "cache"]
+    assert results["eager"].runs == ["eager 1", "eager 4"]
+    assert results["cache"].runs == ["cache 3", "cache 5"]
+    assert (results["accelerate"].runs, results["accelerate"].error) == ([], "no")
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: Path) -> None:
