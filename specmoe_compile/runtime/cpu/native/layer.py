@@ -77,6 +77,8 @@ class NativeEngine:
         if not self.pointer:
             raise SpecMoEError(f"This processor has no {kernels} kernels: leave them out.")
         self._finalizer = weakref.finalize(self, library.specmoe_engine_delete, self.pointer)
+        # As the process ends another thread may still be in a step; its memory goes with it.
+        self._finalizer.atexit = False
 
     @property
     def kernels(self) -> str:

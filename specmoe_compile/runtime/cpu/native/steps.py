@@ -206,6 +206,7 @@ class NativeSteps:
         self._handle: int | None = None
         _open.add(self)
         self._finalizer = weakref.finalize(self, self._library.specmoe_steps_delete, self._pointer)
+        self._finalizer.atexit = False  # see `NativeEngine`
 
     def _describe(
         self, entry: StepLayer, place: LayerPlace, cache: ExpertCache | None, number: int

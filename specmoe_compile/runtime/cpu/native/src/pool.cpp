@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <chrono>
+#include <system_error>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -125,7 +126,12 @@ void Offer::take_part(Scratch& scratch) {
 void Offer::finish(Scratch& scratch) { await(0, chunks_, scratch); }
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this] { serve(); });
+  workers_.reserve(static_cast<size_t>(threads));
+  try {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this] { serve(); });
+  } catch (const std::system_error&) {
+    // The system has no more threads: those that there are do the work, the caller alone if need be.
+  }
 }
 
 Pool::~Pool() {

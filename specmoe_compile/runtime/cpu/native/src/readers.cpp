@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <system_error>
 
 namespace specmoe {
 namespace {
@@ -23,7 +24,12 @@ bool is_final(const RecordRead& read) {
 }  // namespace
 
 Readers::Readers(int file, int threads) : file_(file) {
-  for (int i = 0; i < threads; i++) threads_.emplace_back([this] { serve(); });
+  threads_.reserve(static_cast<size_t>(threads));
+  try {
+    for (int i = 0; i < threads; i++) threads_.emplace_back([this] { serve(); });
+  } catch (const std::system_error&) {
+    if (threads_.empty()) throw;  // one of them is enough
+  }
 }
 
 Readers::~Readers() {
