@@ -23,6 +23,7 @@ from specmoe_compile.passes.choose_capture import made_results, why_not_captured
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
+from specmoe_compile.runtime.cpu.one_thread import on_one_thread
 from specmoe_compile.system.compilers import check_compiler
 from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
@@ -133,9 +134,12 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         config, network_layers = _calibrated(sessions, config, config.default_vectors)
     for session in sessions:
         session.configure(SessionOptions.view(config))
-    conditional = all(session.engine.plans_steps for session in sessions)
     return SpeculationPass.from_options(
-        config, offloaded=offloaded, conditional=conditional, network_layers=network_layers
+        config,
+        offloaded=offloaded,
+        conditional=all(session.engine.plans_steps for session in sessions),
+        multiplies=all(session.engine.multiplies for session in sessions),
+        network_layers=network_layers,
     )
 
 
@@ -203,7 +207,8 @@ def _lower(
         "freezing": False,
         **({} if _on_gpu(example_inputs) else cpu_settings()),
     }
-    return _lower_with_inductor(gm, example_inputs, config, patches)
+    compiled = _lower_with_inductor(gm, example_inputs, config, patches)
+    return on_one_thread(compiled, example_inputs) if speculation.config.multiplies else compiled
 
 
 def _lower_with_inductor(

@@ -7,7 +7,7 @@ Each op names a session by its handle and a MoE layer by its ordinal, and hands 
 side-effecting, so that dead-code removal keeps them, and ordered by data edges (ticket, state,
 `after`), never by a mutation that does not happen.
 
-Shape letters: T tokens, E experts, K top-k, H hidden.
+Shape letters: T tokens, E experts, K top-k, H hidden, I inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _SCHEMAS = {
         "(Tensor partial, Tensor x, Tensor ids, Tensor weights, Tensor state, int session,"
         " int layer) -> Tensor"
     ),
+    "products": "(Tensor x, Tensor[] weights, Tensor[] biases, int session) -> Tensor[]",
 }
 
 
@@ -222,6 +223,29 @@ def _correct_fake(
     return x.new_empty(x.shape)
 
 
+def _products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], session: int
+) -> list[Tensor]:
+    """Multiply [T,I] with each weight [N,I], plus its bias [N] unless there are none: [T,N] each.
+
+    In C++ the session's engine does so with its own threads.
+    """
+    if biases:
+        return [torch.addmm(b, x, w.t()) for w, b in zip(weights, biases, strict=True)]
+    return [torch.mm(x, w.t()) for w in weights]
+
+
+def _products_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], session: int
+) -> list[Tensor]:
+    if biases and len(biases) != len(weights):
+        raise ValueError(
+            f"specmoe::products: {len(biases)} biases for {len(weights)} weights, expected none or"
+            " one for each"
+        )
+    return [x.new_empty((x.shape[0], w.shape[0])) for w in weights]
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
@@ -231,6 +255,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "wait_prefetch": (_wait, _wait_fake),
     "run_resident_experts": (_run_resident, _run_resident_fake),
     "correct_experts": (_correct, _correct_fake),
+    "products": (_products, _products_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
     for _op in _names(_name):

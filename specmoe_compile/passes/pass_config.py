@@ -20,6 +20,9 @@ class PassConfig(GraphOptions):
     conditional: bool = False
     """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
 
+    multiplies: bool = False
+    """The sessions' engine multiplies a few tokens with any weight."""
+
     def __post_init__(self) -> None:
         GraphOptions.__post_init__(self)
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -43,6 +46,7 @@ class PassConfig(GraphOptions):
         *,
         offloaded: bool = True,
         conditional: bool = False,
+        multiplies: bool = False,
         network_layers: tuple[int, ...] = (),
     ) -> PassConfig:
         """Take the options that passes read.
@@ -51,6 +55,7 @@ class PassConfig(GraphOptions):
             options: of a compile.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
             conditional: whether the graph may branch on the sessions' `plan_step`.
+            multiplies: whether `specmoe::products` is the sessions' engine.
             network_layers: layers that a hybrid predictor predicts with their networks.
         """
         return cls.view(
@@ -59,6 +64,7 @@ class PassConfig(GraphOptions):
             max_tokens=MAX_DECODE_TOKENS,
             network_layers=network_layers,
             conditional=conditional,
+            multiplies=multiplies,
         )
 
     def key(self) -> str:

@@ -64,6 +64,10 @@ class Engine(Protocol):
         """Whether a graph may branch on `plan`."""
 
     @property
+    def multiplies(self) -> bool:
+        """Whether its threads multiply a few tokens with any weight: op `specmoe::products`."""
+
+    @property
     def survives_fork(self) -> bool:
         """Whether a forked process can go on with it."""
 

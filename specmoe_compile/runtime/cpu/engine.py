@@ -127,6 +127,10 @@ class CpuEngine(Speculator):
             engine, places, self.cache, vectors=self.default_vectors, file=fd, readers=readers
         )
 
+    @property
+    def multiplies(self) -> bool:
+        return self.direct_steps is not None
+
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         with self._taken_over(layer):
             return super().demand(layer, x, ids, weights)

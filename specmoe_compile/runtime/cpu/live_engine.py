@@ -38,6 +38,7 @@ class LiveEngine:
     direct_steps = None
     survives_fork = True
     plans_steps = False
+    multiplies = False
 
     def __init__(self) -> None:
         self.default_vectors = DefaultVectors([], [])

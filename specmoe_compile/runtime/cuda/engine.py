@@ -136,6 +136,10 @@ class CudaEngine:
         return self._budget.tries_on_host
 
     @property
+    def multiplies(self) -> bool:
+        return False
+
+    @property
     def transfer(self) -> str:
         """How decoding fetches, "copy" or "gather"."""
         return self._decoders.name

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "numbers.h"
+#include "products.h"
 
 namespace specmoe {
 namespace {
@@ -274,16 +275,32 @@ Engine::Step& Engine::free_step() {
   return *steps_.back();
 }
 
+// Before the first run, and the first one after a fork.
+void Engine::start_threads() {
+  if (process_ == getpid()) return;
+  (void)pool_.release();
+  steps_.clear();
+  products_.reset();
+  pool_ = std::make_unique<Pool>(threads_);
+  process_ = getpid();
+}
+
+void Engine::products(const ProductsCall& call) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  start_threads();
+  if (!products_) products_ = std::make_unique<Products>();
+  products_->prepare(*kernels_, call);
+  if (products_->is_small()) return products_->run_alone();
+  pool_->run(products_->offer, *products_, products_->chunks());
+  // The weights are the model's, which may free them once this returns.
+  while (!products_->offer.is_free()) std::this_thread::yield();
+}
+
 void Engine::run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count, const float* x,
                  int64_t tokens, float* y) {
   if (count == 0) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (process_ != getpid()) {  // the first run, or the first one after a fork
-    (void)pool_.release();
-    steps_.clear();
-    pool_ = std::make_unique<Pool>(threads_);
-    process_ = getpid();
-  }
+  start_threads();
   Step& step = free_step();
   step.prepare(*kernels_, spec, tasks, count, x, tokens, y);
   pool_->run(step.offer, step, step.chunks());

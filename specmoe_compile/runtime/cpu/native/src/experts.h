@@ -48,6 +48,8 @@ class Activations {
   std::vector<float> scales_;
 };
 
+class Products;
+
 // A process has one of these, since it has one set of cores.
 class Engine {
  public:
@@ -59,6 +61,8 @@ class Engine {
   //   x: [T, H] float32, values of the experts' dtype. y: [T * K, H] float32.
   void run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count, const float* x,
            int64_t tokens, float* y);
+  // The products of a call, float32 rounded to its dtype once, bias included.
+  void products(const ProductsCall& call);
   void set_threads(int threads);
   // Returns once no late thread reads a record any more; call it before records go away.
   void settle();
@@ -68,6 +72,7 @@ class Engine {
  private:
   class Step;
   Step& free_step();
+  void start_threads();
 
   const Kernels* kernels_;
   int threads_;
@@ -75,6 +80,7 @@ class Engine {
   std::unique_ptr<Pool> pool_;
   int64_t process_ = 0;
   std::vector<std::unique_ptr<Step>> steps_;
+  std::unique_ptr<Products> products_;
 };
 
 }  // namespace specmoe

@@ -1,6 +1,7 @@
 // What torch's ops hand to the engine, and how they call it. Read by both, and so plain C only.
 //
-// Shape letters: T tokens, K top-k or guesses per token, H hidden.
+// Shape letters: T tokens, K top-k or guesses per token (of a product: inputs), H hidden,
+// N outputs.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,18 @@ struct StepCall {
   int32_t unused;
 };
 
+// Products of one input with several weights, contiguous, all of one dtype.
+struct ProductsCall {
+  const void* x;               // [T, K]
+  const void* const* weights;  // each [N, K]
+  const void* const* biases;   // each [N]; null for none at all
+  void* const* outs;           // each [T, N]
+  const int64_t* outputs;      // N of each
+  int64_t count, tokens, inputs;
+  int32_t dtype;
+  int32_t unused;
+};
+
 // The bodies of the ops, by session and layer. Those that return 0 leave the op to Python.
 struct StepFunctions {
   int32_t (*experts)(int64_t session, int64_t layer, const StepCall* call);  // out [T, H]
@@ -35,6 +48,7 @@ struct StepFunctions {
   // answers: [count], 0 or 1. edges: pairs.
   int32_t (*plan)(int64_t session, const int64_t* layers, int64_t count, const int64_t* edges,
                   int64_t edge_count, uint8_t* answers);
+  int32_t (*products)(int64_t session, const ProductsCall* call);
 };
 
 }  // namespace specmoe

@@ -73,6 +73,9 @@ const StepFunctions& step_functions() {
         return of_session<int32_t>(
             session, [&](Steps& s) { return s.plan(layers, count, edges, edge_count, answers); });
       },
+      [](int64_t session, const ProductsCall* call) {
+        return of_session<int32_t>(session, [&](Steps& s) { return s.products(*call); });
+      },
   };
   return functions;
 }

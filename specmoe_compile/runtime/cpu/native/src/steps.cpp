@@ -389,6 +389,13 @@ void Steps::meet_guess(int64_t number, int64_t ticket, const StepCall& call) {
     layer.pushed_out[prediction.issued.evicted[i]] = 1;
 }
 
+// Touches nothing of the session's, and so takes no lock of it.
+bool Steps::products(const ProductsCall& call) {
+  if (call.tokens < 1 || call.tokens > kMaxTokens) return false;
+  engine_.products(call);
+  return true;
+}
+
 // Weighted sum of default vectors over K.
 bool Steps::blend(int64_t number, const StepCall& call) {
   const Lock lock(*mutex_);

@@ -62,6 +62,7 @@ class Steps {
   bool run(int64_t number, const StepCall& call, int64_t state);
   bool correct(int64_t number, const StepCall& call, int64_t state);
   bool blend(int64_t number, const StepCall& call);
+  bool products(const ProductsCall& call);
 
  private:
   struct Task {

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "../src/step_call.h"
 
@@ -24,11 +25,11 @@ const specmoe::StepFunctions* engine = nullptr;
 bool is_on() { return engine != nullptr && !at::hasCallbacks(); }
 
 // Calls an op of the same signature that Python has registered.
-template <typename... Parameters, typename... Arguments>
-Tensor python(Tensor (*)(Parameters...), const char* name, const Arguments&... arguments) {
+template <typename Result, typename... Parameters, typename... Arguments>
+Result python(Result (*)(Parameters...), const char* name, const Arguments&... arguments) {
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow(name, "")
-      .typed<Tensor(Parameters...)>()
+      .template typed<Result(Parameters...)>()
       .call(arguments...);
 }
 
@@ -154,6 +155,46 @@ Tensor correct(const Tensor& partial, const Tensor& x, const Tensor& ids, const 
                         layer);
 }
 
+// Whether a product's operand is as the engine reads it.
+bool is_plain(const Tensor& tensor, const Tensor& x, int64_t dimensions) {
+  return tensor.dim() == dimensions && tensor.scalar_type() == x.scalar_type() &&
+         tensor.is_contiguous() && tensor.layout() == at::kStrided;
+}
+
+std::vector<Tensor> products(const Tensor& x, at::TensorList weights, at::TensorList biases,
+                             int64_t session) {
+  specmoe::ProductsCall call{};
+  call.dtype = dtype_or_negative(x);
+  bool is_ours = is_on() && call.dtype >= 0 && is_plain(x, x, 2);
+  for (const Tensor& weight : weights)
+    is_ours = is_ours && is_plain(weight, x, 2) && weight.size(1) == x.size(1);
+  for (size_t i = 0; i < biases.size(); i++)
+    is_ours = is_ours && is_plain(biases[i], x, 1) && biases[i].size(0) == weights[i].size(0);
+  if (is_ours) {
+    std::vector<Tensor> outs;
+    std::vector<const void*> values, added;
+    std::vector<void*> places;
+    std::vector<int64_t> outputs;
+    for (const Tensor& weight : weights) {
+      outputs.push_back(weight.size(0));
+      outs.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
+      values.push_back(weight.const_data_ptr());
+      places.push_back(outs.back().mutable_data_ptr());
+    }
+    for (const Tensor& bias : biases) added.push_back(bias.const_data_ptr());
+    call.x = x.const_data_ptr();
+    call.weights = values.data();
+    call.biases = added.empty() ? nullptr : added.data();
+    call.outs = places.data();
+    call.outputs = outputs.data();
+    call.count = static_cast<int64_t>(outputs.size());
+    call.tokens = x.size(0);
+    call.inputs = x.size(1);
+    if (engine->products(session, &call)) return outs;
+  }
+  return python(products, "specmoe::products_python", x, weights, biases, session);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(specmoe, CPU, library) {
@@ -164,6 +205,7 @@ TORCH_LIBRARY_IMPL(specmoe, CPU, library) {
   library.impl("wait_prefetch", settle);
   library.impl("run_resident_experts", run);
   library.impl("correct_experts", correct);
+  library.impl("products", products);
 }
 
 extern "C" __attribute__((visibility("default"))) void specmoe_ops_use(

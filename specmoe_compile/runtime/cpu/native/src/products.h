@@ -1,0 +1,55 @@
+// Products of a few tokens with weights outside of the experts: projections of attention, routers,
+// the last layer. What is small is computed by the caller alone; the pool shares the rest.
+//
+// Shape letters: T tokens, N outputs, K inputs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "experts.h"
+#include "pool.h"
+#include "step_call.h"
+
+namespace specmoe {
+
+class Products final : public Work {
+ public:
+  Offer offer;
+
+  // Copies the input; weights and biases must stay as long as a thread looks at the offer.
+  void prepare(const Kernels& kernels, const ProductsCall& call);
+  int64_t chunks() const { return static_cast<int64_t>(parts_.size()); }
+  // Whether a second thread would cost more than it brings.
+  bool is_small() const { return is_small_; }
+  void run_alone();
+
+  void needs(int64_t chunk, int64_t* first, int64_t* second) const override;
+  void compute(int64_t chunk, Scratch& scratch) const override;
+  void publish(int64_t chunk, const Scratch& scratch) override;
+
+ private:
+  // Rows [begin, end) of one weight.
+  struct Part {
+    int64_t weight, begin, end;
+  };
+  struct Weight {
+    WeightSpec spec;
+    const uint8_t* values;
+    const void* bias;  // null for none
+    void* out;
+  };
+
+  const Kernels* kernels_ = nullptr;
+  int32_t dtype_ = F32;
+  int64_t tokens_ = 0;
+  bool is_small_ = true;
+  std::vector<Weight> weights_;
+  std::vector<Part> parts_;
+  std::vector<int32_t> rows_;
+  std::vector<float> x_;
+  Activations inputs_;
+  Scratch scratch_;
+};
+
+}  // namespace specmoe
