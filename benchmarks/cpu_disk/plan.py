@@ -139,6 +139,13 @@ def phase_cells(phase: str, model: Mapping[str, Any]) -> list[Cell]:
             Cell(arm="specmoe", size=size, options=(("auto_off", False),), label="always"),
             Cell(arm="resident"),
         ]
+    if phase in ("engine", "large"):
+        shares = [size for size in taken if sort_share(size) <= 0.5]
+        capped = [Cell(arm=a, size=s, capped=True) for s in shares for a in ("cache", "llama_cpp")]
+        if phase == "large":
+            return capped
+        resident = [Cell(arm=arm) for arm in ("resident", "eager", "llama_cpp")]
+        return [*resident, *capped, Cell(arm="cache", size=larger[-1], capped=True)]
     raise ValueError(f"There is no phase {phase!r}.")
 
 
@@ -152,6 +159,8 @@ def dry_cells(phase: str) -> list[Cell]:
             Cell(arm="specmoe", size="50%", options=(("auto_off", False),), label="always"),
             Cell(arm="resident"),
         ],
+        "engine": [Cell(arm="cache", size="50%", capped=True), Cell(arm="resident")],
+        "large": [Cell(arm="cache", size="50%", capped=True)],
     }[phase]
 
 

@@ -11,6 +11,9 @@ Phases, each with its own result in `benchmarks/results/cpu_disk_*.json`:
 - uncapped  the same without a cap, the arms that need all memory, the approximate policies
 - loss      what the approximate policies cost in loss, and save in bytes
 - report    writes docs/results/log/cpu-disk.md and its plots
+- engine    only by --only: what the C++ engine is judged by, against llama.cpp and the limit, in
+            one run of four minutes
+- large     only by --only: the capped cells of that; with --record-mib 24, 6.4 GB of experts
 
 Within a phase every cell runs there and back (A B C C B A), one at a time, and one cell more often,
 at the start, in the middle and at the end: it shows the machine's drift. The disk is read for a
@@ -42,7 +45,7 @@ from benchmarks.cpu_disk.plan import (
 from benchmarks.cpu_disk.report import write_report
 from benchmarks.cpu_disk.setup import DTYPE, READER_THREADS, Bench, prepare, refusal
 from benchmarks.cpu_disk.turns import Timed, Turns, cell_record
-from benchmarks.end_to_end.run import PROMPT_TOKENS
+from benchmarks.end_to_end.run import PROMPT_TOKENS, RECORD_MIB
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import LOG, RESULTS
 from benchmarks.reference_model.data import HELD_OUT_FILES, default_source
@@ -52,6 +55,8 @@ from specmoe_compile.system.output import quiet_transformers
 
 REPORT = LOG / "cpu-disk.md"
 TIMED = ("tight", "roomy", "uncapped")
+ALONE = ("engine", "large")
+"""Phases that run only where they are asked for."""
 PHASES = (*TIMED, "loss", "report")
 LOSS_POLICIES = (
     "exact",
@@ -135,11 +140,12 @@ def run_loss(bench: Bench) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = run_parser("cpu_disk", __doc__)
-    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--only", nargs="+", choices=(*PHASES, *ALONE), default=list(PHASES))
     parser.add_argument("--passes", type=int, default=2, help="there, back, there, ...")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--dry", action="store_true", help="a small model, few cells: a test")
+    parser.add_argument("--record-mib", type=float, default=RECORD_MIB, help="of one expert")
     parser.add_argument(
         "--folder", type=Path, default=cache_folder() / "demo", help="for model and store"
     )
@@ -157,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arguments.folder) as work_dir:
             bench = Bench(arguments, work_dir)
-            for phase in PHASES[:-1]:
+            for phase in (*PHASES[:-1], *ALONE):
                 if phase in arguments.only:
                     print(f"== {phase}", flush=True)
                     run_loss(bench) if phase == "loss" else run_timed(bench, phase)

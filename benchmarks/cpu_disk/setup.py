@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cpu_disk.figures import SCHEMA
 from benchmarks.cpu_disk.plan import BASE_CAP_BYTES, SLOW_TOKENS, Cell
-from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
+from benchmarks.end_to_end.run import held_out_prompts
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError
 from specmoe_compile.bench.harness import cap_or_nothing, run_pack, with_peer_file
@@ -57,7 +57,7 @@ class Bench:
         self.new_tokens: int = arguments.new_tokens
         self.work_dir = work_dir
         self.prompts = held_out_prompts(arguments.prompts)
-        record_mib = DRY_RECORD_MIB if self.dry else RECORD_MIB
+        record_mib = DRY_RECORD_MIB if self.dry else arguments.record_mib
         self.model = widened_model(self.folder, record_mib, DTYPE)
         self.store_dir = self.folder / f"{self.model.name}-store"
         self.about = describe_model(str(self.model), DTYPE)

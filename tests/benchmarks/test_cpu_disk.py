@@ -163,6 +163,16 @@ def test_every_size_has_specmoe_and_the_peers_under_the_same_cap() -> None:
         assert len(set(names)) == len(names)
 
 
+def test_the_engine_is_judged_in_one_run_against_llama_cpp_and_the_limit() -> None:
+    cells = phase_cells("engine", MODEL)
+    assert [cell.arm for cell in cells[:3]] == ["resident", "eager", "llama_cpp"]
+    capped = [cell for cell in cells if cell.capped]
+    sizes = {arm: [c.size for c in capped if c.arm == arm] for arm in ("cache", "llama_cpp")}
+    assert sizes["cache"] == [*sizes["llama_cpp"], "100%"]
+    assert sizes["llama_cpp"][-1] == "50%" and len(capped) == len(cells) - 3
+    assert phase_cells("large", MODEL) == capped[:-1]
+
+
 def test_slow_cells_generate_fewer_tokens_and_no_page_cache_arm_is_kept_alive() -> None:
     cells = [cell for phase in ("tight", "roomy", "uncapped") for cell in phase_cells(phase, MODEL)]
     slow = {(cell.arm, cell.size) for cell in cells if cell.slow}
