@@ -83,6 +83,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(groups: dict[str,
     last = group.errors[0].splitlines()
     said = next(line for line in reversed(last) if "SpecMoEError" in line)
     assert re.search(r"Rank 0 of 2 lost another rank: that process ended", said)
+    assert "This is typically" not in said, "the library's advice is left out"
 
 
 @pytest.fixture(scope="module")
