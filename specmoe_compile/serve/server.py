@@ -19,10 +19,12 @@ from specmoe_compile.serve.http import Protocol
 
 logger = logging.getLogger(__name__)
 
-_WARM_LENGTHS = (24, 40, 64)
-"""Prompts that are read before the server is ready. Of two lengths: the first is compiled as it is,
-with the second the length becomes a variable. The third goes on where the second ended, as a chat's
-next turn does: a prompt behind a cache that holds something has a mask, and so a graph of its own.
+_WARM_PROMPTS = ((24, 0), (40, 1), (64, 1), (9, 2), (12, 3), (19, 3))
+"""Prompts that are read before the server is ready: tokens, and which beginning they have. Of two
+lengths: the first is compiled as it is, with the second the length becomes a variable. The third
+goes on where the second ended, as a chat's next turn does: a prompt behind a cache that holds
+something has a mask, and so a graph of its own. Then again with few tokens, which are compiled
+where many are not.
 """
 _GRACE_S = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -62,10 +64,9 @@ def check_exposure(host: str, api_key: str | None) -> None:
 def warm_up(engine: Engine) -> None:
     """Compile prefill and decode, in the engine's own thread, by generating for nobody."""
     vocabulary = max(2, len(engine.tokenizer))
-    for length in _WARM_LENGTHS:
+    for length, beginning in _WARM_PROMPTS:
         fitting = max(1, min(length, engine.max_context - 4))
-        shift = 0 if length == _WARM_LENGTHS[0] else 1  # the second shares no beginning with it
-        prompt = [1 + (7 * at + shift) % (vocabulary - 1) for at in range(fitting)]
+        prompt = [1 + (7 * at + beginning) % (vocabulary - 1) for at in range(fitting)]
         engine.run(
             Job(
                 prompts=[prompt],
