@@ -48,9 +48,13 @@ def _evaluator(folder: Path, **kwargs: Any) -> Evaluator:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
+    return _evaluator(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def results(evaluator: Evaluator) -> dict[str, dict[str, Any]]:
     """Every policy of `_RUNS`, measured by one evaluator: it compiles once for all of them."""
-    evaluator = _evaluator(tmp_path_factory.mktemp("store"))
     found = {}
     for name, run in _RUNS.items():
         done: list[int] = []
@@ -109,9 +113,8 @@ def test_every_layer_skipped_is_exact(results: Results, name: str) -> None:
     assert found["skipped_experts_per_token"] == 0 and found["recall"] is None
 
 
-def test_compiling_meanwhile_voids_the_measurement(tmp_path: Path) -> None:
-    evaluator = _evaluator(tmp_path)
-    evaluator.prepare()
+def test_compiling_meanwhile_voids_the_measurement(results: Results, evaluator: Evaluator) -> None:
+    assert results, "it is prepared"
     torch._dynamo.reset()
     with pytest.raises(CompileError, match="the measurement is void"):
         evaluator.measure(PolicyRun(policy="commit"))

@@ -54,7 +54,7 @@ def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
     for count in sorted({0, 1, top_k // 2, top_k}):
         chosen = [
             slots_of(count, top_k, len(banks[0].up)).to(rig.device)
-            for _ in range(2 if rig.dry else CALLS)
+            for _ in range(1 if rig.dry else CALLS)
         ]
         calls = list(zip(itertools.cycle(banks), chosen, strict=False))
 

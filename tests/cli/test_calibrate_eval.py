@@ -24,7 +24,7 @@ TEXT = "THE QUICK BROWN FOX JUMPS OVER 13 LAZY DOGS. " * 20
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint whose tokens are bytes; it has 96 of them, so text is upper case."""
-    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
     build_tokenizer(256).save_pretrained(folder)
     return folder
 
@@ -56,7 +56,7 @@ def test_calibrate_writes_the_file_and_the_table(
         layer.recall for layer in calibration.layers
     ]
     printed = capsys.readouterr().out
-    assert f"{100 * found['layers'][2]['recall']:.1f} %" in printed
+    assert f"{100 * found['layers'][1]['recall']:.1f} %" in printed
 
 
 def test_calibrate_refuses_short_text(
@@ -104,7 +104,7 @@ def test_eval_reports_every_policy_with_every_skip_list(
 ) -> None:
     paths = {name: tmp_path / f"fidelity.{name}" for name in ("json", "svg", "md")}
     files = ["--json", str(paths["json"]), "--plot", str(paths["svg"])]
-    policies = ["--policy", "exact", "--policy", "commit", "--skip", "none", "--skip", "1,2"]
+    policies = ["--policy", "exact", "--policy", "commit", "--skip", "none", "--skip", "0,1"]
     command = [*policies, *files, "--markdown", str(paths["md"])]
     assert run(_evaluate(checkpoint, text, tmp_path / "store", command)) == 0
     found = json.loads(paths["json"].read_text())
@@ -112,16 +112,16 @@ def test_eval_reports_every_policy_with_every_skip_list(
     assert names == [
         "exact",
         "commit, predicted weights",
-        "commit, predicted weights, skip 1,2",
+        "commit, predicted weights, skip 0,1",
     ]
     exact, _, skipped = found["policies"]
     assert exact["greedy_agreement"] == skipped["greedy_agreement"] == 1.0
     assert exact["tokens"] == 2 * 5 and exact["greedy_tokens"] == 2 * 4
     assert found["reference"] == "unmodified model"
-    assert [layer["recall"] is None for layer in found["layers"]] == [True, False, False]
+    assert [layer["recall"] is None for layer in found["layers"]] == [True, False]
     assert paths["svg"].read_text().lstrip().startswith("<?xml")
     document = paths["md"].read_text()
-    assert "commit, predicted weights, skip 1,2" in document and "fidelity.svg" in document
+    assert "commit, predicted weights, skip 0,1" in document and "fidelity.svg" in document
     assert "exact" in capsys.readouterr().out
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+import transformers
 
 from specmoe_compile.bench import live_worker
 from specmoe_compile.bench.child import ArmFailedError, ChildPython
 from specmoe_compile.bench.live_worker import IdleWatch, LiveWorker, run_worker
 from specmoe_compile.bench.records import ArmJob
-from tests.helpers import PATIENCE_S, save_tiny
+from tests.helpers import PATIENCE_S, greedy, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,15 @@ def job_of(checkpoint: Path, work_dir: Path, **changes: Any) -> ArmJob:
 
 
 @pytest.mark.parametrize("arm", ["eager", pytest.param("cache", marks=pytest.mark.slow)])
-def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
+def test_turns_of_one_worker_give_the_models_tokens_and_it_idles_between(
     arm: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     job = job_of(checkpoint, tmp_path, arm=arm)
-    alone = run_worker(job)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = [
+        greedy(plain, torch.tensor([prompt]), job.new_tokens)[0, len(prompt) :].tolist()
+        for prompt in job.prompts
+    ]
     with closing(LiveWorker(job, timeout_s=PATIENCE_S)) as worker:
         worker.wait_ready()
         first = worker.turn()
@@ -62,14 +68,15 @@ def test_turns_of_one_worker_give_the_tokens_of_a_process_and_it_idles_between(
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(ArmFailedError, match=r"^The process was ended by SIGKILL\.$"):
             worker.turn()
-    assert first.tokens == second.tokens == alone.tokens
-    for run in (alone, first, second):
+    assert first.tokens == second.tokens == expected
+    for run in (first, second):
         assert [len(run.ttft_samples_ms), len(run.tpot_samples_ms)] == [2, 10]
     # a turn counts for itself
     assert first.ttft_samples_ms != second.ttft_samples_ms
     if arm == "cache":
         assert not any("after the warm-up" in note for note in second.notes)
-        totals = [run.decode["total"] for run in (alone, first, second) if run.decode is not None]
+        runs = (run_worker(job), first, second)
+        totals = [run.decode["total"] for run in runs if run.decode is not None]
         assert len(totals) == 3
         assert len({total["steps"] for total in totals}) == 1
         assert totals[0]["hits"] == totals[1]["hits"] > 0

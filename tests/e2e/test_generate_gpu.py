@@ -16,16 +16,11 @@ from torch._inductor import cudagraph_trees
 import specmoe_compile
 from specmoe_compile.errors import SpecMoEError
 from tests.e2e.prompt_lengths import check_lengths, load_plain, offload
-from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts
 
 pytestmark = pytest.mark.gpu
 
 STATIC = {"cache_implementation": "static"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
 
 
 @pytest.fixture(scope="module")

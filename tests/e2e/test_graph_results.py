@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor import cudagraph_trees
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 import specmoe_compile
 from specmoe_compile import backend
@@ -25,19 +25,9 @@ from specmoe_compile.hf import gpu_memory, run_ahead
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.graph_threads import GraphState
 from specmoe_compile.runtime.session import session_of
-from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
-
-
-@pytest.fixture(scope="module")
-def plain(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
 
 @pytest.fixture

@@ -11,14 +11,8 @@ import specmoe_compile
 from specmoe_compile import backend
 from specmoe_compile.passes.choose_capture import why_not_captured_or_none
 from tests.e2e.prompt_lengths import LENGTHS, check_lengths, load_plain, offload
-from tests.helpers import save_tiny
 
 CASES = [("static", 1), ("static", 3), ("dynamic", 1), ("dynamic", 3)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ GPT_OSS = ("mxfp4 checkpoint", "int4", "mxfp4", "fp8", "int8")
 
 
 def _mostly_slow(names: tuple[str, ...], fast: str) -> list[Any]:
-    """One case for every run, the others with the slow tests."""
+    """One case for every run, with one pair of batch and cache; the others are slow."""
     return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -64,14 +64,16 @@ def offloaded(folder: Path, tmp_path: Path, **options: Any) -> Any:
     )
 
 
-def check_tokens(model: Any, reference: Any, *, lowering: str, core: bool = False) -> None:
-    """Static and dynamic cache, batches of 1 and 3, prefill and decode, with guesses.
+STATIC: dict[str, Any] = {"cache_implementation": "static"}
+EVERY_PAIR = ((1, STATIC), (1, {}), (3, STATIC), (3, {}))
 
-    `core`: two of the four pairs, each of which compiles.
+
+def check_tokens(model: Any, reference: Any, *, lowering: str, pairs: Any = EVERY_PAIR) -> None:
+    """Prefill and decode, with guesses.
+
+    `pairs`: batch and cache; each compiles.
     """
     compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
-    static: dict[str, Any] = {"cache_implementation": "static"}
-    pairs = ((1, static), (3, {})) if core else ((1, static), (1, {}), (3, static), (3, {}))
     for batch, kwargs in pairs:
         ids = prompts(batch, 7)
         want = greedy(reference, ids, NEW_TOKENS)
@@ -83,8 +85,8 @@ def check_tokens(model: Any, reference: Any, *, lowering: str, core: bool = Fals
 
 @pytest.mark.parametrize("variety", _mostly_slow(tuple(VARIETIES), "ct_nvfp4"))
 def test_qwen3_moe_generates_what_its_codes_mean(variety: str, tmp_path: Path) -> None:
-    core = variety == "ct_nvfp4"
-    check_tokens(*load_qwen3(variety, tmp_path), lowering="eager", core=core)
+    pairs = ((1, STATIC),) if variety == "ct_nvfp4" else EVERY_PAIR
+    check_tokens(*load_qwen3(variety, tmp_path), lowering="eager", pairs=pairs)
 
 
 @pytest.mark.slow
@@ -97,8 +99,8 @@ def test_qwen3_moe_generates_what_it_was_quantised_to(form: str, tmp_path: Path)
 
 @pytest.mark.parametrize("form", _mostly_slow(GPT_OSS, "mxfp4 checkpoint"))
 def test_gpt_oss_generates_what_its_codes_mean(form: str, tmp_path: Path) -> None:
-    core = form == "mxfp4 checkpoint"
-    check_tokens(*load_gpt_oss(form, tmp_path), lowering="eager", core=core)
+    pairs = ((3, {}),) if form == "mxfp4 checkpoint" else EVERY_PAIR
+    check_tokens(*load_gpt_oss(form, tmp_path), lowering="eager", pairs=pairs)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,9 @@ from transformers import AutoModelForCausalLM
 import specmoe_compile
 from specmoe_compile import backend
 from specmoe_compile.hf.recompile_limit import RECOMPILE_LIMIT, raised_recompile_limit
-from tests.helpers import PATIENCE_S, greedy, prompts, save_tiny
+from tests.helpers import PATIENCE_S, greedy, prompts
 
 TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
-
-
-@pytest.fixture(scope="module")
-def plain(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture
-def offloaded(checkpoint: Path, tmp_path: Path) -> Iterator[Any]:
-    model = specmoe_compile.from_pretrained(
-        checkpoint, device="cpu", store="disk", store_dir=tmp_path / "store", expert_cache="40%"
-    )
-    yield model
-    specmoe_compile.close(model)
 
 
 @pytest.fixture
