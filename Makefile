@@ -33,7 +33,7 @@ demo: $(STAMP)  ## Watch a real MoE generate with its experts on disk (a few min
 	$(BIN)/specmoe demo
 
 test: $(STAMP)  ## The fast tests, without a GPU.
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --durations=20
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadscope --durations=20
 
 lint: $(STAMP)  ## Lint, format and types.
 	$(BIN)/ruff check .
@@ -53,7 +53,7 @@ compat: compat-oldest compat-newest  ## The fast tests with the oldest and the n
 	@touch $@
 
 compat-oldest compat-newest: compat-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup
+	.venv-$*/bin/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadscope
 
 format: $(STAMP)  ## Apply the formatter and the fixes that ruff is sure of.
 	$(BIN)/ruff check --fix .

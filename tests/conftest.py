@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("SPECMOE_STRICT", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +25,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-_TESTS = Path(__file__).parent
 _LONGEST = (
     "serve",
     "e2e/test_generate.py",
@@ -64,25 +63,40 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False  # by number of tests: the longest ones have few
 
 
-def _group(item: pytest.Item) -> str:
+def _group(nodeid: str) -> str:
     """What one process runs together: a file, or a folder that shares its servers."""
-    folder, file = item.path.parent.relative_to(_TESTS), item.path.relative_to(_TESTS)
-    return folder.name if folder.name == "serve" else file.as_posix()
+    file = nodeid.split("::", 1)[0].removeprefix("tests/")
+    return "serve" if file.startswith("serve/") else file
 
 
-def _distribute(items: list[pytest.Item]) -> None:
-    """Put tests into groups, the longest ones first, then those of many tests."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    tests = Counter(map(_group, items))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole groups. Marks would say it too, but pytest 9.2 and xdist 3.8 ignore them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Sort tests by group, the longest ones first, then those of many tests."""
+    tests = Counter(_group(item.nodeid) for item in items)
     turns = {group: turn for turn, group in enumerate(_LONGEST)}
-    items.sort(key=lambda item: (turns.get(_group(item), len(turns)), -tests[_group(item)]))
+
+    def turn(item: pytest.Item) -> tuple[int, int, str]:
+        group = _group(item.nodeid)
+        return turns.get(group, len(turns)), -tests[group], group
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
-        _distribute(items)
+        _longest_first(items)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
