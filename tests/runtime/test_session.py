@@ -263,7 +263,7 @@ def test_close_wakes_a_waiting_caller() -> None:
     closing = threading.Thread(target=close)
     closing.start()
     # It has asked for its reads already, which are cancelled, or is just about to ask for more.
-    with pytest.raises(TransferError, match="cancelled|closed"):
+    with pytest.raises(TransferError, match=r"cancelled|closed"):
         in_time(lambda: session.experts(0, *token_batch(0, 1)))
     hold.set()  # no read ended before: it is closing that woke the caller
     closing.join()
