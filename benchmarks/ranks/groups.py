@@ -28,8 +28,9 @@ def start(module: str, ranks: int, job: Path, errors: Path) -> subprocess.Popen[
         # Standalone: torchrun takes a port that is free.
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         worker = [*launch, *worker]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Multicast over NVLink is not to be had on every machine that has NVLink.
-    chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NCCL_NVLS_ENABLE": "0"}
+    chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "NCCL_NVLS_ENABLE": "0"}
     with errors.open("wb") as told:
         return subprocess.Popen(
             [sys.executable, *worker],

@@ -45,7 +45,8 @@ class Group:
 
 def environment() -> dict[str, str]:
     """For a process that imports this checkout, computes on one thread and asks no hub."""
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **more}
 
 
