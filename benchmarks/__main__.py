@@ -12,12 +12,14 @@ from benchmarks.kit.command import Main, explains_errors
 
 RUNS = {
     "commits": "end_to_end.commits",
+    "cpu_busy": "cpu_disk.busy",
     "cpu_disk": "cpu_disk.run",
     "end_to_end": "end_to_end.run",
     "evaluate": "reference_model.evaluate",
     "eviction": "simulation.eviction",
     "eviction_time": "cpu_disk.policies",
     "formats": "quality.formats",
+    "formats_resident": "cpu_disk.formats_resident",
     "formats_time": "cpu_disk.formats_time",
     "gpu_decode": "hardware.decode",
     "gpu_down_kernel": "kernels.down_projection",

@@ -13,6 +13,10 @@ OURS = ("cache", "specmoe")
 PEERS = ("mmap", "llama_cpp")
 SENTINEL = "cache"
 SENTINEL_SIZE = "25%"
+NO_SIZE = "none"
+"""What stands for the cells without a cache size where sizes are asked for."""
+ALONE = ("engine", "large")
+"""Phases that run only where they are asked for."""
 BASE_CAP_BYTES = 500 << 20
 """Memory besides the cache: Python, PyTorch, the model's other weights."""
 SLOW_TOKENS = 16
@@ -139,13 +143,17 @@ def phase_cells(phase: str, model: Mapping[str, Any]) -> list[Cell]:
             Cell(arm="specmoe", size=size, options=(("auto_off", False),), label="always"),
             Cell(arm="resident"),
         ]
-    if phase in ("engine", "large"):
+    if phase in ALONE:
         shares = [size for size in taken if sort_share(size) <= 0.5]
-        capped = [Cell(arm=a, size=s, capped=True) for s in shares for a in ("cache", "llama_cpp")]
         if phase == "large":
-            return capped
-        resident = [Cell(arm=arm) for arm in ("resident", "eager", "llama_cpp")]
-        return [*resident, *capped, Cell(arm="cache", size=larger[-1], capped=True)]
+            arms = ("cache", "llama_cpp")
+            return [Cell(arm=a, size=s, capped=True) for s in shares for a in arms]
+        return [
+            *(Cell(arm=arm) for arm in ("resident", "eager", "llama_cpp")),
+            *(Cell(arm=a, size=s, capped=True) for s in shares for a in (*OURS, "llama_cpp")),
+            Cell(arm="accelerate", size=SENTINEL_SIZE, capped=True),
+            Cell(arm="specmoe", size=larger[-1], capped=True),
+        ]
     raise ValueError(f"There is no phase {phase!r}.")
 
 
@@ -164,8 +172,25 @@ def dry_cells(phase: str) -> list[Cell]:
     }[phase]
 
 
-def sentinel(phase: str) -> Cell:
+def chosen_cells(cells: Sequence[Cell], sizes: Sequence[str] | None) -> list[Cell]:
+    """The cells of some sizes, and `resident` with them; all of them for None.
+
+    Raises:
+        ValueError: no cell has one of these sizes.
+    """
+    if sizes is None:
+        return list(cells)
+    known = {cell.size or NO_SIZE for cell in cells}
+    for size in sizes:
+        if size not in known:
+            raise ValueError(f"--sizes: no cell has {size!r}, give some of {sorted(known)}.")
+    return [c for c in cells if (c.size or NO_SIZE) in sizes or c.arm == "resident"]
+
+
+def sentinel(phase: str, cells: Sequence[Cell]) -> Cell:
     """The cell that runs at the start, in the middle and at the end of a phase."""
+    if phase in ALONE:
+        return next((cell for cell in cells if cell.arm == "resident"), cells[0])
     return Cell(arm=SENTINEL, size=SENTINEL_SIZE, capped=phase != "uncapped")
 
 

@@ -11,8 +11,8 @@ Phases, each with its own result in `benchmarks/results/cpu_disk_*.json`:
 - uncapped  the same without a cap, the arms that need all memory, the approximate policies
 - loss      what the approximate policies cost in loss, and save in bytes
 - report    writes docs/results/log/cpu-disk.md and its plots
-- engine    only by --only: what the C++ engine is judged by, against llama.cpp and the limit, in
-            one run of four minutes
+- engine    only by --only: what the C++ engine is judged by, against the peers and the limit;
+            with --sizes 25% two minutes, and a result of its own
 - large     only by --only: the capped cells of that; with --record-mib 24, 6.4 GB of experts
 
 Within a phase every cell runs there and back (A B C C B A), one at a time, and one cell more often,
@@ -34,8 +34,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cpu_disk.plan import (
+    ALONE,
     BASE_CAP_BYTES,
     SLOW_TOKENS,
+    chosen_cells,
     dry_cells,
     order_of,
     phase_cells,
@@ -55,8 +57,6 @@ from specmoe_compile.system.output import quiet_transformers
 
 REPORT = LOG / "cpu-disk.md"
 TIMED = ("tight", "roomy", "uncapped")
-ALONE = ("engine", "large")
-"""Phases that run only where they are asked for."""
 PHASES = (*TIMED, "loss", "report")
 LOSS_POLICIES = (
     "exact",
@@ -67,10 +67,11 @@ LOSS_POLICIES = (
 )
 
 
-def run_timed(bench: Bench, phase: str) -> None:
-    """Time every cell of a phase, there and back, the sentinel around them."""
-    cells = dry_cells(phase) if bench.dry else phase_cells(phase, bench.about)
-    watch = sentinel(phase)
+def run_timed(bench: Bench, phase: str, sizes: Sequence[str] | None) -> None:
+    """Time the cells of a phase, there and back, the sentinel around them."""
+    planned = dry_cells(phase) if bench.dry else phase_cells(phase, bench.about)
+    cells = chosen_cells(planned, sizes)
+    watch = sentinel(phase, cells)
     refused = sizes_of(bench.about)[0] if phase == "tight" else []
     found = {cell: Timed() for cell in (*cells, watch)}
     for cell, why in prepare(bench, [watch, *cells]).items():
@@ -88,7 +89,7 @@ def run_timed(bench: Bench, phase: str) -> None:
                 marks.append(turns.run(watch))
         turns.finish()
     bench.write(
-        phase,
+        phase if sizes is None else "_".join([phase, *(s.removesuffix("%") for s in sizes)]),
         {
             "cells": [
                 cell_record(cell, timed, bench.new_tokens)
@@ -141,6 +142,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = run_parser("cpu_disk", __doc__)
     parser.add_argument("--only", nargs="+", choices=(*PHASES, *ALONE), default=list(PHASES))
+    parser.add_argument("--sizes", nargs="+", help="only these caches' cells, or none for the rest")
     parser.add_argument("--passes", type=int, default=2, help="there, back, there, ...")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for phase in (*PHASES[:-1], *ALONE):
                 if phase in arguments.only:
                     print(f"== {phase}", flush=True)
-                    run_loss(bench) if phase == "loss" else run_timed(bench, phase)
+                    run_loss(bench) if phase == "loss" else run_timed(bench, phase, arguments.sizes)
     if "report" in arguments.only:
         write_report(arguments.results, arguments.report)
     print(f"done after {(time.monotonic() - started_s) / 60:.1f} minutes", flush=True)

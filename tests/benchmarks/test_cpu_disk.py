@@ -22,8 +22,10 @@ from benchmarks.cpu_disk.plan import (
     KEPT_ALIVE,
     WORKER_BYTES,
     Cell,
+    chosen_cells,
     order_of,
     phase_cells,
+    sentinel,
     sizes_of,
     smallest_size,
 )
@@ -163,14 +165,27 @@ def test_every_size_has_specmoe_and_the_peers_under_the_same_cap() -> None:
         assert len(set(names)) == len(names)
 
 
-def test_the_engine_is_judged_in_one_run_against_llama_cpp_and_the_limit() -> None:
+def test_the_engine_is_judged_against_the_peers_and_the_limit() -> None:
     cells = phase_cells("engine", MODEL)
     assert [cell.arm for cell in cells[:3]] == ["resident", "eager", "llama_cpp"]
-    capped = [cell for cell in cells if cell.capped]
-    sizes = {arm: [c.size for c in capped if c.arm == arm] for arm in ("cache", "llama_cpp")}
-    assert sizes["cache"] == [*sizes["llama_cpp"], "100%"]
-    assert sizes["llama_cpp"][-1] == "50%" and len(capped) == len(cells) - 3
-    assert phase_cells("large", MODEL) == capped[:-1]
+    assert all(cell.capped for cell in cells[3:])
+    for size in ("12.5%", "25%", "50%"):
+        arms = {cell.arm for cell in cells if cell.size == size}
+        assert arms - {"accelerate"} == {"cache", "specmoe", "llama_cpp"}
+    large = phase_cells("large", MODEL)
+    assert {(cell.arm, cell.size) for cell in large} < {(cell.arm, cell.size) for cell in cells}
+    assert sentinel("engine", cells) == cells[0] and sentinel("large", large) == large[0]
+
+
+def test_one_size_brings_what_computing_alone_takes() -> None:
+    cells = phase_cells("engine", MODEL)
+    names = [cell.arm for cell in chosen_cells(cells, ["50%"])]
+    assert names == ["resident", "cache", "specmoe", "llama_cpp"]
+    bare = chosen_cells(cells, ["none", "100%"])
+    assert [cell.arm for cell in bare] == ["resident", "eager", "llama_cpp", "specmoe"]
+    assert chosen_cells(cells, None) == cells
+    with pytest.raises(ValueError, match=r"no cell has '75%', give some of .*'25%'"):
+        chosen_cells(cells, ["75%"])
 
 
 def test_slow_cells_generate_fewer_tokens_and_no_page_cache_arm_is_kept_alive() -> None:
