@@ -1,15 +1,16 @@
 """One rank of `python -m benchmarks ranks_gpu`: started by torchrun, or alone, with a job's path.
 
 The job is JSON: `phase` (check, link, cells), `dry`, `checkpoint`, `store_dir`, `shape`, `layers`,
-`context`, `arms`, `trace`, `out`. Rank 0 writes what was found to `out`.
+`arms`, `trace`, `out`. Rank 0 writes what was found to `out`; in phase `cells` it takes turns, of
+`context` and `arm`, as a `Group` asks for them.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.full_size.routing import trace_predictions
 from benchmarks.full_size.run import VECTOR_TOKENS
 from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, map_trace
+from benchmarks.ranks.groups import Turns
 from benchmarks.ranks.split_model import SplitBench, filled_cache, open_store
 from benchmarks.ranks.worker import all_reduce_us
 from specmoe_compile.bench.records import quantile
@@ -32,28 +34,27 @@ from specmoe_compile.hf.ranks import device_of_rank, join_ranks
 from specmoe_compile.system.launched import launched, split_of_ranks
 
 LINK_BYTES, LINK_COPIES = 1 << 30, 8
+STUCK_S = 280.0
+"""A rank that has not done what it was asked for by then says where it is, and ends."""
 
 
 def main(job_path: str) -> None:
     """Run the job's phase."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    faulthandler.dump_traceback_later(STUCK_S, exit=True)
     device = torch.device("cpu") if job["dry"] else device_of_rank(torch.device("cuda"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     size = launched().size
     if size > 1:
         join_ranks({"tp_size": size, "ep_size": size}, device)
-    phases: dict[str, Callable[[dict[str, Any], torch.device], dict[str, Any]]] = {
-        "check": check_tokens,
-        "link": link_rates,
-        "cells": cells,
-    }
-    found = phases[job["phase"]](job, device)
-    if launched().rank == 0:
-        Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    if job["phase"] == "cells":
+        cells(job, device)
+    else:
+        found = (check_tokens if job["phase"] == "check" else link_rates)(job, device)
+        if launched().rank == 0:
+            Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+    faulthandler.cancel_dump_traceback_later()
 
 
 def check_tokens(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -130,15 +131,48 @@ def reduce_on_gpu_us(elements: int) -> float:
 
 
 @torch.no_grad()
-def cells(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """One shape and context: a row per arm."""
+def cells(job: dict[str, Any], device: torch.device) -> None:
+    """One shape: prepare a context, then a row per arm, as they are asked for.
+
+    All arms have one session and graph: the slots of the largest, of which each uses its own.
+    """
+    turns = Turns(job, launched().rank)
+    bench = open_bench(job, device)
+    turns.answer({})
+    faulthandler.cancel_dump_traceback_later()
+    slots = max(bench.slots(ARMS[name]) for name in job["arms"])
+    ask = turns.next_or_none()
+    while ask is not None:
+        context = ask["context"]
+        faulthandler.dump_traceback_later(STUCK_S, exit=True)
+        with bench.opened(slots) as (model, session, routing), trace_predictions():
+            filled = filled_cache(bench, model.config, context)
+            compiled = torch.compile(
+                model, backend="specmoe", options=graph_options(job), fullgraph=True
+            )
+            run = Generation(bench, compiled, session, routing, filled)
+            run.start(job["arms"][0])
+            run.run(4)
+            while ask is not None and ask["context"] == context:
+                faulthandler.dump_traceback_later(STUCK_S, exit=True)
+                turns.answer(cell(bench, run, ask["arm"]) if "arm" in ask else {})
+                faulthandler.cancel_dump_traceback_later()
+                ask = turns.next_or_none()
+
+
+def open_bench(job: dict[str, Any], device: torch.device) -> SplitBench:
+    """The records of this rank's experts, and the routing that all ranks share."""
     size, shape = launched().size, SHAPES[job["shape"]]
     config = shape.configured(job["layers"])
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    top_k = config.num_experts_per_tok
     store = open_store(shape, device, size, job["layers"])
     trace = RoutingTrace.load(Path(job["trace"]))
-    tables = map_trace(trace, layers=len(store.num_experts), experts=experts, top_k=top_k)
+    tables = map_trace(
+        trace,
+        layers=len(store.num_experts),
+        experts=experts,
+        top_k=config.num_experts_per_tok,
+    )
     bench = SplitBench(
         shape=shape,
         device=device,
@@ -151,26 +185,20 @@ def cells(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         experts=experts,
     )
     learn_vectors(bench, 32 if job["dry"] else VECTOR_TOKENS)
-    rows = {name: cell(bench, job, name) for name in job["arms"]}
-    store.give_back()
-    return {"rows": rows}
+    return bench
 
 
-def cell(bench: SplitBench, job: dict[str, Any], name: str) -> dict[str, Any]:
-    """One arm, in a session and a graph of its own."""
-    arm = ARMS[name]
-    options: dict[str, Any] = {**arm.options, "strict": True, "transfer": "gather"}
-    if job["dry"]:
-        options["lowering"] = "eager"
-    else:
-        options["mode"] = "reduce-overhead"
-    with bench.opened(bench.slots(arm)) as (model, session, routing), trace_predictions():
-        filled = filled_cache(bench, model.config, job["context"])
-        compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
-        run = Generation(bench, compiled, session, routing, filled)
-        row = measure_cell(bench, run, name)
-        sums_ms = sum(k["ms_per_token"] for k in row["kernels"] if "nccl" in k["kernel"].lower())
-        return {**row, "slots": bench.slots(arm), "sums_ms_per_token": sums_ms}
+def graph_options(job: dict[str, Any]) -> dict[str, Any]:
+    """Of the backend: the same for all arms, which are caches alone."""
+    options: dict[str, Any] = {**ARMS[job["arms"][0]].options, "strict": True, "transfer": "gather"}
+    return {**options, **({"lowering": "eager"} if job["dry"] else {"mode": "reduce-overhead"})}
+
+
+def cell(bench: SplitBench, run: Generation, name: str) -> dict[str, Any]:
+    """One arm."""
+    row = measure_cell(bench, run, name)
+    sums_ms = sum(k["ms_per_token"] for k in row["kernels"] if "nccl" in k["kernel"].lower())
+    return {**row, "slots": bench.slots(ARMS[name]), "sums_ms_per_token": sums_ms}
 
 
 if __name__ == "__main__":

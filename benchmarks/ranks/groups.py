@@ -17,11 +17,14 @@ from specmoe_compile.system.output import write_json
 POLL_S = 0.02
 
 
-def start(module: str, ranks: int, job: Path, errors: Path) -> subprocess.Popen[bytes]:
+def start(
+    module: str, ranks: int, job: Path, errors: Path, gpu: int | None = None
+) -> subprocess.Popen[bytes]:
     """Start a worker module with the path of its job, on so many ranks, one thread each.
 
     Args:
         errors: where its standard error goes.
+        gpu: the only one that they see; None for all.
     """
     worker = ["-m", module, str(job)]
     if ranks > 1:
@@ -31,6 +34,8 @@ def start(module: str, ranks: int, job: Path, errors: Path) -> subprocess.Popen[
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Multicast over NVLink is not to be had on every machine that has NVLink.
     chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "NCCL_NVLS_ENABLE": "0"}
+    if gpu is not None:
+        chosen["CUDA_VISIBLE_DEVICES"] = str(gpu)
     with errors.open("wb") as told:
         return subprocess.Popen(
             [sys.executable, *worker],
@@ -63,17 +68,33 @@ class Group:
     turns the ranks look for the first every `POLL_S` seconds, and leave the cores alone.
     """
 
-    def __init__(self, module: str, job: Mapping[str, Any], ranks: int, folder: Path) -> None:
-        """Start them; `first` is what they say once they are ready."""
-        self._folder = folder / f"group-{ranks}"
+    def __init__(
+        self,
+        module: str,
+        job: Mapping[str, Any],
+        ranks: int,
+        folder: Path,
+        *,
+        name: str = "group",
+        gpu: int | None = None,
+    ) -> None:
+        """Start them. Several of one folder differ in `name` or `ranks`; `gpu` as in `start`."""
+        self._folder = folder / f"{name}-{ranks}"
         self._folder.mkdir()
         path, self._errors = self._folder / "job.json", self._folder / "errors.txt"
         job = {**job, "folder": str(self._folder), "parent": os.getpid()}
         path.write_text(json.dumps(job), encoding="utf-8")
         self._ranks, self._number = ranks, 0
-        self._process = start(module, ranks, path, self._errors)
+        self._process = start(module, ranks, path, self._errors, gpu)
+
+    def first(self) -> dict[str, Any]:
+        """What they say once they are ready; they end if they cannot be.
+
+        Raises:
+            RuntimeError: a rank failed; its last lines are in the message.
+        """
         try:
-            self.first = self._answer()
+            return self.answer()
         except BaseException:
             self.close()
             raise
@@ -84,9 +105,13 @@ class Group:
         Raises:
             RuntimeError: a rank failed; its last lines are in the message.
         """
+        self.ask(ask)
+        return self.answer()
+
+    def ask(self, ask: Mapping[str, Any]) -> None:
+        """Begin a turn; `answer` waits for its end, and several groups can be asked before."""
         self._number += 1
         write_json(self._folder / "ask.json", {"number": self._number, "ask": dict(ask)})
-        return self._answer()
 
     def close(self) -> None:
         """End them."""
@@ -95,7 +120,8 @@ class Group:
             self._process.terminate()
         self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """What rank 0 says of the last turn that was asked for, once it is over."""
         path = self._folder / f"answer-{self._number}.json"
         while not path.exists():
             if self._process.poll() is not None:

@@ -98,9 +98,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for ranks in (1, args.ranks):
                 groups[ranks] = Group(WORKER, job, ranks, Path(folder))
                 open_groups.callback(groups[ranks].close)
+                first = groups[ranks].first()
                 print(f"{ranks} ranks are ready", flush=True)
             rows = take_turns(groups, slots, args.turns)
-            first = groups[args.ranks].first
     return {
         "schema": SCHEMA,
         **provenance(),
