@@ -140,7 +140,14 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         conditional=all(session.engine.plans_steps for session in sessions),
         multiplies=all(session.engine.multiplies for session in sessions),
         network_layers=network_layers,
+        resident_layers=_resident_layers(sessions),
     )
+
+
+def _resident_layers(sessions: Sequence[Session]) -> tuple[int, ...]:
+    """MoE layers of which no expert is ever missing, in whichever session."""
+    each = [session.engine.resident_layers for session in sessions]
+    return tuple(sorted(each[0].intersection(*each)))
 
 
 def _sessions_of(gm: GraphModule) -> list[Session]:

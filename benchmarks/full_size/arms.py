@@ -31,7 +31,6 @@ from specmoe_compile.runtime.cuda.engine import CudaEngine
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.runtime.store.ram import all_records
 
 Routing = Literal["trace", "router"]
 Mode = Literal["graph", "compiled", "eager"]
@@ -49,7 +48,7 @@ class Arm:
         slots: S per layer, from E and K.
         options: of the backend.
         keeps: whether slots keep what they hold from one token to the next.
-        full: all experts are put there before the first step.
+        full: every expert has its slot, which a session of that size sees to.
         ahead: records that are fetched ahead for a layer at most; None: what `auto_off` finds.
         cache_policy: which expert leaves a full cache.
     """
@@ -158,7 +157,8 @@ def sharing_groups(
 ) -> list[list[str]]:
     """Arms that one compiled graph serves: those with the same options, with CUDA graphs.
 
-    Elsewhere the host keeps the tables, and each arm has a session of its own. So has an arm that
+    Elsewhere the host keeps the tables, and each arm has a session of its own. So have arms with
+    all experts, whose steps plan nothing, and an arm that
     speculates with so few slots that a session of that size waits for a prefetch before it plans
     what is demanded: the graph of a larger session does not wait, and would take slots that are not
     the arm's.
@@ -169,7 +169,7 @@ def sharing_groups(
     for name in names:
         arm = ARMS[name]
         slots = arm.slots(experts, top_k)
-        waits = arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts)
+        waits = arm.full or (arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts))
         alone = slots if waits else None
         shared = (sorted(arm.options.items()), arm.ahead, arm.cache_policy, alone)
         groups.setdefault(repr(shared), []).append(name)
@@ -282,16 +282,6 @@ def cuda_engine(session: Session) -> CudaEngine:
     """The engine of a session that `Bench.opened` opened."""
     assert isinstance(session.engine, CudaEngine), "opened by open_cuda_session"
     return session.engine
-
-
-def fill_slots(session: Session) -> None:
-    """Put every expert into the slot of its number."""
-    cache, records = cuda_engine(session).cache, all_records(session.store)
-    for bank, tables, stored in zip(cache.banks, cache.tables, records, strict=True):
-        bank.copy_(stored, non_blocking=True)
-        everyone = torch.arange(len(bank), dtype=torch.int32, device=bank.device)
-        tables.slot_of.copy_(everyone)
-        tables.expert_of.copy_(everyone)
 
 
 class SlotLimit:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
-from benchmarks.full_size.arms import ARMS, Bench, SlotLimit, fill_slots
+from benchmarks.full_size.arms import ARMS, Bench, SlotLimit
 from benchmarks.full_size.clock import Clock
 from benchmarks.full_size.model import SEED, FilledCache
 from benchmarks.full_size.profile import SYNCHRONISATIONS, covered_us, is_transfer
@@ -78,10 +78,7 @@ class Generation:
 
     def start(self, arm_name: str) -> None:
         """Begin an arm: slots empty, or all experts in their place."""
-        arm = ARMS[arm_name]
-        SlotLimit(self.session, self._bench.slots(arm)).empty()
-        if arm.full:
-            fill_slots(self.session)
+        SlotLimit(self.session, self._bench.slots(ARMS[arm_name])).empty()
 
     def run(self, count: int) -> tuple[list[int], list[float]]:
         """Generate `count` tokens; the tokens, and when each was there."""

@@ -26,7 +26,6 @@ from benchmarks.full_size.arms import (
     Routing,
     SlotLimit,
     cuda_engine,
-    fill_slots,
     free_memory,
     sharing_groups,
 )
@@ -75,8 +74,6 @@ class Run:
         if session is not None and arm is not None:
             limit = SlotLimit(session, bench.slots(arm))
             limit.empty()
-            if arm.full:
-                fill_slots(session)
             self._empties = None if arm.keeps else limit
         self.rewind(driven)
 

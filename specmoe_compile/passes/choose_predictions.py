@@ -15,7 +15,8 @@ from specmoe_compile.passes.report import PassReport
 FIRST_LAYER = "it is the first MoE layer: nothing comes before it to predict it from"
 SKIPPED = "option skip_layers names it"
 PREFILL = "this graph is prefill: a session predicts steps of few tokens only"
-ON_PURPOSE = (FIRST_LAYER, SKIPPED, PREFILL)
+RESIDENT = "every expert has a slot: none can be missing"
+ON_PURPOSE = (FIRST_LAYER, SKIPPED, PREFILL, RESIDENT)
 """Reasons that are nobody's shortcoming."""
 
 
@@ -28,7 +29,7 @@ def choose_predictions(graph: Graph, config: PassConfig, plan: SpeculationPlan) 
 
     Args:
         graph: aten graph, not changed.
-        config: `lookahead`, `skip_layers`, `max_tokens`, `control`, `predictor`.
+        config: `lookahead`, `skip_layers`, `resident_layers`, `max_tokens`, `control`, `predictor`.
         plan: with its layers.
 
     Returns:
@@ -58,6 +59,8 @@ def _why_not(path: Sequence[MoELayer], config: PassConfig) -> str | None:
         return FIRST_LAYER
     if config.skips(target.index):
         return SKIPPED
+    if target.index in config.resident_layers:
+        return RESIDENT
     tokens = value_of(target.ids).shape[0]
     if config.max_tokens is not None and statically_known_true(tokens > config.max_tokens):
         return PREFILL

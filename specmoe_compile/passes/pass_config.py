@@ -17,6 +17,8 @@ class PassConfig(GraphOptions):
     """Steps known to have more tokens are prefill and are not predicted; None predicts all."""
     network_layers: tuple[int, ...] = ()
     """Layers that a hybrid predictor predicts with their networks."""
+    resident_layers: tuple[int, ...] = ()
+    """Layers of which no expert is ever missing: nothing to predict, others' may be."""
     conditional: bool = False
     """Let the session skip speculation at run time; only where the host decides, not on a GPU."""
 
@@ -48,6 +50,7 @@ class PassConfig(GraphOptions):
         conditional: bool = False,
         multiplies: bool = False,
         network_layers: tuple[int, ...] = (),
+        resident_layers: tuple[int, ...] = (),
     ) -> PassConfig:
         """Take the options that passes read.
 
@@ -57,12 +60,14 @@ class PassConfig(GraphOptions):
             conditional: whether the graph may branch on the sessions' `plan_step`.
             multiplies: whether `specmoe::products` is the sessions' engine.
             network_layers: layers that a hybrid predictor predicts with their networks.
+            resident_layers: layers of which no expert is ever missing, in none of the sessions.
         """
         return cls.view(
             options,
             prefetch=options.prefetch and offloaded,
             max_tokens=MAX_DECODE_TOKENS,
             network_layers=network_layers,
+            resident_layers=resident_layers,
             conditional=conditional,
             multiplies=multiplies,
         )

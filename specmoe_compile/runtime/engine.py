@@ -60,6 +60,10 @@ class Engine(Protocol):
         """Whether experts may be missing where they are computed."""
 
     @property
+    def resident_layers(self) -> frozenset[int]:
+        """Layers of which no expert is ever missing, where others' may be."""
+
+    @property
     def plans_steps(self) -> bool:
         """Whether a graph may branch on `plan`."""
 

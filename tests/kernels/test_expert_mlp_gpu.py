@@ -86,6 +86,16 @@ def test_late_experts_do_not_change_a_bit(shape: ModelShape, tokens: int) -> Non
         assert torch.equal(out, expected), share
 
 
+def test_slots_of_either_integer_give_the_same_bits(shape: ModelShape) -> None:
+    """A layer with every expert in its slot takes a router's int64, others a plan's int32."""
+    case = make_model_case(shape, 1)
+    at_once = [
+        run_experts_decode(case.x, case.slots.to(dtype), case.weights, case.bank, case.form)
+        for dtype in (torch.int32, torch.int64)
+    ]
+    assert torch.equal(*at_once)
+
+
 def test_resident_outputs_match_the_reference(shape: ModelShape) -> None:
     case = make_model_case(shape, 2)
     case.slots[0, 0] = -1

@@ -8,6 +8,7 @@ from torch import Tensor
 from specmoe_compile.passes.choose_predictions import (
     FIRST_LAYER,
     PREFILL,
+    RESIDENT,
     SKIPPED,
     choose_predictions,
 )
@@ -41,6 +42,14 @@ def test_skipped_layers_are_sources_still() -> None:
     paths, skipped = _chosen(PassConfig(skip_layers=(1, 3)))
     assert paths == [[1, 2]]
     assert skipped == {0: FIRST_LAYER, 1: SKIPPED, 3: SKIPPED}
+
+
+def test_layers_without_misses_are_not_predicted_and_predict_others() -> None:
+    paths, skipped = _chosen(PassConfig(resident_layers=(1, 2)))
+    assert paths == [[2, 3]]
+    assert skipped == {0: FIRST_LAYER, 1: RESIDENT, 2: RESIDENT}
+    config = PassConfig(resident_layers=(1, 2))
+    assert config.key() != PassConfig().key(), "compiled code is not another session's"
 
 
 def test_prefill_is_not_predicted() -> None:

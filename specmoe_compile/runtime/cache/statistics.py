@@ -25,6 +25,8 @@ class LayerStats:
     """experts that had to be fetched on demand."""
     demand_bytes: int = 0
     """read because an expert was needed."""
+    filled_bytes: int = 0
+    """copied once, before the first step, where every expert has a slot. On a GPU."""
     speculative_bytes: int = 0
     """read because an expert was predicted."""
     useful_speculative_bytes: int = 0

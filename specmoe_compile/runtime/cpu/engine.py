@@ -41,6 +41,7 @@ class CpuEngine(Speculator):
 
     device = torch.device("cpu")
     plans_steps = True
+    resident_layers: frozenset[int] = frozenset()
     survives_fork = True
 
     def __init__(

@@ -35,6 +35,7 @@ class LiveEngine:
 
     device = torch.device("cpu")
     fetches = False
+    resident_layers: frozenset[int] = frozenset()
     direct_steps = None
     survives_fork = True
     plans_steps = False

@@ -17,7 +17,6 @@ from specmoe_compile.kernels.grouped_experts.op import reduce_choices
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.parts import DecoderParts
-from specmoe_compile.runtime.experts.form import ExpertBank
 
 
 class DecodeStep(NamedTuple):
@@ -49,10 +48,7 @@ class Decoder(ABC):
         self._norms = parts.norms
         self._streams = parts.streams
         self._record_bytes = [layout.record_bytes for layout in parts.layouts]
-        self._banks = [
-            ExpertBank.from_views(layout.bank_views(bank))
-            for layout, bank in zip(parts.layouts, parts.cache.banks, strict=True)
-        ]
+        self._banks = parts.expert_banks()
 
     def fits(self, layer: int, choices: int) -> bool:
         """Whether the experts of so many choices always have slots; from shapes alone."""

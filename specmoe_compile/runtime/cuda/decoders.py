@@ -62,23 +62,27 @@ class Decoders:
             self.active = gather
             self.name = "gather"
 
-    def use(self, transfer: Literal["auto", "copy", "gather"], *, captures: bool) -> None:
+    def use(
+        self, transfer: Literal["auto", "copy", "gather"], *, captures: bool, fetches: bool = True
+    ) -> None:
         """Switch; the slots start empty where the transfer is another one than before.
 
         Args:
             transfer: "auto" is the one that was measured to be faster, once per session.
             captures: steps will be captured in CUDA graphs, which only `gather` can be.
+            fetches: an expert may be missing; if none is, both are as good and nothing changes.
 
         Raises:
             SpecMoEError: `gather` is needed and the GPU cannot read the records, or graphs that
                 were captured before hold its tables.
         """
-        if self._gather is None:
+        if self._gather is None and fetches:
             if captures or transfer == "gather":
                 raise SpecMoEError(
                     "Experts on disk cannot be read by the GPU itself, as transfer='gather' and the"
                     " CUDA graphs of mode='reduce-overhead' need: load the model with store='ram',"
-                    " or use transfer='copy' and another mode."
+                    " give every expert a slot (expert_cache='100%'), or use transfer='copy' and"
+                    " another mode."
                 )
             return
         if not captures and transfer != "copy" and not self._told:
@@ -88,6 +92,8 @@ class Decoders:
                 " for each kernel is then most of a token's time: give torch.compile"
                 " options={'mode': 'reduce-overhead'}, and generate cache_implementation='static'."
             )
+        if self._gather is None or not fetches:
+            return
         chosen: TransferName = "gather"
         if transfer != "auto":
             chosen = transfer

@@ -28,6 +28,7 @@ from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.prefetch_budget import PrefetchBudget
 from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
+from specmoe_compile.runtime.cuda.resident import FOLLOWED, ResidentLayers
 from specmoe_compile.runtime.cuda.streams import CudaStreams, Streams
 from specmoe_compile.runtime.cuda.supply import StagedSupply
 from specmoe_compile.runtime.cuda.vectors import DeviceVectors
@@ -49,7 +50,6 @@ class CudaEngine:
         predictions: trained networks, for predictors that are no router.
     """
 
-    fetches = True
     direct_steps = None
     survives_fork = False  # nor do page locks
 
@@ -98,8 +98,11 @@ class CudaEngine:
         self.cache = parts.cache
         records = all_records(store) if supply is None else []
         self._prefill = PrefillBuffers(parts, records, device, supply=supply)
-        if measure is None and device.type == "cuda":
-            measure = lambda: measure_rates(records[0], self._prefill.scratch(0))  # noqa: E731
+        self._resident = ResidentLayers(parts, top_k=top_k)
+        self._resident.fill(records, supply)
+        if measure is None and device.type == "cuda" and self.fetches:
+            first = self._prefill.layers[0]
+            measure = lambda: measure_rates(records[first], self._prefill.scratch(first))  # noqa: E731
         self._decoders = open_decoders(parts, records, supply, policy=cache_policy, measure=measure)
         self.default_vectors = DeviceVectors(
             store.num_experts,
@@ -127,8 +130,16 @@ class CudaEngine:
         if self._release is not None:
             self._release()
         # They hold views of the store, which would keep its memory mapped.
-        del self._decoders, self._prefill, self.cache, self._budget
+        del self._decoders, self._prefill, self._resident, self.cache, self._budget
         self._supply = None
+
+    @property
+    def fetches(self) -> bool:
+        return bool(self._prefill.layers)
+
+    @property
+    def resident_layers(self) -> frozenset[int]:
+        return self._resident.layers
 
     @property
     def plans_steps(self) -> bool:
@@ -141,8 +152,8 @@ class CudaEngine:
 
     @property
     def transfer(self) -> str:
-        """How decoding fetches, "copy" or "gather"."""
-        return self._decoders.name
+        """How decoding fetches, "copy" or "gather"; "none" where every expert has its slot."""
+        return self._decoders.name if self.fetches else "none"
 
     @property
     def transfer_rates(self) -> TransferRates | None:
@@ -166,8 +177,12 @@ class CudaEngine:
     def stats(self) -> Stats:
         """Counters so far, as a copy; waits for the device."""
         staging_bytes = 0 if self._supply is None else self._supply.total_bytes
+        self._resident.count()
         layers = self._decoders.stats()
+        # Of experts on disk no decoder reads the counters of the device.
+        self._resident.add_to(layers, counters=self._supply is not None)
         self._commitments.add_to(layers)
+        followed = self._decoders.active.followed()
         return Stats(
             layers=layers,
             fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
@@ -176,7 +191,10 @@ class CudaEngine:
             experts=self._store.numbers,
             record_bytes=self._store.record_bytes,
             read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
-            eviction=self._decoders.active.followed(),
+            eviction=tuple(
+                FOLLOWED if layer in self.resident_layers else name
+                for layer, name in enumerate(followed)
+            ),
         )
 
     def configure(self, speculation: SessionOptions) -> None:
@@ -199,16 +217,22 @@ class CudaEngine:
                 f"cpu_math={speculation.cpu_math!r} is for experts that are computed on the CPU,"
                 " and these are computed on a GPU: leave it out."
             )
-        self._decoders.use(speculation.transfer, captures=speculation.captures)
+        self._decoders.use(
+            speculation.transfer, captures=speculation.captures, fetches=self.fetches
+        )
         self._config = speculation
         self._misses = MissPolicy(speculation)
         self._commitments.use(self._misses)
-        self._budget.use(speculation, self._decoders.name)
-        self._decoders.limit_prefetch(self._budget.limit)
-        self._learns_from_decode = speculation.prefetch
+        if self.fetches:
+            self._budget.use(speculation, self._decoders.name)
+            self._decoders.limit_prefetch(self._budget.limit)
+        self._learns_from_decode = speculation.prefetch and self.fetches
 
     def forget_slots(self) -> None:
-        """Empty the slots, between two steps; counters stay. Does not wait for the device."""
+        """Empty the slots, between two steps; counters stay. Does not wait for the device.
+
+        Layers with a slot for every expert keep them.
+        """
         self._decoder.forget()
 
     def restart_trials(self) -> None:
@@ -217,11 +241,14 @@ class CudaEngine:
 
     def reset_stats(self) -> None:
         self._decoders.reset_stats()
+        self._resident.reset_stats()
         self._commitments.reset_stats()
 
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         self._forget_step(layer)
+        if layer in self.resident_layers and not self._is_prefill(layer, ids):
+            return self._resident.run(layer, x, ids, weights)
         return self._demand(layer, x, ids, weights)
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
@@ -233,7 +260,7 @@ class CudaEngine:
 
     def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
         predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
-        wanted = {layer for layer in edges[1::2] if predicts and not self._config.skips(layer)}
+        wanted = {layer for layer in edges[1::2] if predicts and not self._is_exact(layer)}
         return take_part(layers, edges, wanted)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
@@ -241,7 +268,7 @@ class CudaEngine:
         prefill = self._is_prefill(layer, ids)
         self._budget.begin_layer(layer, prefill=prefill)
         self._commitments.drop(layer)
-        if prefill or self._config.skips(layer):
+        if prefill or self._is_exact(layer):
             return 0
         self._commitments.keep(layer, ids, weights)
         experts = self._store.num_experts[layer]
@@ -259,9 +286,9 @@ class CudaEngine:
         `run`; with `commit`, where a prediction was made.
         """
         self._forget_step(layer)
-        waits_for_weights = self._misses.needs_weights(layer) or self._commitments.has(layer, ids)
+        waits_for_weights = self._needs_weights(layer) or self._commitments.has(layer, ids)
         if not waits_for_weights and not self._is_prefill(layer, ids):
-            self._waited[layer] = self._decoder.demand(layer, ids.contiguous())
+            self._waited[layer] = self._step(layer, ids.contiguous())
         return 0
 
     def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -281,7 +308,7 @@ class CudaEngine:
     def _demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self._commitments.drop(layer)
         if not self._is_prefill(layer, ids):
-            self._waited[layer] = self._decoder.demand(layer, ids)
+            self._waited[layer] = self._step(layer, ids)
         partial = self._run(layer, x, ids, weights)
         step, self._steps[layer] = self._steps[layer], None
         assert step is not None, "running a layer leaves a step"
@@ -291,10 +318,7 @@ class CudaEngine:
         step, self._waited[layer] = self._waited[layer], None
         if self._is_prefill(layer, ids):
             self._steps[layer] = False
-            self._decoder.join(layer)
-            y = self._decoder.normed(layer, self._prefill.run(layer, x, ids))
-            self.default_vectors.learn(layer, ids, y)
-            return y
+            return self._run_prompt(layer, x, ids)
         if step is None:
             ids, weights = self._commitments.take(layer, Choices(ids, weights))
             step = self._demand_unless_weak(layer, ids, weights)._replace(weights=weights)
@@ -305,11 +329,37 @@ class CudaEngine:
             self.default_vectors.learn_from_decode(layer, ids, normed, step.present)
         return y
 
+    def _run_prompt(self, layer: int, x: Tensor, ids: Tensor) -> Tensor:
+        """Unweighted outputs of many tokens, past a norm of the experts: [T, K, H]."""
+        if layer in self.resident_layers:
+            y = self._resident.run_prompt(layer, x, ids)
+        else:
+            self._decoder.join(layer)
+            y = self._prefill.run(layer, x, ids)
+        y = self._decoder.normed(layer, y)
+        if self.fetches:
+            self.default_vectors.learn(layer, ids, y)
+        return y
+
+    def _step(self, layer: int, ids: Tensor) -> DecodeStep:
+        """Plan a step, with a place for each of its experts."""
+        if layer in self.resident_layers:
+            return self._resident.step(layer, ids)
+        return self._decoder.demand(layer, ids)
+
+    def _is_exact(self, layer: int) -> bool:
+        """Whether a layer is never predicted: an option says so, or no expert can be missing."""
+        return layer in self.resident_layers or self._config.skips(layer)
+
+    def _needs_weights(self, layer: int) -> bool:
+        """Whether router weights decide what is fetched."""
+        return layer not in self.resident_layers and self._misses.needs_weights(layer)
+
     def _demand_unless_weak(self, layer: int, ids: Tensor, weights: Tensor) -> DecodeStep:
         """Plan a step; without its weak misses where weights decide."""
         threshold = self._misses.threshold
-        if threshold is None or not self._misses.needs_weights(layer):
-            return self._decoder.demand(layer, ids)
+        if threshold is None or not self._needs_weights(layer):
+            return self._step(layer, ids)
         return self._decoder.demand(layer, ids, weights, threshold)
 
     def _correct(

@@ -15,7 +15,7 @@ from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.kernels.packed_experts.config import reason_against
 from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.cuda.tables import DeviceCache
-from specmoe_compile.runtime.experts.form import ExpertForm, recognise_form
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, recognise_form
 from specmoe_compile.runtime.experts.formats.expert_format import DOWN_NAME, UP_NAMES
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from specmoe_compile.runtime.experts.module import ExpertsLayer
@@ -71,6 +71,19 @@ class DecoderParts(NamedTuple):
             streams=streams,
             foreign=[layer.num_experts if layer.is_slice else None for layer in layers],
         )
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """Layers that have a slot for every expert."""
+        pairs = zip(self.cache.slots, self.num_experts, strict=True)
+        return frozenset(n for n, (slots, experts) in enumerate(pairs) if slots >= experts)
+
+    def expert_banks(self) -> list[ExpertBank]:
+        """Views of each layer's slots, as kernels take them."""
+        return [
+            ExpertBank.from_views(layout.bank_views(bank))
+            for layout, bank in zip(self.layouts, self.cache.banks, strict=True)
+        ]
 
     @property
     def hidden_sizes(self) -> list[int]:

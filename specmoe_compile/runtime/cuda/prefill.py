@@ -1,13 +1,15 @@
 """Prefill: whole layers pass through two device buffers, copied by the copy engine.
 
 While a layer computes from one buffer, the next layer is copied into the other one. Decode's slots
-and tables are left alone.
+and tables are left alone. Layers whose experts all have slots need none of this.
 
 Shape letters: T tokens, E experts, K top-k, H hidden.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from specmoe_compile.kernels.grouped_experts.op import run_grouped_experts_
 from specmoe_compile.runtime.cuda.parts import DecoderParts
+from specmoe_compile.runtime.cuda.streams import Streams
 from specmoe_compile.runtime.cuda.supply import Supply
-from specmoe_compile.runtime.experts.form import ExpertBank
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 
 class PrefillBuffers:
@@ -25,6 +28,7 @@ class PrefillBuffers:
 
     Attributes:
         total_bytes: their size.
+        layers: those that pass through them, in order.
     """
 
     def __init__(
@@ -49,17 +53,19 @@ class PrefillBuffers:
         self._streams = parts.streams
         self._foreign = parts.foreign
         layouts, num_experts = parts.layouts, parts.num_experts
+        self.layers = [n for n in range(len(layouts)) if n not in parts.resident]
+        self._next = dict(itertools.pairwise(self.layers))
         shapes = [(e, one.record_bytes) for e, one in zip(num_experts, layouts, strict=True)]
-        largest = max(experts * size for experts, size in shapes)
+        largest = max((math.prod(shapes[layer]) for layer in self.layers), default=0)
         self._buffers = torch.empty(2, largest, dtype=torch.uint8, device=device)
-        self._targets = [
-            self._buffers[layer % 2, : experts * size].view(experts, size)
-            for layer, (experts, size) in enumerate(shapes)
-        ]
-        self._banks = [
-            ExpertBank.from_views(layout.bank_views(target))
-            for layout, target in zip(layouts, self._targets, strict=True)
-        ]
+        self._targets = {
+            layer: self._buffers[place % 2, : math.prod(shapes[layer])].view(shapes[layer])
+            for place, layer in enumerate(self.layers)
+        }
+        self._banks = {
+            layer: ExpertBank.from_views(layouts[layer].bank_views(target))
+            for layer, target in self._targets.items()
+        }
         self.total_bytes = self._buffers.numel()
         # The layer that is copied ahead, its event, and whether a capture holds that copy.
         self._ahead: tuple[int, Any, bool] | None = None
@@ -74,24 +80,20 @@ class PrefillBuffers:
             ready = self._copy(layer)
         if self._supply is None:
             # Issued before this layer computes: the other buffer's last reader came before.
-            self._copy_ahead(layer + 1, capturing)
+            self._copy_ahead(layer, capturing)
         self._streams.wait("compute", ready)
         with self._streams.on("compute"):
-            foreign = self._foreign[layer]
-            if foreign is None:
-                y = x.new_empty((*ids.shape, x.shape[-1]))
-            else:
-                y = x.new_zeros((*ids.shape, x.shape[-1]))
-                ids = torch.where(ids == foreign, -1, ids)
-            y = run_grouped_experts_(y, x, ids, self._banks[layer], self._forms[layer])
+            y = run_prompt(x, ids, self._banks[layer], self._forms[layer], self._foreign[layer])
         if self._supply is not None:
             # The host waits for these records: not before it has given the device work.
-            self._copy_ahead(layer + 1, capturing)
+            self._copy_ahead(layer, capturing)
         return y
 
     def _copy_ahead(self, layer: int, capturing: bool) -> None:
-        if layer < len(self._targets):
-            self._ahead = (layer, self._copy(layer), capturing)
+        """Copy the layer behind this one."""
+        following = self._next.get(layer)
+        if following is not None:
+            self._ahead = (following, self._copy(following), capturing)
 
     def scratch(self, layer: int) -> Tensor:
         """Give a layer's buffer to another use, [E, record_bytes]; what it holds is forgotten."""
@@ -105,21 +107,51 @@ class PrefillBuffers:
             with self._streams.on("demand"):
                 self._targets[layer].copy_(self._records[layer], non_blocking=True)
         else:
-            self._read(layer, self._supply)
+            read_layer(layer, self._targets[layer], self._supply, self._streams)
         return self._streams.record("demand")
 
-    def _read(self, layer: int, supply: Supply) -> None:
-        """Copy a layer record by record, as the host gets them; waits on the host."""
-        target = self._targets[layer]
-        requests = [supply.request(layer, expert) for expert in range(len(target))]
-        try:
-            for place, request in zip(target, requests, strict=True):
-                while (record := request.record_or_none()) is None:
-                    supply.block()
-                with self._streams.on("demand"):
-                    place.copy_(record, non_blocking=True)
-                request.copied(self._streams.record("demand"))
-        except BaseException:
-            for request in requests:
-                request.abandon()
-            raise
+
+def run_prompt(
+    x: Tensor, ids: Tensor, bank: ExpertBank, form: ExpertForm, foreign: int | None
+) -> Tensor:
+    """Unweighted outputs of all choices from a bank with every expert, expert e in slot e.
+
+    Args:
+        x: [T, H]; ids: [T, K].
+        foreign: the id of other ranks' experts, whose outputs are zero; None where there are none.
+
+    Returns:
+        [T, K, H].
+    """
+    if foreign is None:
+        y = x.new_empty((*ids.shape, x.shape[-1]))
+    else:
+        y = x.new_zeros((*ids.shape, x.shape[-1]))
+        ids = torch.where(ids == foreign, -1, ids)
+    return run_grouped_experts_(y, x, ids, bank, form)
+
+
+def read_layer(layer: int, target: Tensor, supply: Supply, streams: Streams) -> None:
+    """Copy a layer record by record on `demand`, as the host gets them; waits on the host.
+
+    Args:
+        layer: MoE layer ordinal.
+        target: [E, record_bytes] uint8 on the device.
+        supply: gives the records.
+        streams: the session's.
+
+    Raises:
+        TransferError: a record could not be read.
+    """
+    requests = [supply.request(layer, expert) for expert in range(len(target))]
+    try:
+        for place, request in zip(target, requests, strict=True):
+            while (record := request.record_or_none()) is None:
+                supply.block()
+            with streams.on("demand"):
+                place.copy_(record, non_blocking=True)
+            request.copied(streams.record("demand"))
+    except BaseException:
+        for request in requests:
+            request.abandon()
+        raise

@@ -61,8 +61,13 @@ class DeviceCache:
         regret[:, -1] = LFU_CANDIDATE
         self._regret = regret
         clock = rows(1, 0, torch.int64)
+        # A layer with a slot for every expert holds them, in their order, and keeps them.
+        for layer, (experts, own) in enumerate(zip(num_experts, slots, strict=True)):
+            if own >= experts:
+                slot_of[layer, :experts] = torch.arange(experts, device=device)
+                expert_of[layer, :experts] = torch.arange(experts, device=device)
+        self._empty = ((slot_of, slot_of.clone()), (expert_of, expert_of.clone()))
         self._emptied_to = (
-            ((slot_of, expert_of), -1),
             ((flags, worth), 0),
             ((regret[:, -1:],), LFU_CANDIDATE),
         )
@@ -89,7 +94,12 @@ class DeviceCache:
         return tuple(followed(policy, candidate) for candidate in candidates)
 
     def forget(self) -> None:
-        """Drop what the slots hold, and what experts were worth; statistics stay."""
+        """Drop what the slots hold, and what experts were worth; statistics stay.
+
+        Layers with a slot for every expert keep them.
+        """
+        for table, empty in self._empty:
+            table.copy_(empty)
         for tables, value in self._emptied_to:
             for table in tables:
                 table.fill_(value)  # all layers in one launch

@@ -177,8 +177,9 @@ def fake_run(
     monkeypatch: pytest.MonkeyPatch,
     *,
     format: ExpertFormat = PLAIN_FORMAT,
+    cached_in: int = 4,
 ) -> Iterator[FakeRun]:
-    """A model of this configuration without weights, offloaded; a quarter of its experts fit."""
+    """A model of this configuration without weights; of its experts one in `cached_in` fits."""
     recognise_form = parts.recognise_form
 
     def recognise_with_numbers(module: nn.Module) -> Any:
@@ -202,7 +203,7 @@ def fake_run(
             layers,
             store,
             device=CUDA,
-            expert_cache_bytes=store.total_bytes // 4,
+            expert_cache_bytes=store.total_bytes // cached_in,
             top_k=top_k,
             streams=streams,  # type: ignore[arg-type]
         )

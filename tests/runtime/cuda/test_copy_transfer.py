@@ -136,7 +136,7 @@ class Journal:
 @pytest.fixture
 def journal(plain: Any) -> Iterator[tuple[CopyDecoder, Journal, Session]]:
     streams: Any = Journal()
-    _, session = on_device(plain, streams, slots=8)
+    _, session = on_device(plain, streams, slots=7)
     with session:
         session.configure(COPY)
         yield session.engine._decoder, streams, session  # type: ignore[misc]

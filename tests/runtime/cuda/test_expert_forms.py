@@ -49,7 +49,7 @@ def test_default_vectors_stand_in_behind_a_norm(transfer: Any) -> None:
     module = randomise(normed())
     x, ids, _ = token_batch(0, 1)
     weights = torch.tensor([[0.01] + [1.0] * (K - 1)])
-    with open_session(module, StreamModel(), slots=E) as session:
+    with open_session(module, StreamModel(), slots=E - 1) as session:
         config = SessionOptions(
             transfer=transfer, policy="default_vector", default_vector_threshold=0.1
         )

@@ -131,6 +131,18 @@ def test_a_step_that_sets_up_a_cache_is_not_captured(
         assert run.decodes == [False, True, False], "a prompt of one token is no decode step"
 
 
+def test_a_captured_step_with_every_expert_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is predicted, split or planned, and what counts the step is one launch."""
+    with fake_run(qwen3_30b(layers=2), monkeypatch, cached_in=1) as run:
+        run.compile()
+        run.step(1, 1, run.cache(64, batch=1))
+        assert run.decodes == [True] and run.ran == {"experts": 2}
+        graph = run.graphs[-1].graph
+        tensors = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+        assert {tensor.device for tensor in tensors} == {CUDA}
+        assert len(list(find_calls(graph, torch.ops.specmoe_kernels.top_k.default))) == 2
+
+
 PLANTED = {
     "strides": lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),
     "device": lambda y: y.cpu(),

@@ -112,7 +112,7 @@ def open_session(model: Any, runtime: FakeCudart, monkeypatch: pytest.MonkeyPatc
         model,
         layers,
         store,
-        expert_cache_bytes=1 << 20,
+        expert_cache_bytes=1 << 18,
         cache_policy="lru",
         top_k=2,
         reader_threads=2,

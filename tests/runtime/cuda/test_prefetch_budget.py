@@ -18,7 +18,7 @@ def test_the_surest_missing_experts_are_fetched_within_the_budget(
     records: int, fetched: list[int]
 ) -> None:
     streams = StreamModel()
-    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=7)
     with session:
         budget = records * session.store.layouts[1].record_bytes
         session.configure(SessionOptions(transfer="gather", prefetch_budget_bytes=budget))
@@ -42,7 +42,7 @@ def test_without_a_budget_only_what_can_be_cancelled_is_fetched_in_number(
     transfer: Any, fetched: int
 ) -> None:
     streams = StreamModel()
-    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=7)
     with session:
         session.configure(SessionOptions(transfer=transfer, auto_off=False))
         session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
@@ -55,7 +55,7 @@ def test_without_a_budget_only_what_can_be_cancelled_is_fetched_in_number(
 
 def test_predicted_records_wait_for_demanded_ones() -> None:
     streams = StreamModel()
-    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=8)
+    _, session = on_device(tiny_qwen3_moe(layers=2), streams, slots=7)
     with session:
         session.configure(SessionOptions(transfer="gather"))
         decoder: Any = session.engine._decoder

@@ -30,7 +30,7 @@ from tests.runtime.cuda.stream_model import StreamModel
 
 @contextmanager
 def opened(**options: Any) -> Iterator[Session]:
-    _model, session = on_device(tiny_qwen3_moe(layers=3), StreamModel(late=False), slots=8)
+    _model, session = on_device(tiny_qwen3_moe(layers=3), StreamModel(late=False), slots=7)
     with session:
         session.configure(SessionOptions(**{"transfer": "gather", **options}))
         yield session

@@ -129,3 +129,45 @@ def test_experts_on_disk_give_the_plain_models_tokens(
         assert total.demand_bytes > 0
         assert (total.speculative_bytes > 0) == prefetch
     specmoe_compile.close(model)
+
+
+def counted_generation(plain: Any, store: dict[str, Any], ids: Any, **options: Any) -> Any:
+    """Tokens of the second of two generations, its counters, and whether graphs recorded."""
+    model = specmoe_compile.offload(copy.deepcopy(plain), device="cuda", progress=False, **store)
+    compiled = torch.compile(model, backend="specmoe", options=options)
+    greedy(compiled, ids, 16, cache_implementation="static")
+    filled_bytes = specmoe_compile.stats(model).total.filled_bytes
+    session_of(model).reset_stats()
+    tokens = greedy(compiled, ids, 16, cache_implementation="static")
+    stats = specmoe_compile.stats(model)
+    specmoe_compile.close(model)
+    return tokens, stats, filled_bytes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("store", ["ram", "disk"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_every_expert_in_its_slot_gives_the_plain_models_tokens_without_a_miss(
+    mode: str, store: str, length: int, batch: int, plain: Any, tmp_path: Path
+) -> None:
+    ids = prompts(batch, length).cuda()
+    kept: dict[str, Any] = {"store": store, "expert_cache": "100%"}
+    if store == "disk":
+        kept["store_dir"] = tmp_path / "store"
+    tokens, stats, filled_bytes = counted_generation(plain, kept, ids, mode=mode)
+    assert torch.equal(tokens, greedy(plain, ids, 16, cache_implementation="static"))
+    total = stats.total
+    assert (total.misses, total.demand_bytes, total.prefetches) == (0, 0, 0)
+    assert filled_bytes == stats.store_bytes
+    assert total.steps > 0 and total.hits >= total.steps
+
+
+def test_replayed_steps_without_a_plan_are_counted_as_planned_ones_are(plain: Any) -> None:
+    ids, options = prompts(1, 40).cuda(), {"mode": "reduce-overhead", "prefetch": False}
+    uses = []
+    for size in ("50%", "100%"):
+        kept = {"store": "ram", "expert_cache": size}
+        _, stats, _ = counted_generation(plain, kept, ids, **options)
+        uses.append([(layer.steps, layer.hits + layer.misses) for layer in stats.layers])
+    assert uses[0] == uses[1]

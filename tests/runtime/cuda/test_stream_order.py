@@ -58,7 +58,7 @@ def check(
 
 def test_decode_steps_have_no_unordered_pair(plain: Any, recorder: Recorder) -> None:
     for config in (GATHER, COPY):
-        for slots, policy in ((2, "lru"), (3, "lfu"), (4, "lru"), (8, "adaptive")):
+        for slots, policy in ((2, "lru"), (3, "lfu"), (4, "lru"), (7, "adaptive")):
             check(recorder, plain, DECODE, config, slots=slots, cache_policy=policy)
     assert recorder.prefetches > 0
 
