@@ -31,7 +31,13 @@ from specmoe_compile.hf.offload_options import (
     checked_options,
 )
 from specmoe_compile.hf.packing import pack_source
-from specmoe_compile.hf.ranks import Ranks, device_of_rank, join_ranks, ranks_of_or_none
+from specmoe_compile.hf.ranks import (
+    Ranks,
+    device_of_rank,
+    join_ranks,
+    keep_local_weights,
+    ranks_of_or_none,
+)
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.hf.tier_sizes import (
     COMPILING_BYTES,
@@ -191,6 +197,8 @@ def from_pretrained(
                 adapter=adapter,
             )
             _to_device(model, options.device)
+            if ranks_of_or_none(model) is not None:
+                keep_local_weights(model)
             skeleton, expert_store, cache_bytes = placed[0]
             _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
             session_of(model).compiling_bytes = compiling_bytes

@@ -25,6 +25,7 @@ from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
 from specmoe_compile.system.compilers import check_compiler
+from specmoe_compile.system.graph_runs import counted
 from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
@@ -66,7 +67,7 @@ def specmoe(
     """
     config = CompileOptions.from_kwargs(options, mode)
     with phase(f"compiling {_step_name(gm)}"):
-        return _compile(gm, example_inputs, config)
+        return counted(_compile(gm, example_inputs, config))
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions) -> Compiled:

@@ -99,7 +99,8 @@ class Benchmark:
             groups: dict[tuple[str, int], Group] = {}
             for number, shape in enumerate(args.shapes):
                 for ranks in (1, args.ranks):
-                    gpu = number % args.ranks if ranks == 1 and not args.dry else None
+                    # The first shape is the largest, and has its GPU without the others' one rank.
+                    gpu = min(number, args.ranks - 1) if ranks == 1 and not args.dry else None
                     group = Group(
                         WORKER, {**job, "shape": shape}, ranks, folder, name=shape, gpu=gpu
                     )

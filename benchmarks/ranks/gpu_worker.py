@@ -146,7 +146,7 @@ def cells(job: dict[str, Any], device: torch.device) -> None:
         context = ask["context"]
         faulthandler.dump_traceback_later(STUCK_S, exit=True)
         with bench.opened(slots) as (model, session, routing), trace_predictions():
-            filled = filled_cache(bench, model.config, context)
+            filled = filled_cache(bench, model, context)
             compiled = torch.compile(
                 model, backend="specmoe", options=graph_options(job), fullgraph=True
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.full_size.arms import Arm, Bench, free_memory
@@ -21,7 +22,7 @@ from benchmarks.full_size.model import (
     _experts_on_meta,
     coded,
 )
-from specmoe_compile.hf.ranks import join_ranks, ranks_of_or_none
+from specmoe_compile.hf.ranks import join_ranks, keep_local_weights, ranks_of_or_none
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
@@ -44,6 +45,7 @@ def build_split(
         asked, _, meshes = type(model).prepare_distribute_model(asked)
         model.config.distributed_config = asked
         model = type(model).maybe_distribute_model(model, asked, meshes)
+        keep_local_weights(model)
     found = find_experts_layers(model)
     group = ranks_of_or_none(model)
     own = found if group is None else [group.own_layer(layer) for layer in found]
@@ -73,10 +75,11 @@ class SplitBench(Bench):
         return build_split(self.shape, self.device, self.ranks, layers=self.layers)
 
 
-def filled_cache(bench: SplitBench, config: Any, context: int) -> FilledCache:
-    """Keys and values of C tokens, of the heads that are this rank's."""
-    own = copy.deepcopy(config)
-    own.num_key_value_heads = config.num_key_value_heads // bench.ranks
+def filled_cache(bench: SplitBench, model: Any, context: int) -> FilledCache:
+    """Keys and values of C tokens, of the heads that are this rank's: not all models split them."""
+    own = copy.deepcopy(model.config)
+    keys: Tensor = model.model.layers[0].self_attn.k_proj.weight
+    own.num_key_value_heads = keys.shape[0] // own.head_dim
     return FilledCache(own, context, bench.steps.total, bench.device, bench.shape.dtype)
 
 

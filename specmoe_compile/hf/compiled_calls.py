@@ -39,6 +39,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
 from specmoe_compile.hf.graph_threads import GraphState
+from specmoe_compile.hf.guard_checks import GuardChecks
 from specmoe_compile.hf.prompts import options_of, options_or_none, prompts_as_they_are
 from specmoe_compile.hf.recompile_limit import raised_recompile_limit
 from specmoe_compile.options import CompileOptions
@@ -58,6 +59,7 @@ class ModelCalls:
         self._mutex = threading.Lock()
         self._turn = threading.RLock()
         self._graphs = GraphState()
+        self._checks = GuardChecks()
         self._routes = threading.local()  # each thread has a stack of compiled functions
         self._generating = 0
         self._in_place: Call | None = None
@@ -93,7 +95,7 @@ class ModelCalls:
             naming_what_did_not_fit(session),
             self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext(),
         ):
-            return call(*args, **kwargs)
+            return self._checks.run(call, *args, **kwargs)
 
     @contextlib.contextmanager
     def routed_through(self, compiled: Call) -> Iterator[None]:

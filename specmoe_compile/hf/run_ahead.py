@@ -42,6 +42,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.hf.gpu_memory import naming_what_did_not_fit
+from specmoe_compile.hf.guard_checks import Repeats
 from specmoe_compile.hf.ranks import ranks_of_or_none
 from specmoe_compile.hf.step_inputs import StepInputs, cache_of
 from specmoe_compile.runtime.cache.statistics import GenerationStats
@@ -262,6 +263,13 @@ def _decode(
     most, tokens = stopping_criteria.max_length, input_ids
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     ahead = runs_ahead_on(input_ids.device) and _can_go_back(outputs, generation_config, stats)
+    loop = Repeats()
+
+    def step(tokens: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        inputs = steps.make(tokens, model_kwargs)
+        with loop.step(repeats=steps.repeats):
+            return model(**inputs, return_dict=True)
+
     while True:
         if not steps.advances:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -275,7 +283,7 @@ def _decode(
             on_host.begin(chooser.unfinished, chosen if streamer is not None else None)
         early = ahead and not is_last
         if early:
-            outputs = model(**steps.make(tokens, model_kwargs), return_dict=True)
+            outputs = step(tokens, model_kwargs)
         over, on_cpu = on_host.wait() if reads else (False, tokens)
         stats.tokens += 1
         if streamer is not None:
@@ -284,7 +292,7 @@ def _decode(
             break
         stats.ahead += early
         if not early:
-            outputs = model(**steps.make(tokens, model_kwargs), return_dict=True)
+            outputs = step(tokens, model_kwargs)
     if early:
         stats.dropped += 1
         _go_back(cache_of(model_kwargs), generation_config)

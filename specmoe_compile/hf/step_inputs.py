@@ -27,6 +27,7 @@ class StepInputs:
 
     Attributes:
         advances: whether masks and positions are written in place, from the second step on.
+        repeats: whether, besides, nothing on the host counts the tokens: a window does.
     """
 
     def __init__(self, model: Any) -> None:
@@ -39,6 +40,12 @@ class StepInputs:
     @property
     def advances(self) -> bool:
         return self._inputs is not None
+
+    @property
+    def repeats(self) -> bool:
+        return self._inputs is not None and all(
+            type(layer) is StaticLayer for layer in cache_of(self._inputs).layers
+        )
 
     def make(self, tokens: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments for the last of `tokens`, [B, length]; waits for the device the first time."""
