@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ PHASES = ("check", "link", "cells")
 FULL = ("Qwen3-30B-A3B", "Qwen3-30B-A3B-int4", "GPT-OSS-20B-mxfp4")
 DRY = ("tiny-qwen3",)
 CELL_ARMS = ("cache_25", "cache_50", "resident")
+STAGES = ("caches", "resident")
+"""Arms with slots for all experts of a rank have sessions and graphs of another kind."""
 MOST, NEVER_ABOVE = 0.6, 1.05
 MISSES_DECIDE = 0.5
 """Share of a token's time at one rank that misses must take for the first bound to be asked."""
@@ -106,33 +109,46 @@ class Benchmark:
                     )
                     opened.callback(group.close)
                     groups[shape, ranks] = group
-            self._all(groups, "opened", lambda group: group.answer())
+            resident = self._all(groups, "opened", lambda group: group.answer()["resident"])
             for context in args.contexts:
-                for group in groups.values():
-                    group.ask({"context": context})
-                self._all(groups, f"prepared {context}", lambda group: group.answer())
-                for turn in range(args.turns):
-                    for shape in args.shapes:
-                        for name in args.arms:
-                            key = f"{shape}|{context}|turn {turn + 1}|{name}"
-                            for ranks in (1, args.ranks):
-                                own = f"{key}|{ranks} ranks"
-                                if (shape, ranks) in groups and not self._had_or_late(own):
-                                    ask = {"context": context, "arm": name}
-                                    self._keep(own, groups[shape, ranks].turn(ask))
+                for stage in STAGES:
+                    for group in groups.values():
+                        group.ask({"context": context, "stage": stage})
+                    self._all(groups, f"{context}, {stage}", lambda group: group.answer())
+                    for turn in range(args.turns):
+                        self._measure(groups, resident, context, stage, turn)
+
+    def _measure(
+        self,
+        groups: Mapping[tuple[str, int], Group],
+        resident: Mapping[tuple[str, int], Sequence[str]],
+        context: int,
+        stage: str,
+        turn: int,
+    ) -> None:
+        """Every arm of a stage once, one rank and N after each other."""
+        for shape, name in itertools.product(self._args.shapes, self._args.arms):
+            for ranks in (1, self._args.ranks):
+                key = f"{shape}|{context}|turn {turn + 1}|{name}|{ranks} ranks"
+                group = groups.get((shape, ranks))
+                if group is None or (name in resident[shape, ranks]) != (stage == "resident"):
+                    continue
+                if not self._had_or_late(key):
+                    self._keep(key, group.turn({"arm": name}))
 
     def _all(
         self,
         groups: dict[tuple[str, int], Group],
         what: str,
         do: Callable[[Group], Any],
-    ) -> None:
+    ) -> dict[tuple[str, int], Any]:
         """Wait for all groups; one that failed is told of and left out, with its shape."""
+        found = {}
         for shape, ranks in list(groups):
             if (shape, ranks) not in groups:
                 continue
             try:
-                do(groups[shape, ranks])
+                found[shape, ranks] = do(groups[shape, ranks])
                 print(f"{what}: {shape}, {ranks} ranks: {self._elapsed():.0f} s", flush=True)
             except RuntimeError as error:
                 print(f"{shape} is left out: {error}", flush=True)
@@ -140,6 +156,7 @@ class Benchmark:
                 for other in (1, self._args.ranks):
                     if (group := groups.pop((shape, other), None)) is not None:
                         group.close()
+        return found
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started

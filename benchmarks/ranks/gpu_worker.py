@@ -2,7 +2,7 @@
 
 The job is JSON: `phase` (check, link, cells), `dry`, `checkpoint`, `store_dir`, `shape`, `layers`,
 `arms`, `trace`, `out`. Rank 0 writes what was found to `out`; in phase `cells` it takes turns, of
-`context` and `arm`, as a `Group` asks for them.
+`context` and `stage`, and then of each `arm`, as a `Group` asks for them.
 """
 
 from __future__ import annotations
@@ -132,32 +132,46 @@ def reduce_on_gpu_us(elements: int) -> float:
 
 @torch.no_grad()
 def cells(job: dict[str, Any], device: torch.device) -> None:
-    """One shape: prepare a context, then a row per arm, as they are asked for.
+    """One shape: prepare a stage of a context, then a row per arm, as they are asked for.
 
-    All arms have one session and graph: the slots of the largest, of which each uses its own.
+    The arms of a stage have one session and graph: the slots of the largest, of which each uses
+    its own. Arms that have slots for all of a rank's experts are one arm here.
     """
     turns = Turns(job, launched().rank)
     bench = open_bench(job, device)
-    turns.answer({})
+    everyone = bench.store.num_experts[0]
+    slots = {name: bench.slots(ARMS[name]) for name in job["arms"]}
+    resident = [name for name, count in slots.items() if count == everyone]
+    turns.answer({"resident": resident})
     faulthandler.cancel_dump_traceback_later()
-    slots = max(bench.slots(ARMS[name]) for name in job["arms"])
     ask = turns.next_or_none()
     while ask is not None:
-        context = ask["context"]
         faulthandler.dump_traceback_later(STUCK_S, exit=True)
-        with bench.opened(slots) as (model, session, routing), trace_predictions():
-            filled = filled_cache(bench, model, context)
-            compiled = torch.compile(
-                model, backend="specmoe", options=graph_options(job), fullgraph=True
-            )
+        is_resident = ask["stage"] == "resident"
+        names = [name for name in slots if (name in resident) == is_resident]
+        if not names:
+            turns.answer({})
+            ask = turns.next_or_none()
+            continue
+        with (
+            bench.opened(max(slots[name] for name in names)) as (model, session, routing),
+            trace_predictions(),
+        ):
+            filled = filled_cache(bench, model, ask["context"])
+            options = graph_options(job)
+            compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
             run = Generation(bench, compiled, session, routing, filled)
-            run.start(job["arms"][0])
+            run.start(names[0])
             run.run(4)
-            while ask is not None and ask["context"] == context:
+            turns.answer({})
+            rows: dict[int, dict[str, Any]] = {}
+            while (ask := turns.next_or_none()) is not None and "arm" in ask:
                 faulthandler.dump_traceback_later(STUCK_S, exit=True)
-                turns.answer(cell(bench, run, ask["arm"]) if "arm" in ask else {})
+                count = slots[ask["arm"]]
+                if not is_resident or count not in rows:
+                    rows[count] = cell(bench, run, ask["arm"])
+                turns.answer(rows[count])
                 faulthandler.cancel_dump_traceback_later()
-                ask = turns.next_or_none()
 
 
 def open_bench(job: dict[str, Any], device: torch.device) -> SplitBench:
