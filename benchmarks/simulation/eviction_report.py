@@ -28,8 +28,9 @@ routing is recorded, the policies are the runtime's own, nothing is timed.
 `cache_policy="adaptive"`, the default, ranks experts by counts that forget (over 32, 128 or 512
 steps) or by recency, whichever of the four would have missed least lately. A missing expert that
 is worth less than all that may leave for it is *bypassed*: it is computed from a spare place and
-not kept. On a CPU there are spare places for as many experts as a token has; on a GPU there are
-none, and every missing expert gets a slot (column "all kept"). `lfu` counts over 128 steps.
+not kept. There are spare places for as many experts as a token has. Without them every missing
+expert gets a slot (column "all kept"): so it was on a GPU when it was measured below. `lfu` counts
+over 128 steps.
 
 Belady's algorithm knows the future. Without bypass a step's experts must all be in slots at once;
 with bypass it keeps those that are needed soonest, which no policy here can beat.
@@ -52,7 +53,7 @@ goal was 1. Beside FreeToken: [peers_gpu.md](peers_gpu.md).
 
 ## Not done
 
-- Bypass on a GPU: the kernel `plan_cache` decides it (`spare`), the engine has no spare places yet.
+- Bypass on a GPU, measured: there are spare places now, and no lease has timed them.
 - Other budgets per layer; several seeds of the reference model; router probabilities of experts
   that are not chosen.
 """

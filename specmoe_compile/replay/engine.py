@@ -103,7 +103,7 @@ class ReplaySetting:
         predictor: a name of `PREDICTORS`.
         speculation: what happens to predictions.
         bypasses: whether policy "adaptive" has spare places to compute experts from that it does
-            not keep, as on a CPU.
+            not keep.
     """
 
     cache_bytes: int

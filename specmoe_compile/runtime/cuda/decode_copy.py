@@ -61,7 +61,8 @@ class _Arrival:
     """An expert on its way into a slot.
 
     Attributes:
-        layer, expert, slot: what goes where.
+        layer, expert, slot: what goes where, a spare place included.
+        is_spared: whether that is a spare place, which no table knows.
         stream: that carries it.
         request: of its record.
         event: of its copy; None while the record is being read.
@@ -73,6 +74,7 @@ class _Arrival:
     slot: int
     stream: Literal["demand", "prefetch"]
     request: Request
+    is_spared: bool = False
     event: Any = None
     error: TransferError | None = None
 
@@ -91,7 +93,10 @@ class CopyDecoder(Decoder):
         super().__init__(parts)
         self._supply = supply
         self._new_table: Callable[[], ExpertCache] = lambda: ExpertCache(
-            num_experts=parts.num_experts, slots=parts.cache.slots, policy=policy
+            num_experts=parts.num_experts,
+            slots=parts.cache.slots,
+            policy=policy,
+            spare=parts.cache.spare,
         )
         self._table = self._new_table()
         layers = range(len(parts.layouts))
@@ -104,6 +109,8 @@ class CopyDecoder(Decoder):
         self._untouched: list[set[int]] = [set() for _ in layers]
         # Slots of a layer may be written after this event.
         self._last_read = [parts.streams.record("compute")] * len(layers)
+        # Spare places may be written after this one.
+        self._last_spare_read = self._last_read[0]
         self._guesses: deque[_Guess] = deque()
         self._guesses_in_flight: list[_Arrival] = []
         self._urgent: _Arrival | None = None
@@ -139,8 +146,11 @@ class CopyDecoder(Decoder):
         choices = [e if e < experts else -1 for e in on_host.reshape(-1).tolist()]
         awaited = self._plan_demand(layer, choices)
         in_flight, slot_of_expert = self._in_flight[layer], self._table.slot_of[layer]
-        slots = [slot_of_expert[expert] if expert >= 0 else -1 for expert in choices]
-        is_late = [expert in in_flight for expert in choices]
+        spared = {arrival.expert: arrival.slot for arrival in awaited if arrival.is_spared}
+        slots = [
+            spared.get(expert, slot_of_expert[expert]) if expert >= 0 else -1 for expert in choices
+        ]
+        is_late = [expert in in_flight or expert in spared for expert in choices]
         places = torch.tensor(
             [
                 [-1 if late else slot for slot, late in zip(slots, is_late, strict=True)],
@@ -201,7 +211,7 @@ class CopyDecoder(Decoder):
                 self._guesses.popleft()
 
     def _slots_were_read(self, layer: int) -> None:
-        self._last_read[layer] = self._streams.record("compute")
+        self._last_read[layer] = self._last_spare_read = self._streams.record("compute")
         self.issue_guesses()
 
     def _known_or_none(self, guess: _Guess) -> deque[int] | None:
@@ -250,8 +260,11 @@ class CopyDecoder(Decoder):
             self.join(layer)
         awaited = [in_flight[expert] for expert in wanted if expert in in_flight]
         counters.late_prefetches += len(awaited)
+        self._table.spare = self._spare_places(layer)
+        if self._table.spare:
+            self._abandon_spared()
         plan = self._table.plan(layer, wanted, pinned_slots=self._pinned_slots(layer))
-        assert not plan.bypassed, "fits() promises a slot for every choice"
+        assert len(plan.bypassed) <= self._table.spare, "fits() promises a slot for every choice"
         self._count_wasted(layer, plan.evicted)
         used = self._untouched[layer].intersection(wanted)
         self._untouched[layer] -= used
@@ -259,21 +272,40 @@ class CopyDecoder(Decoder):
             for expert, slot in plan.fills:
                 self._urgent = self._fetch("demand", layer, expert, slot)
                 awaited.append(self._urgent)
+            for place, expert in enumerate(plan.bypassed, self._cache.spare_from[layer]):
+                self._urgent = self._fetch("demand", layer, expert, place, is_spared=True)
+                awaited.append(self._urgent)
         record_bytes = self._record_bytes[layer]
+        misses = len(plan.fills) + len(plan.bypassed)
         counters.steps += 1
         counters.hits += len(plan.hits)
-        counters.misses += len(plan.fills)
-        counters.demand_bytes += len(plan.fills) * record_bytes
+        counters.misses += misses
+        counters.demand_bytes += misses * record_bytes
         counters.useful_speculative_bytes += len(used) * record_bytes
         return tuple(awaited)
 
+    def _abandon_spared(self) -> None:
+        """Let no record of a step that was never corrected come to a spare place any more."""
+        for arrival in [one for one in self._reading if one.is_spared]:
+            self._reading.remove(arrival)
+            arrival.request.abandon()
+            if self._urgent is arrival:
+                self._urgent = None
+
     def _fetch(
-        self, stream: Literal["demand", "prefetch"], layer: int, expert: int, slot: int
+        self,
+        stream: Literal["demand", "prefetch"],
+        layer: int,
+        expert: int,
+        slot: int,
+        *,
+        is_spared: bool = False,
     ) -> _Arrival:
         """Ask for a record that goes to a slot, and start copying it if the host has it."""
         request = self._supply.request(layer, expert, speculative=stream == "prefetch")
-        arrival = _Arrival(layer, expert, slot, stream, request)
-        self._in_flight[layer][expert] = arrival
+        arrival = _Arrival(layer, expert, slot, stream, request, is_spared)
+        if not is_spared:
+            self._in_flight[layer][expert] = arrival
         self._reading.append(arrival)
         self._copy_what_was_read()
         return arrival
@@ -285,8 +317,11 @@ class CopyDecoder(Decoder):
             if record is None:
                 continue
             self._reading.remove(arrival)
-            self._streams.wait(arrival.stream, self._last_read[arrival.layer])
-            slot = self._cache.banks[arrival.layer][arrival.slot]
+            last_read = self._last_read[arrival.layer]
+            self._streams.wait(
+                arrival.stream, self._last_spare_read if arrival.is_spared else last_read
+            )
+            slot = self._cache.places[arrival.layer][arrival.slot]
             with self._streams.on(arrival.stream):
                 slot.copy_(record, non_blocking=True)
             arrival.event = self._streams.record(arrival.stream)
@@ -298,9 +333,10 @@ class CopyDecoder(Decoder):
             return arrival.request.record_or_none()
         except TransferError as error:
             self._reading.remove(arrival)
-            del self._in_flight[arrival.layer][arrival.expert]
-            self._untouched[arrival.layer].discard(arrival.expert)
-            self._table.forget(arrival.layer, arrival.expert)
+            if not arrival.is_spared:
+                del self._in_flight[arrival.layer][arrival.expert]
+                self._untouched[arrival.layer].discard(arrival.expert)
+                self._table.forget(arrival.layer, arrival.expert)
             arrival.error = error
             return None
 

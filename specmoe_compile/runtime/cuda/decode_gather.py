@@ -146,6 +146,8 @@ class GatherDecoder(Decoder):
             policy=self._policy,
             speculative=speculative,
             max_fills=max_records,
+            spare=0 if speculative else self._spare_places(layer),
+            spare_from=self._cache.spare_from[layer],
             fill_limit=self.limit if speculative else None,
         )
 
@@ -163,7 +165,7 @@ class GatherDecoder(Decoder):
         with self._streams.on(stream):
             gather_experts(
                 [self._records[layer]],
-                [self._cache.banks[layer]],
+                [self._cache.places[layer]],
                 plan.fill_experts,
                 plan.fill_slots,
                 plan.fill_count,

@@ -24,7 +24,7 @@ class DecodeStep(NamedTuple):
 
     Attributes:
         present: [T, K] int32, slot of each choice whose record is there, else -1.
-        late: [T, K] int32, slot of each choice that is on its way, else -1.
+        late: [T, K] int32, slot or spare place of each choice that is on its way, else -1.
         skipped: [T, K] int32, experts that a default vector stands in for, else -1; or None.
         arrivals: the transfers that `late` needs, where the decoder tells them apart.
         weights: [T, K] to sum with; None for the router's.
@@ -49,6 +49,8 @@ class Decoder(ABC):
         self._streams = parts.streams
         self._record_bytes = [layout.record_bytes for layout in parts.layouts]
         self._banks = parts.expert_banks()
+        # The layer whose step may have experts in the spare places: until its correction.
+        self._spare_owner: int | None = None
 
     def fits(self, layer: int, choices: int) -> bool:
         """Whether the experts of so many choices always have slots; from shapes alone."""
@@ -159,7 +161,20 @@ class Decoder(ABC):
                     default_vectors=None if step.skipped is None else vectors,
                 )
         self._slots_were_read(layer)
+        if self._spare_owner == layer:
+            self._spare_owner = None
         return out
+
+    def _spare_places(self, layer: int) -> int:
+        """How many spare places a step that is planned now may use.
+
+        None while those of another layer's step, which has not been corrected, may be there: only
+        routers that do not depend on earlier experts make steps overlap.
+        """
+        if self._spare_owner not in (None, layer):
+            return 0
+        self._spare_owner = layer
+        return self._cache.spare
 
     def _correct_normed(
         self,

@@ -76,7 +76,7 @@ class CudaEngine:
             store: records of all of them; page-locked for a CUDA device, if in RAM.
             supply: reads a store that is not in RAM; closed by `release`.
             device: where experts are computed.
-            expert_cache_bytes: bytes of slots over all layers.
+            expert_cache_bytes: bytes of slots over all layers; K spare places come on top, once.
             cache_policy: which expert leaves a full cache.
             top_k: K.
             streams: those of `device` by default.
@@ -94,7 +94,12 @@ class CudaEngine:
         slots = slots_per_layer(expert_cache_bytes, store.layouts, store.num_experts, top_k)
         self._supply = supply
         self._streams = streams if streams is not None else CudaStreams(device)
-        parts = DecoderParts.for_layers(layers, slots, self._streams, device)
+        bypasses = cache_policy == "adaptive" and any(
+            own < experts for own, experts in zip(slots, store.num_experts, strict=True)
+        )
+        parts = DecoderParts.for_layers(
+            layers, slots, self._streams, device, spare=top_k if bypasses else 0
+        )
         self.cache = parts.cache
         records = all_records(store) if supply is None else []
         self._prefill = PrefillBuffers(parts, records, device, supply=supply)

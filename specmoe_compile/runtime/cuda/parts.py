@@ -51,8 +51,10 @@ class DecoderParts(NamedTuple):
         slots: Sequence[int],
         streams: Streams,
         device: torch.device,
+        *,
+        spare: int = 0,
     ) -> DecoderParts:
-        """Reserve S slots of each layer on a device.
+        """Reserve S slots of each layer, and spare places for all of them, on a device.
 
         Raises:
             UnsupportedModelError: the kernels cannot compute these experts.
@@ -63,7 +65,7 @@ class DecoderParts(NamedTuple):
         layouts = [layer.layout for layer in layers]
         num_experts = [layer.num_experts for layer in layers]
         return cls(
-            cache=DeviceCache(layouts, num_experts, slots, device),
+            cache=DeviceCache(layouts, num_experts, slots, device, spare=spare),
             layouts=layouts,
             num_experts=num_experts,
             forms=forms,
@@ -79,10 +81,10 @@ class DecoderParts(NamedTuple):
         return frozenset(n for n, (slots, experts) in enumerate(pairs) if slots >= experts)
 
     def expert_banks(self) -> list[ExpertBank]:
-        """Views of each layer's slots, as kernels take them."""
+        """Views of each layer's slots, and spare places, as kernels take them."""
         return [
-            ExpertBank.from_views(layout.bank_views(bank))
-            for layout, bank in zip(self.layouts, self.cache.banks, strict=True)
+            ExpertBank.from_views(layout.bank_views(places))
+            for layout, places in zip(self.layouts, self.cache.places, strict=True)
         ]
 
     @property

@@ -24,10 +24,14 @@ class DeviceCache:
     Attributes:
         slots: S of each layer.
         banks: records of a layer's slots, [S, record_bytes] uint8.
+        places: the same memory and what lies behind it up to the spare places, which all layers
+            with records of that size share, [.., record_bytes].
+        spare: spare places, which hold a step's experts that get no slot.
+        spare_from: of each layer, the number of the first one in `places`.
         tables: of each layer, views of the common tensors.
         counters: [L, len(COUNTERS)] int64.
         skipped: [L] int64, misses that got a default vector.
-        total_bytes: size of the slots.
+        total_bytes: size of the slots and spare places.
     """
 
     def __init__(
@@ -36,15 +40,20 @@ class DeviceCache:
         num_experts: Sequence[int],
         slots: Sequence[int],
         device: torch.device,
+        *,
+        spare: int = 0,
     ) -> None:
-        """Reserve device memory for empty slots."""
+        """Reserve device memory for empty slots, and for spare places of each size of records."""
         layers, max_experts, max_slots = len(slots), max(num_experts), max(slots)
         self.slots = tuple(slots)
-        self.banks = [
-            torch.zeros(count, layout.record_bytes, dtype=torch.uint8, device=device)
-            for layout, count in zip(layouts, slots, strict=True)
-        ]
+        self.spare = spare
+        record_bytes = [layout.record_bytes for layout in layouts]
+        self.places = _reserve(record_bytes, slots, spare, device)
+        pairs = zip(self.places, slots, strict=True)
+        self.banks = [places[:own] for places, own in pairs]
+        self.spare_from = [len(places) - spare for places in self.places]
         self.total_bytes = sum(bank.numel() for bank in self.banks)
+        self.total_bytes += spare * sum(set(record_bytes))
 
         def rows(width: int, fill: int, dtype: torch.dtype) -> Tensor:
             return torch.full((layers, width), fill, dtype=dtype, device=device)
@@ -108,3 +117,30 @@ class DeviceCache:
         """Set the statistics to zero; slots keep what they hold."""
         self.counters.zero_()
         self.skipped.zero_()
+
+
+def _reserve(
+    record_bytes: Sequence[int], slots: Sequence[int], spare: int, device: torch.device
+) -> list[Tensor]:
+    """Zeros for the slots of each layer and, behind them, spare places, [.., record_bytes] uint8.
+
+    Layers with records of one size lie in one region, whose end they share: a kernel reaches a
+    spare place from each layer's first slot, by a number like a slot's.
+    """
+    if spare == 0:
+        return [
+            torch.zeros(own, size, dtype=torch.uint8, device=device)
+            for own, size in zip(slots, record_bytes, strict=True)
+        ]
+    left = dict.fromkeys(record_bytes, spare)
+    for own, size in zip(slots, record_bytes, strict=True):
+        left[size] += own
+    regions = {
+        size: torch.zeros(rows, size, dtype=torch.uint8, device=device)
+        for size, rows in left.items()
+    }
+    places: list[Tensor] = []
+    for own, size in zip(slots, record_bytes, strict=True):
+        places.append(regions[size][-left[size] :])
+        left[size] -= own
+    return places

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import specmoe_compile.runtime.cuda.engine  # noqa: F401  (defines the ops below)
+
 _GATHER = torch.ops.specmoe_kernels.gather_experts.default
 _COPY = torch.ops.aten.copy_.default
 _BY_SLOT = {

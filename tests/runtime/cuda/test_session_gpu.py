@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import specmoe_compile
+from specmoe_compile.options import SessionOptions
+from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import decide_trials
@@ -171,3 +174,29 @@ def test_replayed_steps_without_a_plan_are_counted_as_planned_ones_are(plain: An
         _, stats, _ = counted_generation(plain, kept, ids, **options)
         uses.append([(layer.steps, layer.hits + layer.misses) for layer in stats.layers])
     assert uses[0] == uses[1]
+
+
+def test_slots_and_spare_places_are_used_as_the_python_policy_says(plain: Any) -> None:
+    model = specmoe_compile.offload(
+        copy.deepcopy(plain), device="cuda", store="ram", expert_cache="50%", progress=False
+    )
+    session, generator = session_of(model), random.Random(0)
+    session.configure(SessionOptions(transfer="gather"))
+    layers = [layer.mlp.experts for layer in plain.model.layers]
+    counts = [len(layer.gate_up_proj) for layer in layers]
+    cache: Any = session.engine.cache  # type: ignore[attr-defined]
+    policy = ExpertCache(num_experts=counts, slots=cache.slots, policy="adaptive", spare=2)
+    bypassed = 0
+    for number in range(150):
+        layer = number % len(layers)
+        first = generator.choice([0, 1, 2, 3] if generator.random() < 0.7 else range(counts[layer]))
+        second = generator.choice([e for e in range(counts[layer]) if e != first])
+        x = torch.randn(1, plain.config.hidden_size, device="cuda")
+        ids = torch.tensor([[first, second]], device="cuda")
+        weights = torch.tensor([[0.75, 0.25]], device="cuda")
+        bypassed += len(policy.plan(layer, [first, second]).bypassed)
+        out = session.experts(layer, x, ids, weights)
+        torch.testing.assert_close(out, layers[layer](x, ids, weights), rtol=1e-4, atol=1e-4)
+        assert cache.tables[layer].expert_of.tolist() == list(policy.expert_of[layer]), number
+    assert bypassed > 10
+    specmoe_compile.close(model)

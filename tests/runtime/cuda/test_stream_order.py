@@ -171,7 +171,7 @@ class PlansAside(GatherDecoder):
             plan = self._plan(layer, ids, speculative=stream == "prefetch", max_records=most)
         with streams.on(stream):
             torch.ops.specmoe_kernels.gather_experts(
-                [self._records[layer]], [self._cache.banks[layer]], *plan[2:]
+                [self._records[layer]], [self._cache.places[layer]], *plan[2:]
             )
         return _Fetch(streams.record(stream), plan, ids.numel())
 
