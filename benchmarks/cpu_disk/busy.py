@@ -28,6 +28,7 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.reference_model.widened import widened_model
+from specmoe_compile.runtime.cpu.native.layer import engine_or_none
 from specmoe_compile.system.machine import cache_folder, cpu_count
 from specmoe_compile.system.output import quiet_transformers, write_json
 
@@ -71,6 +72,7 @@ def measure(
 
     def turn(machine: str, threads: int, *, counts: bool = True) -> None:
         torch.set_num_threads(threads)
+        engine_or_none()  # takes over how many
         clock = TokenClock()
         generator.generate(prompt, new_tokens, clock)
         if counts:
