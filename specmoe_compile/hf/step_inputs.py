@@ -27,7 +27,8 @@ class StepInputs:
 
     Attributes:
         advances: whether masks and positions are written in place, from the second step on.
-        repeats: whether, besides, nothing on the host counts the tokens: a window does.
+        repeats: whether, besides, nothing that the host counts leads to another graph: a window
+            counts its tokens, and changes once, when it is full.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,7 +45,9 @@ class StepInputs:
     @property
     def repeats(self) -> bool:
         return self._inputs is not None and all(
-            type(layer) is StaticLayer for layer in cache_of(self._inputs).layers
+            type(layer) is StaticLayer
+            or getattr(layer, "cumulative_length_int", -1) > layer.max_cache_len
+            for layer in cache_of(self._inputs).layers
         )
 
     def make(self, tokens: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:

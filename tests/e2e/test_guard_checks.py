@@ -17,6 +17,7 @@ from specmoe_compile.backend import specmoe
 from specmoe_compile.hf.guard_checks import EVERY, SURE, GuardChecks, Repeats, _here
 from specmoe_compile.system.graph_runs import counted
 from tests.helpers import save_tiny
+from tests.passes.families import tiny
 
 NEW = 40
 PROMPT = torch.arange(3, 23)[None]
@@ -94,6 +95,28 @@ def test_a_cache_that_grows_is_checked_at_every_step(offloaded: Any, expected: l
     assert generated(compiled, cache_implementation=None) == expected
     assert len(noting.left_out) >= NEW - 1
     assert not any(noting.left_out)
+
+
+def test_windows_are_checked_until_they_are_full(tmp_path: Path) -> None:
+    window = 28  # full when the eighth new token is read
+    model, _ = tiny("gpt_oss", sliding_window=window)
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    expected = generated(plain)
+    torch._dynamo.reset()
+    model = specmoe_compile.from_pretrained(tmp_path, device="cpu", store="ram", progress=False)
+    noting = Noting()
+    compiled: Any = torch.compile(model, backend=noting)
+    assert generated(compiled) == expected
+    assert generated(compiled) == expected
+    steps = noting.left_out[-(NEW - 1) :]
+    first = window - PROMPT.shape[1] + 1
+    assert [at for at, left_out in enumerate(steps) if not left_out] == [
+        *range(first + SURE),
+        *range(first + EVERY, NEW - 1, EVERY),
+    ]
+    specmoe_compile.close(model)
 
 
 class Calls(LogitsProcessor):
