@@ -33,6 +33,7 @@ from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_needed
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.command import explains_errors, run_parser
+from benchmarks.ranks.gpu_page import gpu_page
 from benchmarks.ranks.groups import Group, run_group
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import write_json
@@ -170,7 +171,8 @@ class Benchmark:
         return True
 
     def _keep(self, key: str, row: Mapping[str, Any]) -> None:
-        self.result["rows"][key] = {"commit": provenance()["commit"], **row}
+        origin = {"commit": provenance()["commit"], "lease": self._args.lease}
+        self.result["rows"][key] = {**origin, **row}
         write_json(self._args.out, self.result)
         wall = f" {row['wall_ms']}" if "wall_ms" in row else ""
         print(f"{key}{wall}: {self._elapsed():.0f} s", flush=True)
@@ -265,6 +267,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--turns", type=int, default=2, help="A B A B ...")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded if absent")
+    parser.add_argument("--lease", type=int, default=1, help="kept in the rows of this call")
+    parser.add_argument("--page", type=Path, help="Markdown of the result")
     parser.add_argument("--budget-s", type=float, default=420.0, help="begin nothing after this")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or list(DRY if args.dry else FULL)
@@ -286,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark.run()
     # A tiny model on a CPU says nothing of times.
     held = [each for each in claims(benchmark.result) if not args.dry or "tokens" in each.text]
+    if args.page is not None:
+        args.page.write_text(gpu_page(args.out.name, benchmark.result, held), encoding="utf-8")
     for claim in held:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}: {claim.measured}")
     return 0 if all(claim.holds for claim in held) and not benchmark.failed else 1

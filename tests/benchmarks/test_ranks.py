@@ -15,6 +15,7 @@ import torch
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.ranks import gpu
 from benchmarks.ranks.figures import claims
+from benchmarks.ranks.gpu_page import gpu_page
 from benchmarks.ranks.groups import Group, Turns
 from benchmarks.ranks.limited import LimitedStore
 from benchmarks.ranks.page import page, results
@@ -84,6 +85,14 @@ def test_the_page_labels_its_links_as_simulated() -> None:
 
 def test_the_page_is_of_the_data() -> None:
     assert page(results(RESULTS)) == (DOCUMENTS / "ranks.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_gpus_is_of_its_data() -> None:
+    path = RESULTS / "ranks_gpu_h200.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    text = gpu_page(path.name, found, gpu.claims(found))
+    assert text == (DOCUMENTS / "ranks_gpu.md").read_text(encoding="utf-8")
+    assert "Fails" in text, "a claim that does not hold is told"
 
 
 PARENT = {"parent": os.getpid()}

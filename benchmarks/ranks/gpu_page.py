@@ -1,0 +1,118 @@
+"""The page of `python -m benchmarks ranks_gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from benchmarks.kit.claims import Claim
+from specmoe_compile.cli.tables import markdown_table
+
+CONTEXTS = (1024, 65536)
+HEAD = (
+    "shape",
+    "context",
+    "slots",
+    "1 rank, ms",
+    "ranks, ms",
+    "ratio",
+    "GPU, ms",
+    "sums, ms",
+    "hits",
+    "lease",
+)
+
+
+def gpu_page(name: str, result: Mapping[str, Any], found: Sequence[Claim]) -> str:
+    """The document of one result; `found` are its claims."""
+    ranks, rows, machine = result["ranks"], result["rows"], result["machine"]
+    versions = result["versions"]
+    shapes = list(dict.fromkeys(key.split("|")[0] for key in rows if "wall_ms" in rows[key]))
+    body, missing = [], []
+    for shape, context, arm in product(shapes, CONTEXTS, ("cache_25", "cache_50", "resident")):
+        case = f"{shape}|{context}|turn 1|{arm}"
+        one, several = rows.get(f"{case}|1 ranks"), rows.get(f"{case}|{ranks} ranks")
+        if one is None or several is None:
+            missing.append(f"{shape} {_slots(arm)} at {context}")
+        if one is not None or several is not None:
+            body.append(_row(shape, context, arm, one, several))
+    link = rows[f"link|{ranks} ranks"]
+    lines = [
+        f"# {ranks} ranks on {ranks} GPUs",
+        "",
+        f"Experts of a model split over {ranks} {machine['gpu']['name']}s of one host, beside one"
+        " of them: random weights in the full shape, routing of a recorded trace, batch 1, experts"
+        " page-locked in RAM, policy `exact`, CUDA graphs, no prefetch. Slots are a share of all"
+        " experts, and the same on every rank: where one has half, two have all. Wall time per"
+        " token of `generate`, 95 tokens after 80, median (p20 to p80); one rank and"
+        f" {ranks} after each other, in the lease that is given. torch {versions['torch']},"
+        f" transformers {versions['transformers']}.",
+        "",
+        *markdown_table(HEAD, body).splitlines(),
+        "",
+        "*GPU* is the time that at least one kernel covers on the first rank, of a run of 12 tokens"
+        " under the profiler; *sums* is NCCL's part of it, with the wait for the other rank. One"
+        " graph launch and one wait per token, for a token whose successor is launched already; no"
+        " stream or device is synchronised.",
+        "",
+        *(f"- {c.text}: {c.measured}. {'Holds' if c.holds else 'Fails'}." for c in found),
+        f"- Both links at once bring {' and '.join(f'{rate:.1f}' for rate in link['gbps'])} GB/s,"
+        f" one alone {rows['link|1 ranks']['gbps'][0]:.1f}. A sum by itself takes"
+        f" {link['all_reduce_us']:.0f} us with its launch, inside a graph {_sum_us(rows):.1f}.",
+        *_before(result, ranks),
+        "",
+        f"Not measured: {'; '.join(missing)}.",
+        "",
+        f"`python -m benchmarks ranks_gpu` measures ([data](../../benchmarks/results/{name})).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sum_us(rows: Mapping[str, Any]) -> float:
+    """The shortest median of NCCL's kernel: the other ranks are there already."""
+    kernels = [kernel for row in rows.values() for kernel in row.get("kernels", ())]
+    us: list[float] = [k["us_each"] for k in kernels if "nccl" in k["kernel"].lower()]
+    return min(us)
+
+
+def _before(result: Mapping[str, Any], ranks: int) -> list[str]:
+    """What a fault cost that an earlier lease showed."""
+    if "before" not in result:
+        return []
+    key = f"Qwen3-30B-A3B-int4|1024|turn 1|resident|{ranks} ranks"
+    row = result["before"]["rows"][key]
+    return [
+        f"- Two ranks of the int4 shape, all resident, took {row['wall_ms']['p50']:.1f} ms before,"
+        f" of which the GPUs worked {row['device_ms']:.1f}: {result['before']['why']}. That is"
+        " mended, and the case was not measured again."
+    ]
+
+
+def _slots(arm: str) -> str:
+    return {"cache_25": "25 %", "cache_50": "50 %", "resident": "all"}[arm]
+
+
+def _row(shape: str, context: int, arm: str, one: Any, several: Any) -> tuple[str, ...]:
+    both = [row for row in (one, several) if row is not None]
+    ratio = several["wall_ms"]["p50"] / one["wall_ms"]["p50"] if len(both) == 2 else None
+    return (
+        shape,
+        str(context),
+        _slots(arm),
+        _wall(one),
+        _wall(several),
+        "-" if ratio is None else f"{ratio:.3f}",
+        " and ".join(f"{row['device_ms']:.2f}" for row in both),
+        "-" if several is None else f"{several['sums_ms_per_token']:.2f}",
+        " and ".join(f"{100 * row['hit_rate']:.1f} %" for row in both),
+        " and ".join(dict.fromkeys(str(row["lease"]) for row in both)),
+    )
+
+
+def _wall(row: Any) -> str:
+    if row is None:
+        return "-"
+    wall = row["wall_ms"]
+    return f"{wall['p50']:.2f} ({wall['p20']:.2f} to {wall['p80']:.2f})"
