@@ -19,13 +19,13 @@ from specmoe_compile.system.graph_runs import counted
 from tests.helpers import save_tiny
 from tests.passes.families import tiny
 
-NEW = 40
+NEW, FEW = 40, 4 + SURE
 PROMPT = torch.arange(3, 23)[None]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ class Noting:
         return call
 
 
-def generated(model: Any, **kwargs: Any) -> list[int]:
+def generated(model: Any, new: int = NEW, **kwargs: Any) -> list[int]:
     kwargs = {"cache_implementation": "static", **kwargs}
     out = model.generate(
         PROMPT,
         attention_mask=torch.ones_like(PROMPT),
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
+        max_new_tokens=new,
+        min_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
         **kwargs,
@@ -99,7 +99,7 @@ def test_a_cache_that_grows_is_checked_at_every_step(offloaded: Any, expected: l
 
 def test_windows_are_checked_until_they_are_full(tmp_path: Path) -> None:
     window = 28  # full when the eighth new token is read
-    model, _ = tiny("gpt_oss", sliding_window=window)
+    model, _ = tiny("gpt_oss", sliding_window=window, num_hidden_layers=2)
     model.set_experts_implementation("eager")
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
@@ -137,7 +137,8 @@ def test_a_call_in_between_is_followed_by_one_that_is_checked(
     noting = Noting()
     compiled: Any = torch.compile(offloaded, backend=noting)
     processors = LogitsProcessorList([Calls(compiled)])
-    assert generated(compiled, logits_processor=processors) == expected
+    tokens = generated(compiled, FEW, logits_processor=processors)
+    assert tokens == expected[: len(tokens)]
     assert not any(noting.left_out)
 
 
@@ -152,8 +153,9 @@ def test_a_step_in_pieces_is_checked(offloaded: Any, expected: list[int]) -> Non
     layer.forward = in_pieces
     noting = Noting()
     compiled: Any = torch.compile(offloaded, backend=noting)
-    assert generated(compiled) == expected
-    assert len(noting.left_out) >= 2 * (NEW - 1), "the model ran in one piece"
+    tokens = generated(compiled, FEW)
+    assert tokens == expected[: len(tokens)]
+    assert len(noting.left_out) >= 2 * (FEW - 1), "the model ran in one piece"
     assert not any(noting.left_out)
 
 
