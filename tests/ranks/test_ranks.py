@@ -49,6 +49,7 @@ def test_two_ranks_give_the_plain_tokens_from_one_store(groups: dict[str, Group]
         assert not one["breaks"]
         assert len(one["sums"]) >= 1 and all(count >= LAYERS for count in one["sums"])
         assert one["own"] == [EXPERTS // 2] * LAYERS
+        assert one["split_weights"] == 0, "checked anew at every call"
         experts = {expert for _, expert in one["reads"]}
         assert experts and experts <= set(range(rank * 4, rank * 4 + 4)), "reads only its own"
         assert sum(layer["predicted"] for layer in one["stats"]["layers"]) > 0

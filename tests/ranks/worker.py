@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import specmoe_compile
@@ -84,6 +85,12 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         "reads": reads,
         "packed": packed,
+        "split_weights": sum(
+            isinstance(weight, DTensor)
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear)
+            for weight in module.parameters(recurse=False)
+        ),
         "own": list(session_of(model).store.num_experts),
         "stats": specmoe_compile.stats(model).as_dict(),
         "stats_of_all": specmoe_compile.stats(model, all_ranks=True).as_dict(),
