@@ -40,7 +40,6 @@ from specmoe_compile.hf.ranks import (
 )
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 from specmoe_compile.hf.tier_sizes import (
-    COMPILING_BYTES,
     check_ram,
     check_room,
     choose_cache_bytes,
@@ -71,6 +70,7 @@ from specmoe_compile.runtime.store.module_source import (
 from specmoe_compile.runtime.store.quantising_source import QuantisingSource
 from specmoe_compile.runtime.store.ram import RamStore
 from specmoe_compile.runtime.store.slice import SliceSource, SliceStore
+from specmoe_compile.system.compilers import COMPILING_BYTES
 from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.progress import phase, progress_lines
 

@@ -15,6 +15,7 @@ from specmoe_compile.errors import StoreError
 from specmoe_compile.hf.model_loader import Skeleton
 from specmoe_compile.hf.offload_options import OffloadOptions
 from specmoe_compile.runtime.experts.layout import StoreLayer
+from specmoe_compile.system.compilers import COMPILING_BYTES
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.sizes import format_bytes, parse_size
 
@@ -22,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE = "25%"
 _RAM_SHARE = 0.6  # of the RAM that is free: the rest is for everything else, and for the cache
-COMPILING_BYTES = 512 << 20
-"""RAM that compiling takes besides: 350 MiB of the C++ compiler, and Inductor's own modules."""
 
 
 def check_ram(total_bytes: int) -> None:

@@ -7,6 +7,9 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+COMPILING_BYTES = 512 << 20
+"""RAM that Inductor takes to compile for a CPU: 350 MiB of the C++ compiler, its own modules."""
+
 
 def find_compiler_or_none() -> str | None:
     """Name of the C++ compiler that Inductor would use; None if there is none."""

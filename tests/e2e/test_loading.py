@@ -28,6 +28,7 @@ from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store import module_source
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.ram import RamStore
+from specmoe_compile.system.compilers import COMPILING_BYTES
 from specmoe_compile.system.machine import cache_folder
 from tests.helpers import PATIENCE_S
 from tests.runtime import tiny_checkpoints
@@ -162,7 +163,7 @@ def run_python(code: str) -> str:
 
 def set_free_ram(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     """Beside what compiling takes."""
-    total = free_bytes + tier_sizes.COMPILING_BYTES
+    total = free_bytes + COMPILING_BYTES
     monkeypatch.setattr(tier_sizes, "available_ram_bytes", lambda: total)
 
 

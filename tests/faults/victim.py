@@ -3,9 +3,10 @@
 It imports everything, generates once with a throwaway model, and then forks a child for each
 command on its standard input, one JSON object per line: `{"what": "pack" | "load" | "decode",
 "model", "store", "stop": null | [signal, seconds], "environment": {}}`. The parent sends the signal
-so many seconds after the child began, and tells on standard output how it ended: `{"status": exit
-status, -signal if it was killed; "said": its last line; "seconds"}`. A child that is not stopped
-prints the tokens that it generated.
+so many seconds after the child began its work, and tells on standard output how it ended:
+`{"status": exit status, -signal if it was killed; "said": its last line; "seconds"}`. A child that
+is not stopped prints the tokens that it generated; one that got a Ctrl-C and works on to its end
+has the status `SWALLOWED_STATUS`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import transformers  # noqa: F401  (imported before the fork, as everything slow
 import specmoe_compile
 from specmoe_compile.cli.main import INTERRUPTED_STATUS, USER_ERROR_STATUS
 from specmoe_compile.system.output import quiet_transformers, sentence, user_error_or_none
-from tests.helpers import save_tiny
+from tests.helpers import PATIENCE_S, save_tiny
 
 PROMPT = [[5, 17, 80, 3, 44]]
 NEW_TOKENS = 12
 HUNG_STATUS = "hung"
-PATIENCE_S = 120.0
+SWALLOWED_STATUS = 99
 
 
 def work(command: dict[str, Any]) -> str:
@@ -53,13 +54,26 @@ def work(command: dict[str, Any]) -> str:
     return json.dumps(tokens[0].tolist())
 
 
-def child(command: dict[str, Any], out: int) -> int:
+def child(command: dict[str, Any], out: int, begun: int) -> int:
+    """Work, and return the exit status; a byte in the pipe `begun` says that the work begins."""
+    interrupts = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        raise KeyboardInterrupt
+
     os.dup2(out, 1)
     os.dup2(out, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(command.get("environment", {}))
     try:
-        print(work(command), flush=True)
+        signal.signal(signal.SIGINT, interrupt)
+        os.write(begun, b"!")
+        said = work(command)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(said, flush=True)
+        if interrupts:
+            return SWALLOWED_STATUS
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
     except Exception as error:
@@ -72,19 +86,24 @@ def child(command: dict[str, Any], out: int) -> int:
 
 
 def serve_one(command: dict[str, Any]) -> dict[str, Any]:
+    begins, begun = os.pipe()
     with tempfile.TemporaryFile() as out:
-        began_s = time.monotonic()
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                status = child(command, out.fileno())
+                os.close(begins)
+                status = child(command, out.fileno(), begun)
             except BaseException:
                 import traceback
 
                 traceback.print_exc()
             finally:
                 os._exit(status)
+        os.close(begun)
+        os.read(begins, 1)
+        os.close(begins)
+        began_s = time.monotonic()
         ended = wait(pid, command.get("stop"), began_s)
         seconds = time.monotonic() - began_s
         out.seek(0)

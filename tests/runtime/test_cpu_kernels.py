@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from specmoe_compile.runtime.cpu import kernels
 from specmoe_compile.runtime.cpu.kernels import MIN_WEIGHT_BYTES, one_token_kernel_or_none
+
+
+@pytest.fixture(autouse=True)
+def free_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as compiling takes, whatever else runs here."""
+    monkeypatch.setattr(kernels, "available_ram_bytes", lambda: kernels.COMPILING_BYTES)
 
 
 def silu_gate(hidden: torch.Tensor) -> torch.Tensor:
@@ -69,3 +76,14 @@ def test_gate_with_tensors_of_its_own_is_left_alone() -> None:
     up, _, down, _ = make(128, 512, torch.float32, biased=False)
     scale = torch.nn.Parameter(torch.ones(512))
     assert one_token_kernel_or_none(lambda h: silu_gate(h) * scale, up, None, down, None) is None
+
+
+def test_without_the_ram_to_compile_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler that takes more than a control group may have ends this process."""
+    up, _, down, _ = make(136, 520, torch.float32, biased=False)  # a shape of this test alone
+    monkeypatch.setattr(kernels, "available_ram_bytes", lambda: kernels.COMPILING_BYTES - 1)
+    for _ in range(2):
+        assert one_token_kernel_or_none(silu_gate, up, None, down, None) is None
+    assert caplog.text.count("512.0 MiB of RAM, and 512.0 MiB are free") == 1

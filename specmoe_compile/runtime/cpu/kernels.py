@@ -21,6 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specmoe_compile.system.compilers import COMPILING_BYTES
+from specmoe_compile.system.machine import available_ram_bytes
+from specmoe_compile.system.sizes import format_bytes
+
 log = logging.getLogger(__name__)
 
 MIN_WEIGHT_BYTES = 256 << 10
@@ -40,6 +44,8 @@ def one_token_kernel_or_none(
     down_bias: Tensor | None,
 ) -> OneToken | None:
     """Compile the kernel of experts of this shape, or return None where it does not pay.
+
+    None too, with one warning, where there is no C++ compiler or too little RAM for one.
 
     Args:
         gate: activation between the products, [1, 2I] or [1, I] -> [1, I].
@@ -114,6 +120,15 @@ def _without_grad(compile_fx: Callable[..., Any], *arguments: Any) -> Callable[.
 def _compile_or_none(
     traced: torch.fx.GraphModule, up: Tensor, present: list[Tensor]
 ) -> Callable[..., Any] | None:
+    free_bytes = available_ram_bytes()
+    if free_bytes < COMPILING_BYTES:  # the system would end this process, and not the compiler
+        log.warning(
+            "torch.mm computes the experts: compiling their kernel takes about %s of RAM, and %s"
+            " are free",
+            format_bytes(COMPILING_BYTES),
+            format_bytes(free_bytes),
+        )
+        return None
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
