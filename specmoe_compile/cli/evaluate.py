@@ -29,7 +29,7 @@ from specmoe_compile.cli.options import (
 )
 from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
-from specmoe_compile.system.launched import split_of_ranks
+from specmoe_compile.system.launched import launched, split_of_ranks
 
 if TYPE_CHECKING:
     from specmoe_compile.calibrate.calibration import Calibration
@@ -229,7 +229,7 @@ def measure(
         "reference": "unmodified model" if plain is not None else "offloaded model, run eagerly",
         "expert_cache": str(loading["expert_cache"]),
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "store_bytes": session.store.total_bytes,
+        "store_bytes": specmoe_compile.stats(inner, all_ranks=True).store_bytes,
         "top_k": session.top_k,
         "sizes": {**sizes, **{name: list(part.shape) for name, part in parts.items()}},
         "options": dict(options),
@@ -318,6 +318,7 @@ def _plain_or_none(model: str, dtype: str, which: str) -> Any:
         return None
     if which == "auto":
         weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+        weights *= launched().local_size  # each rank holds it
         if not weights or weights > _RAM_SHARE * available_ram_bytes():
             return None
     loader: Any = AutoModelForCausalLM

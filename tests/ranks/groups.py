@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
 WORKER = str(Path(__file__).with_name("worker.py"))
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, however long that takes."""
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+
+
+def save_letters(folder: Path) -> None:
+    """Give a checkpoint a tokenizer of small letters and spaces, ids 2 to 28."""
+    letters = {"?": 0, "!": 1, **{letter: 2 + n for n, letter in enumerate(ALPHABET)}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])))
+    tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(folder: Path, **changes: Any) -> Path:

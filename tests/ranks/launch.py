@@ -50,8 +50,10 @@ def be_rank(scenario: dict[str, Any], folder: Path, rank: int, port: int) -> int
         found = worker.run(scenario)
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
         return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     return 0
 

@@ -16,6 +16,7 @@ from tests.ranks.groups import (
     Group,
     run_groups,
     save_checkpoint,
+    save_letters,
     torchrun,
 )
 
@@ -32,14 +33,55 @@ FAILURES: list[dict[str, Any]] = [
 ]
 
 
+TEXT = "the quick brown fox jumps over the lazy dog and then over another one "
+COMMON = [
+    "--expert-cache",
+    "50%",
+    "--store-dir",
+    "{out}/commands",
+    "--option",
+    "lowering=eager",
+    "--json",
+]
+COMMANDS: dict[str, list[str]] = {
+    "generate": [
+        *("generate", "{checkpoint}", "--device", "cpu", "--store", "disk", "--prompt", "a fox"),
+        *("--no-compile", "--max-new-tokens", "6", *COMMON, "{out}/generate.json"),
+    ],
+    "eval": [
+        *("eval", "{checkpoint}", "--text", "{out}/text.txt", "--policy", "exact"),
+        *("--policy", "default_vector=0.3", "--tokens", "10", "--window", "16", "--context", "6"),
+        *("--prompts", "2", "--prompt-tokens", "6", "--new-tokens", "4", *COMMON),
+        "{out}/eval.json",
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    save_letters(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Group]:
-    return run_groups(tmp_path_factory.mktemp("groups"), checkpoint, SCENARIOS)
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("groups")
+    (folder / "text.txt").write_text(TEXT * 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def groups(out: Path, checkpoint: Path) -> dict[str, Group]:
+    commands = [
+        {
+            "name": name,
+            "ranks": 2,
+            "command": [part.format(out=out, checkpoint=checkpoint) for part in command],
+        }
+        for name, command in COMMANDS.items()
+    ]
+    return run_groups(out, checkpoint, [*SCENARIOS, *commands])
 
 
 def test_two_ranks_give_the_plain_tokens_from_one_store(groups: dict[str, Group]) -> None:
@@ -85,6 +127,27 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(groups: dict[str,
     said = next(line for line in reversed(last) if "SpecMoEError" in line)
     assert re.search(r"Rank 0 of 2 lost another rank: that process ended", said)
     assert "This is typically" not in said, "the library's advice is left out"
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"), [("generate", "6 tokens after a prompt of 5"), ("eval", "exact")]
+)
+def test_a_command_prints_and_writes_once(
+    name: str, heading: str, groups: dict[str, Group], out: Path
+) -> None:
+    group = groups[name]
+    assert [one["status"] for one in group.checked()] == [0, 0], group.errors
+    assert heading in group.errors[0]  # what it printed is there too
+    assert group.errors[1] == ""
+    written = json.loads((out / f"{name}.json").read_text())
+    store = groups["two"].checked()[0]["stats_of_all"]["store_bytes"]
+    if name == "generate":
+        assert len(written["tokens"]) == 6 and written["stats"]["store_bytes"] == store
+        return
+    exact, approximate = written["policies"]
+    assert exact["greedy_agreement"] == exact["top1_agreement"] == 1.0
+    assert abs(exact["loss_increase_nats"]) < 1e-4 and written["store_bytes"] == store
+    assert approximate["skipped_experts_per_token"] > 0
 
 
 @pytest.fixture(scope="module")

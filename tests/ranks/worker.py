@@ -1,7 +1,8 @@
 """One rank: generates with offloaded experts beside a reference, and returns what it saw.
 
 A scenario is a dictionary: `name`, `ranks`, `checkpoint`, `store_dir`, and what differs from the
-defaults below. It is run by `tests.ranks.launch`, or by torchrun: `worker.py SCENARIO OUT`.
+defaults below; or it has the arguments of a `command` of the command line. It is run by
+`tests.ranks.launch`, or by torchrun: `worker.py SCENARIO OUT`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import specmoe_compile
 from specmoe_compile import api
 from specmoe_compile.backend import specmoe
+from specmoe_compile.cli import main
 from specmoe_compile.runtime.session import session_of
 
 DEFAULTS: dict[str, Any] = {
@@ -39,7 +41,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def run(scenario: dict[str, Any]) -> dict[str, Any]:
-    """Load, compile, generate."""
+    """Load, compile, generate; or run a command of the command line."""
+    if "command" in scenario:
+        return {"status": main.run(scenario["command"])}
     ask = {**DEFAULTS, **scenario}
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     load = {
