@@ -279,9 +279,9 @@ class CompileOptions(SessionOptions):
         for name in given:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = f"; did you mean {close[0]!r}?" if close else "."
                 raise ValueError(
-                    f"unknown specmoe option {name!r}{hint} Valid options: {', '.join(names)}"
+                    f"unknown specmoe option {name!r}{hint} Valid options: {', '.join(names)}."
                 )
         if mode is not None:
             given.setdefault("mode", _MODE_ALIASES.get(mode, mode))

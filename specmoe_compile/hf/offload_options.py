@@ -12,6 +12,7 @@ import torch
 
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.experts.formats.quantise import checked_quantize
+from specmoe_compile.runtime.store.writer import refuse_file
 from specmoe_compile.system.sizes import parse_size
 
 StoreKind = Literal["auto", "ram", "disk"]
@@ -43,7 +44,12 @@ def checked_options(
     verify: bool,
     progress: bool,
 ) -> OffloadOptions:
-    """Check the options that need no model; raises `ValueError` or `TypeError`."""
+    """Check the options that need no model.
+
+    Raises:
+        ValueError, TypeError: one is not valid.
+        StoreError: `store_dir` is a file.
+    """
     for name, value, kinds in (
         ("store", store, get_args(StoreKind)),
         ("cache_policy", cache_policy, get_args(Policy)),
@@ -55,12 +61,15 @@ def checked_options(
         raise ValueError(f"reader_threads={reader_threads} must be at least 1.")
     if expert_cache is not None:
         parse_size(expert_cache, total_bytes=1 << 40)
+    folder = None if store_dir is None else Path(store_dir).expanduser()
+    if folder is not None:
+        refuse_file(folder)
     return OffloadOptions(
         device=_checked_device(device),
         quantize=checked_quantize(quantize),
         store=store,  # type: ignore[arg-type]
         expert_cache=expert_cache,
-        store_dir=None if store_dir is None else Path(store_dir).expanduser(),
+        store_dir=folder,
         cache_policy=cache_policy,  # type: ignore[arg-type]
         reader_threads=reader_threads,
         verify=verify,

@@ -264,10 +264,11 @@ def test_a_store_of_another_model(folder: Path, packed: Path, tmp_path: Path) ->
     assert (packed / "experts.bin").read_bytes() == before
 
 
-def test_a_store_folder_that_is_a_file(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["disk", "ram"])
+def test_a_store_folder_that_is_a_file(kind: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("mine")
     with pytest.raises(StoreError, match="a file of that name is in the way") as caught:
-        load(folder, tmp_path)
+        load(folder, tmp_path, store=kind)
     assert_one_sentence(caught.value)
     assert (tmp_path / "store").read_text() == "mine"
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from specmoe_compile.reference_model import CHECKPOINT_DIR
-from tests.ranks.groups import ROOT, finished, torchrun
+from tests.ranks.groups import ROOT, finished, needs_expert_parallel, torchrun
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_expert_parallel]
 
 MAIN = ("-m", "specmoe_compile.cli.main")
 MODEL = str(CHECKPOINT_DIR)

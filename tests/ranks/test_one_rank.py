@@ -22,6 +22,7 @@ from specmoe_compile.backend import specmoe
 from specmoe_compile.hf.ranks import ranks_of_or_none
 from specmoe_compile.runtime.experts.module import find_experts_layers
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
+from tests.ranks.groups import needs_expert_parallel
 from tests.ranks.launch import free_port
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -73,6 +74,7 @@ def test_sums_over_ranks_stay_inside_the_graph(device: str) -> None:
     specmoe_compile.close(model)
 
 
+@needs_expert_parallel
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_configuration_of_one_rank_is_one_process(device: str, tmp_path: Path) -> None:
     plain: Any = tiny_qwen3_moe()

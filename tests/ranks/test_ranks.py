@@ -14,11 +14,14 @@ from tests.ranks.groups import (
     LAYERS,
     WORKER,
     Group,
+    needs_expert_parallel,
     run_groups,
     save_checkpoint,
     save_letters,
     torchrun,
 )
+
+pytestmark = needs_expert_parallel
 
 SCENARIOS: list[dict[str, Any]] = [
     {"name": "two", "ranks": 2},

@@ -10,9 +10,16 @@ import torch
 
 from tests.models.families import build, families
 from tests.models.test_families import DYNAMIC, FAST
-from tests.ranks.groups import EXPERTS, LAYERS, Group, run_groups, save_checkpoint
+from tests.ranks.groups import (
+    EXPERTS,
+    LAYERS,
+    Group,
+    needs_expert_parallel,
+    run_groups,
+    save_checkpoint,
+)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_expert_parallel]
 
 WAYS: list[dict[str, Any]] = [
     {"name": "inductor", "load": {"expert_cache": "50%"}, "compile": {}},

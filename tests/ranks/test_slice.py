@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+import transformers.distributed
 
 from specmoe_compile.errors import SpecMoEError, UnsupportedModelError
 from specmoe_compile.hf.ranks import join_ranks
@@ -11,6 +14,7 @@ from specmoe_compile.runtime.cpu.experts import Routing
 from specmoe_compile.runtime.experts.layout import ExpertLayout, StoreLayer
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.store.slice import SliceStore
+from tests.ranks.groups import needs_expert_parallel
 
 LAYOUT = ExpertLayout.from_shapes({"down_proj": ((2, 2), torch.float32)})
 
@@ -90,6 +94,16 @@ def test_an_id_beyond_the_other_ranks_is_refused() -> None:
             Routing(torch.ones(len(ids), 2), torch.tensor(ids), Runner())
 
 
+def test_a_transformers_without_expert_parallelism_says_which_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.distributed.expert_parallel", None)
+    monkeypatch.delattr(transformers.distributed, "expert_parallel", raising=False)
+    with pytest.raises(UnsupportedModelError, match=r"cannot split experts over ranks.*: 5.24 can"):
+        join_ranks({"tp_size": 2, "ep_size": 2}, torch.device("cpu"))
+
+
+@needs_expert_parallel
 def test_ranks_that_nobody_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match=r"not started by torchrun.*--nproc-per-node 2"):

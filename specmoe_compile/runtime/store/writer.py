@@ -133,16 +133,21 @@ def _total_bytes(source: RecordSource) -> int:
     return sum(layer.total_bytes for layer in source.layers)
 
 
+def refuse_file(folder: Path) -> None:
+    """Raise `StoreError` where a store's folder is to be and something else is."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(
+            f"The store folder {folder} cannot be created: a file of that name is in the way."
+        )
+
+
 def _make_folder(folder: Path) -> bool:
     """Create the folder if needed; returns whether it was. Raises `StoreError`."""
     if folder.is_dir():
         return False
+    refuse_file(folder)
     try:
         folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise StoreError(
-            f"The store folder {folder} cannot be created: a file of that name is in the way."
-        ) from error
     except OSError as error:
         raise StoreError(
             f"The store folder {folder} cannot be created: {error.strerror}. Choose a store_dir "
