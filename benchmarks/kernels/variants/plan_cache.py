@@ -44,7 +44,8 @@ def plan_spec(
 ) -> CompileSpec:
     """A plan of one layer; bytes are counted for one token by LRU whose experts are all there."""
     choices, slots = tokens * shape.top_k, slots_of_shape(shape, tokens)
-    block_c, chunk, block_s, num_warps = block_sizes(choices, slots)
+    ranked = 0 if policy == "lru" else shape.num_experts
+    block_c, chunk, block_s, num_warps = block_sizes(choices, slots, ranked)
     counted = tokens == 1 and policy == "lru" and not speculative
     kind = "prefetch" if speculative else policy + (f" spare={spare}" if spare else "")
     return CompileSpec(

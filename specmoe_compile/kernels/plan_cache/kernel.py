@@ -13,27 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specmoe_compile.runtime.cache import eviction
+from specmoe_compile.kernels.plan_cache.scores import (
+    CANDIDATES,
+    INDEX_BITS,
+    LAST_KEY,
+    LFU_CANDIDATE,
+    are_chosen,
+    count_lacked,
+    judge,
+    load_scores,
+    store_scores,
+    worth_of,
+)
 
-# Keys hold an expert or a slot, both below 512, in their lowest bits. Above a slot there is room
-# for 2**53 plans.
-INDEX_BITS = tl.constexpr(eviction.INDEX_BITS)
 INDEX_MASK = tl.constexpr(511)
 OCCUPIED_BIT = tl.constexpr(62)
-LAST_KEY = tl.constexpr(2**63 - 1)
 LAST_ORDER = tl.constexpr(2**31 - 1)
-SEEN_MASK = tl.constexpr(2**eviction.SEEN_BITS - 1)
-SCORE_SHIFT = tl.constexpr(eviction.SEEN_BITS + eviction.INDEX_BITS)
-CANDIDATES = tl.constexpr(eviction.CANDIDATES)
-RECENCY = tl.constexpr(eviction.RECENCY)
-LFU_CANDIDATE = tl.constexpr(eviction.LFU_CANDIDATE)
-UNIT = tl.constexpr(eviction.UNIT)
-MISS = tl.constexpr(eviction.MISS)
-WINDOW = tl.constexpr(eviction.WINDOW)
-STAY = tl.constexpr(eviction.STAY)
-# Decays are evenly spaced, so that a candidate's is computed from its number.
-FIRST_DECAY = tl.constexpr(eviction.DECAYS[0])
-DECAY_STEP = tl.constexpr(eviction.DECAYS[1] - eviction.DECAYS[0])
 
 
 @triton.jit
@@ -72,114 +67,6 @@ def find_uses(
             found = tl.max((part[:, None] == slots[None, :]).to(tl.int32), axis=0)
             uses = tl.maximum(uses, found)
     return uses > 0
-
-
-@triton.jit
-def packed_worth(score, seen, expert):
-    """`Scores.keys`: score, step of the last use, number of the expert; int64."""
-    return (score << SCORE_SHIFT) | ((seen & SEEN_MASK) << INDEX_BITS) | expert
-
-
-@triton.jit
-def worth_of(scores, expert, candidate, hit, now, SPECULATIVE: tl.constexpr, E: tl.constexpr):
-    """What the experts of slots are worth to a candidate after this step, int64.
-
-    The step's uses are added here and not read back: other lanes store them.
-    """
-    there = expert >= 0
-    seen = tl.load(scores + RECENCY * E + expert, mask=there, other=0)
-    row = tl.zeros_like(seen) + candidate
-    counted = row != RECENCY
-    score = tl.load(scores + row * E + expert, mask=there & counted, other=0)
-    if not SPECULATIVE:
-        decay = FIRST_DECAY + DECAY_STEP * row
-        score = score - (score >> decay) + tl.where(hit & counted, UNIT, 0)
-        seen = tl.where(hit, now, seen)
-    return packed_worth(score, seen, expert)
-
-
-@triton.jit
-def note_uses(
-    ids,
-    scores,
-    now,
-    CHOICES: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """`Scores.note` without the judgement; every thread has read what it needs of the scores."""
-    experts = tl.arange(0, BLOCK_E)
-    wanted = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, CHOICES, CHUNK):
-        choices = start + tl.arange(0, CHUNK)
-        chosen = tl.load(ids + choices, mask=choices < CHOICES, other=-1).to(tl.int32)
-        found = tl.max((chosen[:, None] == experts[None, :]).to(tl.int32), axis=0)
-        wanted = tl.maximum(wanted, found)
-    real = experts < E
-    tl.debug_barrier()
-    for row in tl.static_range(RECENCY):
-        score = tl.load(scores + row * E + experts, mask=real, other=0)
-        score = score - (score >> (FIRST_DECAY + DECAY_STEP * row)) + wanted * UNIT
-        tl.store(scores + row * E + experts, score, mask=real)
-    seen = tl.zeros([BLOCK_E], tl.int64) + now
-    tl.store(scores + RECENCY * E + experts, seen, mask=real & (wanted > 0))
-
-
-@triton.jit
-def judge(
-    ids,
-    scores,
-    regret,
-    candidate,
-    CHOICES: tl.constexpr,
-    E: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """`Scores._judge`: add each candidate's misses, and return the one to follow."""
-    experts = tl.arange(0, BLOCK_E)
-    real = experts < E
-    every = tl.arange(0, BLOCK_C)
-    each = tl.load(ids + every, mask=every < CHOICES, other=-1).to(tl.int32)
-    seen = tl.load(scores + RECENCY * E + experts, mask=real, other=0)
-    best = tl.zeros([], tl.int64)
-    least = tl.full([], LAST_KEY, tl.int64)
-    followed = tl.full([], LAST_KEY, tl.int64)
-    for row in tl.static_range(CANDIDATES):
-        if row < RECENCY:
-            score = tl.load(scores + row * E + experts, mask=real, other=0)
-        else:
-            score = tl.zeros([BLOCK_E], tl.int64)
-        worth = tl.where(real, packed_worth(score, seen, experts), -1)
-        lacked = tl.zeros([], tl.int64)
-        if S < E:
-            for start in range(0, CHOICES, CHUNK):
-                choices = start + tl.arange(0, CHUNK)
-                chosen = tl.load(ids + choices, mask=choices < CHOICES, other=-1).to(tl.int32)
-                wanted = (chosen >= 0) & (chosen < E)
-                again = (chosen[:, None] == each[None, :]) & (every[None, :] < choices[:, None])
-                wanted = wanted & (tl.max(again.to(tl.int32), axis=1) == 0)
-                its_seen = tl.load(scores + RECENCY * E + chosen, mask=wanted, other=0)
-                its_score = tl.zeros([CHUNK], tl.int64)
-                if row < RECENCY:
-                    its_score = tl.load(scores + row * E + chosen, mask=wanted, other=0)
-                its_worth = packed_worth(its_score, its_seen, chosen)
-                better = (worth[None, :] > its_worth[:, None]).to(tl.int32)
-                gone = wanted & (tl.sum(better, axis=1) >= S)
-                lacked += tl.sum(gone.to(tl.int64), axis=0)
-        misses = tl.load(regret + row)
-        misses = misses + lacked * MISS - (misses >> WINDOW)
-        tl.store(regret + row, misses)
-        best = tl.where(misses < least, row, best)
-        least = tl.minimum(least, misses)
-        followed = tl.where(candidate == row, misses, followed)
-    candidate = tl.where(least + (least >> STAY) < followed, best, candidate)
-    tl.store(regret + CANDIDATES, candidate)
-    return candidate
 
 
 # The tables are rows of larger ones: how they are aligned differs from layer to layer, and must not
@@ -254,19 +141,35 @@ def plan_cache_kernel(
     hit = find_uses(ids, slot_of, slot, slots, CHOICES, E, BLOCK_C, CHUNK, BLOCK_S)
 
     if SCORED:
-        candidate = tl.load(regret + CANDIDATES)
-        if ADAPTIVE and not SPECULATIVE:
-            candidate = judge(
-                ids, scores, regret, candidate, CHOICES, E, S, BLOCK_C, CHUNK, BLOCK_E
-            )
-        if not ADAPTIVE:
-            candidate = tl.full([], LFU_CANDIDATE, tl.int64)
-        worth = worth_of(scores, held_before, candidate, hit, now, SPECULATIVE, E)
+        candidate = tl.full([], LFU_CANDIDATE, tl.int64)
+        there = (held_before >= 0) & (held_before < E)
+        fast, middle, slow, seen = load_scores(scores, held_before, there, E)
         if SPARE > 0:
-            own_worth = worth_of(scores, expert, candidate, expert >= 0, now, SPECULATIVE, E)
-            own_key = ((expert >= 0).to(tl.int64) << OCCUPIED_BIT) | own_worth
+            own = expert >= 0
+            own_fast, own_middle, own_slow, own_seen = load_scores(scores, expert, own, E)
         if not SPECULATIVE:
-            note_uses(ids, scores, now, CHOICES, E, BLOCK_C, CHUNK, BLOCK_E)
+            experts = tl.arange(0, BLOCK_E)
+            all_fast, all_middle, all_slow, all_seen = load_scores(scores, experts, experts < E, E)
+            are_used = are_chosen(ids, experts, CHOICES, CHUNK, BLOCK_E)
+        if ADAPTIVE:
+            candidate = tl.load(regret + CANDIDATES)
+            if not SPECULATIVE:
+                misses_of = tl.load(regret + tl.arange(0, CANDIDATES))
+                lacked_one = tl.zeros([], tl.int32)
+                lacked_other = tl.zeros([], tl.int32)
+                if S < E:
+                    lacked_one, lacked_other = count_lacked(
+                        ids, scores, all_fast, all_middle, all_slow, all_seen,
+                        CHOICES, E, S, BLOCK_C, CHUNK, BLOCK_E,
+                    )  # fmt: skip
+                misses_of, candidate = judge(misses_of, candidate, lacked_one, lacked_other)
+        worth = worth_of(fast, middle, slow, seen, held_before, candidate, hit, now, SPECULATIVE)
+        if SPARE > 0:
+            own_worth = worth_of(
+                own_fast, own_middle, own_slow, own_seen,
+                expert, candidate, own, now, SPECULATIVE,
+            )  # fmt: skip
+            own_key = (own.to(tl.int64) << OCCUPIED_BIT) | own_worth
     else:
         worth = (used << INDEX_BITS) | slots
     occupied = (held_before >= 0).to(tl.int64)
@@ -334,6 +237,11 @@ def plan_cache_kernel(
 
     # No warp may store what another has yet to load.
     tl.debug_barrier()
+    if SCORED and not SPECULATIVE:
+        store_scores(scores, experts, all_fast, all_middle, all_slow, are_used, now, E)
+        if ADAPTIVE:
+            tl.store(regret + tl.arange(0, CANDIDATES), misses_of)
+            tl.store(regret + CANDIDATES, candidate)
     tl.store(slot_of + held_before, -1, mask=evicted)
     tl.store(slot_of + held, slots, mask=filled)
     tl.store(expert_of + slots, held, mask=filled)
@@ -354,15 +262,21 @@ def plan_cache_kernel(
     tl.store(fill_count, fills)
 
 
-def block_sizes(choices: int, slots: int) -> tuple[int, int, int, int]:
+def block_sizes(choices: int, slots: int, experts: int = 0) -> tuple[int, int, int, int]:
     """BLOCK_C, CHUNK, BLOCK_S and warps.
 
-    One warp where it holds all pairs of choices and slots: its reductions need no shared memory.
+    One warp where it holds all pairs of choices and slots, and of choices and experts where those
+    are ranked: its reductions need no shared memory.
+
+    Args:
+        choices: C. slots: S.
+        experts: E of a policy that ranks them, else 0.
     """
     block_c = triton.next_power_of_2(choices)
     block_s = max(triton.next_power_of_2(slots), 16)
-    chunk = 16
-    return block_c, chunk, block_s, 1 if min(block_c, chunk) * block_s <= 1024 else 4
+    chunk = min(block_c, 16)
+    pairs = chunk * max(block_s, triton.next_power_of_2(max(experts, 1)))
+    return block_c, chunk, block_s, 1 if pairs <= 1024 else 4
 
 
 def launch_plan(
@@ -391,7 +305,8 @@ def launch_plan(
     spare_from: int = 0,
 ) -> None:
     """Launch `plan_cache_kernel` on the current stream; arguments as checked by `plan_cache`."""
-    block_c, chunk, block_s, num_warps = block_sizes(ids.numel(), expert_of.shape[0])
+    ranked = 0 if policy == "lru" else slot_of.shape[0]
+    block_c, chunk, block_s, num_warps = block_sizes(ids.numel(), expert_of.shape[0], ranked)
     plan_cache_kernel[(1,)](
         ids,
         slot_of,
