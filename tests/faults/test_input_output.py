@@ -170,6 +170,32 @@ def test_a_disk_that_is_full(mebibytes: int, model: Path, tmp_path: Path) -> Non
     assert done.stdout.splitlines()[-1] == "left:"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_complete_store_on_a_read_only_mount_is_used(
+    model: Path, reference: tuple[Path, str]
+) -> None:
+    store, tokens = reference
+    code = (
+        "import sys; from tests.faults.victim import work;"
+        " print(work({'what': 'decode', 'model': sys.argv[1], 'store': sys.argv[2]}))"
+    )
+    script = (
+        f"mount --bind {store} {store} && mount -o remount,ro,bind {store} || exit 77;"
+        f' if touch {store}/x; then exit 1; fi; exec {sys.executable} -c "$0" {model} {store}'
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode in (1, 77) and "not permitted" in done.stderr:
+        pytest.skip("mounting is not permitted here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == tokens
+
+
 def test_json_to_a_full_device(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "specmoe_compile.cli.main", "pack", str(model)]
     done = subprocess.run(
