@@ -41,6 +41,9 @@ float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
   return spec.bias_dtype == BF16 ? from_bf16(bits) : from_f16(bits);
 }
 
+// Rounds |value| < 2^22 to the nearest integer, ties to even, without a call.
+float to_nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
+
 // Adds the bias and rounds to the dtype. The product of a plain weight is rounded by itself first,
 // as torch does, that of a coded one is float32 until then.
 void end_product(float* values, int64_t count, const uint8_t* record, const WeightSpec& spec,
@@ -85,7 +88,7 @@ void Activations::put(int64_t row, int64_t begin, int64_t count, const float* va
     scales_[static_cast<size_t>(row * stride_ / kBlock + block)] = largest / 127.0f;
     int8_t* codes = codes_.data() + row * stride_ + block * kBlock;
     for (int64_t i = 0; i < kBlock; i++) {
-      const float code = std::nearbyint(from[i] * inverse);
+      const float code = to_nearest(from[i] * inverse);
       codes[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : (code >= -127.0f ? code : -127.0f));
     }
   }

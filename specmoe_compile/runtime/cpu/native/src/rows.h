@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "factors.h"
 #include "gate.h"
 #include "numbers.h"
 #include "weight.h"
@@ -25,10 +26,10 @@
 namespace specmoe {
 namespace {
 
-constexpr int64_t kMaxBlocks = 4096;  // of 32 columns: what a row's scales are decoded for
 // Rows of so few bytes are read one after the other: hopping between lines of one page halves what
 // the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not.
 constexpr int64_t kShortRow = 2048;
+constexpr int64_t kLine = 64;  // shorter rows are lines one after the other in any order
 
 struct PlainF32 {
   using Element = float;
@@ -94,12 +95,6 @@ struct Int8Book {
   Pair get(const uint8_t* codes) const { return {load_int8(codes), load_int8(codes + 16)}; }
 };
 
-// Scales (or zeros) of one row, one float per 32 columns, or two where 16 columns share one.
-struct RowFactors {
-  const float* scale;
-  const float* zero;  // null where there are none
-};
-
 template <class Book, bool Halves, bool Zeros, int R, int N>
 inline void coded_block(const WeightView& w, const Book& book, const RowFactors* factors,
                         int64_t row, const Inputs& in, int64_t token, float* out,
@@ -146,85 +141,6 @@ inline void coded_block(const WeightView& w, const Book& book, const RowFactors*
     for (int n = 0; n < N; n++) out[(token + n) * out_stride + r] = reduced(sum[r][n]);
 }
 
-inline float scale_at(const uint8_t* plane, int32_t kind, int64_t index) {
-  switch (kind) {
-    case SCALE_E8M0: return from_e8m0(plane[index]);
-    case SCALE_E4M3: return from_e4m3(plane[index]);
-    case SCALE_F32: {
-      float value;
-      std::memcpy(&value, plane + 4 * index, 4);
-      return value;
-    }
-    default: {
-      uint16_t bits;
-      std::memcpy(&bits, plane + 2 * index, 2);
-      return kind == SCALE_BF16 ? from_bf16(bits) : from_f16(bits);
-    }
-  }
-}
-
-// Spreads a row of `columns` scales over the blocks of 32 columns (16 with `halves`).
-template <class At>
-inline void spread(At at, int64_t first, const WeightSpec& spec, bool halves, float* out) {
-  const int64_t step = halves ? 16 : 32;
-  const int64_t count = (spec.inputs + 31) / 32 * (halves ? 2 : 1);
-  const int64_t per = spec.block_columns / step;
-  if (per == 1) {
-    for (int64_t i = 0; i < spec.scale_columns; i++) out[i] = at(first + i);
-    for (int64_t i = spec.scale_columns; i < count; i++) out[i] = 0.0f;
-    return;
-  }
-  int64_t i = 0;
-  for (int64_t column = 0; column < spec.scale_columns; column++) {
-    const float value = at(first + column);
-    const int64_t end = column + 1 == spec.scale_columns ? count : (column + 1) * per;
-    for (; i < end; i++) out[i] = value;
-  }
-}
-
-// Factors of up to R rows; a scale row that the previous one used, too, is not decoded again.
-template <int R>
-class Factors {
- public:
-  RowFactors of[R];
-
-  void decode(const WeightView& w, int64_t row, int rows, float factor, float middle) {
-    const WeightSpec& spec = *w.spec;
-    const bool halves = spec.block_columns == 16;
-    for (int r = 0; r < rows; r++) {
-      const int64_t scale_row = (row + r) / spec.block_rows;
-      if (r > 0 && scale_row == (row + r - 1) / spec.block_rows) {
-        of[r] = of[r - 1];
-        continue;
-      }
-      const int64_t first = scale_row * spec.scale_columns;
-      const uint8_t* plane = w.record + spec.scales;
-      const int32_t kind = spec.scale;
-      if (kind == SCALE_E8M0)
-        spread([=](int64_t i) { return from_e8m0(plane[i]) * factor; }, first, spec, halves,
-               scale_[r]);
-      else if (kind == SCALE_E4M3)
-        spread([=](int64_t i) { return from_e4m3(plane[i]) * factor; }, first, spec, halves,
-               scale_[r]);
-      else
-        spread([=](int64_t i) { return scale_at(plane, kind, i) * factor; }, first, spec, halves,
-               scale_[r]);
-      of[r].scale = scale_[r];
-      of[r].zero = nullptr;
-      if (spec.zeros >= 0) {
-        const uint8_t* zeros = w.record + spec.zeros;
-        spread([=](int64_t i) { return middle - static_cast<float>(zeros[i]); }, first, spec,
-               halves, zero_[r]);
-        of[r].zero = zero_[r];
-      }
-    }
-  }
-
- private:
-  alignas(64) float scale_[R][kMaxBlocks];
-  alignas(64) float zero_[R][kMaxBlocks];
-};
-
 inline void apply_globals(const WeightView& w, int64_t begin, int64_t end, int64_t tokens,
                           float* out, int64_t out_stride) {
   if (w.spec->globals < 0) return;
@@ -245,10 +161,12 @@ inline void cover_tokens(Block block, int64_t row, int64_t tokens, float* out) {
 template <class Block>
 inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float* out) {
   int64_t row = begin;
-  if (tokens == 1 && block.w.spec->row_bytes <= kShortRow) {
-    for (; row < end; row++) {
-      block.prepare(row, 1);
-      block.template run<1, 1>(row, 0, out + row - begin);
+  const int64_t row_bytes = block.w.spec->row_bytes;
+  if (tokens == 1 && row_bytes > kLine && row_bytes <= kShortRow) {
+    for (; row + ROWS1 <= end; row += ROWS1) {
+      block.prepare(row, ROWS1);
+      for (int r = 0; r < ROWS1; r++)
+        block.template run<1, 1>(row + r, 0, out + row + r - begin, r);
     }
   } else if (tokens == 1) {
     for (; row + ROWS1 <= end; row += ROWS1) {
@@ -274,7 +192,7 @@ struct PlainBlock {
   int64_t out_stride;
   void prepare(int64_t, int) {}
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out) const {
+  void run(int64_t row, int64_t token, float* out, int = 0) const {
     plain_block<Type, R, N>(w, row, in, token, out, out_stride);
   }
 };
@@ -289,19 +207,21 @@ struct CodedBlock {
   float factor;
   float middle;
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+  // `nth`: of the rows that were prepared, the first one.
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out) const {
+  void run(int64_t row, int64_t token, float* out, int nth = 0) const {
+    const RowFactors* of = factors.of + nth;
     const bool halves = Book::kFourBit && w.spec->block_columns == 16;
     const bool zeros = Book::kFourBit && w.spec->zeros >= 0;
     constexpr bool may = Book::kFourBit;  // else fewer cases to compile
     if (halves && zeros)
-      coded_block<Book, may, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      coded_block<Book, may, may, R, N>(w, book, of, row, in, token, out, out_stride);
     else if (halves)
-      coded_block<Book, may, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      coded_block<Book, may, false, R, N>(w, book, of, row, in, token, out, out_stride);
     else if (zeros)
-      coded_block<Book, false, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      coded_block<Book, false, may, R, N>(w, book, of, row, in, token, out, out_stride);
     else
-      coded_block<Book, false, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      coded_block<Book, false, false, R, N>(w, book, of, row, in, token, out, out_stride);
   }
 };
 

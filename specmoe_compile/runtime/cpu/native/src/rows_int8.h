@@ -90,18 +90,19 @@ struct Int8Block {
   float middle;
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out) const {
+  void run(int64_t row, int64_t token, float* out, int nth = 0) const {
+    const RowFactors* of = factors.of + nth;
     const bool halves = Book::kFourBit && w.spec->block_columns == 16;
     const bool zeros = Book::kFourBit && w.spec->zeros >= 0;
     constexpr bool may = Book::kFourBit;  // else fewer cases to compile
     if (halves && zeros)
-      int8_block<Book, may, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      int8_block<Book, may, may, R, N>(w, book, of, row, in, token, out, out_stride);
     else if (halves)
-      int8_block<Book, may, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      int8_block<Book, may, false, R, N>(w, book, of, row, in, token, out, out_stride);
     else if (zeros)
-      int8_block<Book, false, may, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      int8_block<Book, false, may, R, N>(w, book, of, row, in, token, out, out_stride);
     else
-      int8_block<Book, false, false, R, N>(w, book, factors.of, row, in, token, out, out_stride);
+      int8_block<Book, false, false, R, N>(w, book, of, row, in, token, out, out_stride);
   }
 };
 

@@ -1,0 +1,171 @@
+// Scales and zeros of a coded weight's rows as floats: all rows of a block at once where they lie one
+// after the other, since calls and divisions take as long as a short row's products.
+//
+// Included by rows.h, after the vector operations that it lists.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+#include "weight.h"
+
+namespace specmoe {
+namespace {
+
+constexpr int64_t kMaxBlocks = 4096;  // of 32 columns: what a row's scales are decoded for
+
+// Scales (or zeros) of one row, one float per 32 columns, or two where 16 columns share one.
+struct RowFactors {
+  const float* scale;
+  const float* zero;  // null where there are none
+};
+
+inline float scale_at(const uint8_t* plane, int32_t kind, int64_t index) {
+  switch (kind) {
+    case SCALE_E8M0: return from_e8m0(plane[index]);
+    case SCALE_E4M3: return from_e4m3(plane[index]);
+    case SCALE_F32: {
+      float value;
+      std::memcpy(&value, plane + 4 * index, 4);
+      return value;
+    }
+    default: {
+      uint16_t bits;
+      std::memcpy(&bits, plane + 2 * index, 2);
+      return kind == SCALE_BF16 ? from_bf16(bits) : from_f16(bits);
+    }
+  }
+}
+
+// Spreads a row of `columns` scales over the blocks of 32 columns (16 with `halves`).
+template <class At>
+inline void spread(At at, int64_t first, const WeightSpec& spec, bool halves, float* out) {
+  const int64_t count = (spec.inputs + 31) / 32 * (halves ? 2 : 1);
+  // A division takes as long as a short row.
+  const int64_t per = spec.block_columns >> (halves ? 4 : 5);
+  if (per == 1) {
+    for (int64_t i = 0; i < spec.scale_columns; i++) out[i] = at(first + i);
+    for (int64_t i = spec.scale_columns; i < count; i++) out[i] = 0.0f;
+    return;
+  }
+  int64_t i = 0;
+  for (int64_t column = 0; column < spec.scale_columns; column++) {
+    const float value = at(first + column);
+    const int64_t end = column + 1 == spec.scale_columns ? count : (column + 1) * per;
+    for (; i < end; i++) out[i] = value;
+  }
+}
+
+// Factors of up to R rows; a scale row that the previous one used, too, is not decoded again.
+template <int R>
+class Factors {
+ public:
+  RowFactors of[R];
+
+  void decode(const WeightView& w, int64_t row, int rows, float factor, float middle) {
+    const WeightSpec& spec = *w.spec;
+    const bool halves = spec.block_columns == 16;
+    const int64_t count = (spec.inputs + 31) / 32 * (halves ? 2 : 1);
+    if (spec.block_rows == 1 && spec.scale_columns == count && spec.scale != SCALE_F32)
+      decode_together(w, row, rows, factor, middle, count);
+    else
+      decode_each(w, row, rows, factor, middle, halves);
+  }
+
+ private:
+  // Rows whose scales lie one after the other, one per block.
+  void decode_together(const WeightView& w, int64_t row, int rows, float factor, float middle,
+                       int64_t count) {
+    const WeightSpec& spec = *w.spec;
+    const int64_t first = row * count;
+    const uint8_t* plane = w.record + spec.scales;
+    const int64_t all = rows * count;
+    const auto bytes = [&](auto value) {
+      by_sixteen<uint8_t>(plane + first, all, scale_[0], [=](const uint8_t* p) {
+        alignas(64) float values[16];
+        for (int i = 0; i < 16; i++) values[i] = value(p[i]) * factor;
+        return load(values);
+      });
+    };
+    if (spec.scale == SCALE_E8M0)
+      bytes([](uint8_t byte) { return from_e8m0(byte); });
+    else if (spec.scale == SCALE_E4M3)
+      bytes([](uint8_t byte) { return from_e4m3(byte); });
+    else if (spec.scale == SCALE_BF16)
+      by_sixteen<uint16_t>(plane + 2 * first, all, scale_[0], [=](const uint16_t* p) {
+        return mul(load_bf16(p), broadcast(factor));
+      });
+    else
+      by_sixteen<uint16_t>(plane + 2 * first, all, scale_[0], [=](const uint16_t* p) {
+        return mul(load_f16(p), broadcast(factor));
+      });
+    if (spec.zeros >= 0)  // no code is above 127, which would be read as negative
+      by_sixteen<uint8_t>(w.record + spec.zeros + first, all, zero_[0],
+                          [=](const uint8_t* p) {
+                            return fma(load_int8(p), broadcast(-1.0f), broadcast(middle));
+                          });
+    for (int r = 0; r < rows; r++) {
+      of[r].scale = scale_[0] + r * count;
+      of[r].zero = spec.zeros < 0 ? nullptr : zero_[0] + r * count;
+    }
+  }
+
+  template <class Element, class Convert>
+  static void by_sixteen(const uint8_t* from, int64_t count, float* out, Convert convert) {
+    constexpr int64_t kElement = sizeof(Element);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      alignas(64) Element part[16];
+      std::memcpy(part, from + i * kElement, sizeof(part));
+      const V value = convert(part);
+      std::memcpy(out + i, &value, sizeof(value));
+    }
+    if (i == count) return;
+    // A length that is not known takes a call: one for all that is left.
+    alignas(64) Element part[16] = {};
+    std::memcpy(part, from + i * kElement, static_cast<size_t>((count - i) * kElement));
+    const V value = convert(part);
+    std::memcpy(out + i, &value, static_cast<size_t>(count - i) * sizeof(float));
+  }
+
+  void decode_each(const WeightView& w, int64_t row, int rows, float factor, float middle,
+                   bool halves) {
+    const WeightSpec& spec = *w.spec;
+    int64_t before = -1;
+    for (int r = 0; r < rows; r++) {
+      const int64_t scale_row = spec.block_rows == 1 ? row + r : (row + r) / spec.block_rows;
+      if (scale_row == before) {
+        of[r] = of[r - 1];
+        continue;
+      }
+      before = scale_row;
+      const int64_t first = scale_row * spec.scale_columns;
+      const uint8_t* plane = w.record + spec.scales;
+      const int32_t kind = spec.scale;
+      if (kind == SCALE_E8M0)
+        spread([=](int64_t i) { return from_e8m0(plane[i]) * factor; }, first, spec, halves,
+               scale_[r]);
+      else if (kind == SCALE_E4M3)
+        spread([=](int64_t i) { return from_e4m3(plane[i]) * factor; }, first, spec, halves,
+               scale_[r]);
+      else
+        spread([=](int64_t i) { return scale_at(plane, kind, i) * factor; }, first, spec, halves,
+               scale_[r]);
+      of[r].scale = scale_[r];
+      of[r].zero = nullptr;
+      if (spec.zeros >= 0) {
+        const uint8_t* zeros = w.record + spec.zeros;
+        spread([=](int64_t i) { return middle - static_cast<float>(zeros[i]); }, first, spec,
+               halves, zero_[r]);
+        of[r].zero = zero_[r];
+      }
+    }
+  }
+
+  alignas(64) float scale_[R][kMaxBlocks];
+  alignas(64) float zero_[R][kMaxBlocks];
+};
+
+}  // namespace
+}  // namespace specmoe
