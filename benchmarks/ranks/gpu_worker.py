@@ -7,10 +7,12 @@ The job is JSON: `phase` (check, link, cells), `dry`, `checkpoint`, `store_dir`,
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,6 @@ STUCK_S = 280.0
 def main(job_path: str) -> None:
     """Run the job's phase."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    faulthandler.dump_traceback_later(STUCK_S, exit=True)
     device = torch.device("cpu") if job["dry"] else device_of_rank(torch.device("cuda"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -50,11 +51,21 @@ def main(job_path: str) -> None:
         join_ranks({"tp_size": size, "ep_size": size}, device)
     if job["phase"] == "cells":
         cells(job, device)
-    else:
+        return
+    with told_if_stuck():
         found = (check_tokens if job["phase"] == "check" else link_rates)(job, device)
-        if launched().rank == 0:
-            Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
-    faulthandler.cancel_dump_traceback_later()
+    if launched().rank == 0:
+        Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def told_if_stuck() -> Iterator[None]:
+    """End this process, and say where it is, if the block takes longer than `STUCK_S`."""
+    faulthandler.dump_traceback_later(STUCK_S, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def check_tokens(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -138,40 +149,50 @@ def cells(job: dict[str, Any], device: torch.device) -> None:
     its own. Arms that have slots for all of a rank's experts are one arm here.
     """
     turns = Turns(job, launched().rank)
-    bench = open_bench(job, device)
+    with told_if_stuck():
+        bench = open_bench(job, device)
     everyone = bench.store.num_experts[0]
     slots = {name: bench.slots(ARMS[name]) for name in job["arms"]}
     resident = [name for name, count in slots.items() if count == everyone]
     turns.answer({"resident": resident})
-    faulthandler.cancel_dump_traceback_later()
     ask = turns.next_or_none()
     while ask is not None:
-        faulthandler.dump_traceback_later(STUCK_S, exit=True)
         is_resident = ask["stage"] == "resident"
         names = [name for name in slots if (name in resident) == is_resident]
         if not names:
             turns.answer({})
             ask = turns.next_or_none()
             continue
-        with (
-            bench.opened(max(slots[name] for name in names)) as (model, session, routing),
-            trace_predictions(),
-        ):
-            filled = filled_cache(bench, model, ask["context"])
-            options = graph_options(job)
-            compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
-            run = Generation(bench, compiled, session, routing, filled)
-            run.start(names[0])
-            run.run(4)
+        with contextlib.ExitStack() as opened:
+            with told_if_stuck():
+                run = prepared(bench, job, names, ask["context"], opened)
             turns.answer({})
             rows: dict[int, dict[str, Any]] = {}
             while (ask := turns.next_or_none()) is not None and "arm" in ask:
-                faulthandler.dump_traceback_later(STUCK_S, exit=True)
                 count = slots[ask["arm"]]
                 if not is_resident or count not in rows:
-                    rows[count] = cell(bench, run, ask["arm"])
+                    with told_if_stuck():
+                        rows[count] = cell(bench, run, ask["arm"])
                 turns.answer(rows[count])
-                faulthandler.cancel_dump_traceback_later()
+
+
+def prepared(
+    bench: SplitBench,
+    job: dict[str, Any],
+    names: Sequence[str],
+    context: int,
+    opened: contextlib.ExitStack,
+) -> Generation:
+    """A session for these arms, compiled and captured; `opened` closes it."""
+    slots = max(bench.slots(ARMS[name]) for name in names)
+    model, session, routing = opened.enter_context(bench.opened(slots))
+    opened.enter_context(trace_predictions())
+    filled = filled_cache(bench, model, context)
+    compiled = torch.compile(model, backend="specmoe", options=graph_options(job), fullgraph=True)
+    run = Generation(bench, compiled, session, routing, filled)
+    run.start(names[0])
+    run.run(4)
+    return run
 
 
 def open_bench(job: dict[str, Any], device: torch.device) -> SplitBench:
