@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import specmoe_compile
+from benchmarks.cpu_disk.arms import turns_parser
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
@@ -29,7 +29,7 @@ from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.cpu.native.layer import engine_or_none
-from specmoe_compile.system.machine import cache_folder, cpu_count
+from specmoe_compile.system.machine import cpu_count
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "cpu_busy.json"
@@ -94,11 +94,8 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0, or 1 where it takes more than it may."""
-    parser = run_parser("cpu_busy", __doc__)
+    parser = turns_parser("cpu_busy", __doc__, result=RESULT, new_tokens=96)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
-    parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import specmoe_compile
-from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.command import run_parser
+from benchmarks.cpu_disk.arms import take_turns, turns_parser
+from benchmarks.end_to_end.run import RECORD_MIB
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
@@ -26,7 +26,6 @@ from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.session import session_of
-from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "formats_resident.json"
@@ -114,12 +113,7 @@ class Arm:
 def measure(checkpoint: Path, folder: Path, prompts: int, new_tokens: int) -> list[dict[str, Any]]:
     """Every form in turn, forth and back."""
     arms = [Arm(checkpoint, folder / f"{form}", form, math) for form, math, _ in FORMS]
-    texts = held_out_prompts(prompts + 1)
-    for arm in arms:
-        arm.turn(texts[0], new_tokens, counts=False)
-    for number, prompt in enumerate(texts[1:]):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            arm.turn(prompt, new_tokens, counts=True)
+    take_turns(arms, prompts, new_tokens, warm_up=1)
     rows = [arm.record(arms[0], asked) for arm, (_, _, asked) in zip(arms, FORMS, strict=True)]
     for arm in arms:
         specmoe_compile.close(arm.inner)
@@ -128,11 +122,8 @@ def measure(checkpoint: Path, folder: Path, prompts: int, new_tokens: int) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0, or 1 where a form takes more than it may."""
-    parser = run_parser("formats_resident", __doc__)
+    parser = turns_parser("formats_resident", __doc__, result=RESULT, new_tokens=48)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
-    parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, DTYPE)

@@ -14,14 +14,13 @@ from statistics import median
 from typing import Any
 
 import specmoe_compile
+from benchmarks.cpu_disk.arms import take_turns, turns_parser
 from benchmarks.cpu_disk.policies import Arm
-from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.command import run_parser
+from benchmarks.end_to_end.run import RECORD_MIB
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.session import session_of
-from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "formats_time.json"
@@ -34,13 +33,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every form in turn, forth and back."""
     arms = [Arm(checkpoint, folder / str(f), "25%", "adaptive", quantize=f) for f in forms]
-    texts = held_out_prompts(prompts + 1)
-    for arm in arms:
-        for _ in range(2):
-            arm.turn(texts[0], new_tokens, counts=False)
-    for number, prompt in enumerate(texts[1:]):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            arm.turn(prompt, new_tokens, counts=True)
+    take_turns(arms, prompts, new_tokens, warm_up=2)
     rows = []
     for form, arm in zip(forms, arms, strict=True):
         pairs = zip(arm.turns_ms, arms[0].turns_ms, strict=True)
@@ -62,12 +55,9 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0, or 1 where int4 takes more than it may."""
-    parser = run_parser("formats_time", __doc__)
+    parser = turns_parser("formats_time", __doc__, result=RESULT, new_tokens=48)
     parser.add_argument("--forms", nargs="+", default=["int4"])
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
-    parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")

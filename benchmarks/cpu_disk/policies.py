@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import specmoe_compile
-from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
-from benchmarks.kit.command import run_parser
+from benchmarks.cpu_disk.arms import take_turns, turns_parser
+from benchmarks.end_to_end.run import RECORD_MIB
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
@@ -33,7 +33,6 @@ from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.cpu.native.steps import cache_tables
 from specmoe_compile.runtime.session import session_of
-from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "eviction_time.json"
@@ -111,13 +110,8 @@ def measure(
 ) -> dict[str, Any]:
     """Every arm in turn, forth and back."""
     arms = [Arm(checkpoint, store_dir, size, policy) for size in sizes for policy in POLICIES]
-    texts = held_out_prompts(prompts + 1)
-    for arm in arms:
-        for _ in range(2):  # transformers sizes the static cache by the longest: one graph
-            arm.turn(texts[0], new_tokens, counts=False)
-    for number, prompt in enumerate(texts[1:]):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            arm.turn(prompt, new_tokens, counts=True)
+    # transformers sizes the static cache by the longest: one graph
+    take_turns(arms, prompts, new_tokens, warm_up=2)
     if any(arm.texts != arms[0].texts for arm in arms):
         raise RuntimeError("the arms generated different tokens under policy exact")
     rows = [arm.record() for arm in arms]
@@ -195,12 +189,9 @@ def _us_of_a_plan(plan: Callable[[list[int]], object], steps: Sequence[list[int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0, or 1 where `adaptive` is slower than it may be."""
-    parser = run_parser("eviction_time", __doc__)
+    parser = turns_parser("eviction_time", __doc__, result=RESULT, new_tokens=64)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
-    parser.add_argument("--result", type=Path, default=RESULT)
     arguments: argparse.Namespace = parser.parse_args(argv)
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")

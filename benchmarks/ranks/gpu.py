@@ -33,7 +33,7 @@ from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_needed
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.command import explains_errors, run_parser
-from benchmarks.ranks.gpu_page import gpu_page
+from benchmarks.ranks.gpu_page import CELL_ARMS, CONTEXTS, gpu_page
 from benchmarks.ranks.groups import Group, run_group
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import write_json
@@ -43,7 +43,6 @@ WORKER = "benchmarks.ranks.gpu_worker"
 PHASES = ("check", "link", "cells")
 FULL = ("Qwen3-30B-A3B", "Qwen3-30B-A3B-int4", "GPT-OSS-20B-mxfp4")
 DRY = ("tiny-qwen3",)
-CELL_ARMS = ("cache_25", "cache_50", "resident")
 STAGES = ("caches", "resident")
 """Arms with slots for all experts of a rank have sessions and graphs of another kind."""
 MOST, NEVER_ABOVE = 0.6, 1.05
@@ -272,7 +271,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=420.0, help="begin nothing after this")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or list(DRY if args.dry else FULL)
-    args.contexts = args.contexts or ([32] if args.dry else [1024, 65536])
+    args.contexts = args.contexts or ([32] if args.dry else list(CONTEXTS))
     args.trace = args.trace or args.out.with_suffix(".trace.safetensors")
     if args.dry:
         args.turns = 1

@@ -10,6 +10,7 @@ from benchmarks.kit.claims import Claim
 from specmoe_compile.cli.tables import markdown_table
 
 CONTEXTS = (1024, 65536)
+CELL_ARMS = ("cache_25", "cache_50", "resident")
 HEAD = (
     "shape",
     "context",
@@ -30,7 +31,7 @@ def gpu_page(name: str, result: Mapping[str, Any], found: Sequence[Claim]) -> st
     versions = result["versions"]
     shapes = list(dict.fromkeys(key.split("|")[0] for key in rows if "wall_ms" in rows[key]))
     body, missing = [], []
-    for shape, context, arm in product(shapes, CONTEXTS, ("cache_25", "cache_50", "resident")):
+    for shape, context, arm in product(shapes, CONTEXTS, CELL_ARMS):
         case = f"{shape}|{context}|turn 1|{arm}"
         one, several = rows.get(f"{case}|1 ranks"), rows.get(f"{case}|{ranks} ranks")
         if one is None or several is None:

@@ -147,20 +147,16 @@ def ranks_of_or_none(model: nn.Module) -> Ranks | None:
     return Ranks(meshes.get_mesh("ep").get_group())
 
 
-def keep_local_weights(model: nn.Module) -> int:
+def keep_local_weights(model: nn.Module) -> None:
     """Make the weights of split linear layers the plain tensors that their forward takes out.
 
     transformers keeps them as `DTensor`, takes the local part out at every call, and puts the
     `DTensor` back, which is for training and saving. A compiled call then checks and unwraps
     each of them anew: on two GPUs that took longer than the step itself. What such a layer
     computes stays the same.
-
-    Returns:
-        How many weights changed.
     """
     from torch.distributed.tensor import DTensor
 
-    changed = 0
     for module in model.modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -170,8 +166,6 @@ def keep_local_weights(model: nn.Module) -> int:
                 setattr(module, name, local)
                 # transformers' own sign of a split layer whose weights are no DTensor.
                 module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
-                changed += 1
-    return changed
 
 
 def join_ranks(config: Any, device: torch.device) -> Any:

@@ -145,6 +145,17 @@ def test_a_limit_on_the_size_of_files(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+def with_mounts(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the shell whose mounts nobody else sees; `arguments` are $0, $1, ..."""
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("mebibytes", [1, 6, 12])
 def test_a_disk_that_is_full(mebibytes: int, model: Path, tmp_path: Path) -> None:
@@ -156,13 +167,7 @@ def test_a_disk_that_is_full(mebibytes: int, model: Path, tmp_path: Path) -> Non
         f" {sys.executable} -m specmoe_compile.cli.main pack {model} --store-dir {place}/store;"
         f' status=$?; echo "left:" $(find {place} -mindepth 1); exit $status'
     )
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_mounts(script)
     if done.returncode in (1, 77) and "Operation not permitted" in done.stderr:
         pytest.skip("mounting is not permitted here")
     assert done.returncode == 2, done.stderr
@@ -183,13 +188,7 @@ def test_a_complete_store_on_a_read_only_mount_is_used(
         f"mount --bind {store} {store} && mount -o remount,ro,bind {store} || exit 77;"
         f' if touch {store}/x; then exit 1; fi; exec {sys.executable} -c "$0" {model} {store}'
     )
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_mounts(script, code)
     if done.returncode in (1, 77) and "not permitted" in done.stderr:
         pytest.skip("mounting is not permitted here")
     assert done.returncode == 0, done.stderr
