@@ -9,8 +9,10 @@ time of a sum over the ranks), `cells` (random weights of full shape, routing of
 that is there already; slots of 25 and 50 % of all experts on each rank). In the cells one rank and
 N ranks of every shape, each group in processes of its own, prepare beside each other; then one at a
 time measures, one rank and N in turns, while the others wait. Host memory must hold twice the
-experts of all shapes. Rows are kept one by one, and an existing file is gone on with. `--layers`
-takes fewer layers than the model has: times are of those.
+experts of all shapes. Shapes that do not fit the GPUs together are calls of their own, beside each
+other with one file of `--beside`; the one rank runs on the first GPU that a call sees. Rows are
+kept one by one, and an existing file is gone on with. `--layers` takes fewer layers than the model
+has: times are of those.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_needed
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.command import explains_errors, run_parser
+from benchmarks.kit.turns import preparing, turn
 from benchmarks.ranks.gpu_page import CELL_ARMS, CONTEXTS, gpu_page
 from benchmarks.ranks.groups import Group, run_group
 from specmoe_compile.bench.machine import provenance
@@ -90,7 +93,8 @@ class Benchmark:
             job |= {"checkpoint": str(folder / "checkpoint"), "store_dir": str(folder / "store")}
             if not (folder / "checkpoint").exists():
                 save_small(folder / "checkpoint")
-        found = run_group(job, ranks, folder, WORKER)
+        with turn(self._args.beside):
+            found = run_group(job, ranks, folder, WORKER)
         self._keep(key, {"seconds": time.monotonic() - began_s, **found})
 
     def _cells(self, folder: Path) -> None:
@@ -100,23 +104,25 @@ class Benchmark:
         job |= {"trace": str(self._trace())}
         with contextlib.ExitStack() as opened:
             groups: dict[tuple[str, int], Group] = {}
-            for number, shape in enumerate(args.shapes):
-                for ranks in (1, args.ranks):
-                    # The first shape is the largest, and has its GPU without the others' one rank.
-                    gpu = min(number, args.ranks - 1) if ranks == 1 and not args.dry else None
-                    group = Group(
-                        WORKER, {**job, "shape": shape}, ranks, folder, name=shape, gpu=gpu
-                    )
-                    opened.callback(group.close)
-                    groups[shape, ranks] = group
-            resident = self._all(groups, "opened", lambda group: group.answer()["resident"])
-            for context in args.contexts:
-                for stage in STAGES:
+            with preparing(args.beside):
+                for number, shape in enumerate(args.shapes):
+                    for ranks in (1, args.ranks):
+                        # The first shape is the largest, and its one rank has a GPU to itself.
+                        gpu = min(number, args.ranks - 1) if ranks == 1 and not args.dry else None
+                        group = Group(
+                            WORKER, {**job, "shape": shape}, ranks, folder, name=shape, gpu=gpu
+                        )
+                        opened.callback(group.close)
+                        groups[shape, ranks] = group
+                resident = self._all(groups, "opened", lambda group: group.answer()["resident"])
+            for context, stage in itertools.product(args.contexts, STAGES):
+                with preparing(args.beside):
                     for group in groups.values():
                         group.ask({"context": context, "stage": stage})
                     self._all(groups, f"{context}, {stage}", lambda group: group.answer())
-                    for turn in range(args.turns):
-                        self._measure(groups, resident, context, stage, turn)
+                with turn(args.beside):
+                    for number in range(args.turns):
+                        self._measure(groups, resident, context, stage, number)
 
     def _measure(
         self,
@@ -124,12 +130,12 @@ class Benchmark:
         resident: Mapping[tuple[str, int], Sequence[str]],
         context: int,
         stage: str,
-        turn: int,
+        number: int,
     ) -> None:
         """Every arm of a stage once, one rank and N after each other."""
         for shape, name in itertools.product(self._args.shapes, self._args.arms):
             for ranks in (1, self._args.ranks):
-                key = f"{shape}|{context}|turn {turn + 1}|{name}|{ranks} ranks"
+                key = f"{shape}|{context}|turn {number + 1}|{name}|{ranks} ranks"
                 group = groups.get((shape, ranks))
                 if group is None or (name in resident[shape, ranks]) != (stage == "resident"):
                     continue
@@ -267,6 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=2, help="A B A B ...")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded if absent")
     parser.add_argument("--lease", type=int, default=1, help="kept in the rows of this call")
+    parser.add_argument("--beside", type=Path, help="file that calls beside this one name, too")
     parser.add_argument("--page", type=Path, help="Markdown of the result")
     parser.add_argument("--budget-s", type=float, default=420.0, help="begin nothing after this")
     args = parser.parse_args(argv)

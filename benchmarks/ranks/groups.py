@@ -24,7 +24,7 @@ def start(
 
     Args:
         errors: where its standard error goes.
-        gpu: the only one that they see; None for all.
+        gpu: the only one that they see, of those that this process sees; None for all.
     """
     worker = ["-m", module, str(job)]
     if ranks > 1:
@@ -35,7 +35,8 @@ def start(
     # Multicast over NVLink is not to be had on every machine that has NVLink.
     chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "NCCL_NVLS_ENABLE": "0"}
     if gpu is not None:
-        chosen["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
     with errors.open("wb") as told:
         return subprocess.Popen(
             [sys.executable, *worker],
