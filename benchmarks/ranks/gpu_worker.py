@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import specmoe_compile
 import specmoe_compile.backend
-from benchmarks.full_size.arms import ARMS, learn_vectors
+from benchmarks.full_size.arms import ARMS, free_memory, learn_vectors
 from benchmarks.full_size.generation import Generation, measure_cell
 from benchmarks.full_size.model import SHAPES
 from benchmarks.full_size.routing import trace_predictions
@@ -159,21 +159,39 @@ def cells(job: dict[str, Any], device: torch.device) -> None:
     while ask is not None:
         is_resident = ask["stage"] == "resident"
         names = [name for name in slots if (name in resident) == is_resident]
-        if not names:
+        if names:
+            ask = stage(bench, job, names, ask, turns)
+            # The stage's session and caches are gone with its frame, and the next needs the room.
+            free_memory(device)
+        else:
             turns.answer({})
             ask = turns.next_or_none()
-            continue
-        with contextlib.ExitStack() as opened:
-            with told_if_stuck():
-                run = prepared(bench, job, names, ask["context"], opened)
-            turns.answer({})
-            rows: dict[int, dict[str, Any]] = {}
-            while (ask := turns.next_or_none()) is not None and "arm" in ask:
-                count = slots[ask["arm"]]
-                if not is_resident or count not in rows:
-                    with told_if_stuck():
-                        rows[count] = cell(bench, run, ask["arm"])
-                turns.answer(rows[count])
+
+
+def stage(
+    bench: SplitBench,
+    job: dict[str, Any],
+    names: Sequence[str],
+    asked: dict[str, Any],
+    turns: Turns,
+) -> dict[str, Any] | None:
+    """Prepare these arms and measure what is asked for; the first thing asked for that is no arm.
+
+    Arms with as many slots as there are experts are measured once.
+    """
+    is_resident = asked["stage"] == "resident"
+    with contextlib.ExitStack() as opened:
+        with told_if_stuck():
+            run = prepared(bench, job, names, asked["context"], opened)
+        turns.answer({})
+        rows: dict[int, dict[str, Any]] = {}
+        while (ask := turns.next_or_none()) is not None and "arm" in ask:
+            count = bench.slots(ARMS[ask["arm"]])
+            if not is_resident or count not in rows:
+                with told_if_stuck():
+                    rows[count] = cell(bench, run, ask["arm"])
+            turns.answer(rows[count])
+    return ask
 
 
 def prepared(
