@@ -16,6 +16,9 @@ from typing import Any
 os.environ.setdefault("SPECMOE_STRICT", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What Inductor checks of each tensor, and is not asked to elsewhere on a CPU.
+os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")
+os.environ.setdefault("TORCHINDUCTOR_ALIGNMENT_ASSERTS", "1")
 
 import pytest
 import torch

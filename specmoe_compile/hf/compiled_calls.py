@@ -86,9 +86,10 @@ class ModelCalls:
         """
         session = get_session(self.model.__dict__["_specmoe_session"])
         session.check_open()
-        for name in CACHE_ARGUMENTS:
-            _mark_static(kwargs.get(name))
         on_gpu = session.device.type == "cuda"
+        if on_gpu:
+            for name in CACHE_ARGUMENTS:
+                _mark_static(kwargs.get(name))
         with (
             self._turn,
             raised_recompile_limit(),

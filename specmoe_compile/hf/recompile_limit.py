@@ -24,11 +24,16 @@ _before = RECOMPILE_LIMIT
 def raised_recompile_limit() -> Iterator[None]:
     """Let Dynamo recompile up to 64 times in this thread; a higher limit stays."""
     if _is_per_thread():
-        if config.recompile_limit >= RECOMPILE_LIMIT:
+        before = config.recompile_limit
+        if before >= RECOMPILE_LIMIT:
             yield
             return
-        with config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # As `config.patch` does it, which makes a class each time.
+        config.recompile_limit = RECOMPILE_LIMIT
+        try:
             yield
+        finally:
+            config.recompile_limit = before
         return
     _raise_for_all()
     try:

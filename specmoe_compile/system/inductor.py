@@ -1,9 +1,10 @@
-"""How Inductor is set up for a CPU: less to compile before the second token, fewer barriers."""
+"""How Inductor is set up for a CPU: less to compile before the second token, less host time."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import shlex
 import subprocess
 from typing import Any
@@ -16,6 +17,12 @@ MIN_PARALLEL_ELEMENTS = 16384
 """Elements of a loop per thread, below which OpenMP's threads do not pay on a CPU: Inductor's own
 bound of 512 is a tenth of a microsecond of work, and a parallel region costs several, or a slice of
 the scheduler where another process has one of the cores."""
+
+_ASSERTS = {
+    "size_asserts": "TORCHINDUCTOR_SIZE_ASSERTS",
+    "alignment_asserts": "TORCHINDUCTOR_ALIGNMENT_ASSERTS",
+}
+"""Checks that Inductor's code makes of each tensor in each call, and what switches them by hand."""
 
 _COMPILER_TIMEOUT_S = 60
 
@@ -37,6 +44,10 @@ def cpu_settings() -> dict[str, Any]:
         "realize_reads_threshold": 1,
         "inplace_buffers": False,
     }
+    # Dynamo's guards know the sizes of what comes in, fake ops those in between.
+    for name, variable in _ASSERTS.items():
+        if variable not in os.environ:
+            settings[name] = False
     if config.cpp.vec_isa_ok is None and compiler_takes_vector_flags():
         settings["cpp.vec_isa_ok"] = True
     return settings

@@ -59,3 +59,14 @@ def test_what_the_user_said_stays(said: bool) -> None:
 def test_every_setting_is_known_to_inductor() -> None:
     with config.patch(cpu_settings()):
         assert config.inplace_buffers is False
+
+
+@pytest.mark.parametrize("name", ["size_asserts", "alignment_asserts"])
+def test_inductors_checks_are_left_out_unless_the_user_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = f"TORCHINDUCTOR_{name.upper()}"
+    monkeypatch.delenv(variable, raising=False)
+    assert cpu_settings()[name] is False
+    monkeypatch.setenv(variable, "1")
+    assert name not in cpu_settings()
