@@ -62,9 +62,9 @@ def gpu_page(name: str, result: Mapping[str, Any], found: Sequence[Claim]) -> st
         f" one alone {rows['link|1 ranks']['gbps'][0]:.1f}. A sum by itself takes"
         f" {link['all_reduce_us']:.0f} us with its launch, inside a graph {_sum_us(rows):.1f}.",
         *_before(result, ranks),
+        *(f"- {note}" for note in result.get("notes", ())),
         "",
-        f"Not measured: {'; '.join(missing)}.",
-        "",
+        *([f"Not measured: {'; '.join(missing)}.", ""] if missing else []),
         f"`python -m benchmarks ranks_gpu` measures ([data](../../benchmarks/results/{name})).",
         "",
     ]
@@ -83,11 +83,11 @@ def _before(result: Mapping[str, Any], ranks: int) -> list[str]:
     if "before" not in result:
         return []
     key = f"Qwen3-30B-A3B-int4|1024|turn 1|resident|{ranks} ranks"
-    row = result["before"]["rows"][key]
+    row, now = result["before"]["rows"][key], result["rows"][key]
     return [
         f"- Two ranks of the int4 shape, all resident, took {row['wall_ms']['p50']:.1f} ms before,"
         f" of which the GPUs worked {row['device_ms']:.1f}: {result['before']['why']}. That is"
-        " mended, and the case was not measured again."
+        f" mended: {now['wall_ms']['p50']:.1f} ms."
     ]
 
 
