@@ -210,13 +210,15 @@ def _lower(
         return gm.forward
     _check_compiler(example_inputs)
     _check_room(_sessions_of(gm))
+    on_gpu = _on_gpu(example_inputs)
     patches = {
         "post_grad_custom_pre_pass": speculation,
         "freezing": False,
-        **({} if _on_gpu(example_inputs) else cpu_settings()),
+        **({} if on_gpu else cpu_settings()),
     }
     compiled = _lower_with_inductor(gm, example_inputs, config, patches)
-    return on_one_thread(compiled, example_inputs) if speculation.config.multiplies else compiled
+    multiplies = config.products and speculation.config.multiplies
+    return on_one_thread(compiled, example_inputs) if multiplies and not on_gpu else compiled
 
 
 def _lower_with_inductor(

@@ -90,6 +90,12 @@ class GraphOptions:
         "on a GPU, attention of decode steps reads the filled part of a static cache only, keys and"
         " values once for all heads",
     )
+    products: bool | Literal["auto"] = option(
+        "auto",
+        "products of decode steps with weights that are not experts' (q, k, v, o, routers) by"
+        " specmoe's kernels, all those of one input at once: on a CPU with the engine's threads; on"
+        " a GPU those of one token in CUDA graphs, with `True` only, until that is measured",
+    )
     lowering: Lowering = option(
         "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'
     )
@@ -99,6 +105,8 @@ class GraphOptions:
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
         for name in ("prefetch", "control", "attention"):
             _check_type(name, getattr(self, name), bool)
+        if self.products != "auto":
+            _check_type("products", self.products, bool)
         _check_integer("lookahead", self.lookahead, minimum=1)
         if self.prefetch_width is not None:
             _check_integer("prefetch_width", self.prefetch_width, minimum=1)

@@ -58,7 +58,7 @@ class PassConfig(GraphOptions):
             options: of a compile.
             offloaded: whether there is anything to fetch; a plain model's experts are all there.
             conditional: whether the graph may branch on the sessions' `plan_step`.
-            multiplies: whether `specmoe::products` is the sessions' engine.
+            multiplies: whether the sessions' engine multiplies with weights that are no experts'.
             network_layers: layers that a hybrid predictor predicts with their networks.
             resident_layers: layers of which no expert is ever missing, in none of the sessions.
         """

@@ -69,7 +69,10 @@ class Engine(Protocol):
 
     @property
     def multiplies(self) -> bool:
-        """Whether its threads multiply a few tokens with any weight: op `specmoe::products`."""
+        """Whether it multiplies a few tokens with any weight.
+
+        On a CPU its threads do (op `specmoe::products`), on a GPU a kernel.
+        """
 
     @property
     def survives_fork(self) -> bool:

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from specmoe_compile.kernels.products.op import MAX_OUTPUTS
 from specmoe_compile.passes.manager import run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from tests.passes.graphs import HIDDEN, OPS, calls, inputs, plain_block, trace, use_session
 
+ON_GPU = torch.ops.specmoe_kernels.products.default
 MULTIPLIES = PassConfig(multiplies=True, prefetch=False)
 
 
@@ -99,6 +102,48 @@ def _computed_weight(x: Tensor, w: Tensor) -> list[Tensor]:
 
 def _scaled_bias(x: Tensor, w: Tensor) -> list[Tensor]:
     return [torch.ops.aten.addmm.default(w[:, 0], x, w.t(), beta=2), *_layer(x)]
+
+
+def test_the_option_turns_it_off(monkeypatch: Any) -> None:
+    use_session(monkeypatch)
+    gm = _graph(_layer, *_given())
+    config = PassConfig(multiplies=True, products=False, prefetch=False)
+    assert run_passes(gm, config).matches["merge_products"] == 0 and not _merged(gm)
+
+
+def _on_gpu(monkeypatch: Any, body: Any, *given: Tensor) -> GraphModule:
+    """A graph that says of its values that they are on a GPU, and runs on the CPU."""
+    use_session(monkeypatch)
+    gm = _graph(body, *given, mode="fake")
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            with value.fake_mode:
+                node.meta["val"] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="cuda"
+                )
+    return gm
+
+
+def test_on_a_gpu_four_weights_of_one_token_are_one_launch(monkeypatch: Any) -> None:
+    weights = [torch.randn(n, HIDDEN) for n in (5, 7, 4, 3, 6)]
+    given = (torch.randn(1, HIDDEN), *weights)
+    gm = _on_gpu(monkeypatch, _layer, *given)
+    want = gm(*given)
+    assert run_passes(gm, MULTIPLIES).matches["merge_products"] == 5
+    merged = [node for node in gm.graph.nodes if node.target is ON_GPU]
+    assert [len(node.args[1]) for node in merged] == [4, 1] and not _merged(gm)
+    gm.recompile()
+    for got, wanted in zip(gm(*given), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs"), [(2, 5), (1, MAX_OUTPUTS + 1)], ids=["two tokens", "a head"]
+)
+def test_what_a_gpu_does_not_gain_by_is_left(tokens: int, outputs: int, monkeypatch: Any) -> None:
+    gm = _on_gpu(monkeypatch, _layer, torch.ones(tokens, HIDDEN), torch.ones(outputs, HIDDEN))
+    assert run_passes(gm, MULTIPLIES).matches["merge_products"] == 0
 
 
 @pytest.mark.parametrize(

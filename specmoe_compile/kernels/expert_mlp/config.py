@@ -41,7 +41,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _row_block(length: int, itemsize: int, most: int) -> int:
+def row_block(length: int, itemsize: int, most: int) -> int:
     """Power of two of at least one warp load and at most `most` inputs that pads `length` least.
 
     The widest of equals.
@@ -69,7 +69,7 @@ def gate_up_config(
         # Whole rows: 2 to 5 % faster than parts of more rows on an H100.
         block_out = 2 * _STAGE_BYTES // itemsize // matrices // row
         return GemvConfig(block_out=block_out, block_in=row, num_stages=2)
-    block_in = _row_block(hidden, itemsize, 512)
+    block_in = row_block(hidden, itemsize, 512)
     return GemvConfig(
         block_out=max(1, _STAGE_BYTES // itemsize // matrices // block_in), block_in=block_in
     )
@@ -92,6 +92,6 @@ def down_config(
         # Half a warp's load of a row: 6 to 20 % faster than a whole load on an H100.
         block_in = _WARP_LOAD_BYTES // itemsize // 2
     else:
-        block_in = _row_block(intermediate, itemsize, 512)
+        block_in = row_block(intermediate, itemsize, 512)
     block_out = max(1, 2 * _STAGE_BYTES // itemsize // block_in // block_k)
     return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)

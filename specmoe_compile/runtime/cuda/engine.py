@@ -153,7 +153,8 @@ class CudaEngine:
 
     @property
     def multiplies(self) -> bool:
-        return False
+        """Whether it is asked to, in captured steps: elsewhere launches by ops take too long."""
+        return self._config.captures and self._config.products is True
 
     @property
     def transfer(self) -> str:

@@ -143,6 +143,26 @@ def test_a_captured_step_with_every_expert_in_its_slot(monkeypatch: pytest.Monke
         assert len(list(find_calls(graph, torch.ops.specmoe_kernels.top_k.default))) == 2
 
 
+def test_small_products_of_a_captured_token_are_ours_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, models = torch.ops.specmoe_kernels.products.default, torch.ops.aten.mm.default
+    found = []
+    for products in (True, "auto"):
+        with fake_run(qwen3_30b(layers=2), monkeypatch, cached_in=1) as run:
+            run.compile(products=products)
+            run.step(1, 1, run.cache(64, batch=1))
+            graph = run.graphs[-1].graph
+            sizes = [
+                [weight.meta["val"].shape[0] for weight in call.args[1]]
+                for call in find_calls(graph, ours)
+            ]
+            found.append((sizes, len(list(find_calls(graph, models)))))
+    # q, k and v; o; the router. The head, of 151,936 outputs, is left.
+    of_a_layer = [[4096, 512, 512], [2048], [128]]
+    assert found == [(2 * of_a_layer, 1), ([], 2 * 5 + 1)]
+
+
 PLANTED = {
     "strides": lambda y: y.transpose(1, 2).contiguous().transpose(1, 2),
     "device": lambda y: y.cpu(),

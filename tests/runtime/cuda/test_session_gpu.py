@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {},
     "copy, two ahead": {"transfer": "copy", "lookahead": 2},
     "gather, graph": {"mode": "reduce-overhead"},
+    "gather, graph, products": {"mode": "reduce-overhead", "products": True},
 }
 
 

@@ -1,0 +1,1 @@
+"""One token times several weights, in one launch."""
