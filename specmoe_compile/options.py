@@ -231,8 +231,7 @@ class CompileOptions(SessionOptions):
     compile_prefill: bool = option(
         False,
         "let Inductor compile steps of more than 16 tokens as well; without it they run as traced"
-        " (on a CPU with a static cache as the model is), and less is compiled before the second"
-        " token",
+        " (with a static cache as the model is), and less is compiled before the second token",
     )
     strict: bool = option(
         _strict_default,

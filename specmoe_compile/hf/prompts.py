@@ -1,10 +1,10 @@
-"""On a CPU a prompt into a static cache runs as the model is, untraced.
+"""A prompt into a static cache runs as the model is, untraced.
 
 The backend gives Inductor no graph of more than 16 tokens (`compile_prefill=False`), so that all
-that came of seconds of tracing was the same calls in the same order. It is traced where the backend
-would do more than that before the prompt runs (refuse gradients, load a file of default vectors),
-and with a cache that grows: Dynamo learns from two lengths that the length changes, and a prompt is
-the cheaper one to learn from.
+that came of seconds of tracing was the same calls in the same order, and of two more lengths of
+prompts two more traces. It is traced where the backend would do more than that before the prompt
+runs (refuse gradients, load a file of default vectors), and with a cache that grows: Dynamo learns
+from two lengths that the length changes, and a prompt is the cheaper one to learn from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prompts_as_they_are(
         options: those of the backend, None for another backend: nothing changes then.
         session: of the model's experts.
     """
-    if options is None or not _runs_as_traced(options) or session.device.type != "cpu":
+    if options is None or not _runs_as_traced(options):
         return compiled
     told = False
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 import specmoe_compile
@@ -56,6 +57,16 @@ def test_prompts_of_all_lengths(
 ) -> None:
     check_lengths(pair[1], plain, cache=cache, batch=batch)
     assert bool(recorded) == (cache == "static"), "decode with a static cache alone is captured"
+
+
+def test_prompts_are_not_traced(pair: tuple[Any, Any], plain: Any) -> None:
+    """Of two prompts of other lengths one graph is left, the decode step's."""
+    torch._dynamo.reset()
+    counters.clear()
+    for length in (40, 70):
+        ids = prompts(1, length).cuda()
+        assert torch.equal(greedy(pair[1], ids, 4, **STATIC), greedy(plain, ids, 4, **STATIC))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_threads_forks_and_wrappers(pair: tuple[Any, Any], plain: Any, recorded: list[int]) -> None:

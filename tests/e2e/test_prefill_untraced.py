@@ -1,8 +1,9 @@
-"""On a CPU a prompt reaches neither Dynamo nor Inductor, unless it is asked for."""
+"""A prompt reaches neither Dynamo nor Inductor, unless it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import specmoe_compile
 from specmoe_compile.hf.compiled_calls import cache_argument
-from specmoe_compile.options import MAX_DECODE_TOKENS
+from specmoe_compile.hf.prompts import prompts_as_they_are
+from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
 from specmoe_compile.runtime.session import session_of
 from tests.helpers import prompts, tiny_qwen3_moe
 
@@ -137,3 +139,20 @@ def test_the_session_is_told_of_the_options_before_the_prompt(model: nn.Module) 
 def test_another_backend_traces_as_ever(model: nn.Module) -> None:
     torch.compile(model, backend="eager")(prompts(1, LONG))
     assert graphs() >= 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@torch.no_grad()
+def test_a_prompt_is_not_traced_on_any_device(device: str) -> None:
+    told: list[Any] = []
+    session: Any = SimpleNamespace(device=torch.device(device), configure=told.append)
+    cache = SimpleNamespace(is_compileable=True)
+    call = prompts_as_they_are(
+        lambda *_, **__: "compiled",
+        lambda *_, **__: "plain",
+        options=CompileOptions(mode="reduce-overhead"),
+        session=session,
+    )
+    ways = [call(prompts(1, n), past_key_values=cache) for n in (SHORT, LONG, 2 * LONG)]
+    assert ways == ["compiled", "plain", "plain"]
+    assert [one.captures for one in told] == [True]
