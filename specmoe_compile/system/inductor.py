@@ -7,6 +7,9 @@ import logging
 import os
 import shlex
 import subprocess
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
 from specmoe_compile.system.compilers import find_compiler_or_none
@@ -25,6 +28,7 @@ _ASSERTS = {
 """Checks that Inductor's code makes of each tensor in each call, and what switches them by hand."""
 
 _COMPILER_TIMEOUT_S = 60
+_listing = threading.Lock()
 
 
 def cpu_settings() -> dict[str, Any]:
@@ -50,6 +54,7 @@ def cpu_settings() -> dict[str, Any]:
             settings[name] = False
     if config.cpp.vec_isa_ok is None and compiler_takes_vector_flags():
         settings["cpp.vec_isa_ok"] = True
+        list_vector_sets()
     return settings
 
 
@@ -86,4 +91,55 @@ def compiler_takes_vector_flags() -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         log.debug("%s cannot be asked: %s", compiler, error)
         return False
+    return done.returncode == 0
+
+
+@functools.cache
+def list_vector_sets() -> None:
+    """Let Inductor list the processor's instruction sets, which it does once per process.
+
+    Whatever `vec_isa_ok` says it asks about parts of AVX-512 and AMX by a program for each, which
+    it compiles, links and loads in a process of its own: 2.5 s each, in every process, with a torch
+    that imports itself there. Loading shows nothing that compiling has not: the programs call no
+    library. So they are compiled only; what does not compile is asked in Inductor's own way.
+    """
+    try:
+        from torch._inductor import config, cpu_vec_isa
+
+        sets: Any = cpu_vec_isa.VecISA
+        valid_vec_isa_list = cpu_vec_isa.valid_vec_isa_list
+        inductors = sets.check_build
+    except (ImportError, AttributeError) as error:  # a PyTorch that has them elsewhere
+        log.debug("Inductor's instruction sets are not where they were: %s", error)
+        return
+
+    def check_build(isa: Any, code: str) -> bool:
+        return _compiles(code, isa.build_arch_flags()) or bool(inductors(isa, code))
+
+    with _listing, config.patch({"cpp.vec_isa_ok": True}):
+        sets.check_build = check_build
+        try:
+            valid_vec_isa_list()
+        finally:
+            sets.check_build = inductors
+
+
+def _compiles(code: str, flags: str) -> bool:
+    """Whether the C++ compiler makes an object file of `code`; False where it cannot be asked."""
+    compiler = find_compiler_or_none()
+    if compiler is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="specmoe-") as folder:
+        command = [*shlex.split(compiler), *shlex.split(flags), "-c", "-x", "c++", "-"]
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(Path(folder) / "probe.o")],
+                input=code.encode(),
+                capture_output=True,
+                timeout=_COMPILER_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.debug("%s cannot be asked: %s", compiler, error)
+            return False
     return done.returncode == 0

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch._inductor import config
-from torch._inductor.cpu_vec_isa import x86_isa_checker
+from torch._inductor import config, cpu_vec_isa
+from torch._inductor.cpu_vec_isa import VecISA, x86_isa_checker
 
-from specmoe_compile.system.inductor import compiler_takes_vector_flags, cpu_settings
+from specmoe_compile.system.inductor import (
+    compiler_takes_vector_flags,
+    cpu_settings,
+    list_vector_sets,
+)
 
 ask = compiler_takes_vector_flags.__wrapped__
+list_sets = list_vector_sets.__wrapped__
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -70,3 +76,86 @@ def test_inductors_checks_are_left_out_unless_the_user_says_so(
     assert cpu_settings()[name] is False
     monkeypatch.setenv(variable, "1")
     assert name not in cpu_settings()
+
+
+class Part(VecISA):
+    """A part of an instruction set, of which Inductor asks whatever `vec_isa_ok` says."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+        self.there = False
+
+    def build_arch_flags(self) -> str:
+        return "-DASKED=1"
+
+    def __bool__(self) -> bool:
+        self.there = self.check_build(self._code)
+        return super().__bool__() and self.there
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Programs that Inductor was left to build and load, which is said to fail."""
+    programs: list[str] = []
+
+    def check_build(isa: VecISA, code: str) -> bool:
+        programs.append(code)
+        return False
+
+    monkeypatch.setattr(VecISA, "check_build", check_build)
+    return programs
+
+
+def listed(part: Part, monkeypatch: pytest.MonkeyPatch) -> Part:
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: [part] if part else [])
+    before = VecISA.check_build
+    list_sets()
+    assert VecISA.check_build is before
+    return part
+
+
+def test_what_compiles_is_not_built_and_loaded(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "#ifndef ASKED\n#error without the flags\n#endif\nint f() { return 1; }\n"
+    assert listed(Part(code), monkeypatch).there
+    assert not asked
+
+
+def test_what_does_not_compile_is_left_to_inductor(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not listed(Part("#error no such intrinsic"), monkeypatch).there
+    assert asked == ["#error no such intrinsic"]
+
+
+def test_an_error_leaves_inductors_own_question_in_place(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> Any:
+        raise RuntimeError("no list")
+
+    before = VecISA.check_build
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", fails)
+    with pytest.raises(RuntimeError, match="no list"):
+        list_sets()
+    assert VecISA.check_build is before
+
+
+@pytest.mark.skipif(not x86_isa_checker(), reason="not an x86 processor")
+def test_the_same_sets_are_listed_as_by_inductor() -> None:
+    def found() -> list[tuple[str, str]]:
+        return [(str(isa), isa.build_arch_flags()) for isa in cpu_vec_isa.valid_vec_isa_list()]
+
+    def forget() -> None:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            for owner in type(isa).__mro__:
+                getattr(owner.__dict__.get("__bool__"), "cache_clear", lambda: None)()
+
+    forget()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        expected = found()
+    forget()
+    list_sets()
+    assert found() == expected
