@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from specmoe_compile.bench.arm import Arm, LoadedArm
-from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
+from specmoe_compile.bench.cuda_graphs import fetched_from, with_cuda_graphs
 from specmoe_compile.bench.hf_arms import (
     device_of,
     load_accelerate,
@@ -54,7 +54,7 @@ def _load_specmoe(job: ArmJob, arm: Arm, expert_cache: str | int, store: str) ->
     )
     stats = specmoe_compile.stats(inner)
     options = with_cuda_graphs(
-        options, device=inner.device, store=stats.store, kv_cache=job.kv_cache
+        options, device=inner.device, store=fetched_from(inner), kv_cache=job.kv_cache
     )
     model: Any = torch.compile(inner, backend="specmoe", options=options)
     kept = stats.store_bytes if expert_cache == "100%" else stats.fast_tier_bytes

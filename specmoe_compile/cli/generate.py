@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
+from specmoe_compile.bench.cuda_graphs import fetched_from, with_cuda_graphs
 from specmoe_compile.cli.options import (
     ADAPTER,
     COMPILE_OPTION,
@@ -138,7 +138,7 @@ def generate(
     options = with_cuda_graphs(
         options,
         device=inner.device,
-        store=specmoe_compile.stats(inner).store,
+        store=fetched_from(inner),
         kv_cache=kv_cache,
     )
     _check_length(inner.config, ids.shape[1], max_new_tokens)

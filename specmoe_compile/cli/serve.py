@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specmoe_compile.bench.cuda_graphs import with_cuda_graphs
+from specmoe_compile.bench.cuda_graphs import fetched_from, with_cuda_graphs
 from specmoe_compile.cli.options import (
     COMPILE_OPTION,
     DEBUG,
@@ -134,7 +134,7 @@ def serve(
         options = with_cuda_graphs(
             options,
             device=inner.device,
-            store=specmoe_compile.stats(inner).store,
+            store=fetched_from(inner),
             kv_cache="static",
         )
         metrics = Metrics()

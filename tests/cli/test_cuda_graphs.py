@@ -23,9 +23,12 @@ GRAPHS = {"mode": "reduce-overhead"}
 @pytest.mark.parametrize(
     "given", [{}, {"prefetch": False}, {"transfer": "gather"}, {"transfer": "auto"}]
 )
-def test_on_a_gpu_with_experts_in_ram(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("store", ["ram", None])
+def test_on_a_gpu_with_experts_in_ram_or_all_in_slots(
+    store: str | None, given: dict[str, Any]
+) -> None:
     options = with_cuda_graphs(
-        given, device=torch.device("cuda", 0), store="ram", kv_cache="static"
+        given, device=torch.device("cuda", 0), store=store, kv_cache="static"
     )
     assert options == {**given, **GRAPHS}
     assert CompileOptions.from_kwargs(options).mode == "reduce-overhead"
@@ -56,7 +59,7 @@ def test_a_prompt_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
     config = AutoConfig.from_pretrained(tmp_path)
     inner = SimpleNamespace(device=torch.device("meta"), config=config)
     monkeypatch.setattr(specmoe_compile, "from_pretrained", lambda *_, **__: inner)
-    monkeypatch.setattr(specmoe_compile, "stats", lambda _: SimpleNamespace(store="ram"))
+    monkeypatch.setattr(command, "fetched_from", lambda _: "ram")
 
     class StreamedError(Exception):
         pass

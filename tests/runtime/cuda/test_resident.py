@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from specmoe_compile.bench.cuda_graphs import fetched_from
 from specmoe_compile.errors import SpecMoEError, TransferError
 from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
@@ -93,6 +95,15 @@ def test_outputs_are_the_modules_and_every_use_is_a_hit(tokens: int, late: bool)
     assert total.filled_bytes == stats.store_bytes == stats.fast_tier_bytes
     assert stats.eviction == (FOLLOWED,) * L
     assert "all experts are there" in str(stats)
+
+
+@pytest.mark.parametrize("slots", [E // 2, E])
+def test_experts_that_all_have_slots_are_fetched_from_nowhere(slots: int) -> None:
+    """Commands choose CUDA graphs by that: from disk no graph can fetch."""
+    with opened(StreamModel(), slots=slots) as session:
+        model = nn.Module()
+        model.__dict__["_specmoe_session"] = session.handle
+        assert fetched_from(model) == (None if slots == E else "ram")
 
 
 def test_steps_are_counted_whichever_layers_they_run() -> None:
