@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from specmoe_compile import backend
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf import compiled_calls
+from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from tests.helpers import greedy, prompts
 
 NEW_TOKENS = 10
@@ -69,8 +70,14 @@ def test_every_forward_step_of_generate_is_compiled(
     counts: collections.Counter[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    marked: list[Any] = []
-    monkeypatch.setattr(compiled_calls, "_mark_static", marked.append)
+    kept: list[bool] = []
+    run = compiled_calls.ModelCalls.run
+
+    def noting(calls: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS))
+        return run(calls, *args, **kwargs)
+
+    monkeypatch.setattr(compiled_calls.ModelCalls, "run", noting)
     ids = prompts(1, 7)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": lowering})
@@ -78,7 +85,7 @@ def test_every_forward_step_of_generate_is_compiled(
     tokens = greedy(compiled, ids, NEW_TOKENS, **kwargs)
     assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
     assert counts["calls"] == NEW_TOKENS
-    assert sum(kept is not None for kept in marked) == NEW_TOKENS, "caches are known by their name"
+    assert kept == [True] * NEW_TOKENS, "caches are known by their name"
     assert not torch._dynamo.utils.counters["graph_break"]
     graphs = counts["graphs"]
     counts["calls"] = 0
