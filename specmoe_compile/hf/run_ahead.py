@@ -11,7 +11,8 @@ early: processors, stopping criteria and random numbers come in transformers' ow
 what they would have seen, whatever they do. What was one step too far is dropped: its scores are
 never looked at, and a cache that the caller keeps goes back by one token. Where the last step is
 known beforehand (a length), none is too far. On the CPU, where a step is over when its call
-returns, nothing is launched early.
+returns, nothing is launched early; nor is a model's first step, which may compile for a minute,
+where a streamer waits for the token before it.
 
 `generate` prepares everything and ends here through transformers' `custom_generate`; other ways of
 decoding (beams, assistants, ...) go their own way.
@@ -51,6 +52,8 @@ from specmoe_compile.runtime.session import Session, get_session
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _RECORDED = ("output_attentions", "output_hidden_states")
 _stats: weakref.WeakKeyDictionary[Session, GenerationStats] = weakref.WeakKeyDictionary()
+_stepped: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Sessions whose model has made a step after a prompt."""
 
 
 def install_run_ahead(model: nn.Module) -> None:
@@ -264,11 +267,14 @@ def _decode(
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     ahead = runs_ahead_on(input_ids.device) and _can_go_back(outputs, generation_config, stats)
     loop = Repeats()
+    session = get_session(model.__dict__["_specmoe_session"])
 
     def step(tokens: Tensor, model_kwargs: dict[str, Any]) -> Any:
         inputs = steps.make(tokens, model_kwargs)
         with loop.step(repeats=steps.repeats):
-            return model(**inputs, return_dict=True)
+            outputs = model(**inputs, return_dict=True)
+        _stepped.add(session)
+        return outputs
 
     while True:
         if not steps.advances:
@@ -281,7 +287,7 @@ def _decode(
         reads = chooser.asks or streamer is not None
         if reads:
             on_host.begin(chooser.unfinished, chosen if streamer is not None else None)
-        early = ahead and not is_last
+        early = ahead and not is_last and (streamer is None or session in _stepped)
         if early:
             outputs = step(tokens, model_kwargs)
         over, on_cpu = on_host.wait() if reads else (False, tokens)

@@ -182,6 +182,33 @@ def test_a_length_is_known_beforehand(plain: Any, offloaded: Any, early: bool) -
     assert stats.ahead == (NEW - 1 if early else 0)
 
 
+def test_who_streams_has_the_first_token_before_the_first_step(
+    checkpoint: Path, early: bool
+) -> None:
+    """It may compile; from then on steps are launched before their token is given."""
+    model = specmoe_compile.from_pretrained(checkpoint, device="cpu", store="ram", progress=False)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    class Counts(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            seen.append(len(calls))
+
+        def end(self) -> None:
+            pass
+
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for _ in range(2):
+        seen: list[int] = []
+        calls.clear()
+        model.generate(prompts(1, 5), streamer=Counts(), **arguments)
+        found.append(seen)
+    specmoe_compile.close(model)
+    later = [0, 2, 3, 4, 4] if early else [0, 1, 2, 3, 4]
+    assert found == [[0, 1, 3, 4, 4] if early else later, later]
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_a_kept_cache_forgets_the_step_too_many(
     plain: Any, offloaded: Any, early: bool, static: bool
