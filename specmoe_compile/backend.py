@@ -125,6 +125,7 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
     fetching = [session for session in sessions if session.engine.fetches]
     offloaded = len(fetching) == len(sessions)
+    config = _with_prefetch_decided(sessions, config, offloaded=offloaded)
     if fetching and not offloaded:
         _warn_once(
             "specmoe predicts no experts in a graph of several models, of which only"
@@ -143,6 +144,26 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         network_layers=network_layers,
         resident_layers=_resident_layers(sessions),
     )
+
+
+def _with_prefetch_decided(
+    sessions: Sequence[Session], config: CompileOptions, *, offloaded: bool
+) -> CompileOptions:
+    """The options with `prefetch="auto"` resolved to what the graph's engines say."""
+    if config.prefetch != "auto":
+        return config
+    pays = (
+        not offloaded  # there is nothing to predict, and nothing to tell
+        or config.asks_for_predictions
+        or any(session.engine.prefetch_pays for session in sessions)
+    )
+    if not pays:
+        log.info(
+            'prefetch="auto" predicts no experts in this graph: the cache has slots for half of the'
+            " experts or more, and misses too seldom on a GPU for predictions to pay;"
+            " prefetch=True predicts anyway"
+        )
+    return replace(config, prefetch=pays)
 
 
 def _resident_layers(sessions: Sequence[Session]) -> tuple[int, ...]:

@@ -61,10 +61,11 @@ def _strict_default() -> bool:
 class GraphOptions:
     """What changes the rewritten graph."""
 
-    prefetch: bool = option(
-        True,
+    prefetch: bool | Literal["auto"] = option(
+        "auto",
         "fetch the next layer's experts before its router has spoken, as the current layer"
-        " predicts them",
+        " predicts them; `auto` does, but on a GPU whose cache has slots for half of the experts or"
+        " more, where that was found not to pay ([why](results/peers_gpu.md#prefetching))",
     )
     skip_layers: Literal["auto"] | tuple[int, ...] = option(
         (),
@@ -103,10 +104,10 @@ class GraphOptions:
     def __post_init__(self) -> None:
         _check_choice("lowering", self.lowering, get_args(Lowering))
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
-        for name in ("prefetch", "control", "attention"):
+        for name in ("prefetch", "products"):
+            _check_switch(name, getattr(self, name))
+        for name in ("control", "attention"):
             _check_type(name, getattr(self, name), bool)
-        if self.products != "auto":
-            _check_type("products", self.products, bool)
         _check_integer("lookahead", self.lookahead, minimum=1)
         if self.prefetch_width is not None:
             _check_integer("prefetch_width", self.prefetch_width, minimum=1)
@@ -123,9 +124,11 @@ class GraphOptions:
     def view(cls, options: GraphOptions, **changes: Any) -> Self:
         """Take the fields of this class from options that have more of them.
 
-        `skip_layers="auto"`, if no calibration resolved it to layers, skips none.
+        `skip_layers="auto"`, if no calibration resolved it to layers, skips none;
+        `prefetch="auto"`, if no engine resolved it, predicts.
         """
         known = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
+        known["prefetch"] = options.predicts
         known["skip_layers"] = () if options.skip_layers == "auto" else options.skip_layers
         return cls(**{**known, **changes})
 
@@ -133,6 +136,11 @@ class GraphOptions:
     def kind(self) -> Predictor:
         """The predictor; `auto`, if no calibration resolved it, is the one that needs no file."""
         return PREDICTORS[without_auto(self.predictor)]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether experts are predicted; `auto`, if no engine resolved it, means yes."""
+        return self.prefetch is not False
 
     def graph_key(self) -> str:
         """Hash of the options that change the rewritten graph."""
@@ -210,6 +218,17 @@ class SessionOptions(GraphOptions):
             )
 
     @property
+    def asks_for_predictions(self) -> bool:
+        """Whether another option than `prefetch` asks for predictions, which `auto` then makes."""
+        return (
+            self.policy != "exact"
+            or self.control
+            or self.predictor != AUTO
+            or self.lookahead > 1
+            or self.prefetch_budget_bytes is not None
+        )
+
+    @property
     def captures(self) -> bool:
         """Whether decode steps are captured in CUDA graphs."""
         return self.mode == "reduce-overhead"
@@ -246,7 +265,7 @@ class CompileOptions(SessionOptions):
         if self.default_vectors is not None:
             _check_type("default_vectors", self.default_vectors, str)
         self._check_predictor()
-        if self.policy != "exact" and not self.prefetch:
+        if self.policy != "exact" and not self.predicts:
             raise ValueError(
                 f"option policy={self.policy!r} needs prefetch=True: without a prediction there is"
                 " nothing to commit to or to leave out; drop prefetch=False or use policy='exact'"
@@ -327,6 +346,11 @@ def _check_type(name: str, value: object, kind: type) -> None:
             f"option {name}={value!r} is not valid: expected {kind.__name__},"
             f" got {type(value).__name__}"
         )
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not (isinstance(value, bool) or (isinstance(value, str) and value == "auto")):
+        raise ValueError(f"option {name}={value!r} is not valid: give True, False or 'auto'")
 
 
 def _check_integer(name: str, value: object, *, minimum: int) -> None:

@@ -9,9 +9,9 @@ import pytest
 from specmoe_compile.options import CompileOptions, option_table
 
 
-def test_defaults_are_exact_with_prefetch() -> None:
+def test_defaults_are_exact_with_prefetch_where_it_pays() -> None:
     options = CompileOptions.from_kwargs()
-    assert (options.policy, options.prefetch, options.lookahead) == ("exact", True, 1)
+    assert (options.policy, options.prefetch, options.lookahead) == ("exact", "auto", 1)
 
 
 def test_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
@@ -22,6 +22,10 @@ def test_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("prefetch", "always"),
+        ("prefetch", "True"),
+        ("prefetch", 1),
+        ("prefetch", None),
         ("policy", "fast"),
         ("commit_weights", "both"),
         ("lowering", "cuda"),
@@ -59,6 +63,8 @@ def test_graph_key_changes_with_graph_options_only() -> None:
     assert base.graph_key() == CompileOptions.from_kwargs({"auto_off": False}).graph_key()
     assert base.graph_key() != CompileOptions.from_kwargs({"lookahead": 2}).graph_key()
     assert base.graph_key() != CompileOptions.from_kwargs({"skip_layers": [1]}).graph_key()
+    keys = {CompileOptions(prefetch=value).graph_key() for value in (True, False, "auto")}  # type: ignore[arg-type]
+    assert len(keys) == 3
 
 
 def test_strict_can_be_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

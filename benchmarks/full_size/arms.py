@@ -9,7 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Arm:
     Attributes:
         summary: one line for the report.
         slots: S per layer, from E and K.
-        options: of the backend.
+        options: of the backend; they say whether to prefetch, which is not to hang on the slots.
         keeps: whether slots keep what they hold from one token to the next.
         full: every expert has its slot, which a session of that size sees to.
         ahead: records that are fetched ahead for a layer at most; None: what `auto_off` finds.
@@ -55,7 +55,7 @@ class Arm:
 
     summary: str
     slots: Callable[[int, int], int]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
     keeps: bool = True
     full: bool = False
     ahead: int | None = None
@@ -68,7 +68,7 @@ class Arm:
 
     @property
     def speculates(self) -> bool:
-        return bool(self.options.get("prefetch", True))
+        return bool(self.options["prefetch"])
 
 
 def _share(share: float) -> Callable[[int, int], int]:
@@ -76,6 +76,7 @@ def _share(share: float) -> Callable[[int, int], int]:
 
 
 _ALONE: Mapping[str, Any] = {"prefetch": False}
+_AHEAD: Mapping[str, Any] = {"prefetch": True}
 ARMS: Mapping[str, Arm] = {
     "resident": Arm(
         summary="all experts in GPU memory", slots=lambda e, k: e, options=_ALONE, full=True
@@ -95,12 +96,14 @@ ARMS: Mapping[str, Arm] = {
     "prefetch_no_cache": Arm(
         summary="no cache; the next layer's predicted experts are fetched ahead, misses as well",
         slots=lambda e, k: 2 * k,
+        options=_AHEAD,
         keeps=False,
     ),
     **{
         f"prefetch_no_cache_most_{most}": Arm(
             summary=f"the same, at most {most} experts ahead: what the layer's compute can hide",
             slots=lambda e, k: 2 * k,
+            options=_AHEAD,
             keeps=False,
             ahead=most,
         )
@@ -109,16 +112,20 @@ ARMS: Mapping[str, Arm] = {
     "commit_no_cache": Arm(
         summary="no cache; predicted experts are fetched ahead and executed (the paper's mode)",
         slots=lambda e, k: 2 * k,
-        options={"policy": "commit"},
+        options={**_AHEAD, "policy": "commit"},
         keeps=False,
     ),
     "cache_50": Arm(summary="cache of 50 %", slots=_share(0.5), options=_ALONE),
-    "specmoe_50": Arm(summary="cache of 50 % and prefetch, exact", slots=_share(0.5)),
+    "specmoe_50": Arm(
+        summary="cache of 50 % and prefetch, exact", slots=_share(0.5), options=_AHEAD
+    ),
     # What FreeToken was measured with (docs/results/peers_gpu.md): 14.5 and 9.6 GB in 4 bits.
     "cache_88": Arm(summary="cache of 88.4 %", slots=_share(0.884), options=_ALONE),
     "cache_94": Arm(summary="cache of 94 %", slots=_share(0.94), options=_ALONE),
     "cache_25": Arm(summary="cache of 25 %", slots=_share(0.25), options=_ALONE),
-    "specmoe_25": Arm(summary="cache of 25 % and prefetch, exact", slots=_share(0.25)),
+    "specmoe_25": Arm(
+        summary="cache of 25 % and prefetch, exact", slots=_share(0.25), options=_AHEAD
+    ),
     **{
         f"lru_{share}": Arm(
             summary=f"cache of {share} %; who was not used for longest leaves",
@@ -131,24 +138,27 @@ ARMS: Mapping[str, Arm] = {
     "default_vector_25": Arm(
         summary="the same; light misses get default vectors (approximate)",
         slots=_share(0.25),
-        options={"policy": "default_vector"},
+        options={**_AHEAD, "policy": "default_vector"},
     ),
     "commit_25": Arm(
         summary="the same; predicted experts are executed (approximate)",
         slots=_share(0.25),
-        options={"policy": "commit"},
+        options={**_AHEAD, "policy": "commit"},
     ),
     **{
         f"specmoe_{share}_most_{most}": Arm(
             summary=f"cache of {share} % and prefetch of at most {most} experts, exact",
             slots=_share(share / 100),
+            options=_AHEAD,
             ahead=most,
         )
         for share in (10, 25, 50)
         for most in (1, 4)
     },
     "cache_10": Arm(summary="cache of 10 %, at least K", slots=_share(0.1), options=_ALONE),
-    "specmoe_10": Arm(summary="cache of 10 %, at least K, and prefetch", slots=_share(0.1)),
+    "specmoe_10": Arm(
+        summary="cache of 10 %, at least K, and prefetch", slots=_share(0.1), options=_AHEAD
+    ),
 }
 
 

@@ -37,16 +37,16 @@ WARM_UP_STEPS, TIMED_STEPS, PROFILED_STEPS = 6, 20, 5
 ARMS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "on_demand": ("least", {"prefetch": False, "transfer": "gather"}),
     "on_demand copy": ("least", {"prefetch": False, "transfer": "copy"}),
-    "prefetch": ("least", {"transfer": "gather"}),
-    "prefetch copy": ("least", {"transfer": "copy"}),
+    "prefetch": ("least", {"prefetch": True, "transfer": "gather"}),
+    "prefetch copy": ("least", {"prefetch": True, "transfer": "copy"}),
     "cache 25%": ("25%", {"prefetch": False, "transfer": "gather"}),
     "cache 25% copy": ("25%", {"prefetch": False, "transfer": "copy"}),
-    "specmoe 25%": ("25%", {"transfer": "gather"}),
-    "specmoe 25% copy": ("25%", {"transfer": "copy"}),
-    "specmoe 25% auto": ("25%", {}),
-    "specmoe 25% graph": ("25%", {"mode": "reduce-overhead"}),
+    "specmoe 25%": ("25%", {"prefetch": True, "transfer": "gather"}),
+    "specmoe 25% copy": ("25%", {"prefetch": True, "transfer": "copy"}),
+    "specmoe 25% auto": ("25%", {"prefetch": True}),
+    "specmoe 25% graph": ("25%", {"prefetch": True, "mode": "reduce-overhead"}),
     "cache 50% graph": ("50%", {"prefetch": False, "mode": "reduce-overhead"}),
-    "specmoe 50% graph": ("50%", {"mode": "reduce-overhead"}),
+    "specmoe 50% graph": ("50%", {"prefetch": True, "mode": "reduce-overhead"}),
     "all slots graph": ("100%", {"prefetch": False, "mode": "reduce-overhead"}),
 }
 

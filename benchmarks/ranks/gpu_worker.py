@@ -80,7 +80,9 @@ def check_tokens(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         progress=False,
         **split_of_ranks(),
     )
-    options: dict[str, Any] = {} if job["dry"] else {"mode": "reduce-overhead"}
+    options: dict[str, Any] = {"prefetch": True}
+    if not job["dry"]:
+        options["mode"] = "reduce-overhead"
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
     prompt = torch.arange(3, 19, device=device)[None]
     with torch.no_grad():

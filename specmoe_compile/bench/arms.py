@@ -144,10 +144,10 @@ ARMS: Mapping[str, Arm] = {
         policy="exact",
         capped=True,
         load=_load_on_demand,
-        options={},
+        options={"prefetch": True},
     ),
     "specmoe": Arm(
-        summary="specmoe as it comes: expert cache and prefetch, exact",
+        summary="specmoe as it comes: expert cache, and prefetch where it pays, exact",
         policy="exact",
         capped=True,
         load=_load_cache,

@@ -319,6 +319,9 @@ class Evaluator:
 
 
 def _graph_options(options: CompileOptions) -> dict[str, Any]:
-    """The options that shape the graph, and those that no policy sets."""
+    """The options that shape the graph, and those that no policy sets.
+
+    Policies need predictions, which the one graph of all of them has to make.
+    """
     names = ("lookahead", "prefetch_width", "default_vectors", "lowering", "prefetch_budget_bytes")
-    return {name: getattr(options, name) for name in names}
+    return {"prefetch": True, **{name: getattr(options, name) for name in names}}

@@ -113,7 +113,7 @@ def bench(
 
       prefetch         on_demand with prefetch: no cache but the buffers of two layers
 
-      specmoe          specmoe as it comes: expert cache and prefetch, exact
+      specmoe          specmoe as it comes: expert cache, and prefetch where it pays, exact
 
       default_vector   the same; default vectors in place of light missing experts (approximate)
 

@@ -115,7 +115,7 @@ def _why_not(graph: Graph, config: PassConfig) -> str | None:
         return "it was rewritten before"
     if next(find_calls(graph, ops.experts.default), None) is None:
         return "it dispatches no experts"
-    return None if config.prefetch else _PREFETCH_OFF
+    return None if config.predicts else _PREFETCH_OFF
 
 
 def _run(
@@ -127,7 +127,7 @@ def _run(
 ) -> None:
     _trace("specmoe_before_passes", graph)
     aliases = output_aliases(graph)
-    for run in PASSES if config.prefetch else WITHOUT_PREFETCH:
+    for run in PASSES if config.predicts else WITHOUT_PREFETCH:
         started = time.perf_counter()
         done = run(graph, config, plan)
         done.elapsed_ms = _ms_since(started)
@@ -138,7 +138,7 @@ def _run(
             check_invariants(graph, aliases, complete=run in PASSES[-4:])
     graph.eliminate_dead_code()
     check_invariants(graph, aliases)
-    if config.prefetch and not any(layer.is_split for layer in plan.layers):
+    if config.predicts and not any(layer.is_split for layer in plan.layers):
         report.reason = "no MoE layer can be predicted"
         _warn_unless_on_purpose(report)
     _trace("specmoe_after_passes", graph)

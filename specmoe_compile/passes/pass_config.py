@@ -64,7 +64,7 @@ class PassConfig(GraphOptions):
         """
         return cls.view(
             options,
-            prefetch=options.prefetch and offloaded,
+            prefetch=options.predicts and offloaded,
             max_tokens=MAX_DECODE_TOKENS,
             network_layers=network_layers,
             resident_layers=resident_layers,

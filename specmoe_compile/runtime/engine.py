@@ -64,6 +64,10 @@ class Engine(Protocol):
         """Layers of which no expert is ever missing, where others' may be."""
 
     @property
+    def prefetch_pays(self) -> bool:
+        """Whether `prefetch="auto"` is to predict; asked before `configure`."""
+
+    @property
     def plans_steps(self) -> bool:
         """Whether a graph may branch on `plan`."""
 

@@ -144,6 +144,8 @@ def another_value(options: GraphOptions, name: str) -> Any:
         return not value
     if name == "predictor":
         return "residual"
+    if name in ("prefetch", "products"):  # "auto" may come to the same as True
+        return False
     if value in get_args(kind):
         return next(choice for choice in get_args(kind) if choice != value)
     if isinstance(value, tuple):
@@ -228,7 +230,12 @@ def test_modules_are_followed_wherever_they_are_imported(tmp_path: Path) -> None
 def test_options_reach_the_passes() -> None:
     options = CompileOptions(lookahead=3, prefetch_width=6, skip_layers=(1,), control=True)
     assert SpeculationPass.from_options(options).config == PassConfig(
-        lookahead=3, prefetch_width=6, skip_layers=(1,), control=True, max_tokens=16
+        prefetch=True,
+        lookahead=3,
+        prefetch_width=6,
+        skip_layers=(1,),
+        control=True,
+        max_tokens=16,
     )
     automatic = CompileOptions(skip_layers="auto")
     assert SpeculationPass.from_options(automatic).config.skip_layers == ()

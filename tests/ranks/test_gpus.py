@@ -25,7 +25,7 @@ def test_sums_over_two_gpus_are_inside_cuda_graphs(tmp_path: Path) -> None:
         "checkpoint": str(save_checkpoint(folder, hidden_size=64, moe_intermediate_size=64)),
         "store_dir": None,
         "load": {"device": "cuda", "store": "ram", "expert_cache": "50%"},
-        "compile": {"mode": "reduce-overhead"},
+        "compile": {"prefetch": True, "mode": "reduce-overhead"},
         "new_tokens": 24,
     }
     ended = torchrun(2, WORKER, json.dumps(scenario), str(tmp_path))

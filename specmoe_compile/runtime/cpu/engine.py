@@ -41,6 +41,7 @@ class CpuEngine(Speculator):
 
     device = torch.device("cpu")
     plans_steps = True
+    prefetch_pays = True  # where it does not, trials find out while running
     resident_layers: frozenset[int] = frozenset()
     survives_fork = True
 
@@ -216,7 +217,7 @@ class CpuEngine(Speculator):
             self.use(self._buffered(speculation))
         self.use_options(speculation)
         # Where nothing is fetched nothing is predicted, and nobody asks for a default vector.
-        self.learns_from_decode = speculation.prefetch and self.fetches
+        self.learns_from_decode = speculation.predicts and self.fetches
         if self.direct_steps is not None:
             self._take_over()
             # Guesses of other ranks' experts are Python's.

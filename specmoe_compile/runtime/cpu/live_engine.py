@@ -38,6 +38,7 @@ class LiveEngine:
     resident_layers: frozenset[int] = frozenset()
     direct_steps = None
     survives_fork = True
+    prefetch_pays = False
     plans_steps = False
     multiplies = False
 

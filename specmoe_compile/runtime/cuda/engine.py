@@ -25,7 +25,7 @@ from specmoe_compile.runtime.cuda.committed import Commitments
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.decoders import open_decoders
 from specmoe_compile.runtime.cuda.parts import DecoderParts
-from specmoe_compile.runtime.cuda.prefetch_budget import PrefetchBudget
+from specmoe_compile.runtime.cuda.prefetch_budget import PrefetchBudget, prefetch_pays
 from specmoe_compile.runtime.cuda.prefill import PrefillBuffers
 from specmoe_compile.runtime.cuda.rates import TransferRates, measure_rates
 from specmoe_compile.runtime.cuda.resident import FOLLOWED, ResidentLayers
@@ -147,6 +147,11 @@ class CudaEngine:
         return self._resident.layers
 
     @property
+    def prefetch_pays(self) -> bool:
+        # Of experts on disk nothing was measured, and trials on the host leave out what is slower.
+        return self._supply is not None or prefetch_pays(self.cache.slots, self._store.num_experts)
+
+    @property
     def plans_steps(self) -> bool:
         """Whether a graph may branch on `plan_step`: where the host finds out what pays."""
         return self._budget.tries_on_host
@@ -232,7 +237,7 @@ class CudaEngine:
         if self.fetches:
             self._budget.use(speculation, self._decoders.name)
             self._decoders.limit_prefetch(self._budget.limit)
-        self._learns_from_decode = speculation.prefetch and self.fetches
+        self._learns_from_decode = speculation.predicts and self.fetches
 
     def forget_slots(self) -> None:
         """Empty the slots, between two steps; counters stay. Does not wait for the device.

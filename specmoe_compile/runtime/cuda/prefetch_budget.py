@@ -6,12 +6,12 @@ transfer `gather` tries amounts and keeps the one with which steps are fastest, 
 With `copy` the host copies as long as nothing is demanded, which takes the host's time: it tries
 all or nothing.
 
-Shape letters: A amounts that are tried.
+Shape letters: A amounts that are tried, E experts, S slots per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,19 @@ from specmoe_compile.runtime.store.base import ExpertStore
 UNTUNED_RECORDS = 1
 """Records that `gather` fetches ahead where nothing is tried: with all that are predicted, decoding
 may be slower than without a prefetch, with one it seldom is (docs/results/log/full_size.md)."""
+
+PAYS_BELOW_SHARE = 0.5
+"""Share of a layer's experts that have slots, below which predicting its experts pays.
+
+Predicting takes 19 us of a layer, whatever comes of it, and a fetch hides behind 45 us of attention
+and router at most: it pays where a layer misses in about four of ten tokens, which a cache of half
+of the experts does not (docs/results/peers_gpu.md#prefetching, on an H200 at 1024 tokens)."""
+
+
+def prefetch_pays(slots: Sequence[int], num_experts: Sequence[int]) -> bool:
+    """Whether some layer's S are few enough of its E that fetching ahead pays."""
+    pairs = zip(slots, num_experts, strict=True)
+    return any(own < PAYS_BELOW_SHARE * experts for own, experts in pairs)
 
 
 class PrefetchBudget:

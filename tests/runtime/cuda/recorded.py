@@ -52,6 +52,8 @@ class Recorder:
     def __init__(self, plain: Any, **options: Any) -> None:
         self.prefetches = 0
         """`start_prefetch` nodes of the rewritten graphs so far, outside branches."""
+        self.blends = self.waits = 0
+        """The other nodes that only predicted layers have, `blend_default_vectors` and waits."""
         self.branches = 0
         """Layers of theirs that stand in branches."""
         self.graphs = 0
@@ -64,8 +66,10 @@ class Recorder:
             def counted(graph: Any) -> None:
                 speculation(graph)
                 self.graphs += 1
-                started = find_calls(graph, specmoe_ops().start_prefetch.default)
-                self.prefetches += len(list(started))
+                ops = specmoe_ops()
+                self.prefetches += len(list(find_calls(graph, ops.start_prefetch.default)))
+                self.blends += len(list(find_calls(graph, ops.blend_default_vectors.default)))
+                self.waits += len(list(find_calls(graph, ops.wait_prefetch.default)))
                 self.branches += len(list(find_calls(graph, torch.ops.higher_order.cond)))
 
             compiled = lower(gm, inputs, counted)
@@ -77,7 +81,7 @@ class Recorder:
             return call
 
         self._lower = recorded
-        self._options = {"lowering": "eager", **options}
+        self._options = {"lowering": "eager", "prefetch": True, **options}
         self._compiled: Any = None
 
     @contextmanager

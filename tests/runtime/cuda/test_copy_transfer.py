@@ -325,7 +325,8 @@ def test_compiled_steps_leave_out_what_the_host_finds_slower(
     expected = greedy(plain, ids, 8)
     model, session = on_device(plain, StreamModel(late=False), slots=4)
     with session:
-        compiled = torch.compile(model, backend="specmoe", options={"transfer": "copy"})
+        options = {"prefetch": True, "transfer": "copy"}
+        compiled = torch.compile(model, backend="specmoe", options=options)
         assert torch.equal(greedy(compiled, ids, 2), expected[:, :7])
         session.start_prefetch = None  # type: ignore[assignment,method-assign]
         assert torch.equal(greedy(compiled, ids, 8), expected)

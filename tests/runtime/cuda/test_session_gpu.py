@@ -20,12 +20,13 @@ from tests.runtime.cuda.device_models import decide_trials
 pytestmark = pytest.mark.gpu
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "gather": {"transfer": "gather"},
-    "copy": {"transfer": "copy"},
-    "auto": {},
+    "gather": {"prefetch": True, "transfer": "gather"},
+    "copy": {"prefetch": True, "transfer": "copy"},
+    "auto": {"prefetch": True},
     "copy, two ahead": {"transfer": "copy", "lookahead": 2},
-    "gather, graph": {"mode": "reduce-overhead"},
-    "gather, graph, products": {"mode": "reduce-overhead", "products": True},
+    "gather, graph": {"prefetch": True, "mode": "reduce-overhead"},
+    "gather, graph, products": {"prefetch": True, "mode": "reduce-overhead", "products": True},
+    "gather, graph, as it comes": {"mode": "reduce-overhead"},
 }
 
 
@@ -73,7 +74,9 @@ def test_copied_steps_in_branches_give_the_plain_models_tokens(
         copy.deepcopy(plain), device="cuda", store="ram", expert_cache="50%", progress=False
     )
     session: Any = session_of(model)
-    compiled = torch.compile(model, backend="specmoe", options={"transfer": "copy"})
+    compiled = torch.compile(
+        model, backend="specmoe", options={"prefetch": True, "transfer": "copy"}
+    )
     greedy(compiled, ids, 2)
     assert session.engine.plans_steps
     session.reset_stats()

@@ -1,0 +1,157 @@
+"""`prefetch="auto"`: which engines predict with it, and what a graph without predictions holds."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.full_size.arms import ARMS as FULL_SIZE_ARMS
+from specmoe_compile import backend
+from specmoe_compile.bench.arms import ARMS as BENCH_ARMS
+from specmoe_compile.calibrate.fidelity import _graph_options
+from specmoe_compile.hf.prompts import options_of
+from specmoe_compile.options import CompileOptions, SessionOptions
+from specmoe_compile.passes.pass_config import PassConfig
+from specmoe_compile.runtime.cpu.live_engine import LiveEngine
+from specmoe_compile.runtime.cuda.prefetch_budget import prefetch_pays
+from tests.helpers import tiny_qwen3_moe
+from tests.runtime.cuda.recorded import Prompt, Recorder
+from tests.runtime.cuda.stream_model import StreamModel
+from tests.runtime.cuda.test_disk_supply import Disk
+from tests.runtime.cuda.test_resident import FEW, MANY, MIXED, opened
+from tests.runtime.fakes import E
+from tests.runtime.test_session import make_session
+
+LEFT_OUT = 'prefetch="auto" predicts no experts'
+
+
+@pytest.mark.parametrize(
+    ("slots", "num_experts", "pays"),
+    [
+        ([3], [8], True),
+        ([4], [8], False),
+        ([7], [8], False),
+        ([4], [9], True),
+        ([4, 4, 4], [8, 4, 8], False),  # one is resident, the others have half
+        ([3, 3, 3], [8, 3, 8], True),  # one is resident, the others have less than half
+        ([4, 4], [8, 9], True),  # one layer is enough
+        ([8, 8], [8, 8], False),
+    ],
+)
+def test_predictions_pay_where_some_layer_has_slots_for_less_than_half(
+    slots: list[int], num_experts: list[int], pays: bool
+) -> None:
+    assert prefetch_pays(slots, num_experts) == pays
+
+
+def test_what_each_engine_says() -> None:
+    for slots in (2, E // 2 - 1, E // 2, E - 1):
+        with opened(StreamModel(), slots=slots) as session:
+            assert session.engine.prefetch_pays == (slots < E // 2), slots
+    with opened(StreamModel(), MIXED, slots=FEW) as session:
+        assert session.engine.resident_layers == {1} and 2 * FEW == MANY
+        assert not session.engine.prefetch_pays
+    with opened(StreamModel(), MIXED, slots=FEW - 1) as session:
+        assert session.engine.prefetch_pays
+    with Disk(slots=E // 2).session as session:
+        assert session.engine.prefetch_pays, "not measured on disk, where trials find out"
+    for cache in ("half", "in_place"):
+        with make_session(cache) as session:
+            assert session.engine.prefetch_pays, "trials find out"
+    assert not LiveEngine().prefetch_pays
+
+
+def decided(given: dict[str, Any], *engines: bool, offloaded: bool = True) -> bool | Any:
+    """What `prefetch` becomes beside engines that say so."""
+    sessions: Any = [SimpleNamespace(engine=SimpleNamespace(prefetch_pays=p)) for p in engines]
+    options = CompileOptions.from_kwargs(given)
+    return backend._with_prefetch_decided(sessions, options, offloaded=offloaded).prefetch
+
+
+def test_auto_predicts_unless_all_engines_are_against_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert decided({}, True) is True
+    assert decided({}, False, True) is True
+    assert decided({}, False, offloaded=False) is True, "nothing is left out that could be"
+    assert LEFT_OUT not in caplog.text
+    assert decided({}, False, False) is False
+    assert caplog.text.count(LEFT_OUT) == 1 and "prefetch=True predicts anyway" in caplog.text
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_who_says_yes_or_no_is_obeyed(pays: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert decided({"prefetch": True}, pays) is True
+    assert decided({"prefetch": False}, pays) is False
+    assert LEFT_OUT not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"policy": "commit"},
+        {"policy": "default_vector"},
+        {"control": True},
+        {"predictor": "residual"},
+        {"lookahead": 2},
+        {"prefetch_budget_bytes": 0},
+    ],
+    ids=str,
+)
+def test_who_asks_for_predictions_gets_them(given: dict[str, Any]) -> None:
+    assert decided(given, False) is True
+    assert decided({"prefetch": "auto", **given}, False) is True
+    assert decided({"auto_off": False, "transfer": "gather"}, False) is False, "no such wish"
+
+
+def test_sessions_and_passes_never_see_auto() -> None:
+    options = CompileOptions.from_kwargs()
+    assert options.prefetch == "auto" and options.predicts
+    assert SessionOptions.view(options).as_dict()["prefetch"] is True
+    assert PassConfig.from_options(options).prefetch is True
+    assert not CompileOptions(prefetch=False).predicts
+    assert SessionOptions.view(CompileOptions(prefetch=False)).prefetch is False
+    keys = {PassConfig.from_options(CompileOptions(prefetch=p)).key() for p in (True, False)}
+    assert len(keys) == 2, "compiled code with and without predictions is not mixed up"
+    # Prompts that run untraced tell a session of the options before a graph does.
+    untraced = options_of("specmoe", {"options": {"prefetch": "auto"}})
+    assert untraced is not None and SessionOptions.view(untraced).prefetch is True
+
+
+def test_policies_are_compared_with_predictions_in_the_graph() -> None:
+    assert CompileOptions.from_kwargs(_graph_options(CompileOptions())).prefetch is True
+
+
+def test_arms_that_are_about_prefetching_ask_for_it() -> None:
+    assert BENCH_ARMS["prefetch"].options == {"prefetch": True}
+    assert BENCH_ARMS["specmoe"].options == {}, "as it comes"
+    for name, arm in FULL_SIZE_ARMS.items():
+        ahead = name.startswith(("specmoe", "prefetch", "commit", "default_vector"))
+        assert arm.options["prefetch"] is ahead is arm.speculates, name
+
+
+@pytest.mark.parametrize(("slots", "predicts"), [(3, True), (4, False)])
+def test_a_model_on_a_device_is_predicted_where_it_pays(
+    slots: int, predicts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    plain = tiny_qwen3_moe()
+    recorder = Recorder(plain, prefetch="auto", transfer="gather")
+    prompt, streams = Prompt(new_tokens=3), StreamModel()
+    with (
+        caplog.at_level(logging.INFO, "specmoe_compile"),
+        recorder.session(streams, slots=slots) as session,
+    ):
+        tokens = recorder.run(prompt, session)
+        total = session.stats.total
+        assert session.speculation.prefetch is predicts
+    torch._dynamo.reset()
+    assert torch.equal(tokens, prompt.generate(plain))
+    assert (recorder.prefetches > 0) == (recorder.blends > 0) == (recorder.waits > 0) == predicts
+    assert recorder.branches == 0
+    assert (LEFT_OUT in caplog.text) == (not predicts)
+    assert total.misses > 0 and (predicts or total.prefetches == 0)
