@@ -39,7 +39,7 @@ def slots_of(count: int, top_k: int, slots: int) -> torch.Tensor:
 def measure(rig: Rig, shape: ModelShape) -> dict[str, float]:
     """Microseconds of a launch by the number of choices that have a slot."""
     from benchmarks.kernels.variants.expert_mlp import form_of_shape
-    from specmoe_compile.kernels.expert_mlp.kernel import launch_down
+    from specmoe_compile.kernels.expert_mlp.launch import launch_down
 
     form = form_of_shape(shape)
     banks = make_banks(rig, shape)

@@ -23,10 +23,10 @@ from benchmarks.kernels.variants import gather_experts as gather_variants
 from benchmarks.kernels.variants import grouped_experts as grouped_variants
 from benchmarks.kernels.variants import plan_cache as plan_variants
 from specmoe_compile.kernels.blend_default_vectors.kernel import launch_weighted_sum
-from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+from specmoe_compile.kernels.expert_mlp.launch import launch_down, launch_gate_up
 from specmoe_compile.kernels.gather_experts.kernel import launch_gather
 from specmoe_compile.kernels.grouped_experts.config import block_m
-from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
+from specmoe_compile.kernels.grouped_experts.launch import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 from specmoe_compile.kernels.plan_cache.op import COUNTERS, MAX_CHOICES

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+from specmoe_compile.kernels.expert_mlp.launch import launch_down, launch_gate_up
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
+from specmoe_compile.kernels.grouped_experts.launch import launch_grouped
 from specmoe_compile.kernels.grouped_experts.op import reduce_choices, run_grouped_experts_
 from specmoe_compile.kernels.grouped_experts.plan import max_tiles, plan_tiles
 from specmoe_compile.kernels.grouped_experts.reference import (

@@ -11,10 +11,9 @@ from benchmarks.kernels.compile_spec import (
     Traffic,
     count_traffic,
 )
+from specmoe_compile.kernels.decode_attention.config import AttentionConfig, attention_config
 from specmoe_compile.kernels.decode_attention.kernel import (
-    AttentionConfig,
     attended_range_kernel,
-    attention_config,
     decode_attention_kernel,
     sum_parts_kernel,
 )

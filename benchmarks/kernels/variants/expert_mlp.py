@@ -13,18 +13,14 @@ from benchmarks.kernels.compile_spec import (
     count_traffic,
 )
 from specmoe_compile.kernels.expert_mlp.config import (
+    DOWN_FP_FUSION,
     GemvConfig,
     ceil_div,
     down_config,
     gate_up_config,
 )
-from specmoe_compile.kernels.expert_mlp.kernel import (
-    DOWN_FP_FUSION,
-    down_constexprs,
-    down_kernel,
-    gate_up_constexprs,
-    gate_up_kernel,
-)
+from specmoe_compile.kernels.expert_mlp.kernel import down_kernel, gate_up_kernel
+from specmoe_compile.kernels.expert_mlp.launch import down_constexprs, gate_up_constexprs
 from specmoe_compile.runtime.experts.form import ExpertForm
 
 SLOT_BYTES = 4

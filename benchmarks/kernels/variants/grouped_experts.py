@@ -21,10 +21,12 @@ from specmoe_compile.kernels.grouped_experts.config import (
     gate_up_config,
 )
 from specmoe_compile.kernels.grouped_experts.kernel import (
-    down_constexprs,
-    gate_up_constexprs,
     grouped_down_kernel,
     grouped_gate_up_kernel,
+)
+from specmoe_compile.kernels.grouped_experts.launch import (
+    down_constexprs,
+    gate_up_constexprs,
     scale_constexprs,
 )
 from specmoe_compile.kernels.grouped_experts.plan import max_tiles

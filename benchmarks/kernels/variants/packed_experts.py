@@ -14,12 +14,11 @@ from benchmarks.kernels.variants.expert_mlp import (
     form_of_shape,
     gate_up_traffic,
 )
-from specmoe_compile.kernels.expert_mlp.config import ceil_div
+from specmoe_compile.kernels.expert_mlp.config import DOWN_FP_FUSION, ceil_div
 from specmoe_compile.kernels.packed_experts import expand
 from specmoe_compile.kernels.packed_experts.config import down_config, gate_up_config
 from specmoe_compile.kernels.packed_experts.kernel import packed_down_kernel, packed_gate_up_kernel
 from specmoe_compile.kernels.packed_experts.launch import (
-    DOWN_FP_FUSION,
     packed_down_constexprs,
     packed_gate_up_constexprs,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+from specmoe_compile.kernels.expert_mlp.launch import launch_down, launch_gate_up
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 
 

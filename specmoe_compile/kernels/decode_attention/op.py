@@ -140,7 +140,7 @@ def _range_cpu(mask: Tensor) -> Tensor:
 
 def _range_cuda(mask: Tensor) -> Tensor:
     require_triton(_RANGE)
-    from specmoe_compile.kernels.decode_attention.kernel import launch_attended_range
+    from specmoe_compile.kernels.decode_attention.launch import launch_attended_range
 
     bounds = _range_fake(mask)
     if bounds.numel():
@@ -199,7 +199,7 @@ def _cuda(
     scale: float,
 ) -> Tensor:
     require_triton(_NAME)
-    from specmoe_compile.kernels.decode_attention.kernel import launch_decode_attention
+    from specmoe_compile.kernels.decode_attention.launch import launch_decode_attention
 
     _check(q, k, v, mask, bounds, sinks)
     out = _new_output(q)

@@ -7,11 +7,18 @@ Shape letters: T tokens, K top-k, H hidden, I expert intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from specmoe_compile.runtime.experts.form import ExpertForm
 
 # One 16-byte load of every lane of a warp, in bytes: the least that a row is read by.
 _WARP_LOAD_BYTES = 32 * 16
 # Weights of one pipeline stage, in bytes: four loads of 16 bytes for each of 128 threads.
 _STAGE_BYTES = 8192
+DOWN_FP_FUSION = False
+"""The sum over K crosses lanes, and several of them hold the same sum: fused with the product by
+the weight, each lane would round its own product less than its neighbour's, their sums would differ
+in the last bit, and which one is stored would be left to chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,3 +102,20 @@ def down_config(
         block_in = row_block(intermediate, itemsize, 512)
     block_out = max(1, 2 * _STAGE_BYTES // itemsize // block_in // block_k)
     return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)
+
+
+def up_constexprs(
+    hidden: int, inner: int, top_k: int, form: ExpertForm, *, has_bias: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of every up projection: its sizes, and what its gate does."""
+    return {
+        "H": hidden,
+        "I": inner,
+        "K": top_k,
+        "HAS_GATE": form.has_gate,
+        "HAS_BIAS": has_bias,
+        "INTERLEAVED": form.interleaved,
+        "ACTIVATION": form.activation,
+        "LIMITED": form.is_limited,
+        "LIMIT_AFTER": form.limit_after,
+    }

@@ -117,7 +117,7 @@ def _decode_cpu(x: Tensor, slots: Tensor, weights: Tensor, *rest: Any) -> Tensor
 
 def _decode_cuda(x: Tensor, slots: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     require_triton("run_experts_decode")
-    from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+    from specmoe_compile.kernels.expert_mlp.launch import launch_down, launch_gate_up
 
     bank, form = bank_and_form(rest)
     _, inner = _check("run_experts_decode", x, slots, weights, bank, form)
@@ -155,7 +155,7 @@ def _resident_cuda(
     x: Tensor, slots: Tensor, weights: Tensor, partial: Tensor | None, *rest: Any
 ) -> Tensor:
     require_triton("run_resident_experts")
-    from specmoe_compile.kernels.expert_mlp.kernel import launch_down, launch_gate_up
+    from specmoe_compile.kernels.expert_mlp.launch import launch_down, launch_gate_up
 
     bank, form = bank_and_form(rest)
     _, inner = _check("run_resident_experts", x, slots, weights, bank, form)

@@ -95,7 +95,7 @@ def _grouped_cpu(y: Tensor, x: Tensor, slots: Tensor, *rest: Any) -> None:
 def _grouped_cuda(y: Tensor, x: Tensor, slots: Tensor, *rest: Any) -> None:
     require_triton("run_grouped_experts_")
     from specmoe_compile.kernels.grouped_experts.config import block_m
-    from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
+    from specmoe_compile.kernels.grouped_experts.launch import launch_grouped
     from specmoe_compile.kernels.grouped_experts.packed import run_packed
     from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 

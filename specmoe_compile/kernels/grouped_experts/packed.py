@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.grouped_experts.config import block_m
-from specmoe_compile.kernels.grouped_experts.kernel import launch_grouped
+from specmoe_compile.kernels.grouped_experts.launch import launch_grouped
 from specmoe_compile.kernels.grouped_experts.plan import plan_tiles
 from specmoe_compile.kernels.packed_experts.expand import (
     Scales,

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specmoe_compile.kernels.expert_mlp.config import GemvConfig, ceil_div
+from specmoe_compile.kernels.expert_mlp.config import (
+    DOWN_FP_FUSION,
+    GemvConfig,
+    ceil_div,
+    up_constexprs,
+)
 from specmoe_compile.kernels.packed_experts.config import down_config, gate_up_config, unit_of
 from specmoe_compile.kernels.packed_experts.kernel import packed_down_kernel, packed_gate_up_kernel
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 from specmoe_compile.runtime.experts.formats.code_books import NF4_VALUES
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode, WeightPlanes
-
-DOWN_FP_FUSION = False
-"""See `expert_mlp.kernel`."""
 
 
 @lru_cache(maxsize=16)
@@ -92,7 +94,7 @@ def launch_packed_down(
     reads: tuple[int, int, int],
     config: GemvConfig | None = None,
 ) -> None:
-    """Launch `packed_down_kernel` on the current stream; see `expert_mlp.kernel.launch_down`.
+    """Launch `packed_down_kernel` on the current stream; see `expert_mlp.launch.launch_down`.
 
     Args:
         reads: read_partial, read_skipped and store_y.
@@ -142,15 +144,7 @@ def packed_gate_up_constexprs(
 ) -> dict[str, Any]:
     """Compile-time arguments of `packed_gate_up_kernel`."""
     return {
-        "H": hidden,
-        "I": inner,
-        "K": top_k,
-        "HAS_GATE": form.has_gate,
-        "HAS_BIAS": has_bias,
-        "INTERLEAVED": form.interleaved,
-        "ACTIVATION": form.activation,
-        "LIMITED": form.is_limited,
-        "LIMIT_AFTER": form.limit_after,
+        **up_constexprs(hidden, inner, top_k, form, has_bias=has_bias),
         **code_constexprs(form.format.up, hidden),
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
