@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -19,38 +18,25 @@ from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.guards import refuse_adapted_experts
 from specmoe_compile.hf.missing_weights import MissingWeights
-from specmoe_compile.hf.model_loader import (
-    Skeleton,
-    checked_dtype,
-    load_without_experts,
-)
+from specmoe_compile.hf.model_loader import checked_dtype, load_without_experts
 from specmoe_compile.hf.offload_options import (
     OffloadOptions,
     StoreKind,
     check_choice,
     checked_options,
 )
-from specmoe_compile.hf.packing import pack_source
+from specmoe_compile.hf.placing import Placed, fill_store, place_experts
 from specmoe_compile.hf.ranks import (
-    Ranks,
     device_of_rank,
     join_ranks,
     keep_local_weights,
     ranks_of_or_none,
 )
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
-from specmoe_compile.hf.tier_sizes import (
-    check_ram,
-    check_room,
-    choose_cache_bytes,
-    choose_store,
-    rest_bytes_of,
-    total_bytes_of,
-)
+from specmoe_compile.hf.tier_sizes import choose_cache_bytes, choose_store
 from specmoe_compile.runtime.cache.eviction import DEFAULT_POLICY, Policy
 from specmoe_compile.runtime.cache.statistics import Stats
 from specmoe_compile.runtime.cpu.engine import open_session
-from specmoe_compile.runtime.experts.layout import StoreLayer
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,
@@ -58,9 +44,7 @@ from specmoe_compile.runtime.experts.module import (
     release_experts,
 )
 from specmoe_compile.runtime.session import session_of
-from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
-from specmoe_compile.runtime.store.header import HEADER_NAME
-from specmoe_compile.runtime.store.matching import open_matching, open_packed
+from specmoe_compile.runtime.store.base import ExpertStore, RecordSource, total_bytes_of
 from specmoe_compile.runtime.store.module_source import (
     ModuleSource,
     expert_devices,
@@ -68,10 +52,6 @@ from specmoe_compile.runtime.store.module_source import (
     restore_experts,
 )
 from specmoe_compile.runtime.store.quantising_source import QuantisingSource
-from specmoe_compile.runtime.store.ram import RamStore
-from specmoe_compile.runtime.store.slice import SliceSource, SliceStore
-from specmoe_compile.system.compilers import COMPILING_BYTES
-from specmoe_compile.system.numa import gpu_node_or_none
 from specmoe_compile.system.progress import phase, progress_lines
 
 
@@ -147,43 +127,8 @@ def from_pretrained(
         progress,
     )
     check_choice("missing_weights", missing_weights, get_args(MissingWeights))
-    if hf_kwargs.get("distributed_config") is not None:
-        options = replace(options, device=device_of_rank(options.device))
-        if options.device.type == "cuda":
-            torch.cuda.set_device(options.device)
-        hf_kwargs["distributed_config"] = join_ranks(
-            hf_kwargs["distributed_config"], options.device
-        )
-    placed: list[tuple[Skeleton, ExpertStore, int | None]] = []
-    compiling_bytes = 0
-
-    def place_experts(skeleton: Skeleton) -> None:
-        ranks = ranks_of_or_none(skeleton.model)
-        if ranks is None:
-            place(skeleton, None)
-            return
-        layers = [ranks.own_layer(layer) for layer in skeleton.layers]
-        sliced = replace(skeleton, layers=layers)
-        with ranks.together("packing the experts"):
-            place(sliced, ranks)
-        ranks.check_same_store(placed[0][1])
-
-    def place(skeleton: Skeleton, ranks: Ranks | None) -> None:
-        nonlocal compiling_bytes
-        layers: Sequence[StoreLayer] = [layer.store_layer for layer in skeleton.layers]
-        here = 1 if ranks is None else ranks.on_machine  # they share its RAM
-        rest_bytes = here * rest_bytes_of(skeleton, options)
-        cache_bytes: int | None = choose_cache_bytes(options, layers, skeleton.top_k, rest_bytes)
-        kind = choose_store(options, here * total_bytes_of(layers), rest_bytes=rest_bytes)
-        if options.device.type == "cpu":
-            if kind == "ram":
-                cache_bytes = None
-            elif options.store == "auto":
-                check_room(cache_bytes, rest_bytes)
-                compiling_bytes = COMPILING_BYTES
-        store_of = _fill_store(skeleton.source, kind, options, ranks)
-        placed.append((skeleton, store_of, cache_bytes))
-
+    options = _join_ranks(options, hf_kwargs)
+    placed: list[Placed] = []
     try:
         with progress_lines(enabled=progress), phase("loading the model"):
             model = load_without_experts(
@@ -191,7 +136,7 @@ def from_pretrained(
                 dtype=checked_dtype(dtype),
                 device=options.device,
                 hf_options=hf_kwargs,
-                place_experts=place_experts,
+                place_experts=lambda skeleton: placed.append(place_experts(skeleton, options)),
                 missing_weights=missing_weights,
                 quantize=options.quantize,
                 adapter=adapter,
@@ -199,12 +144,10 @@ def from_pretrained(
             _to_device(model, options.device)
             if ranks_of_or_none(model) is not None:
                 keep_local_weights(model)
-            skeleton, expert_store, cache_bytes = placed[0]
-            _attach(model, skeleton.layers, expert_store, cache_bytes, skeleton.top_k, options)
-            session_of(model).compiling_bytes = compiling_bytes
+            _attach(model, placed[0], options)
     except BaseException:
-        for _, opened, _ in placed:
-            opened.close()
+        for one in placed:
+            one.store.close()
         raise
     return model
 
@@ -230,22 +173,6 @@ def offload(
     `quantize=` all parameters are freed at the end in either case. Of a
     `PeftModel` whose adapters leave the experts alone, the base model is offloaded.
     """
-    if type(model).__module__.partition(".")[0] == "peft":
-        base: Any = model
-        offload(
-            base.get_base_model(),
-            device=device,
-            quantize=quantize,
-            store=store,
-            expert_cache=expert_cache,
-            store_dir=store_dir,
-            cache_policy=cache_policy,
-            reader_threads=reader_threads,
-            verify=verify,
-            progress=progress,
-        )
-        base.eval()
-        return model
     options = checked_options(
         device,
         quantize,
@@ -257,20 +184,18 @@ def offload(
         verify,
         progress,
     )
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise UnsupportedModelError(
-            f"The model is spread over {', '.join(sorted(places))} by device_map; load it with "
-            "specmoe_compile.from_pretrained instead."
-        )
-    layers = find_experts_layers(model)
-    refuse_adapted_experts(model, layers)
-    for layer in layers:
-        if any(getattr(layer.module, spec.name).is_meta for spec in layer.layout.tensors):
-            raise UnsupportedModelError(
-                f"The experts of {layer.name} are not in memory (device_map put them on disk); "
-                "load the model with specmoe_compile.from_pretrained instead."
-            )
+    if type(model).__module__.partition(".")[0] == "peft":
+        adapted: Any = model
+        _offload(adapted.get_base_model(), options)
+        adapted.eval()
+    else:
+        _offload(model, options)
+    return model
+
+
+def _offload(model: PreTrainedModel, options: OffloadOptions) -> None:
+    """Move a loaded model's experts to a store, and tie it to a session."""
+    layers = _layers_in_memory(model)
     top_k = find_top_k(model, layers)
     plain = ModuleSource(layers, name=type(model).__name__, top_k=top_k)
     source: RecordSource = plain
@@ -288,17 +213,36 @@ def offload(
     if kind == "ram" and source is plain:
         expert_store = move_to_ram(plain, layers, options.device, progress=options.progress)
     else:
-        expert_store = _fill_store(source, kind, options)
+        expert_store = fill_store(source, kind, options)
         for layer in layers:
             release_experts(layer, options.device)
+    placed = Placed(layers=layers, top_k=top_k, store=expert_store, cache_bytes=cache_bytes)
     try:
         _to_device(model, options.device)
-        _attach(model, layers, expert_store, cache_bytes, top_k, options)
+        _attach(model, placed, options)
     except BaseException:
         with contextlib.closing(expert_store):
             restore_experts(layers, expert_store, devices)
         raise
-    return model
+
+
+def _layers_in_memory(model: PreTrainedModel) -> list[ExpertsLayer]:
+    """A loaded model's MoE layers; raises `UnsupportedModelError` where their weights are not."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise UnsupportedModelError(
+            f"The model is spread over {', '.join(sorted(places))} by device_map; load it with "
+            "specmoe_compile.from_pretrained instead."
+        )
+    layers = find_experts_layers(model)
+    refuse_adapted_experts(model, layers)
+    for layer in layers:
+        if any(getattr(layer.module, spec.name).is_meta for spec in layer.layout.tensors):
+            raise UnsupportedModelError(
+                f"The experts of {layer.name} are not in memory (device_map put them on disk); "
+                "load the model with specmoe_compile.from_pretrained instead."
+            )
+    return layers
 
 
 def stats(model: torch.nn.Module, *, all_ranks: bool = False) -> Stats:
@@ -335,69 +279,44 @@ def close(model: torch.nn.Module) -> None:
     session_of(model).close()
 
 
+def _join_ranks(options: OffloadOptions, hf_kwargs: dict[str, Any]) -> OffloadOptions:
+    """Join the other processes where the load is split over several: this rank's own options."""
+    if hf_kwargs.get("distributed_config") is None:
+        return options
+    options = replace(options, device=device_of_rank(options.device))
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    hf_kwargs["distributed_config"] = join_ranks(hf_kwargs["distributed_config"], options.device)
+    return options
+
+
 def _to_device(model: torch.nn.Module, device: torch.device) -> None:
     model.to(device)
 
 
-def _attach(
-    model: PreTrainedModel,
-    layers: Sequence[ExpertsLayer],
-    store: ExpertStore,
-    cache_bytes: int | None,
-    top_k: int,
-    options: OffloadOptions,
-) -> None:
+def _attach(model: PreTrainedModel, placed: Placed, options: OffloadOptions) -> None:
     """Create the session that owns the store, and tie it to the model."""
     if options.device.type == "cuda":
         from specmoe_compile.runtime.cuda.opening import open_device_session
 
-        assert cache_bytes is not None, "only experts that stay on the CPU need no cache"
+        assert placed.cache_bytes is not None, "only experts that stay on the CPU need no cache"
         session = open_device_session(
             model,
-            layers,
-            store,
-            expert_cache_bytes=cache_bytes,
+            placed.layers,
+            placed.store,
+            expert_cache_bytes=placed.cache_bytes,
             cache_policy=options.cache_policy,
-            top_k=top_k,
+            top_k=placed.top_k,
             reader_threads=options.reader_threads,
         )
     else:
         session = open_session(
-            layers,
-            store,
-            expert_cache_bytes=cache_bytes,
+            placed.layers,
+            placed.store,
+            expert_cache_bytes=placed.cache_bytes,
             cache_policy=options.cache_policy,
             reader_threads=options.reader_threads,
-            top_k=top_k,
+            top_k=placed.top_k,
         )
+    session.compiling_bytes = placed.compiling_bytes
     attach_session(model, session)
-
-
-def _fill_store(
-    source: RecordSource,
-    kind: Literal["ram", "disk"],
-    options: OffloadOptions,
-    ranks: Ranks | None = None,
-) -> ExpertStore:
-    """Open or make the store of a model's experts; with `ranks`, of the part that is this rank's.
-
-    With `kind="ram"` a folder that the caller named is read if it holds this store, never written.
-    """
-    if kind == "disk":
-        report = pack_source(source, options.store_dir, progress=options.progress)
-        packed = open_packed(source, report.path, verify=options.verify)
-        return packed if ranks is None else SliceStore(packed, ranks.rank, ranks.size)
-    whole = source
-    if ranks is not None:
-        source = SliceSource(whole, ranks.rank, ranks.size)
-    check_ram(total_bytes_of(source.layers))
-    node = gpu_node_or_none(options.device)
-    if options.store_dir is not None and (options.store_dir / HEADER_NAME).exists():
-        found: ExpertStore = open_matching(
-            whole, options.store_dir, verify=options.verify, progress=options.progress
-        )
-        if ranks is not None:
-            found = SliceStore(found, ranks.rank, ranks.size)
-        with contextlib.closing(found):
-            return RamStore.from_store(found, progress=options.progress, numa_node=node)
-    return RamStore.from_source(source, progress=options.progress, numa_node=node)

@@ -20,10 +20,11 @@ from specmoe_compile.bench.child import ArmFailedError, ArmInputError
 from specmoe_compile.bench.harness import cap_or_nothing, run_pack, with_peer_file
 from specmoe_compile.bench.live_worker import LiveWorker
 from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.measure import permitted_cap
 from specmoe_compile.bench.memory_cap import MemoryCap
 from specmoe_compile.bench.probes import file_gbps
 from specmoe_compile.bench.records import ArmJob
-from specmoe_compile.cli.bench import describe_model, permitted_cap
+from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.store.header import RECORDS_NAME
 from specmoe_compile.system.output import write_json

@@ -39,8 +39,9 @@ from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.bench.harness import run_pack
 from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
+from specmoe_compile.bench.measure import measure, permitted_cap
 from specmoe_compile.bench.records import ArmJob, spread
-from specmoe_compile.cli.bench import describe_model, measure, permitted_cap, print_table
+from specmoe_compile.cli.bench import describe_model, print_table
 from specmoe_compile.cli.doctor import examine
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.system.machine import cache_folder

@@ -202,8 +202,9 @@ def _compare(
     work_dir: Path,
 ) -> dict[str, Any]:
     """Run the unmodified model, disk offload and specmoe in processes of their own."""
+    from specmoe_compile.bench.measure import permitted_cap, run_jobs
     from specmoe_compile.bench.records import ArmJob
-    from specmoe_compile.cli.bench import describe_model, permitted_cap, print_table, run_jobs
+    from specmoe_compile.cli.bench import describe_model, print_table
     from specmoe_compile.cli.tables import count_differing
 
     lengths = _compared(len(streamed["tokens"]), console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -13,13 +13,12 @@ import typer
 from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choice, compile_options
 
 if TYPE_CHECKING:
+    from specmoe_compile.cli.replay_report import Result
     from specmoe_compile.options import SessionOptions
     from specmoe_compile.replay.engine import RankGroup, ReplaySetting
     from specmoe_compile.replay.summary import Summary, Sweep
     from specmoe_compile.replay.trace import RoutingTrace
     from specmoe_compile.runtime.experts.layout import ExpertLayout
-
-LABEL = "replayed on simulated time, not measured"
 
 
 def replay(
@@ -119,6 +118,7 @@ def replay(
 
       specmoe replay run.safetensors --ranks 2 --all-reduce-us 20 --expert-cache 25%
     """
+    from specmoe_compile.cli.replay_report import as_dict, print_report
     from specmoe_compile.options import CompileOptions, SessionOptions
     from specmoe_compile.replay.engine import RankGroup
     from specmoe_compile.replay.formats import FORMATS, in_format
@@ -165,19 +165,10 @@ def replay(
         if not (_is_zero(loaded, size) and one_policy != policies[0])
     ]
     result = _run_all(sweep, settings)
-    _print(loaded, machine, result, number_format)
+    print_report(loaded, machine, result, number_format)
     if json is not None:
         of_format = {"format": number_format, "record_bytes": list(loaded.record_bytes)}
-        write_json(json, {**_as_dict(loaded, machine, speculation, result), **of_format})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Result:
-    """Replays, sizes that were refused and why, and what suffices by policy and predictor."""
-
-    summaries: list[Summary]
-    refused: list[dict[str, str]]
-    sufficient: list[dict[str, Any]]
+        write_json(json, {**as_dict(loaded, machine, speculation, result), **of_format})
 
 
 def _names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
@@ -285,8 +276,10 @@ def _setting(
     )
 
 
-def _run_all(sweep: Sweep, settings: Sequence[tuple[str, ReplaySetting]]) -> _Result:
+def _run_all(sweep: Sweep, settings: Sequence[tuple[str, ReplaySetting]]) -> Result:
     from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from specmoe_compile.cli.replay_report import Result
 
     summaries: list[Summary] = []
     refused: list[dict[str, str]] = []
@@ -315,98 +308,4 @@ def _run_all(sweep: Sweep, settings: Sequence[tuple[str, ReplaySetting]]) -> _Re
                     "share": size_bytes / sweep.steps.trace.total_bytes,
                 }
             )
-    return _Result(summaries=summaries, refused=refused, sufficient=sufficient)
-
-
-def _as_dict(
-    trace: RoutingTrace, machine: dict[str, Any], speculation: SessionOptions, result: _Result
-) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "label": LABEL,
-        "trace": {
-            "model": trace.model,
-            "fingerprint": trace.fingerprint,
-            "steps": len(trace.tokens),
-            "tokens": sum(trace.tokens),
-            "setting": dict(trace.setting),
-        },
-        "machine": machine,
-        "speculation": speculation.as_dict(),
-        "replays": [summary.as_dict() for summary in result.summaries],
-        "refused": result.refused,
-        "sufficient": result.sufficient,
-    }
-
-
-_HEAD = ("cache", "slots", "policy", "predictor", "hits", "Belady", "recall", "on demand/token")
-_HEAD_TIMES = ("ahead/token", "stall/token", "ms/token")
-
-
-def _print(
-    trace: RoutingTrace, machine: dict[str, Any], result: _Result, number_format: str | None
-) -> None:
-    from specmoe_compile.cli.tables import print_table
-    from specmoe_compile.replay.summary import PAYS
-    from specmoe_compile.system.sizes import format_bytes
-
-    link, steps = machine["link"], result.summaries[0].decode_steps
-    size = format_bytes(max(trace.record_bytes))
-    experts = f" Experts as in {number_format}, {size} each." if number_format else ""
-    print(
-        f"{trace.model}: {LABEL}.{experts} Link {link['gbps']:.2f} GB/s, computing"
-        f" {machine['compute_ms']:.2f} ms per step, {steps} decode steps." + _ranks_line(machine)
-    )
-    print_table((*_HEAD, *_HEAD_TIMES), [_row(summary) for summary in result.summaries], keys=4)
-    for row in {item["expert_cache"]: item for item in result.refused}.values():
-        print(f"Not replayed: {row['expert_cache']}: {row['reason']}", file=sys.stderr)
-    for row in result.sufficient:
-        print(
-            f"{row['cache_policy']}, predictor {row['predictor']}: a cache larger than"
-            f" {100 * row['share']:.0f} % ({row['slots']} experts per layer) saves at most"
-            f" {100 * PAYS:.0f} % more."
-        )
-    print(
-        "Belady: the best hit rate that any cache of this size without prefetch can have.",
-        *_machine_notes(machine),
-        file=sys.stderr,
-    )
-
-
-def _ranks_line(machine: dict[str, Any]) -> str:
-    if machine["ranks"] == 1:
-        return ""
-    return (
-        f" {machine['ranks']} ranks, each with such a link, {machine['all_reduce_us']:g} us per"
-        " sum; caches are per rank, counts and bytes of all."
-    )
-
-
-def _machine_notes(machine: dict[str, Any]) -> list[str]:
-    notes = []
-    if machine["from_trace"]:
-        notes.append(f"Measured while recording: {', '.join(machine['from_trace'])}.")
-    if machine["measured"]["tpot_ms"] is not None:
-        notes.append(f"The recorded run took {machine['measured']['tpot_ms']:.2f} ms per step.")
-    return notes
-
-
-def _row(summary: Summary) -> tuple[str, ...]:
-    from specmoe_compile.system.sizes import format_bytes
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
-
-    return (
-        summary.expert_cache,
-        str(summary.slots) if summary.slots else "-",
-        summary.cache_policy,
-        summary.predictor,
-        percent(summary.hit_rate),
-        percent(summary.belady_hit_rate),
-        percent(summary.recall),
-        format_bytes(round(summary.demand_bytes_per_token)),
-        format_bytes(round(summary.speculative_bytes_per_token)),
-        f"{summary.stall_ms_per_token:.2f} ms",
-        f"{summary.tpot_mean_ms:.2f}",
-    )
+    return Result(summaries=summaries, refused=refused, sufficient=sufficient)

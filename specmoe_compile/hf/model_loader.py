@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from specmoe_compile.hf.model_config import (
     model_class_of,
     modelopt_or_none,
 )
+from specmoe_compile.hf.quantised.base import QuantisedFormat
 from specmoe_compile.hf.quantised.schemes import (
     PlainKeys,
     plain_keys,
@@ -118,51 +119,16 @@ def load_without_experts(
     if format is not None and dtype == "auto" and getattr(config, "dtype", None) is None:
         dtype = torch.bfloat16  # not that of the first tensor, which may be one of codes
     model_class = model_class_of(path_or_id, config, options, hub_options)
-    called: list[bool] = []
-    read_adapters: list[Adapter] = []
-    check_first = missing_weights == "error"
-
-    def load_weights(
-        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any
-    ) -> Any:
-        called.append(True)
-        if not files:
-            raise CheckpointError(f"{path_or_id} has no safetensors weights.")
-        with Checkpoint(files) as checkpoint:
-            plain = plain_keys(format, checkpoint.tensors)
-            layers, assignment = _assign(model, plain.keys, load_config)
-            lacking = missing_before_loading(model, assignment.made) if check_first else []
-            report_missing(model, str(path_or_id), lacking, assignment.unknown, missing_weights)
-            if adapter is not None:
-                read_adapters.append(Adapter(model, layers, adapter))
-            resident, experts = _take_experts(
-                model,
-                checkpoint,
-                layers,
-                assignment,
-                plain,
-                str(path_or_id),
-                device,
-                place_experts,
-                quantize,
-                read_adapters[0] if read_adapters else None,
-            )
-            # Weights go straight to the device; the loader's own option would need accelerate.
-            load_config = dataclasses.replace(load_config, device_map={"": device})
-            read = super(loader_class, loader_class)._load_pretrained_model
-            info, index = read(model, resident, None, load_config, *args)
-        info.missing_keys -= experts
-        return info, index
-
-    loader_class: Any = type(
-        model_class.__name__,
-        (model_class,),
-        {
-            "__module__": model_class.__module__,
-            "__qualname__": model_class.__qualname__,
-            "_load_pretrained_model": staticmethod(load_weights),
-        },
+    reader = _WeightReader(
+        name=str(path_or_id),
+        format=format,
+        device=device,
+        place_experts=place_experts,
+        missing_weights=missing_weights,
+        quantize=quantize,
+        adapter_path=adapter,
     )
+    loader_class = _loader_of(model_class, reader)
     loader_options = {name: options[name] for name in LOADER_OPTIONS if name in options}
     loader_options.pop("code_revision", None)
     try:
@@ -182,7 +148,7 @@ def load_without_experts(
         raise UnsupportedModelError(
             f"{path_or_id}: {first_sentence(error)} Start as many processes as divide the experts."
         ) from error
-    if not called:
+    if not reader.called:
         raise SpecMoEError(
             f"transformers {transformers.__version__} did not load the weights of {path_or_id} in "
             "the way that specmoe knows; use a version from 5.17 on."
@@ -190,8 +156,8 @@ def load_without_experts(
     model.__class__ = model_class
     unknown = list(info["unexpected_keys"])
     report_missing(model, str(path_or_id), info["missing_keys"], unknown, missing_weights)
-    for read in read_adapters:
-        read.merge_into(model)
+    if reader.adapter is not None:
+        reader.adapter.merge_into(model)
     return model
 
 
@@ -237,55 +203,107 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
-def _assign(
-    model: PreTrainedModel, keys: Sequence[str], load_config: Any
-) -> tuple[list[ExpertsLayer], KeyAssignment]:
-    """Return a model's MoE layers, and what the checkpoint's tensors become."""
-    _apply_dtype_plan(model, load_config.dtype_plan or {})
-    layers = find_experts_layers(model)
-    return layers, assign_checkpoint_keys(model, keys, load_config.weight_mapping or [], layers)
+def _loader_of(model_class: type[PreTrainedModel], reader: _WeightReader) -> Any:
+    """A subclass with the same name, whose loader reads weights through `reader`."""
 
+    def load_weights(
+        model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        read_rest = super(loader_class, loader_class)._load_pretrained_model
+        return reader.read(read_rest, model, files, load_config, *args)
 
-def _take_experts(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    layers: list[ExpertsLayer],
-    assignment: KeyAssignment,
-    plain: PlainKeys,
-    name: str,
-    device: torch.device,
-    place_experts: Callable[[Skeleton], None],
-    quantize: str | None,
-    adapter: Adapter | None,
-) -> tuple[dict[str, Any], set[str]]:
-    """Place the experts and empty their parameters.
-
-    Returns:
-        the checkpoint's other tensors, not read yet; the names of the experts' parameters. Tensors
-        that are quantised are dequantised when they are read.
-    """
-    top_k = find_top_k(model, layers)
-    # An adapter is added to values; codes are what they are.
-    adds = adapter is not None and adapter.digest is not None
-    source = CheckpointSource(
-        model,
-        checkpoint,
-        layers,
-        assignment.recipes,
-        top_k=top_k,
-        name=name,
-        plain=plain,
-        keep_codes=quantize is None and not adds,
-        adapter=adapter,
+    loader_class: Any = type(
+        model_class.__name__,
+        (model_class,),
+        {
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+            "_load_pretrained_model": staticmethod(load_weights),
+        },
     )
-    made = source if quantize is None else QuantisingSource(source, layers, quantize)
-    coded = list(made.experts_layers)
-    place_experts(Skeleton(model=model, layers=coded, source=made, top_k=top_k))
-    for layer in layers:
-        release_experts(layer, device)
-    names = {f"{layer.name}.{spec.name}" for layer in layers for spec in layer.layout.tensors}
-    tensors = {**checkpoint.tensors, **plain.weights}
-    return {key: tensors[key] for key in assignment.resident_keys}, names
+    return loader_class
+
+
+@dataclass(slots=True, kw_only=True)
+class _WeightReader:
+    """Reads a checkpoint's weights when the loader would: the experts first, to their place.
+
+    Attributes:
+        name: of the model, for messages.
+        format: how the checkpoint codes its weights; None for plain ones.
+        device, place_experts, missing_weights, quantize, adapter_path: as `load_without_experts`
+            takes them.
+        called: whether the loader came to it.
+        adapter: what `adapter_path` names, once it was read.
+    """
+
+    name: str
+    format: QuantisedFormat | None
+    device: torch.device
+    place_experts: Callable[[Skeleton], None]
+    missing_weights: MissingWeights
+    quantize: str | None
+    adapter_path: str | os.PathLike[str] | None
+    called: bool = False
+    adapter: Adapter | None = None
+
+    def read(
+        self, read_rest: Any, model: PreTrainedModel, files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        """Place the experts and let the loader's own `read_rest` read everything else."""
+        self.called = True
+        if not files:
+            raise CheckpointError(f"{self.name} has no safetensors weights.")
+        with Checkpoint(files) as checkpoint:
+            plain = plain_keys(self.format, checkpoint.tensors)
+            _apply_dtype_plan(model, load_config.dtype_plan or {})
+            layers = find_experts_layers(model)
+            mapping = load_config.weight_mapping or []
+            assignment = assign_checkpoint_keys(model, plain.keys, mapping, layers)
+            lacking = []
+            if self.missing_weights == "error":
+                lacking = missing_before_loading(model, assignment.made)
+            report_missing(model, self.name, lacking, assignment.unknown, self.missing_weights)
+            if self.adapter_path is not None:
+                self.adapter = Adapter(model, layers, self.adapter_path)
+            experts = self._take_experts(model, checkpoint, layers, assignment, plain)
+            tensors = {**checkpoint.tensors, **plain.weights}
+            rest = {key: tensors[key] for key in assignment.resident_keys}
+            # Weights go straight to the device; the loader's own option would need accelerate.
+            load_config = dataclasses.replace(load_config, device_map={"": self.device})
+            info, index = read_rest(model, rest, None, load_config, *args)
+        info.missing_keys -= experts
+        return info, index
+
+    def _take_experts(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        layers: list[ExpertsLayer],
+        assignment: KeyAssignment,
+        plain: PlainKeys,
+    ) -> set[str]:
+        """Place the experts and empty their parameters; returns the names of these."""
+        top_k = find_top_k(model, layers)
+        # An adapter is added to values; codes are what they are.
+        adds = self.adapter is not None and self.adapter.digest is not None
+        source = CheckpointSource(
+            model,
+            checkpoint,
+            layers,
+            assignment.recipes,
+            top_k=top_k,
+            name=self.name,
+            plain=plain,
+            keep_codes=self.quantize is None and not adds,
+            adapter=self.adapter,
+        )
+        made = source if self.quantize is None else QuantisingSource(source, layers, self.quantize)
+        coded = list(made.experts_layers)
+        self.place_experts(Skeleton(model=model, layers=coded, source=made, top_k=top_k))
+        for layer in layers:
+            release_experts(layer, self.device)
+        return {f"{layer.name}.{spec.name}" for layer in layers for spec in layer.layout.tensors}
 
 
 def _apply_dtype_plan(model: PreTrainedModel, plan: Mapping[str, torch.dtype]) -> None:

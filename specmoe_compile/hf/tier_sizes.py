@@ -15,6 +15,7 @@ from specmoe_compile.errors import StoreError
 from specmoe_compile.hf.model_loader import Skeleton
 from specmoe_compile.hf.offload_options import OffloadOptions
 from specmoe_compile.runtime.experts.layout import StoreLayer
+from specmoe_compile.runtime.store.base import total_bytes_of
 from specmoe_compile.system.compilers import COMPILING_BYTES
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.sizes import format_bytes, parse_size
@@ -39,7 +40,7 @@ def rest_bytes_of(skeleton: Skeleton, options: OffloadOptions) -> int:
     """Bytes of RAM that the parameters other than experts will take."""
     if options.device.type != "cpu":
         return 0
-    experts = sum(layer.total_bytes for layer in skeleton.source.layers)
+    experts = total_bytes_of(skeleton.source.layers)
     every = sum(p.numel() * p.element_size() for p in skeleton.model.parameters())
     return max(every - experts, 0)
 
@@ -87,10 +88,6 @@ def choose_store(
         format_bytes(available),
     )
     return kind
-
-
-def total_bytes_of(layers: Sequence[StoreLayer]) -> int:
-    return sum(layer.total_bytes for layer in layers)
 
 
 def choose_cache_bytes(

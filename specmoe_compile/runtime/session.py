@@ -386,17 +386,6 @@ class Session:
             self._finalizer.detach()
 
 
-def check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
-    """Raise `ValueError` when a store does not hold the experts of these layers."""
-    wanted = [(layer.num_experts, layer.layout) for layer in layers]
-    stored = list(zip(store.num_experts, store.layouts, strict=True))
-    if wanted != stored:
-        raise ValueError(
-            f"The expert store holds {len(stored)} MoE layers with other shapes than the model's"
-            f" {len(wanted)}: it was made from another model."
-        )
-
-
 def _close_parts(handle: int, engine: Engine, store: ExpertStore | None) -> None:
     _sessions.pop(handle, None)
     try:

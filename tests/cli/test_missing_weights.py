@@ -11,9 +11,9 @@ from typer.main import get_command
 
 import specmoe_compile
 from benchmarks.reference_model.tokenizer import build_tokenizer
+from specmoe_compile.bench import measure as bench_measure
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.records import ArmJob
-from specmoe_compile.cli import bench
 from specmoe_compile.cli.main import app, run
 from specmoe_compile.errors import SpecMoEError
 from tests.helpers import save_tiny
@@ -94,7 +94,7 @@ def test_bench_hands_it_to_its_arms(
         asked.append(args[3])
         raise SpecMoEError("enough")
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench_measure, "measure", measure)
     start = ["bench", str(checkpoint), "--arms", "cache", "--device", "cpu"]
     assert run([*start, "--missing-weights", "random"]) == 2
     settings = asked[0]

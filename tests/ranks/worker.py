@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import specmoe_compile
-from specmoe_compile import api
 from specmoe_compile.backend import specmoe
 from specmoe_compile.cli import main
+from specmoe_compile.hf import placing
 from specmoe_compile.runtime.session import session_of
 
 DEFAULTS: dict[str, Any] = {
@@ -60,14 +60,14 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     if rank == 1 and ask["other_store"]:
         load["store_dir"] += ".other"
     packed: list[bool] = []
-    pack_source = api.pack_source
+    pack_source = placing.pack_source
 
     def noted_pack(*args: Any, **kwargs: Any) -> Any:
         report = pack_source(*args, **kwargs)
         packed.append(not report.reused)
         return report
 
-    api.pack_source = noted_pack
+    placing.pack_source = noted_pack
     split = {"tp_size": size, "ep_size": size}
     model = specmoe_compile.from_pretrained(ask["checkpoint"], distributed_config=split, **load)
     reads = note_reads(model, ask["dies_at_read"] if rank == 1 else 0)
@@ -105,7 +105,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         plain = AutoModelForCausalLM.from_pretrained(ask["checkpoint"], dtype=torch.float32)
         found["expected"] = generate(plain.eval().to(model.device), ask)
         return found
-    api.pack_source = pack_source
+    placing.pack_source = pack_source
     load["store_dir"] += ".one"
     if rank == 0:  # nobody has to wait for it
         one = specmoe_compile.from_pretrained(ask["checkpoint"], **load)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 import specmoe_compile
-from specmoe_compile import api
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf import checkpoint as checkpoint_module
+from specmoe_compile.hf import placing
 from specmoe_compile.hf.conversion import CheckpointSource
 from specmoe_compile.hf.model_loader import Skeleton, read_experts
 from specmoe_compile.hf.packing import pack
@@ -348,12 +348,12 @@ def test_a_store_that_another_process_replaced_meanwhile_is_not_used(
     copy = Path(shutil.copytree(folder, tmp_path / "other" / "model"))
     change(copy, "in place")
     other = pack_quietly(copy, tmp_path / "store")
-    real = api.pack_source
+    real = placing.pack_source
 
     def replaced(source: Any, store: Path, **kwargs: Any) -> StoreReport:
         return dataclasses.replace(real(source, store, **kwargs), path=other.path)
 
-    monkeypatch.setattr(api, "pack_source", replaced)
+    monkeypatch.setattr(placing, "pack_source", replaced)
     with pytest.raises(StoreError, match="were changed since"):
         specmoe_compile.from_pretrained(
             folder, device="cpu", store="disk", store_dir=tmp_path / "own", progress=False

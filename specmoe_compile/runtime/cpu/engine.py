@@ -26,8 +26,9 @@ from specmoe_compile.runtime.cpu.native.torch_ops import use_native_steps
 from specmoe_compile.runtime.cpu.residency import InPlaceResidency, Residency
 from specmoe_compile.runtime.cpu.speculator import Speculator
 from specmoe_compile.runtime.experts.module import ExpertsLayer
-from specmoe_compile.runtime.session import Session, check_store
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.matching import check_store
 from specmoe_compile.runtime.transfer.disk import DiskTransfer
 
 

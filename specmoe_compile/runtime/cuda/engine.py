@@ -35,8 +35,8 @@ from specmoe_compile.runtime.cuda.vectors import DeviceVectors
 from specmoe_compile.runtime.experts.module import ExpertsLayer
 from specmoe_compile.runtime.policy.amount import take_part
 from specmoe_compile.runtime.policy.misses import Choices, MissPolicy
-from specmoe_compile.runtime.session import check_store
 from specmoe_compile.runtime.store.base import ExpertStore
+from specmoe_compile.runtime.store.matching import check_store
 from specmoe_compile.runtime.store.ram import all_records
 
 

@@ -81,7 +81,7 @@ class ExpertStore(ABC):
         self.top_k = top_k
         self.layouts: tuple[ExpertLayout, ...] = tuple(layer.layout for layer in self.layers)
         self.num_experts: tuple[int, ...] = tuple(layer.num_experts for layer in self.layers)
-        self.total_bytes = sum(layer.total_bytes for layer in self.layers)
+        self.total_bytes = total_bytes_of(self.layers)
         self.numbers = " and ".join(dict.fromkeys(layout.numbers for layout in self.layouts))
         self.record_bytes = self.total_bytes // max(1, sum(self.num_experts))
         self._layer_offsets = layer_offsets(self.layers)
@@ -124,6 +124,11 @@ class ExpertStore(ABC):
                 counts = f"{self.num_experts[layer]} experts in this layer"
             raise ValueError(f"No expert {expert} in MoE layer {layer}: the store has {counts}.")
         return self._layer_offsets[layer] + expert * self.layouts[layer].record_bytes
+
+
+def total_bytes_of(layers: Sequence[StoreLayer]) -> int:
+    """Bytes of all records of these layers."""
+    return sum(layer.total_bytes for layer in layers)
 
 
 def layer_offsets(layers: Sequence[StoreLayer]) -> tuple[int, ...]:

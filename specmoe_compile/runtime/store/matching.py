@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.store.base import RecordSource
+from specmoe_compile.runtime.experts.module import ExpertsLayer
+from specmoe_compile.runtime.store.base import ExpertStore, RecordSource
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.header import HEADER_NAME, read_header, record_checksum
 from specmoe_compile.runtime.store.known_files import (
@@ -82,6 +84,17 @@ def belongs_to_others(source: RecordSource, folder: Path, *, progress: bool = Fa
     except StoreError:
         return True
     return False
+
+
+def check_store(layers: Sequence[ExpertsLayer], store: ExpertStore) -> None:
+    """Raise `ValueError` when a store does not hold the experts of these layers."""
+    wanted = [(layer.num_experts, layer.layout) for layer in layers]
+    stored = list(zip(store.num_experts, store.layouts, strict=True))
+    if wanted != stored:
+        raise ValueError(
+            f"The expert store holds {len(stored)} MoE layers with other shapes than the model's"
+            f" {len(wanted)}: it was made from another model."
+        )
 
 
 def _check_content(source: RecordSource, store: DiskStore, *, progress: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -18,12 +17,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from specmoe_compile.errors import StoreError
-from specmoe_compile.runtime.store.base import RecordSource, layer_offsets
+from specmoe_compile.runtime.store.base import RecordSource, layer_offsets, total_bytes_of
 from specmoe_compile.runtime.store.header import (
     HEADER_NAME,
     RECORDS_NAME,
@@ -31,6 +29,14 @@ from specmoe_compile.runtime.store.header import (
     header_text,
     record_checksum,
     sync_folder,
+)
+from specmoe_compile.runtime.store.journal import (
+    JOURNAL_NAME,
+    PARTIAL_NAME,
+    begin_journal,
+    finished_layers,
+    note_layer,
+    open_journal,
 )
 from specmoe_compile.runtime.store.known_files import FileIdentity
 from specmoe_compile.runtime.store.matching import open_matching
@@ -42,8 +48,6 @@ from specmoe_compile.system.sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL_NAME = f"{RECORDS_NAME}.partial"
-_JOURNAL_NAME = "packing.journal"
 _LOCK_NAME = "packing.lock"
 _DISK_MARGIN_BYTES = 16 << 20  # header, journal, and the file system's own blocks
 
@@ -104,7 +108,7 @@ def pack_records(
         resumed_layers=resumed,
         layers=len(source.layers),
         experts=sum(layer.num_experts for layer in source.layers),
-        total_bytes=_total_bytes(source),
+        total_bytes=total_bytes_of(source.layers),
         seconds=time.monotonic() - started,
     )
 
@@ -127,10 +131,6 @@ def _header_state_or_none(folder: Path) -> FileIdentity | None:
         return FileIdentity.of((folder / HEADER_NAME).stat())
     except OSError:
         return None
-
-
-def _total_bytes(source: RecordSource) -> int:
-    return sum(layer.total_bytes for layer in source.layers)
 
 
 def refuse_file(folder: Path) -> None:
@@ -227,34 +227,26 @@ def _write_records(
     source: RecordSource, folder: Path, *, progress: bool
 ) -> tuple[list[list[int]], int]:
     """Write what an earlier pack has not; returns checksums, and how many layers were there."""
-    checksums = _read_journal(source, folder)
+    checksums = finished_layers(source, folder)
     resumed = len(checksums)
     _check_free_disk(source, folder)
-    offsets = (*layer_offsets(source.layers), _total_bytes(source))
-    fd = _open_for_writing(folder / _PARTIAL_NAME)
-    journal = os.open(
-        folder / _JOURNAL_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
-    )
+    offsets = (*layer_offsets(source.layers), total_bytes_of(source.layers))
+    fd = _open_for_writing(folder / PARTIAL_NAME)
+    journal = open_journal(folder)
     try:
         with progress_bar(offsets[-1], f"Packing {source.name}", enabled=progress) as bar:
             os.ftruncate(fd, offsets[resumed])
             if resumed == 0:
-                os.ftruncate(journal, 0)
-                _append(journal, {"fingerprint": source.fingerprint})
+                begin_journal(journal, source)
             bar.update(offsets[resumed])
             for layer in range(resumed, len(source.layers)):
                 checksums.append(_write_layer(source, layer, fd, offsets[layer], bar))
                 sync_data(fd)
-                entry = {"layer": layer, "checksums": checksums[-1]}
-                _append(journal, {**entry, "source": _layer_digest_or_none(source, layer)})
+                note_layer(journal, source, layer, checksums[-1])
     finally:
         os.close(journal)
         os.close(fd)
     return checksums, resumed
-
-
-def _layer_digest_or_none(source: RecordSource, layer: int) -> str | None:
-    return None if source.content is None else source.content.layer_digest(layer)
 
 
 def _write_layer(source: RecordSource, layer: int, fd: int, offset: int, bar: Phase) -> list[int]:
@@ -304,54 +296,12 @@ def _open_for_writing(path: Path) -> int:
     return fd
 
 
-def _append(journal: int, entry: dict[str, Any]) -> None:
-    """Append one line and make it durable."""
-    os.write(journal, (json.dumps(entry) + "\n").encode())
-    os.fsync(journal)
-
-
-def _read_journal(source: RecordSource, folder: Path) -> list[list[int]]:
-    """Return the checksums of the layers that a killed pack of these weights has finished.
-
-    A line that was cut by the kill ends the journal; so does a records file that is too short, and
-    a layer whose weights were changed since.
-    """
-    try:
-        lines = (folder / _JOURNAL_NAME).read_text(encoding="utf-8").splitlines()
-        size_bytes = (folder / _PARTIAL_NAME).stat().st_size
-    except (FileNotFoundError, UnicodeDecodeError):
-        return []
-    ends = (*layer_offsets(source.layers)[1:], _total_bytes(source))
-    checksums: list[list[int]] = []
-    for index, line in enumerate(lines):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(entry, dict):
-            break
-        if index == 0:
-            if entry.get("fingerprint") != source.fingerprint:
-                return []
-            continue
-        layer = index - 1
-        if entry.get("layer") != layer or layer >= len(ends) or ends[layer] > size_bytes:
-            break
-        if entry.get("source") != _layer_digest_or_none(source, layer):
-            break
-        sums = entry.get("checksums")
-        if not isinstance(sums, list) or len(sums) != source.layers[layer].num_experts:
-            break
-        checksums.append(sums)
-    return checksums
-
-
 def _check_free_disk(source: RecordSource, folder: Path) -> None:
     """Raise `StoreError` if the records cannot fit; bytes of a partial file count as free."""
-    partial = folder / _PARTIAL_NAME
+    partial = folder / PARTIAL_NAME
     present = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(folder).free + present
-    need = _total_bytes(source) + _DISK_MARGIN_BYTES
+    need = total_bytes_of(source.layers) + _DISK_MARGIN_BYTES
     if free < need:
         raise StoreError(
             f"Not enough free disk to pack {source.name} into {folder}: the experts need "
@@ -369,15 +319,15 @@ def _publish(folder: Path, header: StoreHeader) -> None:
         os.fsync(file.fileno())
     # Between the two renames the folder must not look complete with another store's header.
     (folder / HEADER_NAME).unlink(missing_ok=True)
-    os.rename(folder / _PARTIAL_NAME, folder / RECORDS_NAME)
+    os.rename(folder / PARTIAL_NAME, folder / RECORDS_NAME)
     os.rename(temporary, folder / HEADER_NAME)
-    (folder / _JOURNAL_NAME).unlink(missing_ok=True)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def _remove_partial(folder: Path, *, created: bool) -> None:
     """Remove what an unfinished pack wrote, and the folder if it was made for it."""
-    names = [_PARTIAL_NAME, _JOURNAL_NAME, f"{HEADER_NAME}.partial"]
+    names = [PARTIAL_NAME, JOURNAL_NAME, f"{HEADER_NAME}.partial"]
     for name in [*names, _LOCK_NAME] if created else names:
         (folder / name).unlink(missing_ok=True)
     if created:
@@ -387,15 +337,16 @@ def _remove_partial(folder: Path, *, created: bool) -> None:
 
 def _disk_error(error: OSError, source: RecordSource, folder: Path) -> StoreError:
     """Say in one sentence that the disk is full, or what else it refused."""
+    size = format_bytes(total_bytes_of(source.layers))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"The disk became full while packing {source.name} into {folder}, which needs "
-            f"{format_bytes(_total_bytes(source))}; what was written has been removed. Free some "
-            "space, or choose a store_dir on another disk."
+            f"{size}; what was written has been removed. Free some space, or choose a store_dir on "
+            "another disk."
         )
     if error.errno == errno.EFBIG:
         return StoreError(
-            f"The store of {source.name} in {folder}, of {format_bytes(_total_bytes(source))}, is "
+            f"The store of {source.name} in {folder}, of {size}, is "
             "larger than a file may be here (ulimit -f, or the file system); what was written has "
             "been removed. Raise the limit, or choose a store_dir on another disk."
         )
