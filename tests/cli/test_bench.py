@@ -23,6 +23,7 @@ from specmoe_compile.bench.harness import run_arms
 from specmoe_compile.bench.page_cache import drop_cached_pages
 from specmoe_compile.bench.progress import BenchProgress
 from specmoe_compile.bench.records import ArmJob
+from specmoe_compile.bench.worker import Measurement
 from specmoe_compile.cli.main import run
 from specmoe_compile.options import Policy
 from specmoe_compile.runtime.session import session_of
@@ -131,8 +132,13 @@ def test_speculating_arms_prefetch_under_their_policy(
 
 
 def test_a_cache_that_is_too_small_ends_the_bench_with_its_sentence(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """It is the arm's process that says so; no store is needed for that."""
+    monkeypatch.setattr(harness, "run_pack", lambda *_, **__: {"path": ""})
     arguments = ["--arms", "cache", "--expert-cache", "1%", "--store-dir", str(tmp_path / "s")]
     assert run(["bench", str(checkpoint), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -162,23 +168,27 @@ def test_arms_take_turns_and_one_that_fails_is_not_repeated(
     assert (results["accelerate"].runs, results["accelerate"].error) == ([], "no")
 
 
-def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: Path) -> None:
-    """What goes on saves its logits, of every step of every prompt."""
-    saved = tmp_path / "logits.pt"
+def test_an_arm_that_fails_does_not_stop_the_others(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails is a real process, which leaves nothing behind; the other one is not."""
+    run_worker = harness.run_worker
+
+    def run_one(job: ArmJob, **kwargs: Any) -> Any:
+        return "ran" if job.arm == "eager" else run_worker(job, **kwargs)
+
+    monkeypatch.setattr(harness, "run_worker", run_one)
     jobs = [
         ArmJob(
             arm=arm,
             model=str(checkpoint),
-            prompts=[[5, 6], [7, 8, 9]],
+            prompts=[[5, 6]],
             new_tokens=5,
-            warmup_tokens=3,
-            skip_tokens=0,
-            save_logits=str(saved),
             # no such precision of arithmetic: a bug's error, not a mistake with a sentence
-            dtype=dtype,
+            dtype="nonsense",
             work_dir=str(tmp_path),
         )
-        for arm, dtype in (("accelerate", "nonsense"), ("eager", "float32"))
+        for arm in ("accelerate", "eager")
     ]
     events: list[tuple[str, str]] = []
     results = run_arms(
@@ -188,12 +198,30 @@ def test_an_arm_that_fails_does_not_stop_the_others(checkpoint: Path, tmp_path: 
     )
     assert results["accelerate"].error
     assert results["accelerate"].runs == []
-    assert len(results["eager"].runs) == 1
-    assert events[-1] == ("eager", "finished")
-    assert list(tmp_path.iterdir()) == [saved]
+    assert results["eager"].runs == ["ran"] and results["eager"].error is None
+    assert events[0] == ("accelerate", "loading")
+    assert events[-2:] == [("accelerate", "finished"), ("eager", "finished")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_are_saved_of_every_step_of_every_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "logits.pt"
+    job = ArmJob(
+        arm="eager",
+        model=str(checkpoint),
+        prompts=[[5, 6], [7, 8, 9]],
+        new_tokens=5,
+        warmup_tokens=3,
+        skip_tokens=0,
+        save_logits=str(saved),
+        dtype="float32",
+        work_dir=str(tmp_path),
+    )
+    run_of_job = Measurement(job, emit=lambda event, **details: None).turn(warm_up=False)
     logits = torch.load(saved)
     assert logits.shape == (2, 5, 96)
     assert logits.dtype == torch.float32
+    assert logits.argmax(-1).tolist() == run_of_job.tokens
 
 
 def test_a_process_that_refuses_hands_its_sentence_on() -> None:

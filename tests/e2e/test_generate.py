@@ -18,6 +18,7 @@ from specmoe_compile import backend
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf import compiled_calls
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
+from specmoe_compile.options import MAX_DECODE_TOKENS
 from tests.helpers import greedy, prompts
 
 NEW_TOKENS = 10
@@ -55,16 +56,19 @@ def left_padded(batch: int, length: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("cache", "lowering"),
+    ("cache", "lowering", "prompt"),
     [
-        ("dynamic", "eager"),
-        ("static", "inductor"),
-        pytest.param("dynamic", "inductor", marks=pytest.mark.slow),
+        ("dynamic", "eager", 7),
+        # A prompt of more tokens than a decode step has is not for Inductor.
+        ("static", "inductor", 20),
+        pytest.param("static", "inductor", 7, marks=pytest.mark.slow),
+        pytest.param("dynamic", "inductor", 7, marks=pytest.mark.slow),
     ],
 )
 def test_every_forward_step_of_generate_is_compiled(
     cache: str,
     lowering: str,
+    prompt: int,
     plain: Any,
     offloaded: Any,
     counts: collections.Counter[str],
@@ -78,13 +82,14 @@ def test_every_forward_step_of_generate_is_compiled(
         return run(calls, *args, **kwargs)
 
     monkeypatch.setattr(compiled_calls.ModelCalls, "run", noting)
-    ids = prompts(1, 7)
+    ids = prompts(1, prompt)
+    steps = NEW_TOKENS if prompt <= MAX_DECODE_TOKENS else NEW_TOKENS - 1
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": lowering})
     torch._dynamo.utils.counters.clear()
     tokens = greedy(compiled, ids, NEW_TOKENS, **kwargs)
     assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
-    assert counts["calls"] == NEW_TOKENS
+    assert counts["calls"] == steps
     assert kept == [True] * NEW_TOKENS, "caches are known by their name"
     assert not torch._dynamo.utils.counters["graph_break"]
     graphs = counts["graphs"]
@@ -92,7 +97,7 @@ def test_every_forward_step_of_generate_is_compiled(
     again = greedy(compiled, ids, NEW_TOKENS, **kwargs)
     assert torch.equal(again, tokens)
     assert counts["graphs"] == graphs, "a second generate must compile nothing new"
-    assert counts["calls"] == NEW_TOKENS
+    assert counts["calls"] == steps
     counts.clear()
     greedy(offloaded, ids, 2)
     assert counts["calls"] == 0, "generate of the inner model stays eager"
@@ -136,7 +141,8 @@ def test_compile_in_place_matches(
 ) -> None:
     ids = prompts(1, 6)
     offloaded.compile(backend="specmoe", options={"lowering": "eager"})
-    assert torch.equal(greedy(offloaded, ids, NEW_TOKENS), greedy(plain, ids, NEW_TOKENS))
+    tokens = greedy(offloaded, ids, NEW_TOKENS, cache_implementation="static")
+    assert torch.equal(tokens, greedy(plain, ids, NEW_TOKENS))
     assert counts["calls"] == NEW_TOKENS
 
 

@@ -283,7 +283,7 @@ def first_tensor(**values: Any) -> Callable[[dict[str, Any]], None]:
         first_tensor(shape=7),
         first_tensor(dtype=["F32"]),
         lambda header: header.update(x=None),
-        lambda header: header.update({str(i): i for i in range(1_000_000)}),
+        lambda header: header.update({str(i): i for i in range(100_000)}),
     ],
 )
 def test_hostile_safetensors_headers_are_refused(
@@ -314,7 +314,7 @@ def test_a_header_of_an_absurd_length_is_refused(length: int, checkpoint: Path) 
         ({"weight_map": []}, "damaged"),
         ({"weight_map": 3}, "damaged"),
         ([], "damaged"),
-        ({"weight_map": {str(i): f"{i % 9}.safetensors" for i in range(2_000_000)}}, "lacks 9"),
+        ({"weight_map": {str(i): f"{i % 9}.safetensors" for i in range(200_000)}}, "lacks 9"),
     ],
 )
 def test_hostile_indexes_are_refused(index: Any, expected: str, checkpoint: Path) -> None:

@@ -39,9 +39,11 @@ def assert_matches_reference(case: Case) -> None:
 
 
 @form_and_dtype()
-@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-def test_kernels_match_the_reference(form: Any, bias: bool, dtype: torch.dtype) -> None:
-    assert_matches_reference(make_case(form, dtype=dtype, bias=bias))
+def test_kernels_match_the_reference(form: Any, dtype: torch.dtype) -> None:
+    """With biases in every dtype, and without in float32: adding them knows no dtype."""
+    assert_matches_reference(make_case(form, dtype=dtype, bias=True))
+    if dtype == torch.float32:
+        assert_matches_reference(make_case(form, dtype=dtype, bias=False))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_kernels_match_the_reference(form: Any, bias: bool, dtype: torch.dtype) 
     [
         {"tokens": 1, "hidden": 33, "inner": 17},
         {"tokens": 5, "hidden": 7, "inner": 3, "top_k": 3},
-        {"tokens": 2, "hidden": 600, "inner": 300},
+        {"tokens": 2, "hidden": 300, "inner": 150},
         {"tokens": 16, "hidden": 16, "inner": 8, "top_k": 1},
         {"tokens": 2, "hidden": 16, "inner": 8, "top_k": 5},
     ],

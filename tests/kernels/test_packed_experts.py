@@ -31,12 +31,14 @@ GPT_OSS = FORMS["gpt_oss"]
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
-def assert_matches_reference(case: Case) -> None:
+def assert_matches_reference(case: Case) -> torch.Tensor:
+    """Both launches; returns the outputs of each choice."""
     y, out = run_kernels(case)
     expected_y = run_resident_experts_reference(case.x, case.slots, case.bank, case.form)
     expected = run_experts_decode_reference(case.x, case.slots, case.weights, case.bank, case.form)
     torch.testing.assert_close(y, expected_y, **TOLERANCES[case.x.dtype])
     torch.testing.assert_close(out, expected, **TOLERANCES[case.x.dtype])
+    return y
 
 
 def expanded(planes: WeightPlanes, code: Any, inputs: int, dtype: torch.dtype) -> torch.Tensor:
@@ -54,8 +56,7 @@ def test_decode_matches_float32(format: Any) -> None:
     assert_matches_reference(make_packed_case(ExpertForm(), format))
     case = make_packed_case(GPT_OSS, format, tokens=2, dtype=torch.bfloat16, bias=True)
     case.slots[0, 1] = -1
-    assert_matches_reference(case)
-    y, _ = run_kernels(case)
+    y = assert_matches_reference(case)
     assert not y[0, 1].any()
 
 
@@ -138,8 +139,21 @@ def test_nan_codes_and_scales_are_nan() -> None:
         assert run_kernels(case)[1].isnan().all()
 
 
-@formats
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def _formats_and_dtypes() -> list[Any]:
+    """Every format in float32, every second one in each of the others; the rest is slow."""
+    return [
+        pytest.param(
+            format,
+            dtype,
+            id=f"{name}-{dtype}",
+            marks=() if skips is None or number % 2 == skips else pytest.mark.slow,
+        )
+        for number, (name, format) in enumerate(FORMATS.items())
+        for dtype, skips in ((torch.float32, None), (torch.bfloat16, 0), (torch.float16, 1))
+    ]
+
+
+@pytest.mark.parametrize(("format", "dtype"), _formats_and_dtypes())
 def test_prefill_matches_float32(
     format: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,19 +131,31 @@ def random_steps(
     return steps
 
 
+SIZES = {
+    "one_expert": (1, 1, 1, 1),
+    "s_and_k_are_e": (5, 5, 1, 5),
+    "s_is_k": (7, 3, 3, 3),
+    "largest": (512, 512, 16, 16),
+    "more_than_slots": (512, 40, 16, 10),
+    "odd": (300, 17, 1, 8),
+}
+# They take long in the interpreter: fast with one policy each, and `odd` with all.
+LARGE = {"largest": "adaptive", "more_than_slots": "lru"}
+
+
 @planners
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    ("experts", "slots", "tokens", "top_k"),
+    ("experts", "slots", "tokens", "top_k", "policy"),
     [
-        (1, 1, 1, 1),
-        (5, 5, 1, 5),
-        (7, 3, 3, 3),
-        (512, 512, 16, 16),
-        (512, 40, 16, 10),
-        (300, 17, 1, 8),
+        pytest.param(
+            *sizes,
+            policy,
+            id=f"{name}-{policy}",
+            marks=() if LARGE.get(name, policy) == policy else pytest.mark.slow,
+        )
+        for name, sizes in SIZES.items()
+        for policy in POLICIES
     ],
-    ids=["one_expert", "s_and_k_are_e", "s_is_k", "largest", "more_than_slots", "odd"],
 )
 def test_sizes(
     planner: Callable[..., CachePlanTensors],

@@ -46,18 +46,27 @@ def families() -> dict[str, Family]:
     return {name: _family(name, classes) for name, classes in _modeling_files().items()}
 
 
+@functools.cache
+def family_names() -> list[str]:
+    """Folders of the modeling files that have experts, read as text: importing them takes long."""
+    return sorted({path.parent.name for path in _modeling_paths()})
+
+
+def _modeling_paths() -> list[Path]:
+    root = Path(transformers.__file__).parent / "models"
+    paths = sorted(root.glob("*/modeling_*.py"))
+    return [p for p in paths if "use_experts_implementation" in p.read_text(encoding="utf-8")]
+
+
 _Classes = tuple[tuple[type[nn.Module], ...], tuple[type[PreTrainedModel], ...]]
 
 
 @functools.cache
 def _modeling_files() -> dict[str, _Classes]:
     """Folder -> experts classes and generating classes of each file that has experts."""
-    root = Path(transformers.__file__).parent / "models"
     found: dict[str, _Classes] = {}
-    for path in sorted(root.glob("*/modeling_*.py")):
-        # Importing all of transformers' models would take minutes.
-        if "use_experts_implementation" not in path.read_text(encoding="utf-8"):
-            continue
+    # Importing all of transformers' models would take minutes.
+    for path in _modeling_paths():
         module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
         classes = [
             c

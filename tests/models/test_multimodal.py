@@ -72,9 +72,10 @@ def two_images(model: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+def generate(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
     return model.generate(
         **inputs,
+        **kwargs,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         return_dict_in_generate=True,
@@ -107,7 +108,7 @@ def test_text_about_images_is_the_unmodified_models(plain: Any, offloaded: Any) 
     options = {"lowering": "eager", "strict": False}
     compiled = torch.compile(offloaded, backend="specmoe", options=options)
     with recorded_reports(reports):
-        got = generate(compiled, inputs)
+        got = generate(compiled, inputs, cache_implementation="static")
     torch._dynamo.reset()
     assert torch.equal(got.sequences, want.sequences)
     difference = torch.stack(got.logits) - torch.stack(want.logits)

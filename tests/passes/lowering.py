@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from specmoe_compile.system.inductor import cpu_settings
+
 
 def compile_with(model: nn.Module, speculation: Any) -> Callable[..., Any]:
-    """Compile through the whole of Inductor with `speculation` as its pass."""
+    """Compile through all of Inductor, set up as the backend does, with `speculation` as its pass.
+
+    Layers of one shape have kernels of one source then, which is compiled once.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     def backend(gm: Any, example_inputs: Any) -> Any:
-        patches = {"post_grad_custom_pre_pass": speculation, "freezing": False}
+        patches = {
+            **cpu_settings(),
+            "post_grad_custom_pre_pass": speculation,
+            "freezing": False,
+        }
         return compile_fx(gm, example_inputs, config_patches=patches)
 
     return torch.compile(model, backend=backend)  # type: ignore[no-any-return]

@@ -36,7 +36,13 @@ def test_control_reads_full_recall(tmp_path: Path, lowering: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lookahead": 2}, {"prefetch_width": 4, "skip_layers": [1]}]
+    "options",
+    [
+        # Fast with calibrated vectors, in tests/predict/test_trained.py.
+        pytest.param({}, marks=pytest.mark.slow),
+        {"lookahead": 2},
+        {"prefetch_width": 4, "skip_layers": [1]},
+    ],
 )
 def test_tokens_are_exact_and_predictions_are_counted(
     tmp_path: Path, options: dict[str, Any]

@@ -19,6 +19,11 @@ from tests.passes.graphs import RecordingSession, use_session
 from tests.passes.lowering import compile_with, interpret_with
 
 _ALWAYS_COMPILED = ("qwen3_moe", "deepseek_v3")
+# What Dynamo and the passes decide shows in the graph; the slow tests generate code for it, too.
+_LOWERINGS = [
+    pytest.param(interpret_with, id="graph"),
+    pytest.param(compile_with, id="inductor", marks=pytest.mark.slow),
+]
 
 
 def _tokens(batch: int = 2, length: int = 5) -> torch.Tensor:
@@ -77,20 +82,21 @@ def test_inductor_keeps_values_and_order(monkeypatch: Any, family: str) -> None:
     assert not any(name == "experts" for name, _ in session.events)
 
 
+@pytest.mark.parametrize("lower", _LOWERINGS)
 @torch.no_grad()
-def test_control_recalls_everything_through_inductor(monkeypatch: Any) -> None:
+def test_control_recalls_everything(monkeypatch: Any, lower: Any) -> None:
     session = _session(monkeypatch)
     model, layers = tiny("qwen3_moe", num_hidden_layers=3)
     speculation = SpeculationPass(PassConfig(control=True))
     with torch._inductor.config.patch(fx_graph_cache=False):
-        compile_with(model, speculation)(_tokens(), use_cache=False)
+        lower(model, speculation)(_tokens(), use_cache=False)
     assert session.recall == {layer: [1.0] for layer in range(1, layers)}
 
 
 @torch.no_grad()
 def test_lookahead_of_two_and_wider_predictions_through_inductor(monkeypatch: Any) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny("deepseek_v3")
+    model, layers = tiny("deepseek_v3", num_hidden_layers=4)
     want = model(_tokens(), use_cache=False).logits
     session.events.clear()
     speculation = SpeculationPass(PassConfig(lookahead=2, prefetch_width=5))
@@ -102,8 +108,9 @@ def test_lookahead_of_two_and_wider_predictions_through_inductor(monkeypatch: An
     assert len(session.predicted) == layers - 1
 
 
+@pytest.mark.parametrize("lower", _LOWERINGS)
 @torch.no_grad()
-def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any) -> None:
+def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any, lower: Any) -> None:
     session = _session(monkeypatch)
     model, layers = tiny("qwen3_moe", num_hidden_layers=3)
     tokens = _tokens(batch=1)
@@ -123,7 +130,7 @@ def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any) -> None:
     want = decode(model)
     speculation = SpeculationPass(PassConfig())
     with torch._inductor.config.patch(fx_graph_cache=False):
-        got = decode(compile_with(model, speculation))
+        got = decode(lower(model, speculation))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert len(speculation.reports) == 1, "steady decode must not compile again"
     assert sum(event == ("start", layers - 1) for event in session.events) == 3

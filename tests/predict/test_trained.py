@@ -30,6 +30,7 @@ from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.stream_model import StreamModel
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 8, 2, 64
+PREFETCHED_BELOW = ("previous_token", "estimator")
 TRAINING = TrainingConfig(epochs=60, batch=64, learning_rate=1e-2)
 
 
@@ -214,8 +215,18 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
         CompileOptions.from_kwargs(options)
 
 
-# With networks "auto" is "hybrid".
-@pytest.mark.parametrize("name", ["auto", *(name for name in PREDICTORS if name != "hybrid")])
+# With networks "auto" is "hybrid". The tests below say of two predictors what they prefetch, too.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "auto",
+        *(
+            pytest.param(name, marks=pytest.mark.slow if name in PREFETCHED_BELOW else ())
+            for name in PREDICTORS
+            if name != "hybrid"
+        ),
+    ],
+)
 def test_exact_is_exact_and_recall_is_counted(artefact: Path, tmp_path: Path, name: str) -> None:
     model = _offloaded(tmp_path)
     options = {
@@ -227,17 +238,22 @@ def test_exact_is_exact_and_recall_is_counted(artefact: Path, tmp_path: Path, na
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
     tokens = greedy(compiled, prompts(1, 20), 12, cache_implementation="static")
     assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 12))
+    assert_counted(model, steps=11, from_layer=0 if name == "pre_attention" else 1)
+
+
+def assert_counted(model: Any, *, steps: int, from_layer: int = 1) -> None:
+    """K experts were needed and predicted in each step of each layer but the first ones."""
     stats = specmoe_compile.stats(model)
     for index, layer in enumerate(stats.layers):
-        steps = 11 if index > 0 or name == "pre_attention" else 0
-        assert layer.needed == layer.predicted == steps * TOP_K
+        assert layer.needed == layer.predicted == (steps if index >= from_layer else 0) * TOP_K
     assert 0 < stats.total.recall < 1
 
 
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_code_predicts_as_the_probe_measured(
-    calibration: Calibration, artefact: Path, tmp_path: Path
+    calibration: Calibration, artefact: Path, tmp_path: Path, lowering: str
 ) -> None:
-    """One token at a time through Inductor: the network's own choice is what is prefetched."""
+    """One token at a time: the network's own choice is what is prefetched."""
     model = _offloaded(tmp_path)
     session = session_of(model)
     started: dict[int, list[Any]] = {layer: [] for layer in range(LAYERS)}
@@ -256,12 +272,18 @@ def test_compiled_code_predicts_as_the_probe_measured(
 
     session.engine.start = watch_start  # type: ignore[method-assign]
     session.predictions.predict = watch_predict  # type: ignore[method-assign]
-    options = {"predictor": "estimator", "default_vectors": str(artefact), "auto_off": False}
+    options = {
+        "predictor": "estimator",
+        "default_vectors": str(artefact),
+        "auto_off": False,
+        "lowering": lowering,
+    }
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
     tokens = greedy(compiled, prompts(1, 20), 6, cache_implementation="static")
     assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 6))
     assert started[0] == [] and len(started[1]) == 5
     assert started[1] == seen[1] and started[2] == seen[2]
+    assert_counted(model, steps=5)
 
 
 def test_previous_token_prefetches_what_the_layer_chose_before(tmp_path: Path) -> None:
@@ -285,9 +307,11 @@ def test_previous_token_prefetches_what_the_layer_chose_before(tmp_path: Path) -
     session.engine.start = watch_start  # type: ignore[method-assign]
     options = {"predictor": "previous_token", "auto_off": False, "lowering": "eager"}
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
-    greedy(compiled, prompts(1, 20), 6, cache_implementation="static")
+    tokens = greedy(compiled, prompts(1, 20), 6, cache_implementation="static")
+    assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 20), 6))
     assert started[0] == [[-1, -1]], "the prompt is no single token"
     assert len(started) == 5 and started[1:] == chosen[:-1]
+    assert_counted(model, steps=5)
 
 
 def test_device_session_predicts_with_networks(artefact: Path) -> None:
@@ -297,7 +321,7 @@ def test_device_session_predicts_with_networks(artefact: Path) -> None:
     options = {"predictor": "estimator", "default_vectors": str(artefact), "lowering": "eager"}
     with session:
         compiled: Any = torch.compile(model, backend="specmoe", options=options)
-        tokens = greedy(compiled, prompts(1, 5), 8)
+        tokens = greedy(compiled, prompts(1, 5), 8, cache_implementation="static")
         assert torch.equal(tokens, greedy(tiny_qwen3_moe(), prompts(1, 5), 8))
         assert session.stats.total.prefetches > 0
         assert not unordered_pairs(streams.ops)
@@ -309,7 +333,9 @@ def test_device_session_refuses_what_a_captured_graph_cannot_remember() -> None:
         session.configure(SessionOptions(predictor="previous_token"))
 
 
-@pytest.mark.parametrize("policy", ["default_vector", "commit"])
+@pytest.mark.parametrize(
+    "policy", ["commit", pytest.param("default_vector", marks=pytest.mark.slow)]
+)
 def test_approximate_policies_run_with_a_trained_predictor(
     artefact: Path, tmp_path: Path, policy: str
 ) -> None:

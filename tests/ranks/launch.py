@@ -18,6 +18,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# What compiling and this family need: imported here, or else by each rank for itself.
+import functorch.compile  # noqa: F401
+import networkx  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
 import specmoe_compile.backend  # noqa: F401
 from tests.ranks import worker
 

@@ -110,17 +110,24 @@ def test_a_killed_pack_is_not_a_store_and_goes_on_where_it_was(tmp_path: Path) -
     assert_store_holds(folder, source)
 
 
-def test_a_killed_pack_of_other_weights_is_not_continued(tmp_path: Path) -> None:
-    kill_at(tmp_path / "store", 4)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a pack left that was killed in layer 4. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("killed") / "store"
+    kill_at(folder, 4)
+    return folder
+
+
+def test_a_killed_pack_of_other_weights_is_not_continued(tmp_path: Path, killed: Path) -> None:
+    folder = Path(shutil.copytree(killed, tmp_path / "store"))
     other = RandomSource(layers=9, seed=1)
-    assert pack_records(other, tmp_path / "store", progress=False).resumed_layers == 0
-    assert_store_holds(tmp_path / "store", other)
+    assert pack_records(other, folder, progress=False).resumed_layers == 0
+    assert_store_holds(folder, other)
 
 
 @pytest.mark.parametrize("damage", ["cut line", "short file", "no file"])
-def test_a_damaged_journal_costs_only_time(tmp_path: Path, damage: str) -> None:
-    folder, source = tmp_path / "store", RandomSource(layers=9)
-    kill_at(folder, 4)
+def test_a_damaged_journal_costs_only_time(tmp_path: Path, killed: Path, damage: str) -> None:
+    folder, source = Path(shutil.copytree(killed, tmp_path / "store")), RandomSource(layers=9)
     expected = {"cut line": 3, "short file": 1, "no file": 0}[damage]
     if damage == "cut line":
         journal = folder / "packing.journal"

@@ -116,8 +116,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """One server for all tests of this folder; it compiles nothing late and ends cleanly."""
-    process = Process(checkpoint, tmp_path_factory.mktemp("serve") / "store", "--max-queue", "64")
+    """One server for all tests of this folder; it compiles nothing late and ends cleanly.
+
+    Its graphs run as they are. The slow tests' servers are lowered by Inductor.
+    """
+    options = ("--max-queue", "64", "-O", "lowering=eager")
+    process = Process(checkpoint, tmp_path_factory.mktemp("serve") / "store", *options)
     yield process
     assert process.end() == 0, process.log()
     assert "Traceback" not in process.log(), process.log()
