@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from specmoe_compile.errors import CalibrationError, CompileError
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from specmoe_compile.runtime.session import Session
 
 log = logging.getLogger(__name__)
-
-ATTENTION_DEVICES = ("cuda",)
-"""Where `read_filled_cache` rewrites attention."""
 
 Compiled = Callable[..., Any]
 
@@ -80,10 +78,24 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOpti
         return _lower_untouched(gm, example_inputs, config)
     _refuse_training(example_inputs)
     if config.attention:
-        for reason in read_filled_cache(gm, device_types=ATTENTION_DEVICES).skipped:
-            log.info("read_filled_cache: %s", reason)
+        _read_filled_cache(gm)
     speculation = _configure_speculation(gm, config)
     return _lower(gm, example_inputs, config, speculation)
+
+
+def _read_filled_cache(gm: GraphModule) -> None:
+    """Rewrite attention, on a CPU where the C++ engine computes it."""
+    on_cpu = all(s.device.type == "cpu" and s.engine.multiplies for s in _sessions_of(gm))
+    report = read_filled_cache(gm, device_types=("cpu",) if on_cpu else ("cuda",))
+    for reason in report.skipped:
+        log.info("read_filled_cache: %s", reason)
+
+
+def _engine_attends(gm: GraphModule) -> bool:
+    """Whether PyTorch computes no attention of a Dynamo graph whose attention was rewritten."""
+    called = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+    ours = torch.ops.specmoe_kernels.decode_attention.default
+    return ours in called and functional.scaled_dot_product_attention not in called
 
 
 def _refuse_training(example_inputs: Sequence[Any]) -> None:
@@ -239,7 +251,9 @@ def _lower(
     }
     compiled = _lower_with_inductor(gm, example_inputs, config, patches)
     multiplies = config.products and speculation.config.multiplies
-    return on_one_thread(compiled, example_inputs) if multiplies and not on_gpu else compiled
+    if on_gpu or not multiplies:
+        return compiled
+    return on_one_thread(compiled, example_inputs, attends=_engine_attends(gm))
 
 
 def _lower_with_inductor(

@@ -88,8 +88,8 @@ class GraphOptions:
     )
     attention: bool = option(
         True,
-        "on a GPU, attention of decode steps reads the filled part of a static cache only, keys and"
-        " values once for all heads",
+        "attention of decode steps reads the filled part of a static cache only, keys and values"
+        " once for all heads; on a GPU, and on a CPU with the C++ engine",
     )
     products: bool | Literal["auto"] = option(
         "auto",

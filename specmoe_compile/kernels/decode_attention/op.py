@@ -25,11 +25,17 @@ from specmoe_compile.kernels.decode_attention.reference import (
 )
 
 _RANGE, _NAME = "attended_range", "decode_attention"
-LIBRARY.define(f"{_RANGE}(Tensor mask) -> Tensor")
-LIBRARY.define(
-    f"{_NAME}(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor bounds, Tensor? sinks,"
-    " float scale) -> Tensor"
-)
+_SCHEMAS = {
+    _RANGE: "(Tensor mask) -> Tensor",
+    _NAME: (
+        "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor bounds, Tensor? sinks, float scale)"
+        " -> Tensor"
+    ),
+}
+for _op, _schema in _SCHEMAS.items():
+    LIBRARY.define(_op + _schema)
+    # Gets what the op's body in C++, on a CPU, leaves to Python.
+    LIBRARY.define(f"{_op}_python{_schema}")
 
 MAX_QUERIES = 16
 MAX_HEAD = 256
@@ -220,6 +226,8 @@ for _op, _real_cpu, _real_cuda, _shapes in (
     (_RANGE, _range_cpu, _range_cuda, _range_fake),
     (_NAME, _cpu, _cuda, _fake),
 ):
-    LIBRARY.impl(_op, _real_cpu, "CPU")
+    # The CPU's own key is for the body in C++, `runtime/cpu/native/torch_src/ops.cpp`.
+    LIBRARY.impl(_op, _real_cpu, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_op}_python", _real_cpu, "CompositeExplicitAutograd")
     LIBRARY.impl(_op, _real_cuda, "CUDA")
     torch.library.register_fake(f"specmoe_kernels::{_op}", _shapes, lib=LIBRARY)

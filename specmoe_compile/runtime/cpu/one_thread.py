@@ -2,7 +2,7 @@
 
 What PyTorch computes in a decode step is small, since the engine multiplies. Shared by OpenMP it
 wakes a thread that then spins for milliseconds, on a core that a thread of the engine computes
-experts on. Only attention over a long context is worth it.
+experts on. Only attention over a long context is worth it, where PyTorch computes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ MAX_BYTES = 4 << 20
 """Keys of one layer and step that one thread reads: 0.2 ms at 20 GB/s."""
 
 
-def on_one_thread(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+def on_one_thread(
+    compiled: Callable[..., Any], inputs: Sequence[Any], *, attends: bool = False
+) -> Callable[..., Any]:
     """Run a compiled step with one OpenMP thread, as long as its keys are few.
 
     Args:
         compiled: the step.
         inputs: what it was traced with.
+        attends: whether the engine computes attention as well, so that keys do not count.
 
     Returns:
         The same; or the step itself where no input looks like keys, [B, heads, length, head size].
@@ -33,7 +36,7 @@ def on_one_thread(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callab
 
     def call(*given: Any) -> Any:
         threads = torch.get_num_threads()
-        if threads == 1 or given[at].nbytes > MAX_BYTES:
+        if threads == 1 or (not attends and given[at].nbytes > MAX_BYTES):
             return compiled(*given)
         torch.set_num_threads(1)
         try:

@@ -126,6 +126,8 @@ def test_a_step_with_few_keys_has_one_thread(two_threads: object) -> None:
     with pytest.raises(RuntimeError):
         call(torch.zeros(0), few)
     assert seen == [1, 2, 1] and torch.get_num_threads() == 2
+    assert on_one_thread(step, [few], attends=True)(many) == 5
+    assert seen.pop() == 1
 
 
 def test_a_step_without_keys_stays_as_it_is() -> None:

@@ -41,7 +41,15 @@ def test_the_engine_under_sanitizers(tmp_path: Path) -> None:
     }
     tests = [
         f"tests/runtime/cpu/test_native_{name}.py"
-        for name in ("kernels", "products", "session", "policy", "steps", "speculation")
+        for name in (
+            "kernels",
+            "products",
+            "attention",
+            "session",
+            "policy",
+            "steps",
+            "speculation",
+        )
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],

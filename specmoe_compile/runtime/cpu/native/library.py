@@ -141,6 +141,7 @@ def _declare_steps(library: CDLL) -> None:
 def _declare_decisions(library: CDLL) -> None:
     """What only tests call by itself."""
     for name, arguments, result in (
+        ("engine_attend", (c_void_p, c_void_p), None),
         ("trial_new", (), c_void_p),
         ("trial_delete", (c_void_p,), None),
         ("trial_begin", (c_void_p,), c_int32),

@@ -155,6 +155,25 @@ class StepCall(Structure):
     )
 
 
+class AttentionCall(Structure):
+    """Arguments of `decode_attention`; filled in by it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "mask", "sinks", "bounds", "out")),
+        *((f"{name}_strides", c_int64 * 3) for name in ("q", "k", "v", "mask")),
+        ("sequences", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("queries", c_int64),
+        ("head", c_int64),
+        ("bound_rows", c_int64),
+        ("dtype", c_int32),
+        ("mask_dtype", c_int32),
+        ("sinks_dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
 STRUCTURES = (
     WeightSpec,
     GateSpec,
@@ -164,4 +183,5 @@ STRUCTURES = (
     StepLayer,
     StepControl,
     StepCall,
+    AttentionCall,
 )

@@ -38,7 +38,8 @@ SPECMOE_API int64_t specmoe_struct_bytes(int32_t which) {
     case 4: return sizeof(CacheTables);
     case 5: return sizeof(StepLayer);
     case 6: return sizeof(StepControl);
-    default: return sizeof(StepCall);
+    case 7: return sizeof(StepCall);
+    default: return sizeof(AttentionCall);
   }
 }
 
@@ -53,6 +54,11 @@ SPECMOE_API void specmoe_engine_delete(void* engine) { delete static_cast<Engine
 
 SPECMOE_API void specmoe_engine_set_threads(void* engine, int32_t threads) {
   static_cast<Engine*>(engine)->set_threads(threads);
+}
+
+// Only tests call it by itself.
+SPECMOE_API void specmoe_engine_attend(void* engine, const AttentionCall* call) {
+  static_cast<Engine*>(engine)->attend(*call);
 }
 
 SPECMOE_API void specmoe_engine_settle(void* engine) { static_cast<Engine*>(engine)->settle(); }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention.h"
 #include "numbers.h"
 #include "products.h"
 
@@ -284,6 +285,7 @@ void Engine::start_threads() {
   (void)pool_.release();
   steps_.clear();
   products_.reset();
+  attention_.reset();
   pool_ = std::make_unique<Pool>(threads_);
   process_ = getpid();
 }
@@ -293,10 +295,16 @@ void Engine::products(const ProductsCall& call) {
   start_threads();
   if (!products_) products_ = std::make_unique<Products>();
   products_->prepare(*kernels_, call);
-  if (products_->is_small()) return products_->run_alone();
-  pool_->run(products_->offer, *products_, products_->chunks());
-  // The weights are the model's, which may free them once this returns.
-  while (!products_->offer.is_free()) std::this_thread::yield();
+  products_->run(*pool_);
+}
+
+void Engine::attend(const AttentionCall& call) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  start_threads();
+  if (!attention_) attention_ = std::make_unique<Attention>();
+  attention_->prepare(*kernels_, call);
+  attention_->run(*pool_);
+  attention_->finish();
 }
 
 void Engine::run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count, const float* x,

@@ -48,6 +48,7 @@ class Activations {
   std::vector<float> scales_;
 };
 
+class Attention;
 class Products;
 
 // A process has one of these, since it has one set of cores.
@@ -63,6 +64,8 @@ class Engine {
            int64_t tokens, float* y);
   // The products of a call, float32 rounded to its dtype once, bias included.
   void products(const ProductsCall& call);
+  // Attention in float32, rounded to the dtype once.
+  void attend(const AttentionCall& call);
   void set_threads(int threads);
   // Returns once no late thread reads a record any more; call it before records go away.
   void settle();
@@ -81,6 +84,7 @@ class Engine {
   int64_t process_ = 0;
   std::vector<std::unique_ptr<Step>> steps_;
   std::unique_ptr<Products> products_;
+  std::unique_ptr<Attention> attention_;
 };
 
 }  // namespace specmoe

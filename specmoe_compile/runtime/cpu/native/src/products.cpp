@@ -9,8 +9,6 @@ namespace {
 
 constexpr int64_t kChunkBytes = 128 << 10;
 constexpr int64_t kRowStep = 8;
-// Bytes of weights that one core reads in the time that waking another takes, and more.
-constexpr int64_t kSmallBytes = 512 << 10;
 
 }  // namespace
 
@@ -21,7 +19,7 @@ void Products::prepare(const Kernels& kernels, const ProductsCall& call) {
   const int64_t row_bytes = call.inputs * (call.dtype == F32 ? 4 : 2);
   int64_t outputs = 0;
   for (int64_t i = 0; i < call.count; i++) outputs += call.outputs[i];
-  is_small_ = outputs * row_bytes <= kSmallBytes;
+  bytes_ = outputs * row_bytes;
   const int64_t rows = std::max(kRowStep, kChunkBytes / std::max<int64_t>(1, row_bytes) /
                                               kRowStep * kRowStep);
   weights_.clear();
@@ -35,7 +33,7 @@ void Products::prepare(const Kernels& kernels, const ProductsCall& call) {
     spec.book = call.dtype;  // BOOK_F32, BOOK_BF16 and BOOK_F16 have the numbers of the dtypes
     weights_.push_back({spec, static_cast<const uint8_t*>(call.weights[i]),
                         call.biases == nullptr ? nullptr : call.biases[i], call.outs[i]});
-    const int64_t step = is_small_ ? spec.outputs : rows;
+    const int64_t step = bytes_ <= kAloneBytes ? spec.outputs : rows;
     for (int64_t begin = 0; begin < spec.outputs; begin += step)
       parts_.push_back({i, begin, std::min(begin + step, spec.outputs)});
   }
@@ -49,15 +47,6 @@ void Products::prepare(const Kernels& kernels, const ProductsCall& call) {
     inputs_.put(t, 0, call.inputs, x_.data());
   }
 }
-
-void Products::run_alone() {
-  for (int64_t chunk = 0; chunk < chunks(); chunk++) {
-    compute(chunk, scratch_);
-    publish(chunk, scratch_);
-  }
-}
-
-void Products::needs(int64_t, int64_t* first, int64_t* second) const { *first = *second = 0; }
 
 void Products::compute(int64_t chunk, Scratch& scratch) const {
   const Part& part = parts_[static_cast<size_t>(chunk)];

@@ -8,27 +8,21 @@
 #include <vector>
 
 #include "experts.h"
-#include "pool.h"
+#include "shared_work.h"
 #include "step_call.h"
 
 namespace specmoe {
 
-class Products final : public Work {
+class Products final : public SharedWork {
  public:
-  Offer offer;
-
-  // Copies the input; weights and biases must stay as long as a thread looks at the offer.
+  // Copies the input; weights and biases must stay until `run` returns.
   void prepare(const Kernels& kernels, const ProductsCall& call);
-  int64_t chunks() const { return static_cast<int64_t>(parts_.size()); }
-  // Whether a second thread would cost more than it brings.
-  bool is_small() const { return is_small_; }
-  void run_alone();
-
-  void needs(int64_t chunk, int64_t* first, int64_t* second) const override;
   void compute(int64_t chunk, Scratch& scratch) const override;
   void publish(int64_t chunk, const Scratch& scratch) override;
 
  private:
+  int64_t chunks() const override { return static_cast<int64_t>(parts_.size()); }
+
   // Rows [begin, end) of one weight.
   struct Part {
     int64_t weight, begin, end;
@@ -43,13 +37,11 @@ class Products final : public Work {
   const Kernels* kernels_ = nullptr;
   int32_t dtype_ = F32;
   int64_t tokens_ = 0;
-  bool is_small_ = true;
   std::vector<Weight> weights_;
   std::vector<Part> parts_;
   std::vector<int32_t> rows_;
   std::vector<float> x_;
   Activations inputs_;
-  Scratch scratch_;
 };
 
 }  // namespace specmoe

@@ -23,6 +23,10 @@ inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V halves(float a, float b) { return {_mm256_set1_ps(a), _mm256_set1_ps(b)}; }
 inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, const V& v) {
+  _mm256_storeu_ps(p, v.low);
+  _mm256_storeu_ps(p + 8, v.high);
+}
 inline float reduced8(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -108,13 +112,14 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 }  // namespace
 }  // namespace specmoe
 
+#include "attend.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels* avx2_kernels_or_null() {
-  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any};
+  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any, attend_any};
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("f16c");
   return has ? &kernels : nullptr;

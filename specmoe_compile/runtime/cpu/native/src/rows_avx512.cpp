@@ -23,6 +23,7 @@ inline V halves(float a, float b) {
   return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b));
 }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline float reduced8(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -91,13 +92,14 @@ constexpr int ROWS1 = 4, ROWSN = 4, TOKENS = 4;
 }  // namespace
 }  // namespace specmoe
 
+#include "attend.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels* avx512_kernels_or_null() {
-  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any};
+  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any, attend_any};
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vnni");

@@ -37,6 +37,7 @@ inline V load(const float* p) {
   std::memcpy(v.lane, p, sizeof v.lane);
   return v;
 }
+inline void store(float* p, const V& v) { std::memcpy(p, v.lane, sizeof v.lane); }
 inline float reduced(V v) {
   for (int step = 8; step > 0; step >>= 1)
     for (int j = 0; j < step; j++) v.lane[j] += v.lane[j + step];
@@ -154,13 +155,14 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 }  // namespace
 }  // namespace specmoe
 
+#include "attend.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels{"portable", any_rows, any_rows_int8, gate_any};
+  static const Kernels kernels{"portable", any_rows, any_rows_int8, gate_any, attend_any};
   return kernels;
 }
 

@@ -20,6 +20,12 @@ std::shared_ptr<Steps> steps_or_null(int64_t handle) {
   return found == table().end() ? nullptr : found->second;
 }
 
+// Those of any session: a process has one engine.
+std::shared_ptr<Steps> any_steps_or_null() {
+  const std::lock_guard<std::mutex> lock(table_mutex);
+  return table().empty() ? nullptr : table().begin()->second;
+}
+
 // What a session's steps return; 0, which means Python, without any, or where memory ran out.
 template <typename Result, typename Body>
 Result of_session(int64_t handle, Body body) {
@@ -75,6 +81,15 @@ const StepFunctions& step_functions() {
       },
       [](int64_t session, const ProductsCall* call) {
         return of_session<int32_t>(session, [&](Steps& s) { return s.products(*call); });
+      },
+      [](const AttentionCall* call) {
+        try {
+          const std::shared_ptr<Steps> steps = any_steps_or_null();
+          if (steps) steps->attend(*call);
+          return static_cast<int32_t>(steps != nullptr);
+        } catch (const std::exception&) {
+          return 0;
+        }
       },
   };
   return functions;

@@ -63,6 +63,7 @@ class Steps {
   bool correct(int64_t number, const StepCall& call, int64_t state);
   bool blend(int64_t number, const StepCall& call);
   bool products(const ProductsCall& call);
+  void attend(const AttentionCall& call) { engine_.attend(call); }  // takes no lock either
 
  private:
   struct Task {

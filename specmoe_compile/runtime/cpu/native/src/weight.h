@@ -98,6 +98,9 @@ struct Kernels {
                     int64_t out_stride);
   // Activation and gate in place: [count] pairs -> gate[count], see gate.h.
   void (*gate)(float* gate, const float* up, int64_t count, const struct GateSpec&);
+  // scores: [R, C] to work in. out: sums [R, D], not divided yet; the largest score [R]; and the
+  // sum of exponentials [R].
+  void (*attend)(const struct AttentionPart&, float* scores, float* out);
 };
 
 struct GateSpec {
@@ -107,6 +110,24 @@ struct GateSpec {
   int32_t limit_after;
   float alpha;
   float limit;  // infinity for none
+};
+
+// Keys [C, D] of one head, and the queries [R, D] that share it: R = heads * queries.
+struct AttentionPart {
+  const uint8_t* keys;    // the first one
+  const uint8_t* values;
+  const void* mask;       // of the first head, query and key
+  int64_t key_bytes;      // from one key to the next
+  int64_t value_bytes;
+  int64_t mask_head;      // elements from one head to the next
+  int64_t mask_query;
+  int64_t count;          // C
+  int64_t queries;        // of a head
+  int64_t head;           // D
+  int32_t dtype;
+  int32_t mask_dtype;     // or BOOL
+  float scale;
+  Inputs inputs;          // the queries
 };
 
 const Kernels& portable_kernels();

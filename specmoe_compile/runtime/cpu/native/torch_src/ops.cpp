@@ -10,10 +10,14 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../src/step_call.h"
+#include "../src/sums.h"
 
 namespace {
 
@@ -195,7 +199,132 @@ std::vector<Tensor> products(const Tensor& x, at::TensorList weights, at::Tensor
   return python(products, "specmoe::products_python", x, weights, biases, session);
 }
 
+bool is_float(const Tensor& tensor) { return dtype_or_negative(tensor) >= 0; }
+
+// Whether rows of the last of four dimensions lie as the engine reads them.
+bool has_rows(const Tensor& tensor) {
+  return tensor.dim() == 4 && tensor.layout() == at::kStrided && tensor.numel() > 0 &&
+         (tensor.stride(3) == 1 || tensor.size(3) == 1);
+}
+
+// The range of one row of a mask: nothing is attended to where both are 0.
+struct Range {
+  int64_t first = 0, last = 0;
+};
+
+Range range_of(const Tensor& mask, int64_t at) {
+  const int64_t length = mask.size(3);
+  Range range;
+  if (mask.scalar_type() == at::kBool) {
+    const auto* row = static_cast<const uint8_t*>(mask.const_data_ptr()) + at;
+    const void* first = std::memchr(row, 1, static_cast<size_t>(length));
+    if (first == nullptr) return range;
+    range.first = static_cast<const uint8_t*>(first) - row;
+    for (range.last = length; row[range.last - 1] == 0;) range.last--;
+    return range;
+  }
+  const int32_t dtype = dtype_or_negative(mask);
+  const float lowest = dtype == specmoe::F32    ? -0x1.fffffep127f
+                       : dtype == specmoe::BF16 ? -0x1.fep127f
+                                                : -65504.0f;
+  bool is_empty = true;
+  for (int64_t i = 0; i < length; i++) {
+    if (!(specmoe::value_at(mask.const_data_ptr(), dtype, at + i) > lowest)) continue;
+    if (is_empty) range.first = i;
+    is_empty = false;
+    range.last = i + 1;
+  }
+  // A query that attends to nothing averages over all keys.
+  return is_empty ? Range{0, length} : range;
+}
+
+Tensor attended_range(const Tensor& mask) {
+  if (!has_rows(mask) || !(is_float(mask) || mask.scalar_type() == at::kBool))
+    return python(attended_range, "specmoe_kernels::attended_range_python", mask);
+  Tensor bounds = at::empty({mask.size(0), 2}, at::TensorOptions(at::kInt));
+  auto* out = static_cast<int32_t*>(bounds.mutable_data_ptr());
+  for (int64_t b = 0; b < mask.size(0); b++) {
+    Range all{mask.size(3), 0};
+    for (int64_t n = 0; n < mask.size(1); n++)
+      for (int64_t q = 0; q < mask.size(2); q++) {
+        const Range own =
+            range_of(mask, b * mask.stride(0) + n * mask.stride(1) + q * mask.stride(2));
+        if (own.last == 0) continue;
+        all = {std::min(all.first, own.first), std::max(all.last, own.last)};
+      }
+    out[2 * b] = static_cast<int32_t>(std::min(all.first, all.last));
+    out[2 * b + 1] = static_cast<int32_t>(all.last);
+  }
+  return bounds;
+}
+
+constexpr int64_t kMaxQueries = 16, kMaxHead = 256, kMaxRowsF32 = 16, kMaxRows = 64;
+
+bool fits_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
+                    const Tensor& bounds, const std::optional<Tensor>& sinks) {
+  if (!is_on() || !has_rows(q) || !has_rows(k) || !has_rows(v) || !has_rows(mask)) return false;
+  if (!is_float(q) || k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type())
+    return false;
+  const int64_t heads = q.size(1), queries = q.size(2), kv_heads = k.size(1);
+  if (k.sizes() != v.sizes() || k.size(0) != q.size(0) || k.size(3) != q.size(3)) return false;
+  if (heads % kv_heads != 0 || queries > kMaxQueries || q.size(3) > kMaxHead) return false;
+  if (heads / kv_heads * queries > (q.scalar_type() == at::kFloat ? kMaxRowsF32 : kMaxRows))
+    return false;
+  for (int64_t i = 0; i < 3; i++)
+    if (mask.size(i) != 1 && mask.size(i) != q.size(i)) return false;
+  if (mask.size(3) != k.size(2) || !(is_float(mask) || mask.scalar_type() == at::kBool))
+    return false;
+  if (bounds.scalar_type() != at::kInt || bounds.dim() != 2 || !bounds.is_contiguous() ||
+      bounds.size(0) != mask.size(0) || bounds.size(1) != 2)
+    return false;
+  const auto* range = static_cast<const int32_t*>(bounds.const_data_ptr());
+  for (int64_t i = 0; i < bounds.size(0); i++, range += 2)
+    if (range[0] < 0 || range[0] > range[1] || range[1] > k.size(2)) return false;
+  return !sinks || (sinks->dim() == 1 && sinks->size(0) == heads && sinks->is_contiguous() &&
+                    is_float(*sinks));
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
+                        const Tensor& bounds, const std::optional<Tensor>& sinks, double scale) {
+  if (fits_attention(q, k, v, mask, bounds, sinks)) {
+    specmoe::AttentionCall call{};
+    Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
+    call.q = q.const_data_ptr();
+    call.k = k.const_data_ptr();
+    call.v = v.const_data_ptr();
+    call.mask = mask.const_data_ptr();
+    call.sinks = sinks ? sinks->const_data_ptr() : nullptr;
+    call.bounds = static_cast<const int32_t*>(bounds.const_data_ptr());
+    call.out = out.mutable_data_ptr();
+    for (int i = 0; i < 3; i++) {
+      call.q_strides[i] = q.stride(i);
+      call.k_strides[i] = k.stride(i);
+      call.v_strides[i] = v.stride(i);
+      call.mask_strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+    }
+    call.sequences = q.size(0);
+    call.heads = q.size(1);
+    call.kv_heads = k.size(1);
+    call.queries = q.size(2);
+    call.head = q.size(3);
+    call.bound_rows = bounds.size(0);
+    call.dtype = dtype_or_negative(q);
+    call.mask_dtype =
+        mask.scalar_type() == at::kBool ? specmoe::BOOL : dtype_or_negative(mask);
+    call.sinks_dtype = sinks ? dtype_or_negative(*sinks) : specmoe::F32;
+    call.scale = static_cast<float>(scale);
+    if (engine->attend(&call)) return out.transpose(1, 2);
+  }
+  return python(decode_attention, "specmoe_kernels::decode_attention_python", q, k, v, mask,
+                bounds, sinks, scale);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(specmoe_kernels, CPU, library) {
+  library.impl("attended_range", attended_range);
+  library.impl("decode_attention", decode_attention);
+}
 
 TORCH_LIBRARY_IMPL(specmoe, CPU, library) {
   library.impl("experts", experts);
