@@ -69,7 +69,7 @@ def test_rewritten_graph_computes_the_same(monkeypatch: Any, family: str) -> Non
 @torch.no_grad()
 def test_inductor_keeps_values_and_order(monkeypatch: Any, family: str) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny(family, num_hidden_layers=3)
+    model, layers = tiny(family)
     want = model(_tokens(), use_cache=False).logits
     session.events.clear()
     speculation = SpeculationPass(PassConfig())
@@ -86,7 +86,7 @@ def test_inductor_keeps_values_and_order(monkeypatch: Any, family: str) -> None:
 @torch.no_grad()
 def test_control_recalls_everything(monkeypatch: Any, lower: Any) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny("qwen3_moe", num_hidden_layers=3)
+    model, layers = tiny("qwen3_moe")
     speculation = SpeculationPass(PassConfig(control=True))
     with torch._inductor.config.patch(fx_graph_cache=False):
         lower(model, speculation)(_tokens(), use_cache=False)
@@ -112,7 +112,7 @@ def test_lookahead_of_two_and_wider_predictions_through_inductor(monkeypatch: An
 @torch.no_grad()
 def test_decode_with_a_static_cache_is_rewritten_once(monkeypatch: Any, lower: Any) -> None:
     session = _session(monkeypatch)
-    model, layers = tiny("qwen3_moe", num_hidden_layers=3)
+    model, layers = tiny("qwen3_moe")
     tokens = _tokens(batch=1)
 
     def decode(run: Any) -> list[torch.Tensor]:

@@ -67,11 +67,12 @@ def real_run(
     if read_s:
         slow_down_reads(session, read_s)
     recorder = TraceRecorder(session)
-    runner = model
+    runner, cache = model, {}
     if options is not None:
+        cache = {"cache_implementation": "static"}  # two graphs, not three
         runner = torch.compile(model, backend="specmoe", options={"lowering": "eager", **options})
     for number in range(generations):
-        greedy(runner, prompts(batch, prompt, seed=number), new_tokens)
+        greedy(runner, prompts(batch, prompt, seed=number), new_tokens, **cache)
     run = RealRun(trace=recorder.trace("tiny"), stats=session.stats)
     specmoe_compile.close(model)
     return run

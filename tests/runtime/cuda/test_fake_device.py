@@ -89,7 +89,7 @@ def trace(
 
 
 def test_decode_step_of_the_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = reference_model()
+    config = reference_model(layers=4)
     with fake_run(config, monkeypatch) as run:
         run.compile()
         run.step(1, 1, run.cache(64, batch=1))

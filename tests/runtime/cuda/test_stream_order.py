@@ -81,7 +81,7 @@ def test_other_rewrites_have_no_unordered_pair(options: dict[str, Any], plain: A
     recorder = Recorder(plain, **options)
     for transfer in ("gather", "copy"):
         config = SessionOptions(transfer=transfer, **options)  # type: ignore[arg-type]
-        check(recorder, plain, Prompt(new_tokens=2), config)
+        check(recorder, plain, Prompt(new_tokens=2, static=True), config)
     assert (recorder.prefetches > 0) == options.get("prefetch", True)
 
 
@@ -129,7 +129,7 @@ def test_branches_of_copied_steps_have_no_unordered_pair(
         return blend(vectors, layer, ids, *others)
 
     monkeypatch.setattr(DeviceVectors, "blend", counted)
-    check(recorder, plain, DECODE, COPY, slots=3)
+    check(recorder, plain, Prompt(static=True), COPY, slots=3)
     assert recorder.branches > 0
     assert (1 in blended) == pays, "tokens of one step"
 
