@@ -137,7 +137,7 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
     fetching = [session for session in sessions if session.engine.fetches]
     offloaded = len(fetching) == len(sessions)
-    config = _with_prefetch_decided(sessions, config, offloaded=offloaded)
+    config = _with_prefetch_decided(sessions, config)
     if fetching and not offloaded:
         _warn_once(
             "specmoe predicts no experts in a graph of several models, of which only"
@@ -158,24 +158,18 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     )
 
 
-def _with_prefetch_decided(
-    sessions: Sequence[Session], config: CompileOptions, *, offloaded: bool
-) -> CompileOptions:
-    """The options with `prefetch="auto"` resolved to what the graph's engines say."""
-    if config.prefetch != "auto":
-        return config
-    pays = (
-        not offloaded  # there is nothing to predict, and nothing to tell
-        or config.asks_for_predictions
-        or any(session.engine.prefetch_pays for session in sessions)
-    )
-    if not pays:
+def _with_prefetch_decided(sessions: Sequence[Session], config: CompileOptions) -> CompileOptions:
+    """Resolve `prefetch="auto"`, and say so where nothing will be predicted."""
+    from specmoe_compile.runtime.engine import with_prefetch_decided
+
+    decided = with_prefetch_decided(config, [session.engine for session in sessions])
+    if config.prefetch == "auto" and not decided.prefetch:
         log.info(
             'prefetch="auto" predicts no experts in this graph: the cache has slots for half of the'
             " experts or more, and misses too seldom on a GPU for predictions to pay;"
             " prefetch=True predicts anyway"
         )
-    return replace(config, prefetch=pays)
+    return decided
 
 
 def _resident_layers(sessions: Sequence[Session]) -> tuple[int, ...]:

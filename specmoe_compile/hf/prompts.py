@@ -17,6 +17,7 @@ from torch._dynamo import eval_frame
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
+from specmoe_compile.runtime.engine import with_prefetch_decided
 from specmoe_compile.runtime.session import Session
 
 Call = Callable[..., Any]
@@ -45,7 +46,8 @@ def prompts_as_they_are(
         if torch.is_grad_enabled() or not _is_prompt(args, kwargs):
             return compiled(*args, **kwargs)
         if not told:  # as the backend does it before the first step
-            session.configure(SessionOptions.view(options))
+            decided = with_prefetch_decided(options, [session.engine])
+            session.configure(SessionOptions.view(decided))
             told = True
         return plain(*args, **kwargs)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specmoe_compile.options import SessionOptions
+from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.predict.predictions import Predictions
 from specmoe_compile.runtime.cache.statistics import Stats
@@ -130,3 +131,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back threads, memory and locks; called once, and nothing after it."""
+
+
+def with_prefetch_decided(options: CompileOptions, engines: Sequence[Engine]) -> CompileOptions:
+    """Resolve `prefetch="auto"`: yes, unless all engines of a graph that fetches are against it."""
+    if options.prefetch != "auto":
+        return options
+    pays = (
+        options.asks_for_predictions
+        or not all(engine.fetches for engine in engines)  # nothing is predicted anyway
+        or any(engine.prefetch_pays for engine in engines)
+    )
+    return replace(options, prefetch=pays)

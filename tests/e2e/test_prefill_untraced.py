@@ -145,7 +145,10 @@ def test_another_backend_traces_as_ever(model: nn.Module) -> None:
 @torch.no_grad()
 def test_a_prompt_is_not_traced_on_any_device(device: str) -> None:
     told: list[Any] = []
-    session: Any = SimpleNamespace(device=torch.device(device), configure=told.append)
+    engine = SimpleNamespace(fetches=True, prefetch_pays=True)
+    session: Any = SimpleNamespace(
+        device=torch.device(device), configure=told.append, engine=engine
+    )
     cache = SimpleNamespace(is_compileable=True)
     call = prompts_as_they_are(
         lambda *_, **__: "compiled",

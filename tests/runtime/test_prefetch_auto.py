@@ -13,7 +13,7 @@ from benchmarks.full_size.arms import ARMS as FULL_SIZE_ARMS
 from specmoe_compile import backend
 from specmoe_compile.bench.arms import ARMS as BENCH_ARMS
 from specmoe_compile.calibrate.fidelity import _graph_options
-from specmoe_compile.hf.prompts import options_of
+from specmoe_compile.hf.prompts import prompts_as_they_are
 from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.runtime.cpu.live_engine import LiveEngine
@@ -65,18 +65,18 @@ def test_what_each_engine_says() -> None:
     assert not LiveEngine().prefetch_pays
 
 
-def decided(given: dict[str, Any], *engines: bool, offloaded: bool = True) -> bool | Any:
+def decided(given: dict[str, Any], *engines: bool, fetches: bool = True) -> Any:
     """What `prefetch` becomes beside engines that say so."""
-    sessions: Any = [SimpleNamespace(engine=SimpleNamespace(prefetch_pays=p)) for p in engines]
-    options = CompileOptions.from_kwargs(given)
-    return backend._with_prefetch_decided(sessions, options, offloaded=offloaded).prefetch
+    told = [SimpleNamespace(prefetch_pays=pays, fetches=fetches) for pays in engines]
+    sessions: Any = [SimpleNamespace(engine=engine) for engine in told]
+    return backend._with_prefetch_decided(sessions, CompileOptions.from_kwargs(given)).prefetch
 
 
 def test_auto_predicts_unless_all_engines_are_against_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert decided({}, True) is True
     assert decided({}, False, True) is True
-    assert decided({}, False, offloaded=False) is True, "nothing is left out that could be"
+    assert decided({}, False, fetches=False) is True, "nothing is left out that could be"
     assert LEFT_OUT not in caplog.text
     assert decided({}, False, False) is False
     assert caplog.text.count(LEFT_OUT) == 1 and "prefetch=True predicts anyway" in caplog.text
@@ -117,9 +117,22 @@ def test_sessions_and_passes_never_see_auto() -> None:
     assert SessionOptions.view(CompileOptions(prefetch=False)).prefetch is False
     keys = {PassConfig.from_options(CompileOptions(prefetch=p)).key() for p in (True, False)}
     assert len(keys) == 2, "compiled code with and without predictions is not mixed up"
-    # Prompts that run untraced tell a session of the options before a graph does.
-    untraced = options_of("specmoe", {"options": {"prefetch": "auto"}})
-    assert untraced is not None and SessionOptions.view(untraced).prefetch is True
+
+
+@pytest.mark.parametrize(("slots", "predicts"), [(E // 2 - 1, True), (E // 2, False)])
+@torch.no_grad()
+def test_a_prompt_that_no_graph_runs_tells_a_session_the_same(slots: int, predicts: bool) -> None:
+    cache, prompt = SimpleNamespace(is_compileable=True), torch.zeros(1, 40, dtype=torch.int64)
+    with opened(StreamModel(), slots=slots) as session:
+        assert session.speculation.prefetch == "auto"
+        call = prompts_as_they_are(
+            lambda *_, **__: "compiled",
+            lambda *_, **__: "plain",
+            options=CompileOptions(transfer="gather"),
+            session=session,
+        )
+        assert call(input_ids=prompt, past_key_values=cache) == "plain"
+        assert session.speculation.prefetch is predicts
 
 
 def test_policies_are_compared_with_predictions_in_the_graph() -> None:
