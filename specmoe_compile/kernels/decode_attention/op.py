@@ -25,14 +25,14 @@ from specmoe_compile.kernels.decode_attention.reference import (
 )
 
 _RANGE, _NAME = "attended_range", "decode_attention"
-_SCHEMAS = {
+_SIGNATURES = {
     _RANGE: "(Tensor mask) -> Tensor",
     _NAME: (
         "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor bounds, Tensor? sinks, float scale)"
         " -> Tensor"
     ),
 }
-for _op, _schema in _SCHEMAS.items():
+for _op, _schema in _SIGNATURES.items():
     LIBRARY.define(_op + _schema)
     # Gets what the op's body in C++, on a CPU, leaves to Python.
     LIBRARY.define(f"{_op}_python{_schema}")
