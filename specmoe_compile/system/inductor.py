@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,6 @@ def compiler_takes_vector_flags() -> bool:
     each with empty caches. The flags alone take hundredths. False where it cannot be said; Inductor
     asks in its own way then.
     """
-    compiler = find_compiler_or_none()
-    if compiler is None:
-        return False
     try:
         from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
 
@@ -78,20 +76,7 @@ def compiler_takes_vector_flags() -> bool:
     except (ImportError, AttributeError) as error:  # a PyTorch that has them elsewhere
         log.debug("Inductor's instruction sets are not where they were: %s", error)
         return False
-    if not names:
-        return False
-    try:
-        done = subprocess.run(
-            [*shlex.split(compiler), *flags, "-fsyntax-only", "-x", "c++", "-"],
-            input=b"",
-            capture_output=True,
-            timeout=_COMPILER_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.debug("%s cannot be asked: %s", compiler, error)
-        return False
-    return done.returncode == 0
+    return bool(names) and _is_accepted("", [*flags, "-fsyntax-only"])
 
 
 @functools.cache
@@ -126,20 +111,25 @@ def list_vector_sets() -> None:
 
 def _compiles(code: str, flags: str) -> bool:
     """Whether the C++ compiler makes an object file of `code`; False where it cannot be asked."""
+    with tempfile.TemporaryDirectory(prefix="specmoe-") as folder:
+        target = str(Path(folder) / "probe.o")
+        return _is_accepted(code, [*shlex.split(flags), "-c", "-o", target])
+
+
+def _is_accepted(code: str, arguments: Sequence[str]) -> bool:
+    """Whether the C++ compiler takes `code` with these arguments; False where none can be asked."""
     compiler = find_compiler_or_none()
     if compiler is None:
         return False
-    with tempfile.TemporaryDirectory(prefix="specmoe-") as folder:
-        command = [*shlex.split(compiler), *shlex.split(flags), "-c", "-x", "c++", "-"]
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(Path(folder) / "probe.o")],
-                input=code.encode(),
-                capture_output=True,
-                timeout=_COMPILER_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            log.debug("%s cannot be asked: %s", compiler, error)
-            return False
+    try:
+        done = subprocess.run(
+            [*shlex.split(compiler), *arguments, "-x", "c++", "-"],
+            input=code.encode(),
+            capture_output=True,
+            timeout=_COMPILER_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.debug("%s cannot be asked: %s", compiler, error)
+        return False
     return done.returncode == 0
