@@ -104,6 +104,22 @@ def down_config(
     return GemvConfig(block_k=block_k, block_out=block_out, block_in=block_in)
 
 
+def gemv_down_constexprs(
+    hidden: int, inner: int, top_k: int, config: GemvConfig, *, has_bias: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of every down projection: its sizes and its blocks."""
+    return {
+        "H": hidden,
+        "I": inner,
+        "K": top_k,
+        "HAS_BIAS": has_bias,
+        "BLOCK_K": config.block_k,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "NUM_STAGES": config.num_stages,
+    }
+
+
 def up_constexprs(
     hidden: int, inner: int, top_k: int, form: ExpertForm, *, has_bias: bool
 ) -> dict[str, Any]:

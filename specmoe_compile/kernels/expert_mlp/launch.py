@@ -16,6 +16,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     ceil_div,
     down_config,
     gate_up_config,
+    gemv_down_constexprs,
     up_constexprs,
 )
 from specmoe_compile.kernels.expert_mlp.kernel import down_kernel, gate_up_kernel
@@ -141,13 +142,6 @@ def down_constexprs(
 ) -> dict[str, Any]:
     """Compile-time arguments of `down_kernel`."""
     return {
-        "H": hidden,
-        "I": inner,
-        "K": top_k,
-        "HAS_BIAS": has_bias,
+        **gemv_down_constexprs(hidden, inner, top_k, config, has_bias=has_bias),
         "TRANSPOSED": form.transposed,
-        "BLOCK_K": config.block_k,
-        "BLOCK_OUT": config.block_out,
-        "BLOCK_IN": config.block_in,
-        "NUM_STAGES": config.num_stages,
     }

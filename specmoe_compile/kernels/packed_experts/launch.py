@@ -15,6 +15,7 @@ from specmoe_compile.kernels.expert_mlp.config import (
     DOWN_FP_FUSION,
     GemvConfig,
     ceil_div,
+    gemv_down_constexprs,
     up_constexprs,
 )
 from specmoe_compile.kernels.packed_experts.config import down_config, gate_up_config, unit_of
@@ -157,13 +158,6 @@ def packed_down_constexprs(
 ) -> dict[str, Any]:
     """Compile-time arguments of `packed_down_kernel`."""
     return {
-        "H": hidden,
-        "I": inner,
-        "K": top_k,
-        "HAS_BIAS": has_bias,
+        **gemv_down_constexprs(hidden, inner, top_k, config, has_bias=has_bias),
         **code_constexprs(form.format.down, inner),
-        "BLOCK_K": config.block_k,
-        "BLOCK_OUT": config.block_out,
-        "BLOCK_IN": config.block_in,
-        "NUM_STAGES": config.num_stages,
     }
