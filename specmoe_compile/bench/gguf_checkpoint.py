@@ -51,7 +51,16 @@ def convert(folder: Path, dtype: str, path: Path) -> None:
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3MOE])
-    _add_shape(writer, config, dtype)
+    writer.add_file_type(
+        {
+            "float32": gguf.LlamaFileType.ALL_F32,
+            "float16": gguf.LlamaFileType.MOSTLY_F16,
+            "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+        }[dtype]
+    )
+    if not config.get("norm_topk_prob", False):
+        raise ValueError("llama.cpp renormalises the router weights of qwen3_moe; this model not.")
+    add_shape(writer, config)
     with Checkpoint(sorted(folder.glob("*.safetensors"))) as checkpoint:
         parts: dict[str, list[str]] = {}
         for name, sources in _stacks(checkpoint.tensors).items():
@@ -68,18 +77,8 @@ def convert(folder: Path, dtype: str, path: Path) -> None:
     writer.close()
 
 
-def _add_shape(writer: Any, config: dict[str, Any], dtype: str) -> None:
-    import gguf
-
-    writer.add_file_type(
-        {
-            "float32": gguf.LlamaFileType.ALL_F32,
-            "float16": gguf.LlamaFileType.MOSTLY_F16,
-            "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-        }[dtype]
-    )
-    if not config.get("norm_topk_prob", False):
-        raise ValueError("llama.cpp renormalises the router weights of qwen3_moe; this model not.")
+def add_shape(writer: Any, config: Mapping[str, Any]) -> None:
+    """Write what a Mixture-of-Experts configuration of Hugging Face's says, and no vocabulary."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
