@@ -95,7 +95,7 @@ class GraphOptions:
         "auto",
         "products of decode steps with weights that are not experts' (q, k, v, o, routers) by"
         " specmoe's kernels, all those of one input at once: on a CPU with the engine's threads; on"
-        " a GPU those of one token in CUDA graphs, with `True` only, until that is measured",
+        " a GPU those of one token in CUDA graphs",
     )
     lowering: Lowering = option(
         "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'

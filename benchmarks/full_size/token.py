@@ -126,7 +126,7 @@ class Benchmark:
         return rows
 
     def _key(self, context: int, attention: str, name: str) -> str:
-        products = "|products" if self._args.products else ""
+        products = "|no products" if self._args.no_products else ""
         return f"{self._args.model}|{context}|{name}|attention {attention}{products}"
 
     def _in_time(self, what: str) -> bool:
@@ -173,7 +173,7 @@ class Benchmark:
             "strict": True,
             "attention": attention == "on",
             "transfer": "gather",
-            **({"products": True} if self._args.products else {}),
+            "products": False if self._args.no_products else "auto",
         }
         if not self._args.dry:
             options["mode"] = "reduce-overhead"
@@ -221,7 +221,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", type=int)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(CELL_ARMS[:3]))
     parser.add_argument("--attention", nargs="+", choices=("on", "off"), default=["on"])
-    parser.add_argument("--products", action="store_true", help="option products=True")
+    parser.add_argument("--no-products", action="store_true", help="option products=False")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")
     parser.add_argument("--prompts", nargs="+", type=int, help="of first_token, not --contexts")

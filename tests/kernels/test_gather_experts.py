@@ -126,7 +126,7 @@ def test_op_compiles_into_one_graph() -> None:
         ({"sources": [BYTES.repeat(64, 4).t()]}, "each slot of sources[0] must be contiguous"),
         ({"fill_slots": torch.zeros(2, dtype=torch.int64)}, "fill_slots is int64, expected int32"),
         ({"fill_slots": torch.zeros(3, dtype=torch.int32)}, "fill_slots is (3,), expected [2]"),
-        ({"fill_experts": torch.zeros(4, dtype=torch.int32)[::2]}, "fill_experts is not contiguo"),
+        ({"fill_experts": lambda: _list(0, 0, 0, 0)[::2]}, "fill_experts is not contiguous"),
         ({"fill_count": torch.zeros(2, dtype=torch.int32)}, "fill_count is (2,), expected [1]"),
         ({"programs": 0}, "programs is 0"),
     ],
@@ -146,6 +146,7 @@ def test_wrong_arguments_are_refused_with_one_sentence(
         name: value.to(DEVICE) if isinstance(value, Tensor) else value
         for name, value in change.items()
     }
+    moved |= {name: make() for name, make in change.items() if callable(make)}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)) as caught:
         gather_experts(**{**arguments, **moved})
     assert "\n" not in str(caught.value)

@@ -78,7 +78,8 @@ def test_products_of_models_are_the_same_in_every_run(
 def test_a_weight_of_a_prompt_or_of_a_head_has_enough_programs() -> None:
     few, many = products_config([128], 2048, 2), products_config([4096, 512, 512], 2048, 2)
     assert (few.block_out, many.block_out) == (1, 4)
-    assert products_config([2880], 4096, 2).block_in == 2048
+    long = products_config([2880], 4096, 2)
+    assert (long.block_out, long.block_in) == (8, 512)
 
 
 def test_op_passes_opcheck() -> None:

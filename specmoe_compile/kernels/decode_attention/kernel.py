@@ -122,8 +122,8 @@ def decode_attention_kernel(
     Args:
         q: [B, N, Q, D]; k, v: [B, G, S, D]; mask: [B, N, Q, S]; out: [B, N, Q, D]: strides given,
             the last one is 1. bounds: [B, 2] int32. sinks: [N].
-        part_out: [B * N * Q, P, D], part_max, part_sum: [B * N * Q, P] fp32; written with SPLIT,
-            for the parts that have keys. `out` is written without.
+        part_out: [B * N * Q, P, D], part_max, part_sum: [B * N * Q, P] fp32; written with SPLIT;
+            of a part without keys, a maximum of -inf alone. `out` is written without.
         parts: P.
         MASK_PER_ROW: the mask differs between heads or queries.
     """
@@ -134,14 +134,16 @@ def decode_attention_kernel(
     first, last, per_part = _part_tiles(bounds + sequence * bounds_b, parts, BLOCK_N)
     start = first + part * per_part
     end = tl.minimum(start + per_part, last)
-    if SPLIT:  # noqa: SIM102  (a constant of the compiler beside a value of the GPU)
-        if start >= end:
-            return
-
     rows = tl.arange(0, BLOCK_M)
     row_exists = rows < REPEATS * Q
     head = kv_head * REPEATS + rows // Q
     query = rows % Q
+    places = ((sequence * G * REPEATS + head) * Q + query) * parts + part
+    if SPLIT:  # noqa: SIM102  (a constant of the compiler beside a value of the GPU)
+        if start >= end:
+            tl.store(part_max + places, float("-inf"), mask=row_exists)
+            return
+
     dims = tl.arange(0, BLOCK_D)
     exists = row_exists[:, None] & (dims < D)[None, :]
     q_rows = q + sequence * q_b + head * q_h + query * q_q
@@ -158,9 +160,9 @@ def decode_attention_kernel(
         keys = offset + tl.arange(0, BLOCK_N)
         inside = keys < end
         tile = inside[:, None] & (dims < D)[None, :]
-        places = keys.to(tl.int64)[:, None]
-        k_tile = tl.load(k_base + places * k_s + dims[None, :], mask=tile, other=0.0)
-        v_tile = tl.load(v_base + places * v_s + dims[None, :], mask=tile, other=0.0)
+        key = keys.to(tl.int64)[:, None]
+        k_tile = tl.load(k_base + key * k_s + dims[None, :], mask=tile, other=0.0)
+        v_tile = tl.load(v_base + key * v_s + dims[None, :], mask=tile, other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         if MASK_PER_ROW:
             seen = row_exists[:, None] & inside[None, :]
@@ -182,8 +184,6 @@ def decode_attention_kernel(
         largest = new_largest
 
     if SPLIT:
-        queries = (sequence * G * REPEATS + head) * Q + query
-        places = queries * parts + part
         tl.store(part_max + places, largest, mask=row_exists)
         tl.store(part_sum + places, total, mask=row_exists)
         tl.store(part_out + places[:, None] * D + dims[None, :], sum_v, mask=exists)
@@ -205,10 +205,8 @@ def sum_parts_kernel(
     part_out,
     part_max,
     part_sum,
-    bounds,
     sinks,
     out,
-    bounds_b,
     out_b,
     out_h,
     out_q,
@@ -217,43 +215,44 @@ def sum_parts_kernel(
     Q: tl.constexpr,
     D: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out = the parts of a query's attention, put together; grid (B * N * Q,).
 
+    Nothing that is loaded depends on another load, so that a step waits for memory once.
+
     Args:
-        see `decode_attention_kernel`, whose BLOCK_N this one needs to know which parts have keys.
+        see `decode_attention_kernel`.
     """
     row = tl.program_id(0).to(tl.int64)
     sequence = row // (N * Q)
     head = row // Q % N
-    first, last, per_part = _part_tiles(bounds + sequence * bounds_b, parts, BLOCK_N)
-    count = tl.cdiv(last - first, tl.maximum(per_part, 1))
     dims = tl.arange(0, BLOCK_D)
     largest = float("-inf")
-    if HAS_SINKS:
-        largest = tl.load(sinks + head).to(tl.float32)
-    for offset in range(0, count, BLOCK_P):
-        part = offset + tl.arange(0, BLOCK_P)
-        maxima = tl.load(part_max + row * parts + part, mask=part < count, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(maxima, axis=0))
-    safe = tl.where(largest == float("-inf"), 0.0, largest)
     total = 0.0
     if HAS_SINKS:
-        total = tl.exp(tl.load(sinks + head).to(tl.float32) - safe)
+        largest = tl.load(sinks + head).to(tl.float32)
+        total = 1.0
     value = tl.zeros([BLOCK_D], tl.float32)
-    for offset in range(0, count, BLOCK_P):
+    for offset in range(0, parts, BLOCK_P):
         part = offset + tl.arange(0, BLOCK_P)
-        there = part < count
-        maxima = tl.load(part_max + row * parts + part, mask=there, other=float("-inf"))
-        rescale = tl.exp(maxima - safe)
-        sums = tl.load(part_sum + row * parts + part, mask=there, other=0.0)
-        total += tl.sum(sums * rescale, axis=0)
-        places = (row * parts + part)[:, None] * D + dims[None, :]
-        values = tl.load(part_out + places, mask=there[:, None] & (dims < D)[None, :], other=0.0)
-        value += tl.sum(values * rescale[:, None], axis=0)
+        place = row * parts + part
+        exists = part < parts
+        maxima = tl.load(part_max + place, mask=exists, other=float("-inf"))
+        sums = tl.load(part_sum + place, mask=exists, other=0.0)
+        tile = exists[:, None] & (dims < D)[None, :]
+        values = tl.load(part_out + place[:, None] * D + dims[None, :], mask=tile, other=0.0)
+        # What a part without keys left out may be anything.
+        has_keys = maxima > float("-inf")
+        sums = tl.where(has_keys, sums, 0.0)
+        values = tl.where(has_keys[:, None], values, 0.0)
+        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+        safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        old, rescale = tl.exp(largest - safe), tl.exp(maxima - safe)
+        total = total * old + tl.sum(sums * rescale, axis=0)
+        value = value * old + tl.sum(values * rescale[:, None], axis=0)
+        largest = new_largest
     value = value / tl.where(total == 0.0, 1.0, total)  # without a key both are zero
     start = out + sequence * out_b + head * out_h + row % Q * out_q
     tl.store(start + dims, value.to(out.dtype.element_ty), mask=dims < D)

@@ -19,7 +19,7 @@ from specmoe_compile.kernels.decode_attention.kernel import (
 )
 
 _MASK_BLOCK = 16384
-_PARTS_BLOCK = 16
+_PARTS_BLOCK = 32
 
 
 def launch_attended_range(mask: Tensor, bounds: Tensor) -> None:
@@ -119,15 +119,12 @@ def launch_decode_attention(
             part_out,
             part_max,
             part_sum,
-            bounds,
             some_sinks,
             out,
-            bounds_b,
             *out.stride()[:3],
             parts,
             N=heads,
-            BLOCK_N=config.block_n,
-            BLOCK_P=_PARTS_BLOCK,
+            BLOCK_P=min(_PARTS_BLOCK, triton.next_power_of_2(parts)),
             BLOCK_D=block_d,
             num_warps=4,
             **common,

@@ -13,6 +13,9 @@ from specmoe_compile.kernels.expert_mlp.config import ceil_div, row_block
 _TILE_BYTES = 16384
 # Programs that keep every SM of a large GPU busy.
 _PROGRAMS = 528
+# Of rows that are read in pieces.
+_PIECE_BYTES = 1024
+_LONG_BLOCK_OUT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class ProductsConfig:
 def products_config(outputs: Sequence[int], inputs: int, itemsize: int) -> ProductsConfig:
     """Whole rows of up to 4 KiB, 16 KiB a program; fewer where there would be few programs.
 
+    Longer rows are read a KiB at a time, of up to eight outputs at once, three tiles ahead.
+
     Args:
         outputs: N of each weight.
         inputs: I.
@@ -44,4 +49,10 @@ def products_config(outputs: Sequence[int], inputs: int, itemsize: int) -> Produ
     block_out = max(1, _TILE_BYTES // itemsize // block_in)
     while block_out > 1 and sum(ceil_div(n, block_out) for n in outputs) < _PROGRAMS:
         block_out //= 2
+    if inputs > block_in:
+        return ProductsConfig(
+            block_out=min(_LONG_BLOCK_OUT, 2 * block_out),
+            block_in=min(block_in, _PIECE_BYTES // itemsize),
+            num_stages=4,
+        )
     return ProductsConfig(block_out=block_out, block_in=block_in)

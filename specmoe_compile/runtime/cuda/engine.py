@@ -158,8 +158,8 @@ class CudaEngine:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it is asked to, in captured steps: elsewhere launches by ops take too long."""
-        return self._config.captures and self._config.products is True
+        """Whether it may, in captured steps: elsewhere launches by ops take too long."""
+        return self._config.captures and self._config.products is not False
 
     @property
     def transfer(self) -> str:
