@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from benchmarks.full_size.memory import attended_bytes, slots_in_memory
 from benchmarks.full_size.model import (
     InlineStreams,
     RandomStore,
@@ -51,6 +52,7 @@ class Arm:
         full: every expert has its slot, which a session of that size sees to.
         ahead: records that are fetched ahead for a layer at most; None: what `auto_off` finds.
         cache_policy: which expert leaves a full cache.
+        memory_bytes: of a GPU whose memory says how many slots there are, at most `slots`.
     """
 
     summary: str
@@ -60,6 +62,7 @@ class Arm:
     full: bool = False
     ahead: int | None = None
     cache_policy: Policy = DEFAULT_POLICY
+    memory_bytes: int | None = None
 
     @property
     def tries(self) -> bool:
@@ -155,6 +158,19 @@ ARMS: Mapping[str, Arm] = {
         for share in (10, 25, 50)
         for most in (1, 4)
     },
+    **{
+        f"{name}_{size}gb": Arm(
+            summary=f"what {size} GiB of GPU memory leave, {how}",
+            slots=lambda e, k: e,
+            options=options,
+            memory_bytes=size << 30,
+        )
+        for size in (8, 16, 24)
+        for name, how, options in (
+            ("cache", "cache alone", _ALONE),
+            ("specmoe", "with prefetch", _AHEAD),
+        )
+    },
     "cache_10": Arm(summary="cache of 10 %, at least K", slots=_share(0.1), options=_ALONE),
     "specmoe_10": Arm(
         summary="cache of 10 %, at least K, and prefetch", slots=_share(0.1), options=_AHEAD
@@ -163,7 +179,12 @@ ARMS: Mapping[str, Arm] = {
 
 
 def sharing_groups(
-    names: Sequence[str], mode: Mode, *, experts: int, top_k: int
+    names: Sequence[str],
+    mode: Mode,
+    *,
+    experts: int,
+    top_k: int,
+    slots_of: Callable[[Arm], int] | None = None,
 ) -> list[list[str]]:
     """Arms that one compiled graph serves: those with the same options, with CUDA graphs.
 
@@ -178,8 +199,9 @@ def sharing_groups(
     groups: dict[str, list[str]] = {}
     for name in names:
         arm = ARMS[name]
-        slots = arm.slots(experts, top_k)
-        waits = arm.full or (arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts))
+        slots = arm.slots(experts, top_k) if slots_of is None else slots_of(arm)
+        whole = arm.full or (arm.memory_bytes is not None and slots == experts)
+        waits = whole or (arm.speculates and waits_for_prefetch(slots, top_k, top_k, experts))
         alone = slots if waits else None
         shared = (sorted(arm.options.items()), arm.ahead, arm.cache_policy, alone)
         groups.setdefault(repr(shared), []).append(name)
@@ -211,6 +233,7 @@ class Bench:
         lowering: of the backend.
         layers: number of layers, None for the model's own.
         vectors: default vectors of every layer; None while they are learned.
+        other_bytes: of GPU memory that a run takes besides the slots, for arms of `memory_bytes`.
         turns: file by which several processes of one host measure in turn; None for one process.
     """
 
@@ -222,6 +245,7 @@ class Bench:
     lowering: str = "inductor"
     layers: int | None = None
     vectors: list[Tensor] | None = None
+    other_bytes: int = 0
     turns: Path | None = None
 
     def build(self) -> tuple[Any, list[ExpertsLayer]]:
@@ -258,8 +282,17 @@ class Bench:
             free_memory(self.device)
 
     def slots(self, arm: Arm) -> int:
-        """S per layer of an arm."""
-        return arm.slots(self.store.num_experts[0], self.store.top_k)
+        """S per layer of an arm.
+
+        Raises:
+            ValueError: its GPU memory does not leave room for K.
+        """
+        experts, top_k = self.store.num_experts[0], self.store.top_k
+        if arm.memory_bytes is None:
+            return arm.slots(experts, top_k)
+        slot_bytes = sum(layout.record_bytes for layout in self.store.layouts)
+        left = arm.memory_bytes - self.other_bytes
+        return slots_in_memory(left, slot_bytes, experts=experts, top_k=top_k)
 
     def fits(self, arm: Arm, context: int) -> str | None:
         """Why an arm does not fit in device memory; None if it does, or nobody can say."""
@@ -267,8 +300,8 @@ class Bench:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         config = self.shape.configured(self.layers)
-        cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        cached *= (context + self.steps.total) * self.shape.dtype.itemsize
+        tokens = context + self.steps.total
+        cached = attended_bytes(config, tokens, self.shape.dtype.itemsize)
         experts = self.slots(arm) * sum(layout.record_bytes for layout in self.store.layouts)
         experts += 2 * max(layer.total_bytes for layer in self.store.layers)  # prefill buffers
         # Weights outside the experts, and scores and expanded keys of one attention.

@@ -1,14 +1,20 @@
-"""One table of specmoe and FreeToken on one GPU: rows of `gpu_token` and of FreeToken's runs.
+"""One table of specmoe and its rivals on one GPU: rows of `gpu_token` and of the rivals' runs.
 
     python -m benchmarks peers_gpu --out peers_gpu.json --lease A --commit 7b47442 \\
-        --specmoe token_bf16.json token_nvfp4.json --freetoken freetoken.jsonl
+        --specmoe token_bf16.json token_nvfp4.json --freetoken freetoken.jsonl --rivals llama.jsonl
     python -m benchmarks peers_gpu --out peers_gpu.json --table --plot peers_gpu.png
+
+    python -m benchmarks peers_gpu --out peers_gpu.json --run --folder run --lease B \\
+        --commit 7b47442 --cells qwen_4bit --llama-bench build/bin/llama-bench --budget-s 560
 
 Each call adds the rows that one lease of a machine measured, and `--table` prints all of them as
 Markdown, a cell a line; a star marks a ratio across leases. Rows that are there already are kept
 unless the same one comes again. FreeToken's file has a JSON object a line, as a driver of its
 engine writes it: model, strategy (`offload` with a `rate`, or `fused`: all resident), context,
 routing, tpot, p20, p80 and ttft in milliseconds, cache_GB, hit, reserved_GB, rss_GB.
+
+`--run` measures what the folder does not have yet of the named cells, system by system, begins
+nothing that does not fit the budget, and adds the rows of the folder: call it again for the rest.
 """
 
 from __future__ import annotations
@@ -19,46 +25,50 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_size import peers_run
 from benchmarks.full_size.peers_plot import draw
+from benchmarks.full_size.peers_run import CELLS
+from benchmarks.full_size.peers_table import paper_table, predictions, table
 from benchmarks.kit.command import run_parser
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
 Row = dict[str, Any]
-Cell = tuple[str, str, int, int]
-
 FREETOKEN_MODELS = {
     "qwen_bf16": ("Qwen3-30B-A3B", "bf16"),
     "qwen_fp8": ("Qwen3-30B-A3B", "fp8"),
     "qwen_nvfp4": ("Qwen3-30B-A3B", "nvfp4"),
     "gptoss_mxfp4": ("GPT-OSS-20B", "mxfp4"),
 }
-PER_CENT = {"resident": 100}
-GATHER_GBPS = 51.0
-"""What kernels read of page-locked host memory over PCIe 5 (docs/results/gpu_kernels.md)."""
-HEAD = ("model, format", "context", "cache", "FreeToken", "specmoe, cache alone", "with prefetch")
-RATIO = "specmoe's best / FreeToken"
 
 
 def specmoe_rows(result: dict[str, Any], lease: str, commit: str) -> Iterator[Row]:
     """Rows of a file of `gpu_token`, first tokens in those of the same model and context."""
-    cells = {k: v for k, v in result["rows"].items() if "wall_ms" in v}
+    rows = {k: v for k, v in result["rows"].items() if "attended_context" in v or "wall_ms" in v}
+    cells = {key: row for key, row in rows.items() if "wall_ms" in row}
     largest: dict[Any, int] = {}
     for key, row in cells.items():
         graph = (key.split("|")[1], row["gpu_bytes"])
         largest[graph] = max(largest.get(graph, 0), row["slots_bytes"])
-    for key, row in cells.items():
-        name, context, arm, _ = key.split("|")
+    for key, row in rows.items():
+        name, context, arm, _, *more = key.split("|")
         first = result["rows"].get(f"first_token|{name}|{context}", {})
         model, form = _shape(name)
-        # Arms that share a graph share the slots of the largest of them.
-        unused = largest[context, row["gpu_bytes"]] - row["slots_bytes"]
-        yield {
+        cell = {
             "system": "specmoe",
-            "arm": arm,
+            "arm": f"{arm}_no_products" if "no products" in more else arm,
             "model": model,
             "format": form,
             "context": int(context),
-            "routing": "trace",
+            "routing": row.get("routing", "trace"),
+            "lease": lease,
+        }
+        if key not in cells:
+            yield {**cell, "not_run": row["not_run"]}
+            continue
+        # Arms that share a graph share the slots of the largest of them.
+        unused = largest[context, row["gpu_bytes"]] - row["slots_bytes"]
+        yield {
+            **cell,
             "cache_bytes": row["slots_bytes"],
             "tpot_ms": row["wall_ms"],
             "device_ms": row["device_ms"],
@@ -69,7 +79,6 @@ def specmoe_rows(result: dict[str, Any], lease: str, commit: str) -> Iterator[Ro
             "missed_bytes": row["missed_bytes_per_token"],
             "prefetch_records": row["prefetch_records"],
             "tokens": row["tokens_timed"],
-            "lease": lease,
             "commit": commit,
         }
 
@@ -93,7 +102,7 @@ def freetoken_rows(lines: str, lease: str) -> Iterator[Row]:
             "model": model,
             "format": form,
             "context": row["context"],
-            "routing": row.get("routing", "trace"),
+            "routing": {"skew": "uniform"}.get(row.get("routing"), "trace"),
             "lease": lease,
         }
         if "error" in row:
@@ -120,73 +129,10 @@ def add_rows(result: dict[str, Any], rows: Sequence[Row]) -> None:
     result["rows"] = list(kept.values())
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown, a cell a line: milliseconds per token, median (p20 to p80), and the lease."""
-    cells: dict[Cell, dict[str, list[Row]]] = {}
-    for row in rows:
-        if "tpot_ms" not in row or row["arm"].startswith("lru"):
-            continue
-        cell = (row["model"], row["format"], row["context"], _per_cent(row["arm"]))
-        cells.setdefault(cell, {}).setdefault(_column(row), []).append(row)
-    lines = [f"| {' | '.join((*HEAD, RATIO))} |", f"|{'---|' * (len(HEAD) + 1)}"]
-    for cell in sorted(cells, key=lambda c: (c[0] != "Qwen3-30B-A3B", c[1], c[2], c[3])):
-        lines.append(f"| {' | '.join(_line(cell, cells[cell]))} |")
-    return lines
-
-
-def predicted_ms(rows: Sequence[Row]) -> Iterator[tuple[Row, float]]:
-    """Rows of specmoe's caches alone, each with its time by the simplest rule.
-
-    All experts resident, plus the missed bytes at the rate at which kernels read host memory.
-    """
-    ours = [row for row in rows if row["system"] == "specmoe"]
-    places = ("model", "format", "context", "lease")
-    whole = {tuple(r[p] for p in places): r for r in ours if r["arm"] == "resident"}
-    for row in ours:
-        resident = whole.get(tuple(row[p] for p in places))
-        if resident is not None and row["arm"].startswith("cache_"):
-            fetching_ms = row["missed_bytes"] / GATHER_GBPS / 1e6
-            yield row, resident["tpot_ms"]["p50"] + fetching_ms
-
-
-def _per_cent(arm: str) -> int:
-    return PER_CENT.get(arm) or int(arm.rsplit("_", 1)[1])
-
-
-def _column(row: Row) -> str:
-    if row["system"] == "freetoken":
-        return "freetoken"
-    return "prefetch" if row["arm"].startswith("specmoe") else "cache"
-
-
-def _line(cell: Cell, found: dict[str, list[Row]]) -> Iterator[str]:
-    model, form, context, per_cent = cell
-    held = [row["cache_bytes"] for rows in found.values() for row in rows if row["cache_bytes"]]
-    yield f"{model}, {form}"
-    yield f"{context}"
-    yield f"{per_cent} %, {held[0] / 1e9:.1f} GB" if held else f"{per_cent} %"
-    for column in ("freetoken", "cache", "prefetch"):
-        rows = found.get(column, [])
-        yield "; ".join(f"{_times(row['tpot_ms'])} {row['lease']}" for row in rows) or "-"
-    ratios = list(_ratios(found))
-    yield "; ".join(ratios) or "-"
-
-
-def _times(tpot: dict[str, float]) -> str:
-    return f"{tpot['p50']:.2f} ({tpot['p20']:.2f} to {tpot['p80']:.2f})"
-
-
-def _ratios(found: dict[str, list[Row]]) -> Iterator[str]:
-    """In each lease that has both; else across leases, which a star marks."""
-    ours = [*found.get("cache", []), *found.get("prefetch", [])]
-    theirs = found.get("freetoken", [])
-    shared = {row["lease"] for row in ours} & {row["lease"] for row in theirs}
-    for lease in sorted(shared) or ([""] if ours and theirs else []):
-        mine, rival = (
-            min(r["tpot_ms"]["p50"] for r in rows if lease in ("", r["lease"]))
-            for rows in (ours, theirs)
-        )
-        yield f"{mine / rival:.2f}{'' if lease else '*'}"
+def rival_rows(lines: str, lease: str) -> Iterator[Row]:
+    """Rows of `peers_llama` and `peers_accelerate`, which have the schema already."""
+    for line in lines.splitlines():
+        yield {**json.loads(line), "lease": lease}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,15 +143,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of specmoe in that lease")
     parser.add_argument("--specmoe", type=Path, nargs="*", default=[], help="files of gpu_token")
     parser.add_argument("--freetoken", type=Path, nargs="*", default=[], help="files of FreeToken")
+    parser.add_argument("--rivals", type=Path, nargs="*", default=[], help="of llama, accelerate")
+    _add_run(parser)
     parser.add_argument("--table", action="store_true", help="print the table")
     parser.add_argument("--plot", type=Path, help="write a picture there")
     args = parser.parse_args(arguments)
     try:
+        if args.run:
+            _run(args)
         _collect(args)
     except (*USER_ERRORS, KeyError) as error:
         print(sentence(error), file=sys.stderr)
         return 2
     return 0
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_argument("--run", action="store_true", help="measure first, with what follows")
+    parser.add_argument("--folder", type=Path, help="where the systems' own files are kept")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 16384, 65536])
+    parser.add_argument("--trace", type=Path, help="routing trace; recorded if absent")
+    parser.add_argument("--llama-bench", type=Path, help="the program, built with CUDA")
+    parser.add_argument("--gguf-folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--freetoken-driver", type=Path, help="a script that writes such lines")
+    parser.add_argument("--freetoken-configs", type=Path, help="folder of model configurations")
+    parser.add_argument("--freetoken-tables", type=Path, help="its routing tables")
+    parser.add_argument("--budget-s", type=float, default=560.0, help="begin nothing after this")
+
+
+def _run(args: Any) -> None:
+    """Measure, and name what was measured to `_collect`."""
+    if args.folder is None or args.lease is None or args.commit is None:
+        raise ValueError("--run needs --folder, --lease and --commit.")
+    driver = (args.freetoken_driver, args.freetoken_configs, args.freetoken_tables)
+    if any(driver) and not all(driver):
+        raise ValueError("--freetoken-driver needs --freetoken-configs and --freetoken-tables.")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    args.trace = args.trace or args.folder / "trace.safetensors"
+    peers_run.run(list(peers_run.pieces(args)), args.budget_s)
+    for option, paths in peers_run.files_of(args.folder).items():
+        getattr(args, option).extend(paths)
 
 
 def _collect(args: Any) -> None:
@@ -223,19 +201,17 @@ def _collect(args: Any) -> None:
         if args.commit not in result["commits"]:
             result["commits"].append(args.commit)
         add_rows(result, list(specmoe_rows(found, args.lease, args.commit)))
-    for path in args.freetoken:
-        if args.lease is None or not result:
-            raise ValueError("--freetoken needs --lease, and rows of specmoe in --out first.")
-        add_rows(result, list(freetoken_rows(path.read_text(encoding="utf-8"), args.lease)))
-    if args.specmoe or args.freetoken:
+    for paths, read in ((args.freetoken, freetoken_rows), (args.rivals, rival_rows)):
+        for path in paths:
+            if args.lease is None or not result:
+                raise ValueError(f"{path} needs --lease, and rows of specmoe in --out first.")
+            add_rows(result, list(read(path.read_text(encoding="utf-8"), args.lease)))
+    if args.specmoe or args.freetoken or args.rivals:
         write_json(args.out, result)
     if (args.table or args.plot) and not result:
         raise ValueError(f"{args.out} does not exist: give --specmoe and --freetoken first.")
     if args.plot:
         draw(result["rows"], args.plot)
     if args.table:
-        print("\n".join(table(result["rows"])))
-        for row, guess in predicted_ms(result["rows"]):
-            cell = f"{row['model']}, {row['format']}, {row['context']}, {row['arm']} {row['lease']}"
-            found = row["tpot_ms"]["p50"]
-            print(f"{cell}: {found:.2f} ms, predicted {guess:.2f} ({guess / found - 1:+.1%})")
+        rows = result["rows"]
+        print("\n".join([*table(rows), *predictions(rows), *paper_table(rows)]))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.full_size.arms import (
     ARMS,
@@ -37,6 +38,7 @@ from benchmarks.full_size.arms import (
 from benchmarks.full_size.attention import measure_attention
 from benchmarks.full_size.first_token import REPEATS, measure_prompts
 from benchmarks.full_size.generation import Generation, measure_cell
+from benchmarks.full_size.memory import other_bytes
 from benchmarks.full_size.model import (
     DRY_SHAPES,
     SHAPES,
@@ -46,7 +48,13 @@ from benchmarks.full_size.model import (
 )
 from benchmarks.full_size.routing import trace_predictions
 from benchmarks.full_size.run import VECTOR_TOKENS
-from benchmarks.full_size.trace import RoutingTrace, map_trace, record_reference, texts_needed
+from benchmarks.full_size.trace import (
+    RoutingTrace,
+    map_trace,
+    near_uniform_tables,
+    record_reference,
+    texts_needed,
+)
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.turns import preparing, turn
 from specmoe_compile.bench.machine import provenance
@@ -113,12 +121,32 @@ class Benchmark:
         config = bench.shape.configured(bench.layers)
         experts, top_k = config.num_experts, config.num_experts_per_tok
         for context in self._args.contexts:
+            arms = self._with_room(bench, context)
             for attention in self._args.attention:
-                groups = sharing_groups(self._args.arms, "graph", experts=experts, top_k=top_k)
+                sizes = {"experts": experts, "top_k": top_k}
+                groups = sharing_groups(arms, "graph", **sizes, slots_of=bench.slots)
                 for names in groups:
                     names = [n for n in names if self._key(context, attention, n) not in self._had]
                     if names and self._in_time(f"{names} at {context}"):
                         self._group(bench, context, attention, names)
+
+    def _with_room(self, bench: Bench, context: int) -> list[str]:
+        """The arms that fit in their memory; a row says why another does not."""
+        arms: list[str] = self._args.arms
+        if all(ARMS[name].memory_bytes is None for name in arms):
+            return arms
+        largest = max(layer.total_bytes for layer in bench.store.layers)
+        bench.other_bytes = other_bytes(bench.shape, context, largest, layers=bench.layers)
+        fitting = []
+        for name in arms:
+            try:
+                bench.slots(ARMS[name])
+                fitting.append(name)
+            except ValueError as error:
+                for attention in self._args.attention:
+                    key = self._key(context, attention, name)
+                    self._keep(key, {"attended_context": context, "not_run": sentence(error)})
+        return fitting
 
     @property
     def _had(self) -> dict[str, Any]:
@@ -127,7 +155,8 @@ class Benchmark:
 
     def _key(self, context: int, attention: str, name: str) -> str:
         products = "|no products" if self._args.no_products else ""
-        return f"{self._args.model}|{context}|{name}|attention {attention}{products}"
+        routing = "" if self._args.routing == "trace" else f"|{self._args.routing}"
+        return f"{self._args.model}|{context}|{name}|attention {attention}{products}{routing}"
 
     def _in_time(self, what: str) -> bool:
         if time.monotonic() - self._started < self._args.budget_s:
@@ -139,19 +168,9 @@ class Benchmark:
         args, steps = self._args, self._steps
         shape = SHAPES[args.model]
         config = shape.configured(args.layers)
-        trace = RoutingTrace.load(args.trace) if args.trace.exists() else None
-        if trace is None:
-            texts = texts_needed(
-                config.num_hidden_layers,
-                config.num_experts,
-                reference_layers=8,
-                reference_experts=32,
-            )
-            trace = record_reference(texts, steps.total)
-            trace.save(args.trace)
         _, found = build_skeleton(shape, self._device, layers=args.layers)
         top_k = config.num_experts_per_tok
-        tables = map_trace(trace, layers=len(found), experts=found[0].num_experts, top_k=top_k)
+        tables = self._tables(len(found), found[0].num_experts, top_k)
         store = RandomStore(found, top_k, self._device, std=config.initializer_range)
         bench = Bench(
             shape=shape,
@@ -163,6 +182,16 @@ class Benchmark:
         )
         learn_vectors(bench, 32 if args.dry else VECTOR_TOKENS)
         return bench
+
+    def _tables(self, layers: int, experts: int, top_k: int) -> Tensor:
+        """What the routers choose: [L, N, 2, E]. A trace is recorded if its file is not there."""
+        path, tokens = self._args.trace, self._steps.total
+        if self._args.routing == "uniform":
+            return near_uniform_tables(layers, tokens, experts, top_k)
+        if not path.exists():
+            texts = texts_needed(layers, experts, reference_layers=8, reference_experts=32)
+            record_reference(texts, tokens).save(path)
+        return map_trace(RoutingTrace.load(path), layers=layers, experts=experts, top_k=top_k)
 
     @torch.no_grad()
     def _group(self, bench: Bench, context: int, attention: str, names: list[str]) -> None:
@@ -198,7 +227,7 @@ class Benchmark:
             for name in names:
                 with turn(turns):
                     row = measure_cell(bench, run, name)
-                row["attended_context"] = context
+                row |= {"attended_context": context, "routing": self._args.routing}
                 self._keep(self._key(context, attention, name), row)
                 _print_kernels(row["kernels"])
 
@@ -223,6 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--no-products", action="store_true", help="option products=False")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
+    parser.add_argument("--routing", choices=("trace", "uniform"), default="trace")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")
     parser.add_argument("--prompts", nargs="+", type=int, help="of first_token, not --contexts")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each prompt")

@@ -34,6 +34,7 @@ from specmoe_compile.runtime.session import session_of
 TRUE, PREDICTED = 0, 1
 SKIPPED_TOKENS = 32  # the first tokens of a text route without context
 CALIBRATION_WINDOWS = 16
+_UNIFORM_LAYERS, _UNIFORM_TOKENS, _UNIFORM_EXPERTS = 48, 122, 128
 ABSENT = -20.0  # log weight of an expert that was not chosen
 
 
@@ -190,6 +191,34 @@ def map_trace(trace: RoutingTrace, *, layers: int, experts: int, top_k: int) -> 
                     trace.predicted_ids[source, text],
                     trace.predicted_weights[source, text].clamp(min=1e-6).log(),
                 )
+    return tables
+
+
+def near_uniform_tables(layers: int, tokens: int, experts: int, top_k: int) -> Tensor:
+    """Router logits of a routing that a cache has little of: [L, N, 2, E] float32, by a seed.
+
+    Each expert of a layer has a weight of its own that all tokens share, half as strong as what
+    each token draws anew. What is predicted is the former: nothing of the token is known ahead.
+
+    Raises:
+        ValueError: it is drawn for fewer layers, tokens or experts.
+    """
+    most = _UNIFORM_LAYERS, _UNIFORM_TOKENS, _UNIFORM_EXPERTS
+    if any(n > m for n, m in zip((layers, tokens, experts), most, strict=True)):
+        raise ValueError(
+            f"The near-uniform routing has {most[0]} layers, {most[1]} tokens and {most[2]}"
+            f" experts, and {layers}, {tokens} and {experts} are asked for: take fewer."
+        )
+    # Drawn in one size, so that other systems' runs of other shapes have the same table.
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(most[0], 1, most[2], generator=generator)
+    drawn = torch.randn(*most, generator=generator)
+    base, drawn = base[:layers, :, :experts], drawn[:layers, :tokens, :experts]
+    tables = torch.full((layers, tokens, 2, experts), ABSENT)
+    strengths = 4.0 - 0.25 * torch.arange(top_k)
+    for which, logits in ((TRUE, 0.5 * base + drawn), (PREDICTED, base.expand_as(drawn))):
+        chosen = logits.topk(top_k, dim=-1).indices
+        tables[:, :, which].scatter_(2, chosen, strengths.expand(chosen.shape).contiguous())
     return tables
 
 

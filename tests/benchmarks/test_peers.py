@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.full_size import peers
+from benchmarks.full_size import peers, peers_run, token
 from benchmarks.full_size.peers_plot import PANELS, points_of
+from benchmarks.full_size.peers_table import predicted_ms
 from benchmarks.kit.places import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "peers_gpu.md"
@@ -70,6 +73,87 @@ def test_what_was_not_run_keeps_its_row_and_no_time(tmp_path: Path) -> None:
     (row,) = peers.freetoken_rows(path.read_text(), "A")
     assert row["not_run"] == "OutOfMemoryError: no" and "tpot_ms" not in row
     assert len(peers.table([row])) == 2
+    key, reason = "M-nvfp4|1024|cache_8gb|attention on", {"attended_context": 1024, "not_run": "no"}
+    (row,) = peers.specmoe_rows({"rows": {key: reason}}, "A", "abc")
+    assert row["arm"] == "cache_8gb" and row["not_run"] == "no" and "tpot_ms" not in row
+
+
+def some_row(system: str, arm: str, p50: float, **changes: Any) -> dict[str, Any]:
+    spread = {"p20": p50 - 1, "p50": p50, "p80": p50 + 1}
+    row = {"system": system, "arm": arm, "model": "M", "format": "nvfp4", "context": 1024}
+    row |= {"routing": "trace", "cache_bytes": 4_000_000_000, "tpot_ms": spread, "lease": "A"}
+    return {**row, **changes}
+
+
+def test_all_rivals_stand_in_one_line_and_the_best_of_them_is_compared() -> None:
+    runs = {"tpot_ms": {"p20": None, "p50": 6.0, "p80": None}, "runs_ms": [5.5, 6.0, 6.5]}
+    rows = [
+        some_row("specmoe", "cache_25", 3.0),
+        some_row("freetoken", "offload_25", 8.0),
+        some_row("llama.cpp", "cpu_moe_25", 6.0, format="q4_0", routing="own", **runs),
+        some_row("accelerate", "device_map_25", 900.0, routing="own"),
+        some_row("specmoe", "cache_25", 4.0, routing="uniform"),
+        some_row("specmoe", "cache_16gb", 2.0),
+        some_row("specmoe", "resident_no_products", 2.5),
+        some_row("llama.cpp", "cpu_moe_0", 20.0, routing="own", cache_bytes=0),
+    ]
+    head, _, none, quarter, whole, card, uniform = peers.table(rows)
+    assert head.startswith("| model, format | context | cache | FreeToken | llama.cpp | accelerate")
+    assert "| 0 % | - | 20.00" in none and none.endswith("| - |")
+    assert "| 25 %, 4.0 GB | 8.00 (7.00 to 9.00) A | q4_0: 6.00 (runs 5.50 to 6.50) A |" in quarter
+    assert quarter.endswith("| 0.50 |"), "the fastest rival"
+    assert "2.50 (1.50 to 3.50), without products A" in whole
+    assert "| 16 GiB card, 4.0 GB |" in card
+    assert uniform.startswith("| M, nvfp4, near-uniform routing | 1024 | 25 %")
+
+
+def test_what_is_hidden_is_a_share_of_what_could_be() -> None:
+    arms = {"resident": 4.0, "on_demand": 20.0, "prefetch_no_cache": 18.0}
+    rows = [some_row("specmoe", arm, p50) for arm, p50 in arms.items()]
+    assert peers.paper_table(rows)[2:] == [
+        "| M, nvfp4 | 1024 | 20.00 A | 18.00 | 10% | 20% | 50% |"
+    ]
+    assert peers.paper_table(rows[1:]) == [], "all three or none"
+    assert len(peers.table(rows)) == 3, "they are no cell of the comparison"
+
+
+def asked(tmp_path: Path, **changes: Any) -> Namespace:
+    values = {"folder": tmp_path, "cells": ["qwen_bf16"], "contexts": [1024], "trace": Path("t")}
+    values |= {"llama_bench": Path("b"), "gguf_folder": Path("g"), "freetoken_driver": Path("d")}
+    values |= {"freetoken_configs": Path("c"), "freetoken_tables": Path("f")}
+    return Namespace(**{**values, **changes})
+
+
+def test_a_run_has_a_piece_for_each_system_and_names_real_options(tmp_path: Path) -> None:
+    found = {piece.name: piece.command for piece in peers_run.pieces(asked(tmp_path))}
+    assert list(found) == [
+        "qwen_bf16, specmoe, trace",
+        "qwen_bf16, specmoe, uniform",
+        "qwen_bf16, FreeToken offload",
+        "qwen_bf16, FreeToken fused",
+        "qwen_bf16, llama.cpp",
+        "qwen_bf16, accelerate",
+    ]
+    token.parse(found["qwen_bf16, specmoe, trace"][4:])
+    token.parse(found["qwen_bf16, specmoe, uniform"][4:])
+    none = asked(tmp_path, llama_bench=None, freetoken_driver=None, cells=["qwen_4bit"])
+    assert len(list(peers_run.pieces(none))) == 2
+    row = {"model": "qwen_bf16", "strategy": "fused"}
+    (tmp_path / "freetoken.jsonl").write_text(json.dumps(row) + "\n")
+    assert "qwen_bf16, FreeToken fused" not in {p.name for p in peers_run.pieces(asked(tmp_path))}
+    assert set(peers_run.CELLS["qwen_bf16"].llama or ()) == {"Qwen3-30B-A3B", "bf16"}
+
+
+def test_a_run_goes_on_after_a_failure_and_begins_nothing_too_late(tmp_path: Path) -> None:
+    out = tmp_path / "done"
+    good = f"import sys; open({str(out)!r}, 'w').write(sys.argv[2])"
+    todo = [
+        peers_run.Piece("bad", (sys.executable, "-c", "raise SystemExit(3)"), budget=False),
+        peers_run.Piece("good", (sys.executable, "-c", good)),
+    ]
+    assert peers_run.run(todo, 400.0) == ["bad"]
+    assert 100 < float(out.read_text()) <= 400
+    assert peers_run.run(todo, 1.0) == ["bad", "good"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +162,8 @@ def test_what_was_not_run_keeps_its_row_and_no_time(tmp_path: Path) -> None:
         (["--table"], "does not exist"),
         (["--specmoe", "x.json"], "--lease and --commit"),
         (["--freetoken", "x.jsonl", "--lease", "A"], "rows of specmoe"),
+        (["--rivals", "x.jsonl", "--lease", "A"], "rows of specmoe"),
+        (["--run", "--lease", "A"], "--folder, --lease and --commit"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -92,7 +178,7 @@ def test_the_page_shows_the_rows_that_were_measured() -> None:
     rows = json.loads((RESULTS / "peers_gpu.json").read_text(encoding="utf-8"))["rows"]
     page = PAGE.read_text(encoding="utf-8").splitlines()
     assert [line for line in peers.table(rows) if line not in page] == []
-    predicted = [(row["tpot_ms"]["p50"], guess) for row, guess in peers.predicted_ms(rows)]
+    predicted = [(row["tpot_ms"]["p50"], guess) for row, guess in predicted_ms(rows)]
     assert len(predicted) == 10 and all(-0.103 < p / m - 1 < 0.02 for m, p in predicted)
     for panel in PANELS:
         points = points_of(rows, panel)
