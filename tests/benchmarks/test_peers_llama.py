@@ -64,8 +64,8 @@ def test_every_share_of_layers_has_a_row_in_the_words_of_peers(call: Any) -> Non
     assert [(c["-d"], c["-t"], c["-p"]) for c in calls] == [
         ("32", "8,4", "0"),
         ("32", "4", "0"),
-        ("64", "4", "0"),
         ("0", "4", "32"),
+        ("64", "4", "0"),
     ]
     assert all(c["-fa"] == "on" and c["-ngl"] == "99" for c in calls)
     layer = expert_bytes_of_layer(SHAPES["tiny-qwen3"].configured(), "q4_0")
