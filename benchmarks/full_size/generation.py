@@ -31,14 +31,19 @@ TABLE_ROWS = 40
 
 
 class Advance(LogitsProcessor):
-    """Moves the trace on by a token, on the device; changes no score."""
+    """Moves the trace on by a token, on the device; changes no score.
 
-    def __init__(self, routing: Any, filled: FilledCache) -> None:
-        self._routing, self._filled = routing, filled
+    With `empties` it empties their slots too: a machine without a cache keeps nothing.
+    """
+
+    def __init__(self, routing: Any, filled: FilledCache, empties: SlotLimit | None) -> None:
+        self._routing, self._filled, self._empties = routing, filled, empties
         filled.cache.__class__ = LentCache
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._routing.advance()
+        if self._empties is not None:
+            self._empties.empty()
         return scores
 
 
@@ -68,6 +73,7 @@ class Generation:
         """Tie the parts together."""
         self._bench, self._compiled, self.session = bench, compiled, session
         self._routing, self._filled = routing, filled
+        self._empties: SlotLimit | None = None
         filled.cache.__class__ = LentCache
         vocabulary = bench.shape.configured(bench.layers).vocab_size
         generator = torch.Generator().manual_seed(SEED)
@@ -78,7 +84,10 @@ class Generation:
 
     def start(self, arm_name: str) -> None:
         """Begin an arm: slots empty, or all experts in their place."""
-        SlotLimit(self.session, self._bench.slots(ARMS[arm_name])).empty()
+        arm = ARMS[arm_name]
+        limit = SlotLimit(self.session, self._bench.slots(arm))
+        limit.empty()
+        self._empties = None if arm.keeps else limit
 
     def run(self, count: int) -> tuple[list[int], list[float]]:
         """Generate `count` tokens; the tokens, and when each was there."""
@@ -93,7 +102,9 @@ class Generation:
             eos_token_id=self._last,
             pad_token_id=0,
             streamer=clock,
-            logits_processor=LogitsProcessorList([Advance(self._routing, self._filled)]),
+            logits_processor=LogitsProcessorList(
+                [Advance(self._routing, self._filled, self._empties)]
+            ),
             **cache_argument(self._compiled, self._filled.cache),
         )
         return out[0, self._prompt.shape[1] :].tolist(), clock.times

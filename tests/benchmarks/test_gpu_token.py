@@ -20,6 +20,14 @@ def test_attention_alone_is_compared_with_its_reference(tmp_path: Path) -> None:
     assert 0.0 < row["relative_error"] < 1e-2 and row["filled_bytes"] == 2 * 2 * 20 * 16 * 2
 
 
+def test_an_arm_without_a_cache_finds_nothing_of_the_last_token(tmp_path: Path) -> None:
+    out, uniform = tmp_path / "token.json", ["--routing", "uniform", "--layers", "2"]
+    assert gpu_token.main(["--out", str(out), *TRACE, *uniform, "--arms", "on_demand"]) == 0
+    ((key, row),) = json.loads(out.read_text())["rows"].items()
+    assert key == "tiny-qwen3|32|on_demand|attention on|uniform" and row["routing"] == "uniform"
+    assert row["hit_rate"] == 0.0 and row["missed_bytes_per_token"] > 0
+
+
 @pytest.mark.slow
 def test_a_cell_is_measured_through_generate_and_kept(tmp_path: Path) -> None:
     out, trace = tmp_path / "token.json", tmp_path / "trace.safetensors"
