@@ -23,6 +23,7 @@ from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOp
 from specmoe_compile.passes.choose_capture import made_results, why_not_captured_or_none
 from specmoe_compile.passes.outline_experts import find_dispatch_nodes, outline_experts
 from specmoe_compile.passes.read_filled_cache import read_filled_cache
+from specmoe_compile.passes.replace_sums import rank_groups
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
 from specmoe_compile.system.compilers import check_compiler
@@ -155,7 +156,25 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         multiplies=all(session.engine.multiplies for session in sessions),
         network_layers=network_layers,
         resident_layers=_resident_layers(sessions),
+        inbox_groups=_inbox_groups(gm, sessions[0].device, config),
     )
+
+
+def _inbox_groups(gm: GraphModule, device: torch.device, config: CompileOptions) -> tuple[str, ...]:
+    """Process groups whose ranks add up in one shot; says why of those that were to and cannot."""
+    groups = rank_groups(gm) if config.sums_in_one_shot else ()
+    if not groups:
+        return ()
+    from specmoe_compile.runtime.cuda.inboxes import open_inboxes
+
+    reasons = open_inboxes(groups, device)
+    for group, reason in reasons.items():
+        if reason is None:
+            log.info("ranks of process group %s add up in one shot, in each other's memory", group)
+        else:
+            tell = _warn_once if config.sums == "one_shot" else log.info
+            tell(f"ranks of process group {group} add up by all-reduce, not in one shot: {reason}")
+    return tuple(group for group, reason in reasons.items() if reason is None)
 
 
 def _with_prefetch_decided(sessions: Sequence[Session], config: CompileOptions) -> CompileOptions:

@@ -30,9 +30,13 @@ Lowering = Literal["inductor", "eager"]
 Mode = Literal["default", "reduce-overhead"]
 TransferKind = Literal["auto", "copy", "gather"]
 CpuMath = Literal["exact", "int8"]
+Sums = Literal["auto", "all_reduce", "one_shot"]
 
 MAX_DECODE_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
+
+AUTO_SUMS: Sums = "all_reduce"
+"""What `sums="auto"` means: `one_shot` was not measured yet."""
 
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
@@ -97,6 +101,12 @@ class GraphOptions:
         " specmoe's kernels, all those of one input at once: on a CPU with the engine's threads; on"
         " a GPU those of one token in CUDA graphs",
     )
+    sums: Sums = option(
+        "auto",
+        "how ranks add up their parts of a decode step: `all_reduce` (NCCL, gloo), or `one_shot`,"
+        " in one launch that writes into the other GPUs' memory, where all can be reached; `auto`"
+        " is `all_reduce`, until the other is measured ([how](several_gpus.md#sums))",
+    )
     lowering: Lowering = option(
         "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'
     )
@@ -104,6 +114,7 @@ class GraphOptions:
     def __post_init__(self) -> None:
         _check_choice("lowering", self.lowering, get_args(Lowering))
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
+        _check_choice("sums", self.sums, get_args(Sums))
         for name in ("prefetch", "products"):
             _check_switch(name, getattr(self, name))
         for name in ("control", "attention"):
@@ -136,6 +147,11 @@ class GraphOptions:
     def kind(self) -> Predictor:
         """The predictor; `auto`, if no calibration resolved it, is the one that needs no file."""
         return PREDICTORS[without_auto(self.predictor)]
+
+    @property
+    def sums_in_one_shot(self) -> bool:
+        """Whether ranks are to add up without an all-reduce, where they can."""
+        return (AUTO_SUMS if self.sums == "auto" else self.sums) == "one_shot"
 
     @property
     def predicts(self) -> bool:

@@ -2,11 +2,13 @@
 
     python -m benchmarks ranks_gpu --out ranks.json
     python -m benchmarks ranks_gpu --out ranks.json --shapes GPT-OSS-20B-mxfp4 --contexts 65536
+    python -m benchmarks ranks_gpu --out ranks.json --sums all_reduce one_shot
     python -m benchmarks ranks_gpu --out dry.json --dry
 
 Phases: `check` (tokens in float32 equal to one GPU's), `link` (rates of all links at once, and the
-time of a sum over the ranks), `cells` (random weights of full shape, routing of a trace, a context
-that is there already; slots of 25 and 50 % of all experts on each rank). In the cells one rank and
+time of a sum over the ranks), `sums` (such a sum inside a CUDA graph, in each way there is),
+`cells` (random weights of full shape, routing of a trace, a context that is there already; slots of
+25 and 50 % of all experts on each rank; in each way of `--sums`). In the cells one rank and
 N ranks of every shape, each group in processes of its own, prepare beside each other; then one at a
 time measures, one rank and N in turns, while the others wait. Host memory must hold twice the
 experts of all shapes. Shapes that do not fit the GPUs together are calls of their own, beside each
@@ -36,14 +38,14 @@ from benchmarks.full_size.trace import RoutingTrace, record_reference, texts_nee
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.command import explains_errors, run_parser
 from benchmarks.kit.turns import preparing, turn
-from benchmarks.ranks.gpu_page import CELL_ARMS, CONTEXTS, gpu_page
+from benchmarks.ranks.gpu_page import CELL_ARMS, CONTEXTS, WAYS, gpu_page, ranks_key
 from benchmarks.ranks.groups import Group, run_group
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.system.output import write_json
 
 SCHEMA = 1
 WORKER = "benchmarks.ranks.gpu_worker"
-PHASES = ("check", "link", "cells")
+PHASES = ("check", "link", "sums", "cells")
 FULL = ("Qwen3-30B-A3B", "Qwen3-30B-A3B-int4", "GPT-OSS-20B-mxfp4")
 DRY = ("tiny-qwen3",)
 STAGES = ("caches", "resident")
@@ -89,6 +91,7 @@ class Benchmark:
         began_s = time.monotonic()
         job = {"phase": phase, "dry": self._args.dry, "out": str(folder / "out.json")}
         job |= {"layers": self._args.layers, "shape": self._args.shapes[0]}
+        job |= {"sums": self._ways(ranks)}
         if phase == "check":
             job |= {"checkpoint": str(folder / "checkpoint"), "store_dir": str(folder / "store")}
             if not (folder / "checkpoint").exists():
@@ -109,9 +112,8 @@ class Benchmark:
                     for ranks in (1, args.ranks):
                         # The first shape is the largest, and its one rank has a GPU to itself.
                         gpu = min(number, args.ranks - 1) if ranks == 1 and not args.dry else None
-                        group = Group(
-                            WORKER, {**job, "shape": shape}, ranks, folder, name=shape, gpu=gpu
-                        )
+                        own = {**job, "shape": shape, "sums": self._ways(ranks)}
+                        group = Group(WORKER, own, ranks, folder, name=shape, gpu=gpu)
                         opened.callback(group.close)
                         groups[shape, ranks] = group
                 resident = self._all(groups, "opened", lambda group: group.answer()["resident"])
@@ -132,15 +134,20 @@ class Benchmark:
         stage: str,
         number: int,
     ) -> None:
-        """Every arm of a stage once, one rank and N after each other."""
+        """Every arm of a stage once, one rank and N after each other, these in each way of sums."""
         for shape, name in itertools.product(self._args.shapes, self._args.arms):
             for ranks in (1, self._args.ranks):
-                key = f"{shape}|{context}|turn {number + 1}|{name}|{ranks} ranks"
                 group = groups.get((shape, ranks))
                 if group is None or (name in resident[shape, ranks]) != (stage == "resident"):
                     continue
-                if not self._had_or_late(key):
-                    self._keep(key, group.turn({"arm": name}))
+                for sums in self._ways(ranks):
+                    key = f"{shape}|{context}|turn {number + 1}|{name}|{ranks_key(ranks, sums)}"
+                    if not self._had_or_late(key):
+                        self._keep(key, group.turn({"arm": name, "sums": sums}))
+
+    def _ways(self, ranks: int) -> list[str]:
+        """Ways of sums over so many ranks; one rank has nothing to add up."""
+        return list(self._args.sums) if ranks > 1 else ["all_reduce"]
 
     def _all(
         self,
@@ -235,10 +242,12 @@ def claims(result: Mapping[str, Any]) -> list[Claim]:
         found.append(
             Claim(text=f"float32 tokens of {ranks} ranks are one's", measured=str(same), holds=same)
         )
-    for case in dict.fromkeys(key.rpartition("|")[0] for key in rows):
-        alone, other = rows.get(f"{case}|1 ranks"), rows.get(f"{case}|{ranks} ranks")
+    cases = dict.fromkeys(key.rpartition("|")[0] for key in rows)
+    for case, sums in itertools.product(cases, WAYS):
+        alone, other = rows.get(f"{case}|1 ranks"), rows.get(f"{case}|{ranks_key(ranks, sums)}")
         if not (alone and other and "wall_ms" in alone):
             continue
+        how = "" if sums == "all_reduce" else ", sums in one shot"
         setting, _, name = case.rpartition("|")
         share = _median(other) / _median(alone)
         resident = rows.get(f"{setting}|resident|1 ranks")
@@ -246,7 +255,7 @@ def claims(result: Mapping[str, Any]) -> list[Claim]:
         bound = MOST if decides else NEVER_ABOVE
         found.append(
             Claim(
-                text=f"{setting}, {name}: {ranks} ranks take at most {bound} x one's time",
+                text=f"{setting}, {name}{how}: {ranks} ranks take at most {bound} x one's time",
                 measured=f"{share:.3f}",
                 holds=share <= bound,
             )
@@ -269,6 +278,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--contexts", nargs="+", type=int)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(CELL_ARMS))
+    parser.add_argument("--sums", nargs="+", choices=WAYS, default=["all_reduce"])
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--turns", type=int, default=2, help="A B A B ...")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded if absent")

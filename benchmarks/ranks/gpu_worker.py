@@ -1,8 +1,9 @@
 """One rank of `python -m benchmarks ranks_gpu`: started by torchrun, or alone, with a job's path.
 
-The job is JSON: `phase` (check, link, cells), `dry`, `checkpoint`, `store_dir`, `shape`, `layers`,
-`arms`, `trace`, `out`. Rank 0 writes what was found to `out`; in phase `cells` it takes turns, of
-`context` and `stage`, and then of each `arm`, as a `Group` asks for them.
+The job is JSON: `phase` (check, link, sums, cells), `dry`, `checkpoint`, `store_dir`, `shape`,
+`layers`, `arms`, `sums`, `trace`, `out`. Rank 0 writes what was found to `out`; in phase `cells`
+it takes turns, of `context` and `stage`, and then of each `arm` and way of `sums`, as a `Group`
+asks for them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.full_size.token import DRY_STEPS, STEPS
 from benchmarks.full_size.trace import RoutingTrace, map_trace
 from benchmarks.ranks.groups import Turns
 from benchmarks.ranks.split_model import SplitBench, filled_cache, open_store
+from benchmarks.ranks.sums import time_sums
 from benchmarks.ranks.worker import all_reduce_us
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.ranks import device_of_rank, join_ranks
@@ -53,7 +55,7 @@ def main(job_path: str) -> None:
         cells(job, device)
         return
     with told_if_stuck():
-        found = (check_tokens if job["phase"] == "check" else link_rates)(job, device)
+        found = PHASES[job["phase"]](job, device)
     if launched().rank == 0:
         Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
 
@@ -80,7 +82,7 @@ def check_tokens(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         progress=False,
         **split_of_ranks(),
     )
-    options: dict[str, Any] = {"prefetch": True}
+    options: dict[str, Any] = {"prefetch": True, "sums": job["sums"][-1]}
     if not job["dry"]:
         options["mode"] = "reduce-overhead"
     compiled: Any = torch.compile(model, backend="specmoe", options=options)
@@ -184,15 +186,15 @@ def stage(
     is_resident = asked["stage"] == "resident"
     with contextlib.ExitStack() as opened:
         with told_if_stuck():
-            run = prepared(bench, job, names, asked["context"], opened)
+            runs = prepared(bench, job, names, asked["context"], opened)
         turns.answer({})
-        rows: dict[int, dict[str, Any]] = {}
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
         while (ask := turns.next_or_none()) is not None and "arm" in ask:
-            count = bench.slots(ARMS[ask["arm"]])
-            if not is_resident or count not in rows:
+            key = bench.slots(ARMS[ask["arm"]]), ask["sums"]
+            if not is_resident or key not in rows:
                 with told_if_stuck():
-                    rows[count] = cell(bench, run, ask["arm"])
-            turns.answer(rows[count])
+                    rows[key] = cell(bench, runs[ask["sums"]], ask["arm"])
+            turns.answer(rows[key])
     return ask
 
 
@@ -202,17 +204,20 @@ def prepared(
     names: Sequence[str],
     context: int,
     opened: contextlib.ExitStack,
-) -> Generation:
-    """A session for these arms, compiled and captured; `opened` closes it."""
+) -> dict[str, Generation]:
+    """A session for these arms, compiled and captured for each way of sums; `opened` closes it."""
     slots = max(bench.slots(ARMS[name]) for name in names)
     model, session, routing = opened.enter_context(bench.opened(slots))
     opened.enter_context(trace_predictions())
     filled = filled_cache(bench, model, context)
-    compiled = torch.compile(model, backend="specmoe", options=graph_options(job), fullgraph=True)
-    run = Generation(bench, compiled, session, routing, filled)
-    run.start(names[0])
-    run.run(4)
-    return run
+    runs = {}
+    for sums in job["sums"]:
+        options = {**graph_options(job), "sums": sums}
+        compiled = torch.compile(model, backend="specmoe", options=options, fullgraph=True)
+        runs[sums] = Generation(bench, compiled, session, routing, filled)
+        runs[sums].start(names[0])
+        runs[sums].run(4)
+    return runs
 
 
 def open_bench(job: dict[str, Any], device: torch.device) -> SplitBench:
@@ -252,8 +257,24 @@ def graph_options(job: dict[str, Any]) -> dict[str, Any]:
 def cell(bench: SplitBench, run: Generation, name: str) -> dict[str, Any]:
     """One arm."""
     row = measure_cell(bench, run, name)
-    sums_ms = sum(k["ms_per_token"] for k in row["kernels"] if "nccl" in k["kernel"].lower())
+    sums_ms = sum(k["ms_per_token"] for k in row["kernels"] if is_sum(k["kernel"]))
     return {**row, "slots": bench.slots(ARMS[name]), "sums_ms_per_token": sums_ms}
+
+
+def is_sum(kernel: str) -> bool:
+    """Whether a kernel adds up over the ranks."""
+    return "nccl" in kernel.lower() or "sum_ranks" in kernel
+
+
+def sums_over_ranks(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Times of sums over the ranks, of the hidden state of the job's shape."""
+    if launched().size == 1:
+        return {}
+    shape = SHAPES[job["shape"]]
+    return time_sums(shape.configured(job["layers"]).hidden_size, shape.dtype, device)
+
+
+PHASES = {"check": check_tokens, "link": link_rates, "sums": sums_over_ranks}
 
 
 if __name__ == "__main__":

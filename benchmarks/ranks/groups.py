@@ -15,6 +15,11 @@ from benchmarks.kit.places import ROOT
 from specmoe_compile.system.output import write_json
 
 POLL_S = 0.02
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 def start(
@@ -33,7 +38,7 @@ def start(
         worker = [*launch, *worker]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Multicast over NVLink is not to be had on every machine that has NVLink.
-    chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "NCCL_NVLS_ENABLE": "0"}
+    chosen = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **NO_MULTICAST}
     if gpu is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         chosen["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)

@@ -30,6 +30,7 @@ from specmoe_compile.passes.insert_predictor import insert_predictor
 from specmoe_compile.passes.merge_products import merge_products
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
+from specmoe_compile.passes.replace_sums import replace_sums
 from specmoe_compile.passes.replace_top_k import replace_top_k
 from specmoe_compile.passes.report import PassReport, PipelineReport
 from specmoe_compile.passes.split_expert_execution import split_expert_execution
@@ -54,10 +55,11 @@ PASSES: tuple[Pass, ...] = (
     split_expert_execution,
     replace_top_k,
     merge_products,
+    replace_sums,
     guard_speculation,
 )
 """The passes, in order."""
-WITHOUT_PREFETCH: tuple[Pass, ...] = (replace_top_k, merge_products)
+WITHOUT_PREFETCH: tuple[Pass, ...] = (replace_top_k, merge_products, replace_sums)
 """Those that are left where nothing is fetched ahead."""
 
 _PREFETCH_OFF = "option prefetch is off"
@@ -135,7 +137,7 @@ def _run(
         for layer, reason in done.skipped.items():
             log.debug("%s: MoE layer %d: %s", done.name, layer, reason)
         if check_each:
-            check_invariants(graph, aliases, complete=run in PASSES[-4:])
+            check_invariants(graph, aliases, complete=run in PASSES[-5:])
     graph.eliminate_dead_code()
     check_invariants(graph, aliases)
     if config.predicts and not any(layer.is_split for layer in plan.layers):

@@ -24,6 +24,8 @@ class PassConfig(GraphOptions):
 
     multiplies: bool = False
     """The sessions' engine multiplies a few tokens with any weight."""
+    inbox_groups: tuple[str, ...] = ()
+    """Process groups over which small tensors are added up in one launch (`sum_ranks`)."""
 
     def __post_init__(self) -> None:
         GraphOptions.__post_init__(self)
@@ -51,6 +53,7 @@ class PassConfig(GraphOptions):
         multiplies: bool = False,
         network_layers: tuple[int, ...] = (),
         resident_layers: tuple[int, ...] = (),
+        inbox_groups: tuple[str, ...] = (),
     ) -> PassConfig:
         """Take the options that passes read.
 
@@ -61,6 +64,7 @@ class PassConfig(GraphOptions):
             multiplies: whether the sessions' engine multiplies with weights that are no experts'.
             network_layers: layers that a hybrid predictor predicts with their networks.
             resident_layers: layers of which no expert is ever missing, in none of the sessions.
+            inbox_groups: process groups whose ranks' GPUs have inboxes of each other.
         """
         return cls.view(
             options,
@@ -70,6 +74,7 @@ class PassConfig(GraphOptions):
             resident_layers=resident_layers,
             conditional=conditional,
             multiplies=multiplies,
+            inbox_groups=inbox_groups,
         )
 
     def key(self) -> str:

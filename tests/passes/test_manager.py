@@ -37,6 +37,7 @@ def test_passes_run_in_their_order_and_report() -> None:
         "split_expert_execution": 3,
         "replace_top_k": 0,
         "merge_products": 0,
+        "replace_sums": 0,
         "guard_speculation": 0,
     }
     assert report.reason is None

@@ -16,8 +16,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.ranks.groups import NO_MULTICAST
+
 ROOT = Path(__file__).parents[2]
 WORKER = str(Path(__file__).with_name("worker.py"))
+SUM_WORKER = str(Path(__file__).with_name("sum_worker.py"))
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
@@ -55,7 +58,7 @@ class Group:
 def environment() -> dict[str, str]:
     """For a process that imports this checkout, computes on one thread and asks no hub."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **NO_MULTICAST}
     return {**os.environ, **more}
 
 

@@ -25,6 +25,13 @@ pytestmark = needs_expert_parallel
 
 SCENARIOS: list[dict[str, Any]] = [
     {"name": "two", "ranks": 2},
+    {
+        "name": "one_shot",
+        "ranks": 2,
+        "inboxes_on_cpu": True,
+        "compile": {"lowering": "eager", "sums": "one_shot"},
+    },
+    {"name": "no_inbox", "ranks": 2, "compile": {"lowering": "eager", "sums": "one_shot"}},
     {"name": "sampling", "ranks": 2, "compile": None, "sample": True, "new_tokens": 5},
     {"name": "stores", "ranks": 2, "load_rank_1": {"quantize": "int8"}, "other_store": True},
     {"name": "killed", "ranks": 2, "compile": None, "dies_at_read": 12},
@@ -99,6 +106,19 @@ def test_two_ranks_give_the_plain_tokens_from_one_store(groups: dict[str, Group]
         assert experts and experts <= set(range(rank * 4, rank * 4 + 4)), "reads only its own"
         assert sum(layer["predicted"] for layer in one["stats"]["layers"]) > 0
     assert sum(sum(one["packed"]) for one in found) == 1, "packed once"
+
+
+def test_sums_in_one_shot_give_the_same_tokens(groups: dict[str, Group]) -> None:
+    for one in groups["one_shot"].checked():
+        assert one["tokens"] == one["expected"], "tokens differ from the plain model's"
+        assert one["one_shot"] >= 2 * LAYERS, "of attention and experts"
+
+
+def test_ranks_that_cannot_add_up_in_one_shot_say_so_and_reduce(groups: dict[str, Group]) -> None:
+    for one, told in zip(groups["no_inbox"].checked(), groups["no_inbox"].errors, strict=True):
+        assert one["tokens"] == one["expected"], "tokens differ from the plain model's"
+        assert one["one_shot"] == 0
+        assert told.count("add up by all-reduce, not in one shot: the model is on cpu") == 1
 
 
 def test_statistics_of_all_ranks_add_up(groups: dict[str, Group]) -> None:

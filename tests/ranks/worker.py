@@ -23,6 +23,8 @@ import specmoe_compile
 from specmoe_compile.backend import specmoe
 from specmoe_compile.cli import main
 from specmoe_compile.hf import placing
+from specmoe_compile.passes import manager
+from specmoe_compile.runtime.cuda import inboxes
 from specmoe_compile.runtime.session import session_of
 
 DEFAULTS: dict[str, Any] = {
@@ -36,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "dies_at_read": 0,  # rank 1 ends itself when it reads for the nth time
     "other_prompt": False,  # rank 1 generates from another prompt
     "other_store": False,  # rank 1 has a folder of its own
+    "inboxes_on_cpu": False,  # sums in one shot, by what the op does on a CPU
     "reference": "plain",  # or "one_rank": specmoe in one process, with the same arguments
 }
 
@@ -72,6 +75,9 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     model = specmoe_compile.from_pretrained(ask["checkpoint"], distributed_config=split, **load)
     reads = note_reads(model, ask["dies_at_read"] if rank == 1 else 0)
     sums: list[int] = []
+    one_shot = note_one_shot_sums()
+    if ask["inboxes_on_cpu"]:
+        inboxes._open = lambda name, group, device: None
 
     def counting(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         sums.append(sum("all_reduce" in str(node.target) for node in gm.graph.nodes))
@@ -85,6 +91,8 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     found = {
         "tokens": tokens,
         "sums": sums,
+        "one_shot": max(one_shot, default=0),
+        "inboxes": {name: why for name, (_, why) in inboxes._decided.items()},
         "breaks": dict(counters["graph_break"]),
         "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         "reads": reads,
@@ -115,6 +123,20 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         found["expected"] = generate(other, ask)
         found["stats_of_one"] = specmoe_compile.stats(one).as_dict()
     return found
+
+
+def note_one_shot_sums() -> list[int]:
+    """How many sums of each graph that is rewritten are in one shot."""
+    noted: list[int] = []
+    run_passes = manager.run_passes
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        report = run_passes(*args, **kwargs)
+        noted.append(report.matches.get("replace_sums", 0))
+        return report
+
+    manager.run_passes = counting
+    return noted
 
 
 def note_reads(model: Any, dies_at: int) -> list[tuple[int, int]]:
