@@ -32,6 +32,7 @@ from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
 from specmoe_compile.system.sizes import format_bytes
+from specmoe_compile.system.traced_effects import leaves_objects_alone
 
 if TYPE_CHECKING:
     from specmoe_compile.passes.manager import SpeculationPass
@@ -66,7 +67,8 @@ def specmoe(
     """
     config = CompileOptions.from_kwargs(options, mode)
     with phase(f"compiling {_step_name(gm)}"):
-        return counted(_compile(gm, example_inputs, config))
+        is_all = leaves_objects_alone()
+        return counted(_compile(gm, example_inputs, config), is_all=is_all)
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], config: CompileOptions) -> Compiled:

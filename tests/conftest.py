@@ -41,6 +41,7 @@ _LONGEST = (
     "kernels/test_packed_experts.py",
     "e2e/test_wrappers.py",
     "e2e/test_guard_checks.py",
+    "e2e/test_replayed_steps.py",
     "passes/test_end_to_end.py",
     "replay/test_replay.py",
     "kernels/test_plan_cache.py",

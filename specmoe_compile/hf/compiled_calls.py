@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 Call = Callable[..., Any]
 
 
+class _OwnCall(functools.partial[Any]):
+    """A forward call through our backend, with nothing around it."""
+
+
 class ModelCalls:
     """How the forward calls of one offloaded model run; does not keep the model alive."""
 
@@ -84,19 +88,23 @@ class ModelCalls:
             SpecMoEError: the model's session is closed, or cannot run in this process; what the
                 call allocates does not fit the GPU's memory.
         """
-        session = get_session(self.model.__dict__["_specmoe_session"])
+        model = self.model
+        session = get_session(model.__dict__["_specmoe_session"])
         session.check_open()
         on_gpu = session.device.type == "cuda"
         if on_gpu:
             for name in CACHE_ARGUMENTS:
                 _mark_static(kwargs.get(name))
-        with (
-            self._turn,
-            raised_recompile_limit(),
-            naming_what_did_not_fit(session),
-            self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext(),
-        ):
-            return self._checks.run(call, *args, **kwargs)
+        with self._turn, naming_what_did_not_fit(session):
+            replay = self._checks.replay_or_none(call, args, kwargs)
+            if replay is not None:
+                return replay.run(kwargs)
+            with (
+                raised_recompile_limit(),
+                self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext(),
+            ):
+                own = model if isinstance(call, _OwnCall) else None
+                return self._checks.run(call, *args, model=own, **kwargs)
 
     @contextlib.contextmanager
     def routed_through(self, compiled: Call) -> Iterator[None]:
@@ -122,7 +130,8 @@ class ModelCalls:
     ) -> Call:
         """A compiled call that leaves prompts to the plain one, where nothing is lost by it."""
         session = get_session(self.model.__dict__["_specmoe_session"])
-        return prompts_as_they_are(compiled, plain, options=options, session=session)
+        call = prompts_as_they_are(compiled, plain, options=options, session=session)
+        return call if options is None else _OwnCall(call)
 
     def compile_call(self, call: Call, *args: Any, **kwargs: Any) -> Call:
         """`torch.compile` of a forward call that reaches the model."""

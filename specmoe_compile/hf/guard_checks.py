@@ -11,19 +11,24 @@ only for the whole process. Here that is said for one thread and one call, and o
 - with no other forward call of the model in between, so that the graph of the last step is the
   first that Dynamo looks at,
 - after `SURE` calls that were checked in full; and one of `EVERY` is checked in full again.
+
+On a CPU such a step calls its graph without Dynamo, where that is the same (`replayed_steps`).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from torch._dynamo import eval_frame
 
-from specmoe_compile.system.graph_runs import graphs_run
+from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
+from specmoe_compile.hf.replayed_steps import CheckedStep, Replay, can_replay
+from specmoe_compile.system.graph_runs import run_noting_graph
 
 SURE = 4
 EVERY = 16
@@ -49,11 +54,15 @@ class Repeats:
     Attributes:
         calls: how many calls came one after the other.
         whole: whether the last one that was checked ran as one graph.
+        checked: the last one that was checked, where later ones may repeat it without Dynamo.
+        replay: how they do it, once two that were checked were the same.
     """
 
     def __init__(self) -> None:
         self.calls = 0
         self.whole = False
+        self.checked: CheckedStep | None = None
+        self.replay: Replay | None = None
 
     @contextmanager
     def step(self, *, repeats: bool) -> Iterator[None]:
@@ -73,14 +82,34 @@ class GuardChecks:
         _install()
         self._last: Repeats | None = None
 
-    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Make a call, checked in full unless it repeats the last one."""
+    def replay_or_none(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Replay | None:
+        """How to make a call without Dynamo, if it repeats the last one; it counts as made then."""
+        loop = _here.loop
+        if loop is None or loop.replay is None or loop is not self._last or args:
+            return None
+        if (loop.calls + 1) % EVERY == 0 or not loop.replay.fits(call, kwargs):
+            return None
+        loop.calls += 1
+        return loop.replay
+
+    def run(
+        self, call: Callable[..., Any], *args: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> Any:
+        """Make a call, checked in full unless it repeats the last one.
+
+        Args:
+            call: of the model, through `torch.compile`.
+            args, kwargs: its arguments.
+            model: whose call it is, if repetitions may do without Dynamo.
+        """
         loop = _here.loop
         if loop is not None:
             loop.calls = loop.calls + 1 if loop is self._last else 0
         self._last = loop
         if loop is None or not loop.whole or loop.calls < SURE or loop.calls % EVERY == 0:
-            return self._checked(loop, call, *args, **kwargs)
+            return self._checked(loop, model, call, *args, **kwargs)
         _here.skips = True
         try:
             return call(*args, **kwargs)
@@ -90,14 +119,28 @@ class GuardChecks:
         finally:
             _here.skips = False
         # What no longer held showed before anything had run.
-        return self._checked(loop, call, *args, **kwargs)
+        return self._checked(loop, model, call, *args, **kwargs)
 
     @staticmethod
-    def _checked(loop: Repeats | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = graphs_run()
-        found = call(*args, **kwargs)
-        if loop is not None:
-            loop.whole = graphs_run() == before + 1
+    def _checked(
+        loop: Repeats | None,
+        model: nn.Module | None,
+        call: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if loop is None:
+            return call(*args, **kwargs)
+        found, run = run_noting_graph(lambda: call(*args, **kwargs))
+        loop.whole = run is not None
+        before, loop.checked = loop.checked, None
+        if model is not None and not args and can_replay():
+            loop.checked = CheckedStep.or_none(call, kwargs, run, found)
+        if loop.checked is None or before is None or not before.is_repeated_by(loop.checked):
+            loop.replay = None
+        elif model is not None and loop.replay is None and loop.calls >= SURE - 1:
+            cache = next(kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None)
+            loop.replay = Replay(loop.checked, model, cache.layers)
         return found
 
 

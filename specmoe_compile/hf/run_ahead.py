@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -180,14 +181,20 @@ class _HostCopy:
 
     def __init__(self, like: Tensor) -> None:
         """Reserve for tokens like `like`, [B, length]."""
+        self._is_there = like.device.type == "cpu"
         on_gpu = like.device.type == "cuda"
-        self._over = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
+        self._over: Tensor | bool = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
         self._tokens = torch.zeros(len(like), dtype=like.dtype, pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None
 
-    def begin(self, unfinished: Tensor, tokens: Tensor | None) -> None:
+    def begin(self, over: Tensor | bool, tokens: Tensor | None) -> None:
         """Start copying whether all is over, and tokens [B] for a streamer."""
-        self._over.copy_(unfinished.max() == 0, non_blocking=True)
+        if self._is_there:
+            self._over = over
+            self._tokens = self._tokens if tokens is None else tokens
+            return
+        assert isinstance(self._over, Tensor) and isinstance(over, Tensor), "it is on the device"
+        self._over.copy_(over, non_blocking=True)
         if tokens is not None:
             self._tokens.copy_(tokens, non_blocking=True)
         if self._arrived is not None:
@@ -195,6 +202,8 @@ class _HostCopy:
 
     def wait(self) -> tuple[bool, Tensor]:
         """Whether all is over, and the tokens; waits for them and for nothing later."""
+        if self._is_there:
+            return bool(self._over), self._tokens
         if self._arrived is not None:
             self._arrived.synchronize()
         return bool(self._over), self._tokens.clone()
@@ -216,10 +225,11 @@ class _Chooser:
         # With one sequence and nothing but a length there is nothing to ask the device for.
         self.asks = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
         self.unfinished = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+        self._ends, self._is_over = _ends_or_none(criteria, tokens), False
 
     def choose(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The next token of each sequence, [B], from the model's logits, [B, 1 or more, V]."""
-        last = logits[:, -1]
+        last = logits.select(1, -1)
         if not self._processor and not self._config.do_sample and self._keeps_nothing:
             chosen = last.argmax(dim=-1).to(tokens.device)
         else:
@@ -243,10 +253,39 @@ class _Chooser:
             return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         return scores.argmax(dim=-1)
 
-    def finish(self, tokens: Tensor) -> None:
-        """Ask the criteria which sequences end with the last of `tokens`."""
-        if self.asks:
+    @property
+    def is_over(self) -> Tensor | bool:
+        """Whether all sequences have ended."""
+        return self.unfinished.max() == 0 if self._ends is None else self._is_over
+
+    def finish(self, tokens: Tensor, chosen: Tensor) -> None:
+        """Ask the criteria which sequences end with `chosen`, [B], the last of `tokens`."""
+        if self._ends is not None:
+            self._is_over = int(chosen) in self._ends
+        elif self.asks:
             self.unfinished = self.unfinished & ~self._criteria(tokens, self.scores)
+
+
+def _ends_or_none(criteria: Any, tokens: Tensor) -> frozenset[int] | None:
+    """The tokens that end one sequence on the host, where criteria ask for these and a length."""
+    if tokens.device.type != "cpu" or len(tokens) != 1:
+        return None
+    ends: set[int] = set()
+    lengths = 0
+    for criterion in criteria:
+        if type(criterion) is EosTokenCriteria:
+            ends.update(criterion.eos_token_id.tolist())
+        elif type(criterion) is MaxLengthCriteria and _is_within(criterion):
+            lengths += 1
+        else:
+            return None
+    return frozenset(ends) if lengths <= 1 else None
+
+
+def _is_within(criterion: MaxLengthCriteria) -> bool:
+    """Whether a length is one that transformers does not warn of."""
+    most = criterion.max_position_embeddings
+    return most is None or criterion.max_length <= most
 
 
 def _decode(
@@ -282,11 +321,11 @@ def _decode(
         chosen = chooser.choose(outputs.logits, tokens)
         del outputs  # the logits of a long prompt are large
         tokens = torch.cat([tokens, chosen[:, None]], dim=-1)
-        chooser.finish(tokens)
+        chooser.finish(tokens, chosen)
         is_last = most is not None and tokens.shape[1] >= most
         reads = chooser.asks or streamer is not None
         if reads:
-            on_host.begin(chooser.unfinished, chosen if streamer is not None else None)
+            on_host.begin(chooser.is_over, chosen if streamer is not None else None)
         early = ahead and not is_last and (streamer is None or session in _stepped)
         if early:
             outputs = step(tokens, model_kwargs)

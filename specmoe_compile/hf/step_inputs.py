@@ -108,7 +108,7 @@ class StepInputs:
         for mask in self._masks:
             # A window that is full lets all of its keys through.
             if self._filled < mask.shape[3]:
-                mask[..., self._filled] = True if mask.dtype == torch.bool else 0.0
+                mask.select(3, self._filled).fill_(mask.dtype == torch.bool)
         positions = inputs.get("position_ids")
         if isinstance(positions, Tensor):
             positions.add_(1)
