@@ -18,10 +18,14 @@ constexpr int64_t kStay = 7;
 constexpr int64_t kSeenBits = 29;
 constexpr int64_t kIndexBits = 9;
 
+// The part of a key that all candidates share: the step of the last use, and the expert's number.
+int64_t low_key(int64_t seen, int64_t expert) {
+  return ((seen & ((int64_t{1} << kSeenBits) - 1)) << kIndexBits) | expert;
+}
+
 // What an expert is worth to a candidate; all of a layer's are different.
 int64_t key_of(const CacheTables& cache, int64_t candidate, int64_t expert) {
-  const int64_t seen = cache.scores[kRecency * cache.experts + expert];
-  const int64_t key = ((seen & ((int64_t{1} << kSeenBits) - 1)) << kIndexBits) | expert;
+  const int64_t key = low_key(cache.scores[kRecency * cache.experts + expert], expert);
   if (candidate == kRecency) return key;
   return key | (cache.scores[candidate * cache.experts + expert] << (kSeenBits + kIndexBits));
 }
@@ -33,20 +37,40 @@ int64_t followed(const CacheTables& cache) {
 
 }  // namespace
 
+// How many of the wanted experts a candidate would not have among its S best: those before which
+// fewer than E - S come. In order of their keys, so that a few counts find the first that it has.
+int64_t CachePlanner::lacked(const CacheTables& cache, const std::vector<int64_t>& wanted) {
+  const int64_t others = cache.experts - cache.slots;
+  wanted_keys_.clear();
+  for (const int64_t expert : wanted) wanted_keys_.push_back(keys_[static_cast<size_t>(expert)]);
+  std::sort(wanted_keys_.begin(), wanted_keys_.end());
+  const auto is_lacked = [&](int64_t key) {
+    uint64_t before = 0;
+    for (const int64_t other : keys_) before += static_cast<uint64_t>(other - key) >> 63;
+    return static_cast<int64_t>(before) < others;
+  };
+  return std::partition_point(wanted_keys_.begin(), wanted_keys_.end(), is_lacked) -
+         wanted_keys_.begin();
+}
+
 void CachePlanner::judge(const CacheTables& cache, const std::vector<int64_t>& wanted) {
   int64_t* misses = cache.regret;
-  keys_.resize(static_cast<size_t>(cache.experts));
-  for (int64_t candidate = 0; candidate < kCandidates; candidate++) {
-    int64_t lacked = 0;
+  const size_t experts = static_cast<size_t>(cache.experts);
+  keys_.resize(experts);
+  low_.resize(experts);
+  for (int64_t candidate = kRecency; candidate >= 0; candidate--) {
+    int64_t count = 0;
     if (cache.slots < cache.experts) {
-      for (int64_t e = 0; e < cache.experts; e++)
-        keys_[static_cast<size_t>(e)] = key_of(cache, candidate, e);
-      partitioned_ = keys_;
-      const auto least = partitioned_.begin() + (cache.experts - cache.slots);
-      std::nth_element(partitioned_.begin(), least, partitioned_.end());
-      for (const int64_t expert : wanted) lacked += keys_[static_cast<size_t>(expert)] < *least;
+      const int64_t* row = cache.scores + candidate * cache.experts;
+      if (candidate == kRecency)
+        for (size_t e = 0; e < experts; e++)
+          keys_[e] = low_[e] = low_key(row[e], static_cast<int64_t>(e));
+      else
+        for (size_t e = 0; e < experts; e++)
+          keys_[e] = low_[e] | (row[e] << (kSeenBits + kIndexBits));
+      count = lacked(cache, wanted);
     }
-    misses[candidate] += lacked * kMiss - (misses[candidate] >> kWindow);
+    misses[candidate] += count * kMiss - (misses[candidate] >> kWindow);
   }
   const int64_t best = std::min_element(misses, misses + kCandidates) - misses;
   int64_t& candidate = cache.regret[kCandidates];
@@ -56,11 +80,15 @@ void CachePlanner::judge(const CacheTables& cache, const std::vector<int64_t>& w
 void CachePlanner::note(const CacheTables& cache, const std::vector<int64_t>& wanted,
                         int64_t now) {
   if (cache.policy == POLICY_ADAPTIVE) judge(cache, wanted);
-  for (int64_t candidate = 0; candidate < kRecency; candidate++) {
+  const auto forget_some = [&](int64_t candidate, auto decay) {
     int64_t* row = cache.scores + candidate * cache.experts;
-    for (int64_t e = 0; e < cache.experts; e++) row[e] -= row[e] >> kDecays[candidate];
+    for (int64_t e = 0; e < cache.experts; e++)
+      row[e] -= static_cast<int64_t>(static_cast<uint64_t>(row[e]) >> decay());  // never negative
     for (const int64_t expert : wanted) row[expert] += kUnit;
-  }
+  };
+  forget_some(0, [] { return kDecays[0]; });
+  forget_some(1, [] { return kDecays[1]; });
+  forget_some(2, [] { return kDecays[2]; });
   for (const int64_t expert : wanted) cache.scores[kRecency * cache.experts + expert] = now;
 }
 

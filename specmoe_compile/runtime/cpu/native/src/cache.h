@@ -60,6 +60,7 @@ class CachePlanner {
  private:
   void note(const CacheTables& cache, const std::vector<int64_t>& wanted, int64_t now);
   void judge(const CacheTables& cache, const std::vector<int64_t>& wanted);
+  int64_t lacked(const CacheTables& cache, const std::vector<int64_t>& wanted);
   void order_fillable(const CacheTables& cache);
 
   struct Place {
@@ -69,7 +70,7 @@ class CachePlanner {
   };
   bool is_bypassed(const CacheTables& cache, int64_t expert, const Place& place) const;
   CachePlan plan_;
-  std::vector<int64_t> missing_, keys_, partitioned_;
+  std::vector<int64_t> missing_, keys_, low_, wanted_keys_;
   std::vector<uint8_t> taken_;
   std::vector<Place> places_;
 };
