@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.full_size.model import Shape
+from benchmarks.full_size.model import Shape, cached_sizes
 
 RUNTIME_BYTES = 1 << 30
 """The driver's own, CUDA graphs, and what a step computes besides."""
@@ -34,7 +34,8 @@ def attended_bytes(config: Any, tokens: int, itemsize: int) -> int:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or tokens
     rows = sum(min(tokens, window) if kind.startswith("sliding") else tokens for kind in kinds)
-    return int(2 * rows * config.num_key_value_heads * config.head_dim * itemsize)
+    heads, key, value = cached_sizes(config)
+    return rows * heads * (key + value) * itemsize
 
 
 def other_bytes(

@@ -12,17 +12,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.full_size.configs import (
+    deepseek_v2_lite,
+    gpt_oss_20b,
+    qwen3_30b,
+    tiny_deepseek,
+    tiny_gpt_oss,
+    tiny_qwen3,
+)
 from benchmarks.kernels.compile_spec import FP8, INT4, MXFP4, NVFP4
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf.compiled_calls import _mark_static
@@ -68,63 +77,6 @@ class Shape:
         return config
 
 
-def _qwen3_30b() -> Any:
-    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is declared nowhere
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=131072,
-    )
-
-
-def _gpt_oss_20b() -> Any:
-    return GptOssConfig(num_hidden_layers=24, num_local_experts=32)
-
-
-def _tiny_qwen3() -> Any:
-    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is declared nowhere
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=64,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-
-
-def _tiny_gpt_oss() -> Any:
-    return GptOssConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=16,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-
-
 def _both(code: WeightCode) -> ExpertFormat:
     return ExpertFormat(up=code, down=code)
 
@@ -132,20 +84,21 @@ def _both(code: WeightCode) -> ExpertFormat:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="Qwen3-30B-A3B", config=_qwen3_30b),
-        Shape(name="Qwen3-30B-A3B-nvfp4", config=_qwen3_30b, format=_both(NVFP4)),
-        Shape(name="Qwen3-30B-A3B-fp8", config=_qwen3_30b, format=_both(FP8)),
-        Shape(name="Qwen3-30B-A3B-int4", config=_qwen3_30b, format=_both(INT4)),
-        Shape(name="GPT-OSS-20B", config=_gpt_oss_20b),
-        Shape(name="GPT-OSS-20B-mxfp4", config=_gpt_oss_20b, format=_both(MXFP4)),
-        Shape(name="tiny-qwen3", config=_tiny_qwen3, dtype=torch.float32),
-        Shape(name="tiny-gpt-oss", config=_tiny_gpt_oss, dtype=torch.float32),
-        Shape(
-            name="tiny-qwen3-nvfp4", config=_tiny_qwen3, dtype=torch.float32, format=_both(NVFP4)
-        ),
+        Shape(name="Qwen3-30B-A3B", config=qwen3_30b),
+        Shape(name="Qwen3-30B-A3B-nvfp4", config=qwen3_30b, format=_both(NVFP4)),
+        Shape(name="Qwen3-30B-A3B-fp8", config=qwen3_30b, format=_both(FP8)),
+        Shape(name="Qwen3-30B-A3B-int4", config=qwen3_30b, format=_both(INT4)),
+        Shape(name="GPT-OSS-20B", config=gpt_oss_20b),
+        Shape(name="GPT-OSS-20B-mxfp4", config=gpt_oss_20b, format=_both(MXFP4)),
+        Shape(name="DeepSeek-V2-Lite", config=deepseek_v2_lite),
+        Shape(name="DeepSeek-V2-Lite-fp8", config=deepseek_v2_lite, format=_both(FP8)),
+        Shape(name="tiny-deepseek", config=tiny_deepseek, dtype=torch.float32),
+        Shape(name="tiny-qwen3", config=tiny_qwen3, dtype=torch.float32),
+        Shape(name="tiny-gpt-oss", config=tiny_gpt_oss, dtype=torch.float32),
+        Shape(name="tiny-qwen3-nvfp4", config=tiny_qwen3, dtype=torch.float32, format=_both(NVFP4)),
         Shape(
             name="tiny-gpt-oss-mxfp4",
-            config=_tiny_gpt_oss,
+            config=tiny_gpt_oss,
             dtype=torch.float32,
             format=_both(MXFP4),
         ),
@@ -193,10 +146,9 @@ def _experts_on_meta() -> Iterator[None]:
 
         return on_meta
 
-    with (
-        mock.patch.object(Qwen3MoeExperts, "__init__", wrapped(Qwen3MoeExperts.__init__)),
-        mock.patch.object(GptOssExperts, "__init__", wrapped(GptOssExperts.__init__)),
-    ):
+    with ExitStack() as held:
+        for kind in (Qwen3MoeExperts, GptOssExperts, DeepseekV2Experts):
+            held.enter_context(mock.patch.object(kind, "__init__", wrapped(kind.__init__)))
         yield
 
 
@@ -310,6 +262,16 @@ class RandomStore(RamStore):
         super().close()
 
 
+def cached_sizes(config: Any) -> tuple[int, int, int]:
+    """Heads that a cache keeps, and sizes of a key and a value of one of them.
+
+    With multi-head latent attention that is one latent, and the part with positions.
+    """
+    if getattr(config, "kv_lora_rank", None):
+        return 1, config.kv_lora_rank, config.qk_rope_head_dim
+    return config.num_key_value_heads, config.head_dim, config.head_dim
+
+
 class FilledCache:
     """A static cache that holds random keys and values of C tokens, before the first step.
 
@@ -333,8 +295,10 @@ class FilledCache:
         self.cache = StaticCache(config=config, max_cache_len=rows)
         # Layers of this cache are static, of full or of sliding attention.
         self._layers: list[Any] = list(self.cache.layers)
-        heads, size = config.num_key_value_heads, config.head_dim
-        self.cache.early_initialization(1, heads, size, dtype, device)
+        heads, *sizes = cached_sizes(config)
+        kept = [torch.empty(1, heads, 0, size, dtype=dtype, device=device) for size in sizes]
+        for layer in self._layers:
+            layer.lazy_initialization(*kept)
         generator = torch.Generator(device).manual_seed(SEED)
         for layer in self._layers:
             if layer.is_sliding and layer.max_cache_len > context:

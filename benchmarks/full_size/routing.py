@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -77,9 +78,23 @@ class TracedGptOssRouter(_Traced, GptOssTopKRouter):
         return logits, F.softmax(values, dim=1).to(hidden_states.dtype), ids
 
 
+class TracedDeepseekV2Router(_Traced, DeepseekV2TopkRouter):
+    """`DeepseekV2TopkRouter.forward` without groups on `routed` logits."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.topk_method == "greedy" and self.top_k, "groups have no table here"
+        hidden_states = hidden_states.view(-1, self.hidden_dim)
+        logits = F.linear(hidden_states.type(torch.float32), self.weight.type(torch.float32))
+        logits = self.routed(logits)
+        scores = logits.softmax(dim=-1, dtype=torch.float32)
+        weights, ids = torch.topk(scores, k=self.top_k, dim=-1, sorted=False)
+        return logits, weights * self.routed_scaling_factor, ids
+
+
 TRACED: dict[type[nn.Module], type[_Traced]] = {
     Qwen3MoeTopKRouter: TracedQwen3Router,
     GptOssTopKRouter: TracedGptOssRouter,
+    DeepseekV2TopkRouter: TracedDeepseekV2Router,
 }
 
 
