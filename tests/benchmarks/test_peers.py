@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.full_size import peers, peers_run, token
-from benchmarks.full_size.peers_plot import PANELS, points_of
+from benchmarks.full_size.peers_plot import CONTEXT_PANELS, PANELS, contexts_of, points_of
 from benchmarks.full_size.peers_table import predicted_ms
 from benchmarks.kit.places import RESULTS
 
@@ -118,6 +118,28 @@ def test_what_is_hidden_is_a_share_of_what_could_be() -> None:
     assert len(peers.table(rows)) == 3, "they are no cell of the comparison"
 
 
+def test_pictures_have_a_line_for_each_system_over_memory_and_context() -> None:
+    runs = {"tpot_ms": {"p20": None, "p50": 6.0, "p80": None}, "runs_ms": [5.5, 6.0, 6.5]}
+    rows = [
+        some_row("specmoe", "cache_25", 3.0),
+        some_row("specmoe", "specmoe_25", 2.5),
+        some_row("specmoe", "cache_25", 9.0, routing="uniform"),
+        some_row("specmoe", "on_demand", 90.0),
+        some_row("specmoe", "cache_25", 4.0, context=65536),
+        some_row("freetoken", "resident", 1.5, cache_bytes=None),
+        some_row("llama.cpp", "cpu_moe_25", 6.0, format="q4_0", routing="own", **runs),
+        some_row("accelerate", "device_map_25", 900.0, routing="own"),
+    ]
+    assert points_of(rows, ("M", "nvfp4", 1024)) == {
+        "specmoe": [(4.0, 1.5, 2.5, 3.5)],
+        "freetoken": [(4.0, 0.5, 1.5, 2.5)],
+        "llama.cpp": [(4.0, 5.5, 6.0, 6.5)],
+    }
+    lines = contexts_of(rows, ("M", "nvfp4", "25 %"))
+    assert lines["specmoe"] == [(1.0, 1.5, 2.5, 3.5), (64.0, 3.0, 4.0, 5.0)]
+    assert set(lines) == {"specmoe", "llama.cpp"}
+
+
 def asked(tmp_path: Path, **changes: Any) -> Namespace:
     values = {"folder": tmp_path, "cells": ["qwen_bf16"], "contexts": [1024], "trace": Path("t")}
     values |= {"llama_bench": Path("b"), "gguf_folder": Path("g"), "freetoken_driver": Path("d")}
@@ -185,3 +207,4 @@ def test_the_page_shows_the_rows_that_were_measured() -> None:
         points = points_of(rows, panel)
         assert set(points) == {"freetoken", "specmoe"}
         assert all(sorted(line) == line for line in points.values())
+    assert contexts_of(rows, CONTEXT_PANELS[0])["specmoe"][-1][0] == 64.0
