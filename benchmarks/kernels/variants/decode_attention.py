@@ -11,7 +11,11 @@ from benchmarks.kernels.compile_spec import (
     Traffic,
     count_traffic,
 )
-from specmoe_compile.kernels.decode_attention.config import AttentionConfig, attention_config
+from specmoe_compile.kernels.decode_attention.config import (
+    AttentionConfig,
+    attention_config,
+    parts_block,
+)
 from specmoe_compile.kernels.decode_attention.kernel import (
     attended_range_kernel,
     decode_attention_kernel,
@@ -70,12 +74,11 @@ def _range_spec(length: int) -> CompileSpec:
     )
 
 
-def _constexprs(shape: ModelShape, config: AttentionConfig) -> dict[str, object]:
+def _constexprs(shape: ModelShape) -> dict[str, object]:
     return {
         "Q": 1,
         "D": shape.head,
         "HAS_SINKS": shape.sinks,
-        "BLOCK_N": config.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(shape.head)),
     }
 
@@ -93,7 +96,8 @@ def _attention_spec(shape: ModelShape, length: int, config: AttentionConfig) -> 
             **dict.fromkeys((*_STRIDES, *_MASK_STRIDES, *_OUT_STRIDES, "parts"), "i32"),
         },
         constexprs={
-            **_constexprs(shape, config),
+            **_constexprs(shape),
+            "BLOCK_N": config.block_n,
             "SPLIT": config.parts > 1,
             "G": shape.kv_heads,
             "REPEATS": shape.query_heads // shape.kv_heads,
@@ -135,16 +139,19 @@ def _sum_spec(shape: ModelShape, length: int, config: AttentionConfig) -> Compil
         kernel=sum_parts_kernel,
         signature={
             **dict.fromkeys(("part_out", "part_max", "part_sum"), "*fp32"),
-            "bounds": "*i32",
             **dict.fromkeys(("sinks", "out"), f"*{shape.dtype}"),
-            **dict.fromkeys(("bounds_b", *_OUT_STRIDES, "parts"), "i32"),
+            **dict.fromkeys((*_OUT_STRIDES, "parts"), "i32"),
         },
-        constexprs={**_constexprs(shape, config), "N": heads, "BLOCK_P": 16},
+        constexprs={
+            **_constexprs(shape),
+            "N": heads,
+            "BLOCK_P": parts_block(config.parts),
+        },
         num_warps=4,
         num_stages=3,
         grid=(heads,),
         label=f"sum_parts B=1 S={length}",
-        aligned=("part_out", "bounds", "out", *_OUT_STRIDES),
+        aligned=("part_out", "out", *_OUT_STRIDES),
         traffic=count_traffic(
             [Operand(distinct_bytes=part_bytes, loaded_bytes=part_bytes)],
             stored_bytes=heads * shape.head * shape.itemsize,

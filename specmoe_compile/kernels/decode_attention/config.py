@@ -12,6 +12,7 @@ import triton
 _PROGRAMS_PER_SM = 2
 _SINGLE_PART_KEYS = 256
 _TILE_BYTES = 16384
+_PARTS_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +49,8 @@ def attention_config(
     # Three tiles of a large head and the queries do not fit the shared memory of sm_86.
     stages = 3 if head <= 128 else 2
     return AttentionConfig(block_m, block_n, parts, num_warps=4, num_stages=stages)
+
+
+def parts_block(parts: int) -> int:
+    """Parts of one query that are put together at once, a power of two."""
+    return min(_PARTS_BLOCK, triton.next_power_of_2(parts))

@@ -11,7 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from specmoe_compile.kernels.decode_attention.config import AttentionConfig, attention_config
+from specmoe_compile.kernels.decode_attention.config import (
+    AttentionConfig,
+    attention_config,
+    parts_block,
+)
 from specmoe_compile.kernels.decode_attention.kernel import (
     attended_range_kernel,
     decode_attention_kernel,
@@ -19,7 +23,6 @@ from specmoe_compile.kernels.decode_attention.kernel import (
 )
 
 _MASK_BLOCK = 16384
-_PARTS_BLOCK = 32
 
 
 def launch_attended_range(mask: Tensor, bounds: Tensor) -> None:
@@ -124,7 +127,7 @@ def launch_decode_attention(
             *out.stride()[:3],
             parts,
             N=heads,
-            BLOCK_P=min(_PARTS_BLOCK, triton.next_power_of_2(parts)),
+            BLOCK_P=parts_block(parts),
             BLOCK_D=block_d,
             num_warps=4,
             **common,
