@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.simulation.fast_replay import best_hits
+from specmoe_compile.runtime.cache.eviction import JUDGED_BITS, WINDOW
 
 EXPERTS = 32
 SLOTS = (6, 8, 12, 16, 24)
@@ -29,7 +30,8 @@ class Rule:
     Attributes:
         candidates: each the weights of counts by decay: {7: 1.0, 9: 0.5} is the rate over 128 steps
             and half of that over 512. None is recency.
-        window: misses of candidates are forgotten over 2**window steps.
+        window: misses of candidates are forgotten over 2**window judged steps.
+        judged: a step is judged if none of these bits of its number is set.
         stay: another is followed where its misses are fewer by one part in 2**stay.
         spare: so many that are missing and worth less than all that is held are not kept.
         temporary: what is missing and worth less than all that is held leaves first.
@@ -37,7 +39,8 @@ class Rule:
 
     name: str
     candidates: tuple[dict[int, float] | None, ...]
-    window: int = 8
+    window: int = WINDOW
+    judged: int = JUDGED_BITS
     stay: int = 7
     spare: int = 0
     temporary: bool = False
@@ -47,8 +50,9 @@ NOW: tuple[dict[int, float] | None, ...] = ({7: 1.0}, {5: 1.0}, {9: 1.0}, None)
 LRU = Rule(name="LRU", candidates=(None,))
 RULES = (
     Rule(name="adaptive, all kept", candidates=NOW),
-    Rule(name="window of 64 steps", candidates=NOW, window=6),
-    Rule(name="window of 1024 steps", candidates=NOW, window=10),
+    Rule(name="window of 64 steps", candidates=NOW, window=4),
+    Rule(name="window of 1024 steps", candidates=NOW, window=8),
+    Rule(name="every step judged", candidates=NOW, window=8, judged=0),
     Rule(name="less hysteresis: 1 in 4096", candidates=NOW, stay=12),
     Rule(name="more hysteresis: 1 in 16", candidates=NOW, stay=4),
     Rule(name="decays of 64, 256, 1024", candidates=({8: 1.0}, {6: 1.0}, {10: 1.0}, None)),
@@ -98,7 +102,7 @@ class _Cache:
 
     def step(self, wanted: NDArray[np.int64], now: int) -> None:
         """One token of every row: [R, K]."""
-        if self.rule.window and len(self.rule.candidates) > 1:
+        if not now & self.rule.judged and len(self.rule.candidates) > 1:
             self._judge(wanted)
         for decay, counts in self.counts.items():
             counts *= 1 - 0.5**decay

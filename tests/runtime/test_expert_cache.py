@@ -91,6 +91,19 @@ def test_adaptive_follows_a_change_of_topic() -> None:
     assert after["adaptive"] < after["lru"]
 
 
+@pytest.mark.parametrize("guesses", [0, 1])
+def test_one_step_in_four_is_judged_however_many_numbers_steps_take(guesses: int) -> None:
+    table = ExpertCache(num_experts=[8], slots=[2], policy="adaptive")
+    judged = 0
+    for step in range(64):
+        before = table.scores[0].regret.copy()
+        table.plan(0, [step % 8])  # a step asks for what no candidate kept: misses are added
+        judged += bool((table.scores[0].regret[:-1] != before[:-1]).any())
+        for _ in range(guesses):
+            table.plan(0, [(step + 1) % 8], speculative=True)
+    assert judged == 16
+
+
 def test_adaptive_does_not_keep_what_is_worth_less_than_all_that_is_there() -> None:
     table = cache(2, policy="adaptive", spare=1)
     for _ in range(4):

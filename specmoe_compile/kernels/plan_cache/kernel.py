@@ -16,6 +16,7 @@ from torch import Tensor
 from specmoe_compile.kernels.plan_cache.scores import (
     CANDIDATES,
     INDEX_BITS,
+    JUDGED_BITS,
     LAST_KEY,
     LFU_CANDIDATE,
     are_chosen,
@@ -155,14 +156,15 @@ def plan_cache_kernel(
             candidate = tl.load(regret + CANDIDATES)
             if not SPECULATIVE:
                 misses_of = tl.load(regret + tl.arange(0, CANDIDATES))
-                lacked_one = tl.zeros([], tl.int32)
-                lacked_other = tl.zeros([], tl.int32)
-                if S < E:
-                    lacked_one, lacked_other = count_lacked(
-                        ids, scores, all_fast, all_middle, all_slow, all_seen,
-                        CHOICES, E, S, BLOCK_C, CHUNK, BLOCK_E,
-                    )  # fmt: skip
-                misses_of, candidate = judge(misses_of, candidate, lacked_one, lacked_other)
+                if (now & JUDGED_BITS) == 0:
+                    lacked_one = tl.zeros([], tl.int32)
+                    lacked_other = tl.zeros([], tl.int32)
+                    if S < E:
+                        lacked_one, lacked_other = count_lacked(
+                            ids, scores, all_fast, all_middle, all_slow, all_seen,
+                            CHOICES, E, S, BLOCK_C, CHUNK, BLOCK_E,
+                        )  # fmt: skip
+                    misses_of, candidate = judge(misses_of, candidate, lacked_one, lacked_other)
         worth = worth_of(fast, middle, slow, seen, held_before, candidate, hit, now, SPECULATIVE)
         if SPARE > 0:
             own_worth = worth_of(

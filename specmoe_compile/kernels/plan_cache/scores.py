@@ -25,6 +25,7 @@ LFU_CANDIDATE = tl.constexpr(eviction.LFU_CANDIDATE)
 UNIT = tl.constexpr(eviction.UNIT)
 MISS = tl.constexpr(eviction.MISS)
 WINDOW = tl.constexpr(eviction.WINDOW)
+JUDGED_BITS = tl.constexpr(eviction.JUDGED_BITS)
 STAY = tl.constexpr(eviction.STAY)
 # Decays are evenly spaced, so that a candidate's is computed from its number.
 FIRST_DECAY = tl.constexpr(eviction.DECAYS[0])

@@ -5,7 +5,8 @@ steps 1/e of it is left. Counts with slow decay come half of the way from LRU to
 possible; how slow is best depends on the model and the text, and after a change of topic recency
 may be. So policy `adaptive` asks, of every expert that a step wants, which candidates would have
 had it among their S best, adds up each one's misses over a sliding window, and follows the best.
-No weights are kept for that: a ranking of E numbers is the whole shadow.
+One step in four is asked about: that takes longer than all the rest of a plan. No weights are kept
+for that: a ranking of E numbers is the whole shadow.
 
 Those S best may lack what a step wanted just now. So a missing expert that is worth less than all
 that may leave for it is not kept under `adaptive`: it is computed from elsewhere, as far as there
@@ -36,8 +37,11 @@ RECENCY = len(DECAYS)
 CANDIDATES = len(DECAYS) + 1
 UNIT = 1 << 14
 """What one use adds. With the slowest decay a score stays below 2**24."""
-WINDOW = 8
-"""Misses are forgotten as scores are: 2**8 steps."""
+JUDGED_BITS = 6
+"""A step is judged if none of these bits of its number is set: two of eight that follow each other,
+so that one step in four is, whether each has a guess, which takes a number too, or none has."""
+WINDOW = 6
+"""Misses are forgotten as scores are: 2**6 judged steps, 256 in all."""
 MISS = 1 << 16
 STAY = 7
 """Another candidate is followed where its misses are fewer by more than one part in 2**7."""
@@ -92,10 +96,10 @@ class Scores:
             experts: distinct expert numbers that a routing asked for.
             now: the step, 1 or more.
             slots: S.
-            choose: judge the candidates by it first, and follow the best.
+            choose: judge the candidates by it first, if its turn comes, and follow the best.
         """
         wanted = list(experts)
-        if choose:
+        if choose and not now & JUDGED_BITS:
             self._judge(wanted, slots)
         for row, decay in zip(self.table, DECAYS, strict=False):
             row -= row >> decay

@@ -12,7 +12,8 @@ constexpr int64_t kRecency = 3;
 constexpr int64_t kCandidates = 4;
 constexpr int64_t kLfu = 1;
 constexpr int64_t kUnit = int64_t{1} << 14;
-constexpr int64_t kWindow = 8;
+constexpr int64_t kJudgedBits = 6;
+constexpr int64_t kWindow = 6;
 constexpr int64_t kMiss = int64_t{1} << 16;
 constexpr int64_t kStay = 7;
 constexpr int64_t kSeenBits = 29;
@@ -79,7 +80,7 @@ void CachePlanner::judge(const CacheTables& cache, const std::vector<int64_t>& w
 
 void CachePlanner::note(const CacheTables& cache, const std::vector<int64_t>& wanted,
                         int64_t now) {
-  if (cache.policy == POLICY_ADAPTIVE) judge(cache, wanted);
+  if (cache.policy == POLICY_ADAPTIVE && (now & kJudgedBits) == 0) judge(cache, wanted);
   const auto forget_some = [&](int64_t candidate, auto decay) {
     int64_t* row = cache.scores + candidate * cache.experts;
     for (int64_t e = 0; e < cache.experts; e++)
