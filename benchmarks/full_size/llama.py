@@ -141,7 +141,13 @@ def run_bench(
     said: list[str] = []
     listener = threading.Thread(target=said.extend, args=(errors,), daemon=True)
     listener.start()
-    timer = threading.Timer(seconds, child.kill)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, end)
     timer.start()
     watch = Watch(gpu_bytes, child.pid)
     try:
@@ -154,12 +160,11 @@ def run_bench(
         raise
     finally:
         status = child.wait()
-        late = not timer.is_alive()
         timer.cancel()
         listener.join()
         watch.end()
     if status:
-        reason = f"it took more than {seconds:.0f} s" if late else f"status {status}"
+        reason = f"it took more than {seconds:.0f} s" if late.is_set() else f"status {status}"
         last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
         raise ValueError(f"llama-bench did not finish ({reason}); it said last: {last}")
 
