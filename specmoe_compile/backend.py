@@ -158,8 +158,14 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
         multiplies=all(session.engine.multiplies for session in sessions),
         network_layers=network_layers,
         resident_layers=_resident_layers(sessions),
+        foreign_ids=_foreign_ids(sessions),
         inbox_groups=_inbox_groups(gm, sessions[0].device, config),
     )
+
+
+def _foreign_ids(sessions: Sequence[Session]) -> tuple[tuple[int, int], ...]:
+    """Resident layers of a rank, and the id of others' experts; of the only model in a graph."""
+    return tuple(sorted(sessions[0].engine.foreign_ids.items())) if len(sessions) == 1 else ()
 
 
 def _inbox_groups(gm: GraphModule, device: torch.device, config: CompileOptions) -> tuple[str, ...]:

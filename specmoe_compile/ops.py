@@ -42,13 +42,19 @@ _SCHEMAS = {
         "(Tensor partial, Tensor x, Tensor ids, Tensor weights, Tensor state, int session,"
         " int layer) -> Tensor"
     ),
+    "run_own_experts": (
+        "(Tensor x, Tensor slots, Tensor weights, int session, int layer, Tensor[] counted,"
+        " int[] layers) -> Tensor"
+    ),
     "products": "(Tensor x, Tensor[] weights, Tensor[] biases, int session) -> Tensor[]",
 }
+
+_PYTHON_ONLY = ("predict_experts", "run_own_experts")
 
 
 def _names(name: str) -> tuple[str, ...]:
     """An op, and the one that gets what the op's body in C++, on a CPU, leaves to Python."""
-    return (name,) if name == "predict_experts" else (name, f"{name}_python")
+    return (name,) if name in _PYTHON_ONLY else (name, f"{name}_python")
 
 
 for _name, _schema in _SCHEMAS.items():
@@ -223,6 +229,36 @@ def _correct_fake(
     return x.new_empty(x.shape)
 
 
+def _run_own(
+    x: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    session: int,
+    layer: int,
+    counted: Sequence[Tensor],
+    layers: Sequence[int],
+) -> Tensor:
+    """Run a token's experts of a layer that has all of a rank's: [1,H], [1,K], [1,K] -> [1,H].
+
+    -1 is a choice of another rank. `counted` are the slots of `layers`, whose uses are counted now.
+    """
+    own = dict(zip(layers, counted, strict=True))
+    return get_session(session).run_own_experts(layer, x, slots, weights, own)
+
+
+def _run_own_fake(
+    x: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    session: int,
+    layer: int,
+    counted: Sequence[Tensor],
+    layers: Sequence[int],
+) -> Tensor:
+    _check_tokens("run_own_experts", x, slots, weights)
+    return x.new_empty(x.shape)
+
+
 def _products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], session: int
 ) -> list[Tensor]:
@@ -255,6 +291,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "wait_prefetch": (_wait, _wait_fake),
     "run_resident_experts": (_run_resident, _run_resident_fake),
     "correct_experts": (_correct, _correct_fake),
+    "run_own_experts": (_run_own, _run_own_fake),
     "products": (_products, _products_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():

@@ -27,6 +27,7 @@ from specmoe_compile.passes.insert_default_vectors import insert_default_vectors
 from specmoe_compile.passes.insert_expert_prefetch import insert_expert_prefetch
 from specmoe_compile.passes.insert_lookahead_router import insert_lookahead_router
 from specmoe_compile.passes.insert_predictor import insert_predictor
+from specmoe_compile.passes.mask_foreign_experts import mask_foreign_experts
 from specmoe_compile.passes.merge_products import merge_products
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.passes.plan import SpeculationPlan
@@ -56,10 +57,16 @@ PASSES: tuple[Pass, ...] = (
     replace_top_k,
     merge_products,
     replace_sums,
+    mask_foreign_experts,
     guard_speculation,
 )
 """The passes, in order."""
-WITHOUT_PREFETCH: tuple[Pass, ...] = (replace_top_k, merge_products, replace_sums)
+WITHOUT_PREFETCH: tuple[Pass, ...] = (
+    replace_top_k,
+    merge_products,
+    replace_sums,
+    mask_foreign_experts,
+)
 """Those that are left where nothing is fetched ahead."""
 
 _PREFETCH_OFF = "option prefetch is off"
@@ -137,7 +144,7 @@ def _run(
         for layer, reason in done.skipped.items():
             log.debug("%s: MoE layer %d: %s", done.name, layer, reason)
         if check_each:
-            check_invariants(graph, aliases, complete=run in PASSES[-5:])
+            check_invariants(graph, aliases, complete=run in PASSES[-6:])
     graph.eliminate_dead_code()
     check_invariants(graph, aliases)
     if config.predicts and not any(layer.is_split for layer in plan.layers):

@@ -24,6 +24,8 @@ class PassConfig(GraphOptions):
 
     multiplies: bool = False
     """The sessions' engine multiplies a few tokens with any weight."""
+    foreign_ids: tuple[tuple[int, int], ...] = ()
+    """Layers with a slot for each of a rank's experts, and the id there of all other ranks'."""
     inbox_groups: tuple[str, ...] = ()
     """Process groups over which small tensors are added up in one launch (`sum_ranks`)."""
 
@@ -53,6 +55,7 @@ class PassConfig(GraphOptions):
         multiplies: bool = False,
         network_layers: tuple[int, ...] = (),
         resident_layers: tuple[int, ...] = (),
+        foreign_ids: tuple[tuple[int, int], ...] = (),
         inbox_groups: tuple[str, ...] = (),
     ) -> PassConfig:
         """Take the options that passes read.
@@ -64,6 +67,8 @@ class PassConfig(GraphOptions):
             multiplies: whether the sessions' engine multiplies with weights that are no experts'.
             network_layers: layers that a hybrid predictor predicts with their networks.
             resident_layers: layers of which no expert is ever missing, in none of the sessions.
+            foreign_ids: layers of a rank that has slots for all of its own experts, and the id that
+                stands for others'.
             inbox_groups: process groups whose ranks' GPUs have inboxes of each other.
         """
         return cls.view(
@@ -74,6 +79,7 @@ class PassConfig(GraphOptions):
             resident_layers=resident_layers,
             conditional=conditional,
             multiplies=multiplies,
+            foreign_ids=foreign_ids,
             inbox_groups=inbox_groups,
         )
 

@@ -5,7 +5,7 @@ Shape letters: T tokens, K top-k, P predicted per token, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -65,6 +65,10 @@ class Engine(Protocol):
         """Layers of which no expert is ever missing, where others' may be."""
 
     @property
+    def foreign_ids(self) -> Mapping[int, int]:
+        """Those of them that `run_own` takes: a rank's, with the id of other ranks' experts."""
+
+    @property
     def prefetch_pays(self) -> bool:
         """Whether `prefetch="auto"` is to predict; asked before `configure`."""
 
@@ -96,6 +100,11 @@ class Engine(Protocol):
 
     def demand(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Run a layer, fetching what is missing: [T, H], [T, K], [T, K] -> [T, H]."""
+
+    def run_own(
+        self, layer: int, x: Tensor, slots: Tensor, weights: Tensor, counted: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Run a token of a layer of `foreign_ids`, see `Session.run_own_experts`."""
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
         """Blend default vectors: [T, K], [T, K] -> [T, H] in the dtype of `like`."""

@@ -14,7 +14,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol
@@ -278,6 +278,23 @@ class Session:
             if self.observer is not None:
                 self.observer.routed(layer, ids, weights, split=False)
             return self.engine.demand(layer, x, ids, weights)
+
+    def run_own_experts(
+        self, layer: int, x: Tensor, slots: Tensor, weights: Tensor, counted: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Run a token's experts of a layer that is one of the engine's `foreign_ids`.
+
+        Args:
+            layer, x, weights: see `experts`; T is 1.
+            slots: [1, K], -1 for experts of other ranks.
+            counted: slots of all such layers that ran since they were last counted.
+        """
+        with self._lock, layer_range(layer, "experts"):
+            self.check_open()
+            if self.observer is not None:
+                ids = torch.where(slots < 0, self.engine.foreign_ids[layer], slots)
+                self.observer.routed(layer, ids, weights, split=False)
+            return self.engine.run_own(layer, x, slots, weights, counted)
 
     def blend_default_vectors(
         self, layer: int, ids: Tensor, weights: Tensor, like: Tensor

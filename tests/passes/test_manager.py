@@ -38,6 +38,7 @@ def test_passes_run_in_their_order_and_report() -> None:
         "replace_top_k": 0,
         "merge_products": 0,
         "replace_sums": 0,
+        "mask_foreign_experts": 0,
         "guard_speculation": 0,
     }
     assert report.reason is None

@@ -26,13 +26,15 @@ def on_two_gpus(out: Path, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("sums", ["all_reduce", "one_shot"])
-def test_sums_over_two_gpus_are_inside_cuda_graphs(sums: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sums", "slots"), [("all_reduce", "50%"), ("one_shot", "50%"), ("one_shot", "100%")]
+)
+def test_sums_over_two_gpus_are_inside_cuda_graphs(sums: str, slots: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     scenario: dict[str, Any] = {
         "checkpoint": str(save_checkpoint(folder, hidden_size=64, moe_intermediate_size=64)),
         "store_dir": None,
-        "load": {"device": "cuda", "store": "ram", "expert_cache": "50%"},
+        "load": {"device": "cuda", "store": "ram", "expert_cache": slots},
         "compile": {"prefetch": True, "mode": "reduce-overhead", "sums": sums},
         "new_tokens": 24,
     }
@@ -41,7 +43,7 @@ def test_sums_over_two_gpus_are_inside_cuda_graphs(sums: str, tmp_path: Path) ->
         assert not one["breaks"] and one["cudagraph_skips"] == 0
         assert one["sums"] and all(count >= LAYERS for count in one["sums"])
         assert one["own"] == [EXPERTS // 2] * LAYERS
-        assert one["stats"]["misses"] > 0
+        assert (one["stats"]["misses"] > 0) == (slots == "50%") and one["stats"]["hits"] > 0
         reasons = list(one["inboxes"].values())
         if sums == "one_shot" and any(reasons):
             pytest.skip(f"these GPUs cannot add up in one shot: {reasons}")

@@ -5,8 +5,9 @@ Shape letters: T tokens, K top-k, P predicted per token, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class CpuEngine(Speculator):
     plans_steps = True
     prefetch_pays = True  # where it does not, trials find out while running
     resident_layers: frozenset[int] = frozenset()
+    foreign_ids: Mapping[int, int] = MappingProxyType({})  # planning costs nothing here
     survives_fork = True
 
     def __init__(
@@ -260,6 +262,11 @@ class CpuEngine(Speculator):
         """End the reader threads: a call that waits for a read gets a TransferError."""
         if self.transfer is not None:
             self.transfer.close()
+
+    def run_own(
+        self, layer: int, x: Tensor, slots: Tensor, weights: Tensor, counted: Mapping[int, Tensor]
+    ) -> Tensor:
+        raise AssertionError("there are no foreign_ids that a graph could mark")
 
     def close(self) -> None:
         if self.direct_steps is not None:

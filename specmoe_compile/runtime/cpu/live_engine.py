@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,7 @@ class LiveEngine:
     device = torch.device("cpu")
     fetches = False
     resident_layers: frozenset[int] = frozenset()
+    foreign_ids: Mapping[int, int] = MappingProxyType({})
     direct_steps = None
     survives_fork = True
     prefetch_pays = False
@@ -84,7 +86,7 @@ class LiveEngine:
     def _never(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise AssertionError("the graph of a plain model does not speculate")
 
-    blend = predict = start = plan = settle = run = correct = _never
+    blend = predict = start = plan = settle = run = correct = run_own = _never
 
     def stats(self) -> Stats:
         return Stats(layers=(), fast_tier_bytes=0, store_bytes=0, store="ram", read_busy_ms=0.0)

@@ -9,7 +9,7 @@ Shape letters: T tokens, E experts, K top-k, P predicted per token, H hidden, L 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -147,6 +147,10 @@ class CudaEngine:
         return self._resident.layers
 
     @property
+    def foreign_ids(self) -> Mapping[int, int]:
+        return self._resident.foreign_ids
+
+    @property
     def prefetch_pays(self) -> bool:
         # Of experts on disk nothing was measured, and trials on the host leave out what is slower.
         return self._supply is not None or prefetch_pays(self.cache.slots, self._store.num_experts)
@@ -261,6 +265,13 @@ class CudaEngine:
         if layer in self.resident_layers and not self._is_prefill(layer, ids):
             return self._resident.run(layer, x, ids, weights)
         return self._demand(layer, x, ids, weights)
+
+    def run_own(
+        self, layer: int, x: Tensor, slots: Tensor, weights: Tensor, counted: Mapping[int, Tensor]
+    ) -> Tensor:
+        x, slots, weights = x.contiguous(), slots.contiguous(), weights.contiguous()
+        self._forget_step(layer)
+        return self._resident.run_own(layer, x, slots, weights, counted)
 
     def blend(self, layer: int, ids: Tensor, weights: Tensor, like: Tensor) -> Tensor:
         return self.default_vectors.blend(layer, ids, weights, like)

@@ -1,16 +1,16 @@
 """Layers that have a slot for every expert: filled once, and then nothing is planned or fetched.
 
 Expert e is in slot e, so that a routing says by itself where its experts are. A step of one token
-takes the two launches of the experts and no other; a step of several tokens, or of a rank that has
-a part of the experts, also looks its choices up, to count each expert once and to find those of
-other ranks.
+takes the two launches of the experts and no other; a step of several tokens also looks its choices
+up, to count each expert once. So does a step of a rank that has a part of the experts, to find
+those of other ranks, unless the graph has marked them (`run_own`, pass `mask_foreign_experts`).
 
 Shape letters: T tokens, E experts, K top-k, H hidden, L MoE layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class ResidentLayers:
 
     Attributes:
         layers: their ordinals.
+        foreign_ids: of those that have a part of the experts, the id that stands for the others.
     """
 
     def __init__(self, parts: DecoderParts, *, top_k: int) -> None:
@@ -47,6 +48,11 @@ class ResidentLayers:
             top_k: K of a token, by which steps of one token are counted.
         """
         self.layers = parts.resident
+        self.foreign_ids = {
+            layer: foreign
+            for layer, foreign in enumerate(parts.foreign)
+            if foreign is not None and layer in self.layers
+        }
         self._parts = parts
         self._streams = parts.streams
         self._banks = parts.expert_banks()
@@ -56,6 +62,10 @@ class ResidentLayers:
         self._ready: dict[int, Any] = {}
         # Layers that ran and are not counted yet, while a graph is captured (True) and else.
         self._uncounted: dict[bool, set[int]] = {False: set(), True: set()}
+        device = parts.cache.counters.device
+        self._own = torch.tensor(sorted(self.foreign_ids), dtype=torch.int64, device=device)
+        self._own_step = torch.zeros_like(parts.cache.counters)
+        self._own_step[self._own, COUNTERS.index("steps")] = 1
         self._one_step = torch.zeros_like(parts.cache.counters)
         for layer in self.layers:
             self._one_step[layer, COUNTERS.index("steps")] = 1
@@ -97,7 +107,23 @@ class ResidentLayers:
 
     def run(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the experts of a few tokens: [T, H], [T, K], [T, K] -> [T, H]."""
-        slots = self._slots(layer, ids)
+        return self._compute(layer, x, self._slots(layer, ids), weights)
+
+    def run_own(
+        self, layer: int, x: Tensor, slots: Tensor, weights: Tensor, counted: Mapping[int, Tensor]
+    ) -> Tensor:
+        """As `run`, of one token, with the slots, -1 for experts of other ranks.
+
+        Args:
+            counted: by layer the slots, [1, K], whose uses are to be counted now.
+        """
+        self._streams.wait("compute", self._ready[layer])
+        out = self._compute(layer, x, slots, weights)
+        if counted:
+            self._count_own(counted)
+        return out
+
+    def _compute(self, layer: int, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         bank, form, norm = self._banks[layer], self._parts.forms[layer], self._parts.norms[layer]
         with self._streams.on("compute"):
             if norm is None:
@@ -149,6 +175,20 @@ class ResidentLayers:
         with self._streams.on("compute"):
             # Nothing is missing and nothing leaves: of the policies this one costs least.
             return plan_cache(ids, self._parts.cache.tables[layer], policy="lru").present
+
+    def _count_own(self, counted: Mapping[int, Tensor]) -> None:
+        """Count a step of each of these layers, in a few launches if they are all of their kind."""
+        steps, hits = (COUNTERS.index(name) for name in ("steps", "hits"))
+        counters, layers = self._parts.cache.counters, sorted(counted)
+        with self._streams.on("compute"):
+            used = (torch.cat([counted[layer] for layer in layers]) >= 0).sum(dim=1)
+            if len(layers) == len(self.foreign_ids):
+                counters += self._own_step
+                counters[:, hits].index_add_(0, self._own, used)
+                return
+            for layer, more in zip(layers, used, strict=True):
+                counters[layer, steps] += 1
+                counters[layer, hits] += more
 
     def _ran(self, layer: int) -> None:
         """Count a step of one token; one launch counts all layers, behind the last of them."""

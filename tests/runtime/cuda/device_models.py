@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,14 +18,19 @@ from specmoe_compile.runtime.store.module_source import ModuleSource
 from specmoe_compile.runtime.store.ram import RamStore
 
 
-def open_session(plain: Any, model: Any, streams: Any, *, slots: int, **kwargs: Any) -> Session:
-    """Return a session for `model` with the experts of `plain`, `slots` per layer."""
+def open_session(
+    plain: Any, model: Any, streams: Any, *, slots: int, is_slice: bool = False, **kwargs: Any
+) -> Session:
+    """Return a session for `model` with the experts of `plain`, `slots` per layer.
+
+    With `is_slice` they are those of one rank of several.
+    """
     layers = find_experts_layers(plain)
     top_k = find_top_k(plain, layers)
     source = ModuleSource(layers, name=type(plain).__name__, top_k=top_k)
     store = RamStore.from_source(source, progress=False)
     return open_cuda_session(
-        find_experts_layers(model),
+        [replace(layer, is_slice=is_slice) for layer in find_experts_layers(model)],
         store,
         device=torch.device("cpu"),
         expert_cache_bytes=slots * sum(layout.record_bytes for layout in store.layouts),

@@ -18,7 +18,7 @@ from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda.opening import open_session as open_cuda_session
 from specmoe_compile.runtime.cuda.resident import FOLLOWED
 from specmoe_compile.runtime.experts.module import ExpertsLayer
-from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.session import RoutingObserver, Session
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.order_checker import unordered_pairs
 from tests.runtime.cuda.recorded import Prompt, Recorder
@@ -213,6 +213,66 @@ def test_a_rank_computes_its_own_experts() -> None:
                 needed += len({e for e in batch[1].reshape(-1).tolist() if e != E})
         total = session.stats.total
     assert (total.hits, total.misses) == (needed, 0)
+    assert not unordered_pairs(streams.ops)
+
+
+@pytest.mark.parametrize("layers", [range(L), (0, L - 1)], ids=["all", "some"])
+def test_a_rank_that_is_told_the_slots_plans_nothing(layers: Sequence[int]) -> None:
+    streams, generator = StreamModel(), random.Random(3)
+    with opened(streams, SPLIT) as session:
+        assert session.engine.foreign_ids == dict.fromkeys(range(L), E)
+        needed = 0
+        for number in range(4):
+            streams.restart()
+            counted: dict[int, torch.Tensor] = {}
+            for layer in layers:
+                x, ids, weights = part_of(batch_of(7 * number + layer, 1), generator)
+                counted[layer] = torch.where(ids == E, -1, ids)
+                due = counted if layer == layers[-1] else {}
+                out = session.run_own_experts(layer, x, counted[layer], weights, due)
+                torch.testing.assert_close(out, part_reference((x, ids, weights), layer))
+                needed += int((ids != E).sum())
+            found = launches(streams)
+            assert found["specmoe_kernels.run_experts_decode"] == len(layers)
+            assert "specmoe_kernels.plan_cache" not in found
+            if len(layers) == L:
+                assert sum(found.values()) == L + 5, "a few launches count for all layers"
+        stats = session.stats
+    assert (stats.total.hits, stats.total.misses) == (needed, 0)
+    assert [layer.steps for layer in stats.layers] == [4 * (n in layers) for n in range(L)]
+    assert not unordered_pairs(streams.ops)
+
+
+def test_whoever_watches_a_rank_sees_its_ids() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watching(RoutingObserver):
+        def routed(self, layer: int, ids: Any, weights: Any, *, split: bool) -> None:
+            seen.append(ids)
+
+    with opened(StreamModel(), SPLIT) as session:
+        session.observer = Watching()
+        x, ids, weights = part_of(batch_of(1, 1), random.Random(1))
+        session.run_own_experts(0, x, torch.where(ids == E, -1, ids), weights, {})
+    assert torch.equal(seen[0], ids)
+
+
+def test_a_compiled_rank_gives_the_plain_models_tokens() -> None:
+    """A rank of one, whose graph marks others' experts all the same."""
+    plain = tiny_qwen3_moe()
+    recorder = Recorder(plain)
+    prompt, streams = Prompt(batch=1, static=True), StreamModel()
+    with recorder.session(streams, slots=8, config=SessionOptions(), is_slice=True) as session:
+        tokens = recorder.run(prompt, session)
+        assert sorted(session.engine.foreign_ids) == list(range(len(session.layers)))
+        total, layers = session.stats.total, len(session.layers)
+    torch._dynamo.reset()
+    assert torch.equal(tokens, prompt.generate(plain))
+    found = Counter(op.name for op in streams.ops)
+    assert found["specmoe_kernels.run_experts_decode.default"] == layers * prompt.new_tokens
+    assert found["specmoe_kernels.plan_cache.default"] == layers, "of the prompt's few tokens"
+    steps = layers * prompt.new_tokens
+    assert (total.steps, total.misses) == (steps, 0) and total.hits > 0
     assert not unordered_pairs(streams.ops)
 
 
