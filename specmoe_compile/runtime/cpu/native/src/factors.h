@@ -14,6 +14,9 @@ namespace specmoe {
 namespace {
 
 constexpr int64_t kMaxBlocks = 4096;  // of 32 columns: what a row's scales are decoded for
+// Rows that are decoded at once where they are short: decoding a few takes as long as many.
+constexpr int64_t kManyRows = 64;
+constexpr int64_t kManyBlocks = 128;
 
 // Scales (or zeros) of one row, one float per 32 columns, or two where 16 columns share one.
 struct RowFactors {
@@ -57,32 +60,45 @@ inline void spread(At at, int64_t first, const WeightSpec& spec, bool halves, fl
   }
 }
 
-// Factors of up to R rows; a scale row that the previous one used, too, is not decoded again.
+// Factors of up to R rows, or kManyRows short ones; a scale row that the previous one used, too, is not decoded again.
 template <int R>
 class Factors {
  public:
-  RowFactors of[R];
+  RowFactors of[kManyRows];
+  static_assert(R <= kManyRows && kManyRows * kManyBlocks <= R * kMaxBlocks, "they fit");
+
+  static int64_t rows_at_once(const WeightSpec& spec) {
+    return blocks_of(spec) <= kManyBlocks ? kManyRows : R;
+  }
 
   void decode(const WeightView& w, int64_t row, int rows, float factor, float middle) {
     const WeightSpec& spec = *w.spec;
     const bool halves = spec.block_columns == 16;
-    const int64_t count = (spec.inputs + 31) / 32 * (halves ? 2 : 1);
-    if (spec.block_rows == 1 && spec.scale_columns == count && spec.scale != SCALE_F32)
+    const int64_t count = blocks_of(spec);
+    const bool is_even = spec.scale_columns == count || !halves;
+    if (spec.block_rows == 1 && is_even && spec.scale != SCALE_F32)
       decode_together(w, row, rows, factor, middle, count);
     else
       decode_each(w, row, rows, factor, middle, halves);
   }
 
  private:
-  // Rows whose scales lie one after the other, one per block.
+  // Factors that a row has.
+  static int64_t blocks_of(const WeightSpec& spec) {
+    return (spec.inputs + 31) / 32 * (spec.block_columns == 16 ? 2 : 1);
+  }
+
+  // Rows whose scales lie one after the other, one per block or for several.
   void decode_together(const WeightView& w, int64_t row, int rows, float factor, float middle,
                        int64_t count) {
     const WeightSpec& spec = *w.spec;
-    const int64_t first = row * count;
+    const int64_t first = row * spec.scale_columns;
     const uint8_t* plane = w.record + spec.scales;
-    const int64_t all = rows * count;
+    const int64_t all = rows * spec.scale_columns;
+    const bool is_spread = spec.scale_columns != count;
+    float* scales = is_spread ? compact_ : scale_[0];
     const auto bytes = [&](auto value) {
-      by_sixteen<uint8_t>(plane + first, all, scale_[0], [=](const uint8_t* p) {
+      by_sixteen<uint8_t>(plane + first, all, scales, [=](const uint8_t* p) {
         alignas(64) float values[16];
         for (int i = 0; i < 16; i++) values[i] = value(p[i]) * factor;
         return load(values);
@@ -93,22 +109,41 @@ class Factors {
     else if (spec.scale == SCALE_E4M3)
       bytes([](uint8_t byte) { return from_e4m3(byte); });
     else if (spec.scale == SCALE_BF16)
-      by_sixteen<uint16_t>(plane + 2 * first, all, scale_[0], [=](const uint16_t* p) {
+      by_sixteen<uint16_t>(plane + 2 * first, all, scales, [=](const uint16_t* p) {
         return mul(load_bf16(p), broadcast(factor));
       });
     else
-      by_sixteen<uint16_t>(plane + 2 * first, all, scale_[0], [=](const uint16_t* p) {
+      by_sixteen<uint16_t>(plane + 2 * first, all, scales, [=](const uint16_t* p) {
         return mul(load_f16(p), broadcast(factor));
       });
-    if (spec.zeros >= 0)  // no code is above 127, which would be read as negative
-      by_sixteen<uint8_t>(w.record + spec.zeros + first, all, zero_[0],
+    if (is_spread) spread_rows(spec, rows, count, scale_[0]);
+    if (spec.zeros >= 0) {  // no code is above 127, which would be read as negative
+      by_sixteen<uint8_t>(w.record + spec.zeros + first, all, is_spread ? compact_ : zero_[0],
                           [=](const uint8_t* p) {
                             return fma(load_int8(p), broadcast(-1.0f), broadcast(middle));
                           });
+      if (is_spread) spread_rows(spec, rows, count, zero_[0]);
+    }
     for (int r = 0; r < rows; r++) {
       of[r].scale = scale_[0] + r * count;
       of[r].zero = spec.zeros < 0 ? nullptr : zero_[0] + r * count;
     }
+  }
+
+  // compact_ [rows, columns] -> out [rows, count], each value for the blocks that share it.
+  void spread_rows(const WeightSpec& spec, int rows, int64_t count, float* out) const {
+    const int64_t per = spec.block_columns / 32, columns = spec.scale_columns;
+    if (per == 4 && count == 4 * columns) {  // groups of 128: a length that is known takes no loop
+      for (int64_t i = 0; i < rows * columns; i++)
+        for (int64_t j = 0; j < 4; j++) out[4 * i + j] = compact_[i];
+      return;
+    }
+    const float* from = compact_;
+    for (int r = 0; r < rows; r++)
+      for (int64_t column = 0, block = 0; column < columns; column++, from++) {
+        const int64_t end = column + 1 == columns ? count : (column + 1) * per;
+        for (; block < end; block++) *out++ = *from;
+      }
   }
 
   template <class Element, class Convert>
@@ -132,8 +167,10 @@ class Factors {
   void decode_each(const WeightView& w, int64_t row, int rows, float factor, float middle,
                    bool halves) {
     const WeightSpec& spec = *w.spec;
+    const int64_t count = blocks_of(spec);
     int64_t before = -1;
     for (int r = 0; r < rows; r++) {
+      float* scales = scale_[0] + r * count;
       const int64_t scale_row = spec.block_rows == 1 ? row + r : (row + r) / spec.block_rows;
       if (scale_row == before) {
         of[r] = of[r - 1];
@@ -145,26 +182,27 @@ class Factors {
       const int32_t kind = spec.scale;
       if (kind == SCALE_E8M0)
         spread([=](int64_t i) { return from_e8m0(plane[i]) * factor; }, first, spec, halves,
-               scale_[r]);
+               scales);
       else if (kind == SCALE_E4M3)
         spread([=](int64_t i) { return from_e4m3(plane[i]) * factor; }, first, spec, halves,
-               scale_[r]);
+               scales);
       else
         spread([=](int64_t i) { return scale_at(plane, kind, i) * factor; }, first, spec, halves,
-               scale_[r]);
-      of[r].scale = scale_[r];
+               scales);
+      of[r].scale = scales;
       of[r].zero = nullptr;
       if (spec.zeros >= 0) {
         const uint8_t* zeros = w.record + spec.zeros;
         spread([=](int64_t i) { return middle - static_cast<float>(zeros[i]); }, first, spec,
-               halves, zero_[r]);
-        of[r].zero = zero_[r];
+               halves, zero_[0] + r * count);
+        of[r].zero = zero_[0] + r * count;
       }
     }
   }
 
   alignas(64) float scale_[R][kMaxBlocks];
   alignas(64) float zero_[R][kMaxBlocks];
+  alignas(64) float compact_[R * kMaxBlocks];
 };
 
 }  // namespace

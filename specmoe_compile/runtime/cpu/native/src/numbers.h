@@ -5,24 +5,28 @@
 #include <cstdint>
 #include <cstring>
 
+// For what loops over numbers call: a call that is left in one keeps it from becoming vectors, and
+// compilers leave some in where a file is large.
+#define SPECMOE_INLINE __attribute__((always_inline)) inline
+
 namespace specmoe {
 namespace {
 
-inline float bits_to_float(uint32_t bits) {
+SPECMOE_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+SPECMOE_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
 }
 
-inline float from_bf16(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+SPECMOE_INLINE float from_bf16(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
 
-inline uint16_t to_bf16(float value) {
+SPECMOE_INLINE uint16_t to_bf16(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -63,7 +67,7 @@ inline float from_e8m0(uint8_t code) {
 }
 
 // e^x within 1.2 units in the last place. No branch on the value, so that loops become vectors.
-inline float exponential(float x) {
+SPECMOE_INLINE float exponential(float x) {
   const float bounded = x > 89.0f ? 89.0f : (x < -104.0f ? -104.0f : x);  // NaN stays
   const float shifted = std::fmaf(bounded, 1.44269504088896341f, 12582912.0f);
   const float n = shifted - 12582912.0f;

@@ -159,25 +159,28 @@ inline void cover_tokens(Block block, int64_t row, int64_t tokens, float* out) {
 }
 
 template <class Block>
-inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float* out) {
-  int64_t row = begin;
+inline void cover_one_token(Block block, int64_t begin, int64_t end, float* out) {
   const int64_t row_bytes = block.w.spec->row_bytes;
-  if (tokens == 1 && row_bytes > kLine && row_bytes <= kShortRow) {
-    for (; row + ROWS1 <= end; row += ROWS1) {
-      block.prepare(row, ROWS1);
-      for (int r = 0; r < ROWS1; r++)
-        block.template run<1, 1>(row + r, 0, out + row + r - begin, r);
-    }
-  } else if (tokens == 1) {
-    for (; row + ROWS1 <= end; row += ROWS1) {
-      block.prepare(row, ROWS1);
-      block.template run<ROWS1, 1>(row, 0, out + row - begin);
-    }
-  } else {
-    for (; row + ROWSN <= end; row += ROWSN) {
-      block.prepare(row, ROWSN);
-      cover_tokens<ROWSN, TOKENS>(block, row, tokens, out + row - begin);
-    }
+  const bool one_by_one = row_bytes > kLine && row_bytes <= kShortRow;
+  const int64_t most = block.rows_at_once();
+  for (int64_t row = begin; row < end; row += most) {
+    const int rows = static_cast<int>(end - row < most ? end - row : most);
+    block.prepare(row, rows);
+    int r = 0;
+    if (!one_by_one)
+      for (; r + ROWS1 <= rows; r += ROWS1)
+        block.template run<ROWS1, 1>(row + r, 0, out + row + r - begin, r);
+    for (; r < rows; r++) block.template run<1, 1>(row + r, 0, out + row + r - begin, r);
+  }
+}
+
+template <class Block>
+inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float* out) {
+  if (tokens == 1) return cover_one_token(block, begin, end, out);
+  int64_t row = begin;
+  for (; row + ROWSN <= end; row += ROWSN) {
+    block.prepare(row, ROWSN);
+    cover_tokens<ROWSN, TOKENS>(block, row, tokens, out + row - begin);
   }
   for (; row < end; row++) {
     block.prepare(row, 1);
@@ -190,6 +193,7 @@ struct PlainBlock {
   const WeightView& w;
   const Inputs& in;
   int64_t out_stride;
+  int64_t rows_at_once() const { return kManyRows; }
   void prepare(int64_t, int) {}
   template <int R, int N>
   void run(int64_t row, int64_t token, float* out, int = 0) const {
@@ -206,6 +210,7 @@ struct CodedBlock {
   Factors<ROWS1>& factors;
   float factor;
   float middle;
+  int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
   // `nth`: of the rows that were prepared, the first one.
   template <int R, int N>

@@ -88,6 +88,7 @@ struct Int8Block {
   Factors<ROWS1>& factors;
   float factor;
   float middle;
+  int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
   template <int R, int N>
   void run(int64_t row, int64_t token, float* out, int nth = 0) const {
