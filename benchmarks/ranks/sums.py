@@ -38,6 +38,7 @@ def time_sums(hidden: int, dtype: torch.dtype, device: torch.device) -> dict[str
     reason = open_inboxes([group], device)[group]
     us: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
     same: dict[str, dict[str, bool]] = {kind: {} for kind in KINDS[1:]}
+    torch.manual_seed(dist.get_rank())
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden, device=device, dtype=dtype)
         expected = _sum_of("all_reduce", group, x)(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from specmoe_compile.errors import SpecMoEError
+from specmoe_compile.kernels.sum_ranks import inbox as inbox_module
+from specmoe_compile.kernels.sum_ranks import op
 from specmoe_compile.kernels.sum_ranks.inbox import (
     BLOCK_WORDS,
     MAX_BYTES,
@@ -17,6 +21,7 @@ from specmoe_compile.kernels.sum_ranks.inbox import (
     Inbox,
     letter_count,
     make_inbox,
+    use_inbox,
 )
 from specmoe_compile.kernels.sum_ranks.kernel import launch_sum_ranks
 from specmoe_compile.kernels.sum_ranks.op import reason_against, sum_ranks
@@ -26,6 +31,8 @@ from tests.kernels.sum_pair import ROUNDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = 0xFFFFFFFF
+LIMIT_S = 600.0
+"""Longer than any machine takes."""
 
 
 class World:
@@ -121,12 +128,33 @@ def test_numbers_begin_again_after_all_have_been_used(number: int) -> None:
 def test_two_processes_that_write_to_each_other_agree(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kernels.sum_pair", str(tmp_path)]
     pair = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [each.wait() for each in pair] == [0, 0]
+    try:
+        assert [each.wait(LIMIT_S) for each in pair] == [0, 0]
+    finally:
+        for each in pair:
+            each.kill()  # one that waits for a rank that is gone waits for ever
     first, second = (torch.load(tmp_path / f"sums{rank}.pt") for rank in range(2))
     assert len(first) == ROUNDS
     for mine, other in zip(first, second, strict=True):
         assert torch.equal(mine["out"], other["out"]), "both have the same bits"
         assert torch.equal(mine["out"], sum_ranks_reference([mine["part"], other["part"]]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs what a GPU runs in the interpreter")
+def test_the_op_takes_any_layout_and_asks_for_an_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "_INBOXES", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = torch.randn(1, 3, 130).to(torch.bfloat16)
+    with pytest.raises(SpecMoEError, match="the process group 'tp' has no inbox on this rank"):
+        op._cuda(x, "tp")
+    for mine in (x, x.transpose(1, 2), x[..., 1:129]):
+        world = World(2)
+        use_inbox("tp", world.inboxes[0])
+        part = torch.randn(mine.shape).to(x.dtype)
+        world.send(0, 1, 1, part)
+        out = op._cuda(mine, "tp")
+        assert out.is_contiguous() and out.shape == mine.shape
+        assert torch.equal(out, sum_ranks_reference([mine, part]))
 
 
 def test_what_cannot_be_summed_is_said() -> None:

@@ -77,7 +77,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     sums: list[int] = []
     one_shot = note_one_shot_sums()
     if ask["inboxes_on_cpu"]:
-        inboxes._open = lambda name, group, device: None
+        inboxes._open = lambda name, group, device: inboxes._first(inboxes._gather(None, group))
 
     def counting(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         sums.append(sum("all_reduce" in str(node.target) for node in gm.graph.nodes))

@@ -35,12 +35,14 @@ class Inbox:
         letters: [PAGES * N * SHELF_LETTERS] int64, which all ranks' GPUs can write.
         addresses: [N] int64: of the letters of each rank, as this rank's GPU reaches them.
         sums: [SHELF_LETTERS / BLOCK_WORDS] int32: how many sums each program has taken part in.
+        kept: what keeps the other ranks' letters mapped.
     """
 
     rank: int
     letters: Tensor
     addresses: Tensor
     sums: Tensor
+    kept: object
 
     @property
     def ranks(self) -> int:
@@ -48,7 +50,7 @@ class Inbox:
         return self.addresses.shape[0]
 
 
-def make_inbox(rank: int, letters: Tensor, addresses: Sequence[int]) -> Inbox:
+def make_inbox(rank: int, letters: Tensor, addresses: Sequence[int], kept: object = None) -> Inbox:
     """An inbox of letters that no sum has used yet: they are set to zero here.
 
     No rank may begin a sum before all have done this.
@@ -57,6 +59,7 @@ def make_inbox(rank: int, letters: Tensor, addresses: Sequence[int]) -> Inbox:
         rank: this rank's.
         letters: of this rank, `letter_count` int64.
         addresses: of the letters of every rank.
+        kept: what is to live as long as the inbox.
     """
     device = letters.device
     return Inbox(
@@ -64,6 +67,7 @@ def make_inbox(rank: int, letters: Tensor, addresses: Sequence[int]) -> Inbox:
         letters=letters.zero_(),
         addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
         sums=torch.zeros(SHELF_LETTERS // BLOCK_WORDS, dtype=torch.int32, device=device),
+        kept=kept,
     )
 
 

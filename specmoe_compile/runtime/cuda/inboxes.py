@@ -106,7 +106,8 @@ def _share(name: str, group: Any, device: torch.device) -> str | None:
         letters = memory.empty(letter_count(size), dtype=torch.int64, device=device)
         handle = memory.rendezvous(letters, group)
         theirs = [letters if r == rank else _letters_of(handle, r, letters) for r in range(size)]
-        inbox = make_inbox(rank, letters, [each.data_ptr() for each in theirs])
+        addresses = [each.data_ptr() for each in theirs]
+        inbox = make_inbox(rank, letters, addresses, kept=(handle, theirs))
         torch.cuda.synchronize(device)  # the zeros are there before a rank is told that they are
     except RuntimeError as error:
         said = str(error).strip().splitlines() or ["no message"]
