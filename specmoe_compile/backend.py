@@ -170,12 +170,12 @@ def _foreign_ids(sessions: Sequence[Session]) -> tuple[tuple[int, int], ...]:
 
 def _inbox_groups(gm: GraphModule, device: torch.device, config: CompileOptions) -> tuple[str, ...]:
     """Process groups whose ranks add up in one shot; says why of those that were to and cannot."""
-    groups = rank_groups(gm) if config.sums_in_one_shot else ()
+    groups = () if config.one_shot_ranks == 0 else rank_groups(gm)
     if not groups:
         return ()
     from specmoe_compile.runtime.cuda.inboxes import open_inboxes
 
-    reasons = open_inboxes(groups, device)
+    reasons = open_inboxes(groups, device, config.one_shot_ranks)
     for group, reason in reasons.items():
         if reason is None:
             log.info("ranks of process group %s add up in one shot, in each other's memory", group)

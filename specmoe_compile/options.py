@@ -35,8 +35,8 @@ Sums = Literal["auto", "all_reduce", "one_shot"]
 MAX_DECODE_TOKENS = 16
 """A step of more tokens is prefill: it leaves decode's slots alone and is always exact."""
 
-AUTO_SUMS: Sums = "all_reduce"
-"""What `sums="auto"` means: `one_shot` was not measured yet."""
+AUTO_ONE_SHOT_RANKS = 2
+"""With `sums="auto"` so many ranks add up in one shot, as many as were measured; 0 for none."""
 
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
@@ -105,7 +105,7 @@ class GraphOptions:
         "auto",
         "how ranks add up their parts of a decode step: `all_reduce` (NCCL, gloo), or `one_shot`,"
         " in one launch that writes into the other GPUs' memory, where all can be reached; `auto`"
-        " is `all_reduce`, until the other is measured ([how](several_gpus.md#sums))",
+        " is `one_shot` of two GPUs, as measured ([how](several_gpus.md#sums))",
     )
     lowering: Lowering = option(
         "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'
@@ -149,9 +149,11 @@ class GraphOptions:
         return PREDICTORS[without_auto(self.predictor)]
 
     @property
-    def sums_in_one_shot(self) -> bool:
-        """Whether ranks are to add up without an all-reduce, where they can."""
-        return (AUTO_SUMS if self.sums == "auto" else self.sums) == "one_shot"
+    def one_shot_ranks(self) -> int | None:
+        """The most ranks that add up in one shot, where they can; None for any number."""
+        if self.sums == "auto":
+            return AUTO_ONE_SHOT_RANKS
+        return None if self.sums == "one_shot" else 0
 
     @property
     def predicts(self) -> bool:

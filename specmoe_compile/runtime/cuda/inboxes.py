@@ -25,7 +25,9 @@ _decided: dict[str, tuple[Any, str | None]] = {}
 """By name: the group that it was, and why it has no inbox."""
 
 
-def open_inboxes(names: Iterable[str], device: torch.device) -> Mapping[str, str | None]:
+def open_inboxes(
+    names: Iterable[str], device: torch.device, most_ranks: int | None = None
+) -> Mapping[str, str | None]:
     """Open the inboxes of process groups, unless they are; all of their ranks must ask.
 
     Waits for the other ranks and for the GPU.
@@ -33,17 +35,25 @@ def open_inboxes(names: Iterable[str], device: torch.device) -> Mapping[str, str
     Args:
         names: of the groups.
         device: of this rank.
+        most_ranks: larger groups get none; None for no such bound.
 
     Returns:
         By name why a group has none, the same on all its ranks; None where it has.
     """
     c10d: Any = dist.distributed_c10d
+    reasons: dict[str, str | None] = {}
     for name in names:
         group = c10d._resolve_process_group(name)
+        if most_ranks is not None and group.size() > most_ranks:
+            reasons[name] = (
+                f"it has {group.size()} ranks, and more than {most_ranks} were not tried"
+            )
+            continue
         known, _ = _decided.get(name, (None, None))
         if known is not group:  # else another group had that name before
             _decided[name] = group, _open(name, group, device)
-    return {name: _decided[name][1] for name in names}
+        reasons[name] = _decided[name][1]
+    return reasons
 
 
 def _open(name: str, group: Any, device: torch.device) -> str | None:

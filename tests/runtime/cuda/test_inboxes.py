@@ -152,6 +152,13 @@ def test_too_many_ranks_and_a_pytorch_without_are_said(
         assert str(ranks.open()).endswith("has no symmetric memory")
 
 
+def test_more_ranks_than_were_tried_reduce_unless_asked_for(ranks: Ranks) -> None:
+    ranks.group = Group(4)
+    assert open_inboxes(["tp"], GPU, 2)["tp"] == "it has 4 ranks, and more than 2 were not tried"
+    assert ranks.exchanges == 0
+    assert open_inboxes(["tp"], GPU)["tp"] is None
+
+
 def test_a_model_on_the_cpu_reduces(ranks: Ranks) -> None:
     assert open_inboxes(["tp"], torch.device("cpu")) == {"tp": "the model is on cpu"}
     assert ranks.exchanges == 0
