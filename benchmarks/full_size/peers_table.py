@@ -31,10 +31,13 @@ PAPER_HEAD = (
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown, a cell a line: milliseconds per token, median (p20 to p80), and the lease."""
+    """Markdown, a cell a line: milliseconds per token, median (p20 to p80), and the lease.
+
+    What was not run says why in its place.
+    """
     cells: dict[Cell, dict[str, list[Row]]] = {}
     for row in rows:
-        if "tpot_ms" in row and not row["arm"].startswith(("lru", *NO_CACHE)):
+        if not row["arm"].startswith(("lru", *NO_CACHE)):
             cells.setdefault(cell_of(row), {}).setdefault(_column(row), []).append(row)
     columns = [name for name in COLUMNS if any(name in found for found in cells.values())]
     head = ["model, format", "context", "cache", *(COLUMNS[name] for name in columns), RATIO]
@@ -75,7 +78,7 @@ def _column(row: Row) -> str:
 def _line(cell: Cell, found: dict[str, list[Row]], columns: Sequence[str]) -> Iterator[str]:
     model, form, context, routing, place = cell
     first = [row for name in ("cache", "prefetch", *RIVALS) for row in found.get(name, [])]
-    held = next((row["cache_bytes"] for row in first if row["cache_bytes"]), None)
+    held = next((row["cache_bytes"] for row in first if row.get("cache_bytes")), None)
     yield f"{model}, {form}" + (", near-uniform routing" if routing == "uniform" else "")
     yield f"{context}"
     yield place if held is None else f"{place}, {held / 1e9:.1f} GB"
@@ -86,6 +89,8 @@ def _line(cell: Cell, found: dict[str, list[Row]], columns: Sequence[str]) -> It
 
 
 def _shown(row: Row, form: str) -> str:
+    if "tpot_ms" not in row:
+        return f"not run: {row['not_run'].rstrip('.')} {row['lease']}"
     other = "" if row["format"] == form else f"{row['format']}: "
     products = ", without products" if row["arm"].endswith("_no_products") else ""
     return f"{other}{_times(row)}{products} {row['lease']}"
@@ -100,8 +105,9 @@ def _times(row: Row) -> str:
 
 def _ratios(found: dict[str, list[Row]]) -> Iterator[str]:
     """In each lease that has both; else across leases, which a star marks."""
-    ours = [*found.get("cache", []), *found.get("prefetch", [])]
-    theirs = [row for name in RIVALS for row in found.get(name, [])]
+    timed = {name: [r for r in rows if "tpot_ms" in r] for name, rows in found.items()}
+    ours = [*timed.get("cache", []), *timed.get("prefetch", [])]
+    theirs = [row for name in RIVALS for row in timed.get(name, [])]
     shared = {row["lease"] for row in ours} & {row["lease"] for row in theirs}
     for lease in sorted(shared) or ([""] if ours and theirs else []):
         mine, rival = (

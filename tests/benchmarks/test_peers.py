@@ -72,7 +72,10 @@ def test_what_was_not_run_keeps_its_row_and_no_time(tmp_path: Path) -> None:
     path = freetoken_file(tmp_path / "ft.jsonl", error="OutOfMemoryError: no")
     (row,) = peers.freetoken_rows(path.read_text(), "A")
     assert row["not_run"] == "OutOfMemoryError: no" and "tpot_ms" not in row
-    assert len(peers.table([row])) == 2
+    assert peers.table([row, some_row("specmoe", "resident", 3.0)])[2:] == [
+        "| Qwen3-30B-A3B, nvfp4 | 1024 | 25 % | not run: OutOfMemoryError: no A | - | - |",
+        "| M, nvfp4 | 1024 | 100 %, 4.0 GB | - | 3.00 (2.00 to 4.00) A | - |",
+    ]
     key, reason = "M-nvfp4|1024|cache_8gb|attention on", {"attended_context": 1024, "not_run": "no"}
     (row,) = peers.specmoe_rows({"rows": {key: reason}}, "A", "abc")
     assert row["arm"] == "cache_8gb" and row["not_run"] == "no" and "tpot_ms" not in row
@@ -202,9 +205,10 @@ def test_the_page_shows_the_rows_that_were_measured() -> None:
     page = PAGE.read_text(encoding="utf-8").splitlines()
     assert [line for line in peers.table(rows) if line not in page] == []
     predicted = [(row["tpot_ms"]["p50"], guess) for row, guess in predicted_ms(rows)]
-    assert len(predicted) == 10 and all(-0.103 < p / m - 1 < 0.02 for m, p in predicted)
+    assert len(predicted) == 21 and all(-0.114 < p / m - 1 < 0.022 for m, p in predicted)
+    assert sum(abs(p / m - 1) <= 0.1 for m, p in predicted) == 19
     for panel in PANELS:
         points = points_of(rows, panel)
-        assert set(points) == {"freetoken", "specmoe"}
+        assert {"freetoken", "specmoe"} <= set(points) <= {"freetoken", "llama.cpp", "specmoe"}
         assert all(sorted(line) == line for line in points.values())
     assert contexts_of(rows, CONTEXT_PANELS[0])["specmoe"][-1][0] == 64.0
