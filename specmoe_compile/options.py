@@ -105,7 +105,7 @@ class GraphOptions:
         "auto",
         "how ranks add up their parts of a decode step: `all_reduce` (NCCL, gloo), or `one_shot`,"
         " in one launch that writes into the other GPUs' memory, where all can be reached; `auto`"
-        " is `one_shot` of two GPUs, as measured ([how](several_gpus.md#sums))",
+        " is `one_shot` of two GPUs in 16 bits, as measured ([how](several_gpus.md#sums))",
     )
     lowering: Lowering = option(
         "inductor", '`"eager"` runs the rewritten graph node by node, for debugging'

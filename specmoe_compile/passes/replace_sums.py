@@ -27,7 +27,7 @@ def replace_sums(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> Pas
 
     Args:
         graph: aten graph, changed in place.
-        config: names these groups.
+        config: names these groups, and says whether it was asked for.
         plan: not read.
     """
     report = PassReport("replace_sums")
@@ -38,7 +38,7 @@ def replace_sums(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> Pas
         x, kind, group = node.args
         assert isinstance(x, Node), "what is reduced is a tensor"
         waits = list(node.users)
-        if kind != "sum" or group not in config.inbox_groups or not _is_small(x):
+        if kind != "sum" or group not in config.inbox_groups or not _is_taken(x, config):
             continue
         if not waits or not all(is_call(wait, (ops.wait_tensor.default,)) for wait in waits):
             continue
@@ -52,8 +52,11 @@ def replace_sums(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> Pas
     return report
 
 
-def _is_small(x: Node) -> bool:
+def _is_taken(x: Node, config: PassConfig) -> bool:
+    """Whether the kernel takes it; by itself only numbers of 16 bits, which GPUs have proved."""
     value = value_of(x)
+    if config.sums == "auto" and value.dtype.itemsize > 2:
+        return False
     return reason_against(tuple(value.shape), value.dtype) is None
 
 

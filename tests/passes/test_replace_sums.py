@@ -45,9 +45,9 @@ def counted(gm: GraphModule) -> int:
     return len(list(gm.graph.find_nodes(op="call_function", target=SUM)))
 
 
-def replaced(gm: GraphModule, *groups: str) -> int:
+def replaced(gm: GraphModule, *groups: str, sums: Any = "one_shot") -> int:
     before = counted(gm)
-    report = replace_sums(gm.graph, PassConfig(inbox_groups=groups), SpeculationPlan())
+    report = replace_sums(gm.graph, PassConfig(inbox_groups=groups, sums=sums), SpeculationPlan())
     gm.graph.lint()
     assert counted(gm) == before + report.matches
     return report.matches
@@ -63,6 +63,12 @@ def test_a_sum_and_its_wait_become_one_call(group: str) -> None:
     assert torch.equal(gm(x), x * 2 + x)
     for node in gm.graph.find_nodes(op="call_function", target=SUM):
         assert node.meta["val"].shape == x.shape and node.meta["val"].dtype == x.dtype
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_by_itself_it_takes_numbers_of_16_bits(group: str, dtype: torch.dtype, taken: int) -> None:
+    gm = traced(lambda x: reduced(x, group), torch.zeros(4, 8, dtype=dtype))
+    assert replaced(gm, group, sums="auto") == taken
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,9 @@ class Replacing(CustomGraphPass):
         self._group = group
 
     def __call__(self, graph: Graph) -> None:
-        replace_sums(graph, PassConfig(inbox_groups=(self._group,)), SpeculationPlan())
+        replace_sums(
+            graph, PassConfig(inbox_groups=(self._group,), sums="one_shot"), SpeculationPlan()
+        )
 
     def uuid(self) -> None:
         return None
