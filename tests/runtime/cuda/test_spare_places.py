@@ -26,6 +26,7 @@ from tests.runtime.fakes import E, K, L, reference, token_batch
 from tests.runtime.test_session import MODULES, RECORD
 
 SLOTS = 4
+WARM_UP = 64  # steps after which counts decide, so that there is something to bypass
 
 
 def skewed_batch(generator: random.Random, tokens: int) -> Any:
@@ -78,7 +79,7 @@ def overlapping_steps(streams: StreamModel, transfer: Any) -> list[bool]:
     generator = random.Random(3)
     with opened(streams, slots=SLOTS) as session:
         session.configure(SessionOptions(transfer=transfer))
-        for number in range(16 * L):
+        for number in range(WARM_UP * L):
             session.experts(number % L, *skewed_batch(generator, 1))
         right = []
         for seed in range(3):
@@ -92,7 +93,7 @@ def overlapping_steps(streams: StreamModel, transfer: Any) -> list[bool]:
                 out = session.correct_experts(layer, partial[layer], *batch, 0)
                 right.append(torch.allclose(out, reference(MODULES[layer], *batch), atol=1e-4))
             session.engine.forget_slots()  # type: ignore[attr-defined]
-            for number in range(16 * L):
+            for number in range(WARM_UP * L):
                 session.experts(number % L, *skewed_batch(generator, 1))
     streams.finish()
     return right
@@ -115,7 +116,7 @@ def test_a_step_that_was_never_corrected_leaves_nothing_on_its_way_to_a_spare_pl
     disk = Disk(slots=SLOTS)
     generator = random.Random(0)
     with disk.session as session:
-        for number in range(16 * L):
+        for number in range(WARM_UP * L):
             disk.check_layer(number % L, skewed_batch(generator, 1))
         session.wait_prefetch(0, 1, torch.tensor([[6, 7]]))  # and its step ends here
         for number in range(4 * L):
