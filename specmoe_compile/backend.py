@@ -170,7 +170,7 @@ def _foreign_ids(sessions: Sequence[Session]) -> tuple[tuple[int, int], ...]:
 
 def _inbox_groups(gm: GraphModule, device: torch.device, config: CompileOptions) -> tuple[str, ...]:
     """Process groups whose ranks add up in one shot; says why of those that were to and cannot."""
-    groups = () if config.one_shot_ranks == 0 else rank_groups(gm)
+    groups = () if config.one_shot_ranks == 0 else rank_groups(gm, config.one_shot_bytes)
     if not groups:
         return ()
     from specmoe_compile.runtime.cuda.inboxes import open_inboxes

@@ -37,6 +37,8 @@ MAX_DECODE_TOKENS = 16
 
 AUTO_ONE_SHOT_RANKS = 2
 """With `sums="auto"` so many ranks add up in one shot, as many as were measured; 0 for none."""
+AUTO_ONE_SHOT_BYTES = 2
+"""And numbers of so many bytes, as were measured."""
 
 # torch.compile modes that only change how Inductor tunes are accepted and mean "default" to us.
 _MODE_ALIASES = {"max-autotune-no-cudagraphs": "default", "max-autotune": "reduce-overhead"}
@@ -154,6 +156,11 @@ class GraphOptions:
         if self.sums == "auto":
             return AUTO_ONE_SHOT_RANKS
         return None if self.sums == "one_shot" else 0
+
+    @property
+    def one_shot_bytes(self) -> int:
+        """Bytes of the widest number that is added up in one shot, where that is done."""
+        return AUTO_ONE_SHOT_BYTES if self.sums == "auto" else 4
 
     @property
     def predicts(self) -> bool:

@@ -53,23 +53,30 @@ def replace_sums(graph: Graph, config: PassConfig, plan: SpeculationPlan) -> Pas
 
 
 def _is_taken(x: Node, config: PassConfig) -> bool:
-    """Whether the kernel takes it; by itself only numbers of 16 bits, which GPUs have proved."""
+    """Whether the kernel takes it, and may by the options."""
     value = value_of(x)
-    if config.sums == "auto" and value.dtype.itemsize > 2:
+    if value.dtype.itemsize > config.one_shot_bytes:
         return False
     return reason_against(tuple(value.shape), value.dtype) is None
 
 
-def rank_groups(gm: GraphModule) -> tuple[str, ...]:
-    """Names of the process groups over which a Dynamo graph adds up, in order."""
-    return tuple(dict.fromkeys(_groups(gm)))
+def rank_groups(gm: GraphModule, widest: int) -> tuple[str, ...]:
+    """Names of the process groups over which a Dynamo graph adds up numbers, in order.
+
+    Args:
+        gm: the graph.
+        widest: sums of numbers of more bytes do not count.
+    """
+    return tuple(dict.fromkeys(_groups(gm, widest)))
 
 
-def _groups(gm: GraphModule) -> Iterator[str]:
+def _groups(gm: GraphModule, widest: int) -> Iterator[str]:
     if not torch.distributed.is_available():
         return
     ops: Any = torch.ops._c10d_functional
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            if node.target in (ops.all_reduce, ops.all_reduce.default):
+            if node.target not in (ops.all_reduce, ops.all_reduce.default):
+                continue
+            if node.args[0].meta["example_value"].dtype.itemsize <= widest:
                 yield node.args[2]
