@@ -151,6 +151,16 @@ def test_two_packers_do_not_collide(tmp_path: Path) -> None:
     assert_store_holds(tmp_path / "store", RandomSource(layers=9))
 
 
+def test_a_folder_that_another_packer_makes_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the look at the folder and its making, where two ranks can be at once.
+    monkeypatch.setattr(store_writer, "refuse_file", lambda folder: folder.mkdir())
+    source = RandomSource()
+    assert not pack_records(source, tmp_path / "store", progress=False).reused
+    assert_store_holds(tmp_path / "store", source)
+
+
 def test_too_little_free_disk_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,8 @@ def _make_folder(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
+        if folder.is_dir():  # another process was faster, such as the next rank
+            return False
         raise StoreError(
             f"The store folder {folder} cannot be created: {error.strerror}. Choose a store_dir "
             "that is writable."
