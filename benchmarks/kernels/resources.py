@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.kernels import variants
 from benchmarks.kernels.compile_spec import MODEL_SHAPES, PACKED_SHAPES, CompileSpec, ModelShape
@@ -66,8 +67,8 @@ def compile_key(spec: CompileSpec) -> str:
     return f"{spec.kernel.__name__} {values!r}"
 
 
-def compile_spec(spec: CompileSpec, target: int) -> tuple[bytes, int]:
-    """Compile for compute capability `target`; returns the cubin and its shared memory in bytes."""
+def compiled(spec: CompileSpec, target: int) -> Any:
+    """What Triton compiles for compute capability `target`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,8 +82,7 @@ def compile_spec(spec: CompileSpec, target: int) -> tuple[bytes, int]:
         "num_stages": spec.num_stages,
         "enable_fp_fusion": spec.fp_fusion,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return compiled.asm["cubin"], compiled.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def _tool(name: str) -> str:
@@ -119,15 +119,15 @@ def measure(models: Sequence[ModelShape], targets: Sequence[int]) -> list[Resour
             # The plainest launch names the kernel: decode rather than its correction.
             spec = min(specs, key=lambda one: one.label.count(" "))
             for target in targets:
-                cubin, shared_bytes = compile_spec(spec, target)
-                registers, spilled_bytes = read_usage(cubin)
+                kernel = compiled(spec, target)
+                registers, spilled_bytes = read_usage(kernel.asm["cubin"])
                 rows.append(
                     Resources(
                         model=shape.name,
                         label=spec.label,
                         target=target,
                         registers=registers,
-                        shared_bytes=shared_bytes,
+                        shared_bytes=kernel.metadata.shared,
                         spilled_bytes=spilled_bytes,
                         num_warps=spec.num_warps,
                         num_stages=spec.num_stages,

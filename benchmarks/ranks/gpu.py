@@ -143,7 +143,7 @@ class Benchmark:
                 for sums in self._ways(ranks):
                     key = f"{shape}|{context}|turn {number + 1}|{name}|{ranks_key(ranks, sums)}"
                     if not self._had_or_late(key):
-                        self._keep(key, group.turn({"arm": name, "sums": sums}))
+                        self._keep(key, group.turn({"arm": name, "sums": sums, "turn": number}))
 
     def _ways(self, ranks: int) -> list[str]:
         """Ways of sums over so many ranks; one rank has nothing to add up."""

@@ -181,16 +181,16 @@ def stage(
 ) -> dict[str, Any] | None:
     """Prepare these arms and measure what is asked for; the first thing asked for that is no arm.
 
-    Arms with as many slots as there are experts are measured once.
+    Arms with as many slots as there are experts are measured once in each turn.
     """
     is_resident = asked["stage"] == "resident"
     with contextlib.ExitStack() as opened:
         with told_if_stuck():
             runs = prepared(bench, job, names, asked["context"], opened)
         turns.answer({})
-        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        rows: dict[tuple[int, int, str], dict[str, Any]] = {}
         while (ask := turns.next_or_none()) is not None and "arm" in ask:
-            key = bench.slots(ARMS[ask["arm"]]), ask["sums"]
+            key = ask["turn"], bench.slots(ARMS[ask["arm"]]), ask["sums"]
             if not is_resident or key not in rows:
                 with told_if_stuck():
                     rows[key] = cell(bench, runs[ask["sums"]], ask["arm"])

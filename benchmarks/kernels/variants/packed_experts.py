@@ -16,7 +16,11 @@ from benchmarks.kernels.variants.expert_mlp import (
 )
 from specmoe_compile.kernels.expert_mlp.config import DOWN_FP_FUSION, ceil_div
 from specmoe_compile.kernels.packed_experts import expand
-from specmoe_compile.kernels.packed_experts.config import down_config, gate_up_config
+from specmoe_compile.kernels.packed_experts.config import (
+    down_config,
+    gate_up_config,
+    up_fuses,
+)
 from specmoe_compile.kernels.packed_experts.kernel import packed_down_kernel, packed_gate_up_kernel
 from specmoe_compile.kernels.packed_experts.launch import (
     packed_down_constexprs,
@@ -50,6 +54,7 @@ def gate_up_spec(shape: ModelShape, tokens: int) -> CompileSpec:
     numbers = f"*{shape.dtype}"
     return CompileSpec(
         kernel=packed_gate_up_kernel,
+        fp_fusion=up_fuses(config, code, has_gate=shape.has_gate),
         signature={
             "x": numbers,
             "slots": "*i32",

@@ -62,6 +62,18 @@ def gate_up_config(inner: int, hidden: int, code: WeightCode, *, has_gate: bool)
     return GemvConfig(block_out=max(1, min(rows, 8)), block_in=block_in, num_stages=1)
 
 
+def up_fuses(config: GemvConfig, code: WeightCode, *, has_gate: bool) -> bool:
+    """Whether a product and a sum may become one operation in the up projection.
+
+    They may where every lane has a load of its own, so that it sums a whole unit by itself. In a
+    smaller tile several lanes share a unit and hold the same sum: each would round its own product
+    less than its neighbour's, as in `expert_mlp.config.DOWN_FP_FUSION`.
+    """
+    rows = config.block_out * (2 if has_gate else 1)
+    tile_bytes = rows * config.block_in * code.functions.bits // 8
+    return tile_bytes >= _LANE_BYTES * 32 * config.num_warps
+
+
 def down_config(inner: int, hidden: int, top_k: int, code: WeightCode) -> GemvConfig:
     """Configuration of the down projection, which also sums over K.
 

@@ -18,7 +18,12 @@ from specmoe_compile.kernels.expert_mlp.config import (
     gemv_down_constexprs,
     up_constexprs,
 )
-from specmoe_compile.kernels.packed_experts.config import down_config, gate_up_config, unit_of
+from specmoe_compile.kernels.packed_experts.config import (
+    down_config,
+    gate_up_config,
+    unit_of,
+    up_fuses,
+)
 from specmoe_compile.kernels.packed_experts.kernel import packed_down_kernel, packed_gate_up_kernel
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
 from specmoe_compile.runtime.experts.formats.code_books import NF4_VALUES
@@ -76,7 +81,7 @@ def launch_packed_gate_up(
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        enable_fp_fusion=up_fuses(config, code, has_gate=form.has_gate),
     )
 
 
