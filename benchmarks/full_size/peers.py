@@ -11,7 +11,7 @@ Each call adds the rows that one lease of a machine measured, and `--table` prin
 Markdown, a cell a line; a star marks a ratio across leases. Rows that are there already are kept
 unless the same one comes again. FreeToken's file has a JSON object a line, as a driver of its
 engine writes it: model, strategy (`offload` with a `rate`, or `fused`: all resident), context,
-routing, tpot, p20, p80 and ttft in milliseconds, cache_GB, hit, reserved_GB, rss_GB.
+routing, tpot, p20, p80 and ttft in milliseconds, cache_GB, hit, rss_GB, and reserved_GB if known.
 
 `--run` measures what the folder does not have yet of the named cells, system by system, begins
 nothing that does not fit the budget, and adds the rows of the folder: call it again for the rest.
@@ -114,7 +114,7 @@ def freetoken_rows(lines: str, lease: str) -> Iterator[Row]:
             "tpot_ms": {"p20": row["p20"], "p50": row["tpot"], "p80": row["p80"]},
             "device_ms": None,
             "ttft_ms": row["ttft"],
-            "gpu_bytes": round(1e9 * row["reserved_GB"]),
+            "gpu_bytes": round(1e9 * row["reserved_GB"]) if "reserved_GB" in row else None,
             "host_bytes": round(1e9 * row["rss_GB"]),
             "hit_rate": row["hit"],
             "tokens": row["n"],

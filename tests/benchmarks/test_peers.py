@@ -81,6 +81,16 @@ def test_what_was_not_run_keeps_its_row_and_no_time(tmp_path: Path) -> None:
     assert row["arm"] == "cache_8gb" and row["not_run"] == "no" and "tpot_ms" not in row
 
 
+def test_memory_that_freetoken_does_not_tell_is_not_made_up(tmp_path: Path) -> None:
+    path = freetoken_file(tmp_path / "ft.jsonl")
+    told = json.loads(path.read_text())
+    (row,) = peers.freetoken_rows(json.dumps(told), "A")
+    assert row["gpu_bytes"] == 8_000_000_000
+    del told["reserved_GB"]
+    (row,) = peers.freetoken_rows(json.dumps(told), "A")
+    assert row["gpu_bytes"] is None and row["tpot_ms"]["p50"] == 8.0
+
+
 def some_row(system: str, arm: str, p50: float, **changes: Any) -> dict[str, Any]:
     spread = {"p20": p50 - 1, "p50": p50, "p80": p50 + 1}
     row = {"system": system, "arm": arm, "model": "M", "format": "nvfp4", "context": 1024}
@@ -205,8 +215,8 @@ def test_the_page_shows_the_rows_that_were_measured() -> None:
     page = PAGE.read_text(encoding="utf-8").splitlines()
     assert [line for line in peers.table(rows) if line not in page] == []
     predicted = [(row["tpot_ms"]["p50"], guess) for row, guess in predicted_ms(rows)]
-    assert len(predicted) == 21 and all(-0.114 < p / m - 1 < 0.022 for m, p in predicted)
-    assert sum(abs(p / m - 1) <= 0.1 for m, p in predicted) == 19
+    assert len(predicted) == 26 and all(-0.114 < p / m - 1 < 0.022 for m, p in predicted)
+    assert sum(abs(p / m - 1) <= 0.1 for m, p in predicted) == 24
     for panel in PANELS:
         points = points_of(rows, panel)
         assert {"freetoken", "specmoe"} <= set(points) <= {"freetoken", "llama.cpp", "specmoe"}
