@@ -10,13 +10,15 @@ checked step gave its graph is kept and given to it again, if
   returns is made of results of the graph and of arguments,
 - each of these is a parameter, a buffer, a tensor of the cache or an argument, and still is,
 - nothing stands in between: no hook of the model, no other stance of `torch.compile`.
+
+The first such step is recorded where it can be, and later ones run without Python (`Tape`).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.nn.modules import module as modules
 from transformers.utils.generic import ModelOutput
 
 from specmoe_compile.system.graph_runs import GraphRun
+from specmoe_compile.system.step_tape import Tape, run_recording
 
 FRESH = "input_ids"
 """The argument that is another tensor in each step."""
@@ -186,6 +189,8 @@ class Replay:
         """
         self.step = step
         self._settings = _settings()
+        self._tape: Tape | None = None
+        self._was_recorded = False
         self._model = model
         self._layers, self._each = layers, list(layers)
         fresh = set(step.fresh)
@@ -217,10 +222,7 @@ class Replay:
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
         """Run the graph and return what the model would."""
-        inputs = list(self.step.run.inputs)
-        for place in self.step.fresh:
-            inputs[place] = arguments[FRESH]
-        results = self.step.run.graph(*inputs)
+        results = self._results(arguments[FRESH])
         kind, fields = self.step.result
         return kind(
             **{
@@ -228,6 +230,22 @@ class Replay:
                 for name, source in fields.items()
             }
         )
+
+    def _results(self, tokens: Tensor) -> Sequence[Any]:
+        """What the graph returns: the first time by running it, then without Python if it can."""
+        results = None if self._tape is None else self._tape.run_or_none(tokens)
+        if results is not None:
+            return results
+        inputs = list(self.step.run.inputs)
+        for place in self.step.fresh:
+            inputs[place] = tokens
+        if self._was_recorded:
+            found: Sequence[Any] = self.step.run.graph(*inputs)
+            return found
+        self._was_recorded = True
+        found, self._tape = run_recording(self.step.run.graph, inputs, tokens)
+        # The tape writes over what it returned.
+        return found if self._tape is None else [result.clone() for result in found]
 
 
 @functools.cache

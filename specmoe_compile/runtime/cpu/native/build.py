@@ -62,7 +62,7 @@ def _which(name: str) -> str | None:
 def source_digest() -> str:
     """A digest of all sources, flags and the machine, for the library's place in the cache."""
     digest = hashlib.sha256()
-    for path in (*sorted(SOURCES.iterdir()), TORCH_SOURCE):
+    for path in (*sorted(SOURCES.iterdir()), *sorted(TORCH_SOURCE.parent.iterdir())):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for part in (_FLAGS, _VECTOR_FLAGS, _LOOPS, sys.platform, platform.machine()):
         digest.update(repr(part).encode())

@@ -337,6 +337,8 @@ TORCH_LIBRARY_IMPL(specmoe, CPU, library) {
   library.impl("products", products);
 }
 
+#include "tape_ops.h"
+
 extern "C" __attribute__((visibility("default"))) void specmoe_ops_use(
     const specmoe::StepFunctions* functions) {
   engine = functions;
