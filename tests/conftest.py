@@ -4,13 +4,19 @@ Tests run in as many processes as there are cores, so that each has one thread, 
 compile workers of its own. One process runs all tests of a file, and all of `tests/serve`: models
 are compiled, arms run and servers started by fixtures of a module or package, once and not once
 for each process. What takes longest begins first, so that no process is left with it at the end.
+
+Compiling makes millions of objects that refer to each other, and Python's collector looked through
+all modules and tests again and again: a quarter of the time. What was there before the first test
+is now left out of its rounds, which are rarer, too. `gc.collect()` finds what tests drop as ever.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 os.environ.setdefault("SPECMOE_STRICT", "1")
@@ -27,6 +33,10 @@ if not torch.cuda.is_available():
     # Triton reads this once, at its first import: without a GPU, kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# pytest listens to loggers that do not propagate, and whoever listens to this one has torch write
+# down every graph and tensor that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 
 _LONGEST = (
     "serve",
@@ -69,6 +79,21 @@ def _fixed_seed() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # by number of tests: the longest ones have few
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or else C++ complains at the end that its objects are still there
 
 
 def _group(nodeid: str) -> str:
