@@ -21,7 +21,7 @@ from benchmarks.ranks.groups import NO_MULTICAST
 ROOT = Path(__file__).parents[2]
 WORKER = str(Path(__file__).with_name("worker.py"))
 SUM_WORKER = str(Path(__file__).with_name("sum_worker.py"))
-LAYERS, EXPERTS, TOP_K = 3, 8, 2
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
 needs_expert_parallel = pytest.mark.skipif(
