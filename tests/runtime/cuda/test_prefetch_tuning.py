@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specmoe_compile.kernels.tune_prefetch.op import tune_prefetch
 from specmoe_compile.kernels.tune_prefetch.reference import (
     BLOCK_STEPS,
     HOLD,
@@ -19,6 +21,7 @@ from specmoe_compile.kernels.tune_prefetch.reference import (
     SHORTEST,
 )
 from specmoe_compile.options import SessionOptions
+from specmoe_compile.runtime.cuda import prefetch_budget
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
 from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
@@ -80,7 +83,14 @@ def test_trials_begin_again_when_told_to() -> None:
         assert session.engine.prefetch_records == 1
 
 
-def test_a_session_says_when_a_trial_has_ended() -> None:
+def test_a_session_says_when_a_trial_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Steps of 1 ms each: an amount that a busy machine makes slow would end the trial sooner.
+    steps = itertools.count(1)
+
+    def tune(*tensors: Tensor) -> None:
+        tune_prefetch(*tensors, now=torch.tensor([next(steps) * 10**6]))
+
+    monkeypatch.setattr(prefetch_budget, "tune_prefetch", tune)
     with opened() as session:
         skip_warm_up(session)
         state = session.engine._budget._state
