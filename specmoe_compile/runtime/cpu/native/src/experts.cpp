@@ -13,15 +13,18 @@
 namespace specmoe {
 namespace {
 
-constexpr int64_t kChunkBytes = 128 << 10;  // of weights: 5 microseconds of one core
+// Of weights: each chunk costs a start, and a thread whose last one is longer keeps the others
+// waiting, so that many threads have smaller ones. 256 KiB take 15 microseconds of one core.
+constexpr int64_t kMaxChunkBytes = 256 << 10, kMinChunkBytes = 128 << 10;
+constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
 constexpr int64_t kBlock = 32;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Rows per chunk, where a row of the chunk has so many bytes of weights.
-int64_t chunk_rows(int64_t row_bytes, int64_t step) {
-  return std::max(step, kChunkBytes / std::max<int64_t>(1, row_bytes) / step * step);
+int64_t chunk_rows(int64_t chunk_bytes, int64_t row_bytes, int64_t step) {
+  return std::max(step, chunk_bytes / std::max<int64_t>(1, row_bytes) / step * step);
 }
 
 float rounded_to(float value, int32_t dtype) {
@@ -105,7 +108,7 @@ class Engine::Step final : public Work {
   Offer offer;
 
   void prepare(const Kernels& kernels, const ExpertSpec& spec, const ExpertTask* tasks,
-               int64_t count, const float* x, int64_t tokens, float* y);
+               int64_t count, const float* x, int64_t tokens, float* y, int64_t threads);
   int64_t chunks() const { return up_chunks_ * count() + down_chunks_ * count(); }
   void needs(int64_t chunk, int64_t* first, int64_t* second) const override;
   void compute(int64_t chunk, Scratch& scratch) const override;
@@ -143,7 +146,8 @@ class Engine::Step final : public Work {
 };
 
 void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const ExpertTask* tasks,
-                           int64_t count, const float* x, int64_t tokens, float* y) {
+                           int64_t count, const float* x, int64_t tokens, float* y,
+                           int64_t threads) {
   kernels_ = &kernels;
   spec_ = spec;
   y_ = y;
@@ -165,9 +169,13 @@ void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const
     x_.put(t, 0, spec.up.inputs, x + t * spec.up.inputs);
   hidden_.reset(rows, intermediate_, is_four_bit(spec.down.book), int8(spec.down));
   const int64_t up_bytes = spec.up.row_bytes * (spec.gate.has_gate ? 2 : 1);
-  up_rows_ = chunk_rows(up_bytes, int8(spec.down) ? kBlock : kRowStep);
+  const int64_t all_bytes =
+      count * (intermediate_ * up_bytes + spec.down.outputs * spec.down.row_bytes);
+  const int64_t chunk_bytes =
+      std::clamp(all_bytes / (threads * kChunksPerThread), kMinChunkBytes, kMaxChunkBytes);
+  up_rows_ = chunk_rows(chunk_bytes, up_bytes, int8(spec.down) ? kBlock : kRowStep);
   up_chunks_ = (intermediate_ + up_rows_ - 1) / up_rows_;
-  down_rows_ = chunk_rows(spec.down.row_bytes, kRowStep);
+  down_rows_ = chunk_rows(chunk_bytes, spec.down.row_bytes, kRowStep);
   down_chunks_ = (spec.down.outputs + down_rows_ - 1) / down_rows_;
 }
 
@@ -313,7 +321,7 @@ void Engine::run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count,
   const std::lock_guard<std::mutex> lock(mutex_);
   start_threads();
   Step& step = free_step();
-  step.prepare(*kernels_, spec, tasks, count, x, tokens, y);
+  step.prepare(*kernels_, spec, tasks, count, x, tokens, y, pool_->threads());
   pool_->run(step.offer, step, step.chunks());
 }
 

@@ -20,8 +20,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A worker looks for more work for so long before it is parked: waking one costs about as much.
-constexpr auto kSpin = std::chrono::microseconds(30);
+// A worker looks for more work for so long before it is parked: longer than from one layer's experts
+// to the next one's, since one that has to be woken comes too late for a tenth of a layer.
+constexpr auto kSpin = std::chrono::microseconds(300);
 // A chunk takes a few microseconds; who is that late has lost the core.
 constexpr auto kLate = std::chrono::microseconds(40);
 

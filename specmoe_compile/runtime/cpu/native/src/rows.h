@@ -30,6 +30,15 @@ namespace {
 // the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not.
 constexpr int64_t kShortRow = 2048;
 constexpr int64_t kLine = 64;  // shorter rows are lines one after the other in any order
+// What the processor is told to bring ahead of one row, into its second cache; of rows that are read
+// at once the next ones.
+constexpr int64_t kAheadBytes = 8192;
+
+// May be any address: what is not there is not brought.
+inline void prefetch(const void* start, int64_t ahead) {
+  const auto address = reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(ahead);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
 
 struct PlainF32 {
   using Element = float;
@@ -57,10 +66,12 @@ inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int6
     for (int n = 0; n < N; n++) sum[r][n] = zero();
   const int64_t inputs = w.spec->inputs;
   const int64_t whole = inputs & ~int64_t{15};
+  const int64_t ahead = R > 1 ? R * w.spec->row_bytes : kAheadBytes;
   for (int64_t k = 0; k < whole; k += 16) {
     V xs[N];
     for (int n = 0; n < N; n++) xs[n] = load(x[n] + k);
     for (int r = 0; r < R; r++) {
+      prefetch(rows[r] + k, ahead);
       const V value = Type::get(rows[r] + k);
       for (int n = 0; n < N; n++) sum[r][n] = fma(value, xs[n], sum[r][n]);
     }
