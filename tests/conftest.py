@@ -6,8 +6,9 @@ are compiled, arms run and servers started by fixtures of a module or package, o
 for each process. What takes longest begins first, so that no process is left with it at the end.
 
 Compiling makes millions of objects that refer to each other, and Python's collector looked through
-all modules and tests again and again: a quarter of the time. What was there before the first test
-is now left out of its rounds, which are rarer, too. `gc.collect()` finds what tests drop as ever.
+all modules and tests again and again: a quarter of the time. What is there before the first test
+of a file is now left out of its rounds, which are rarer, too. `gc.collect()` finds what a file's
+tests drop as ever.
 """
 
 from __future__ import annotations
@@ -97,9 +98,14 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.set_threshold(50_000, 20, 100)
         gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_left_out() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
