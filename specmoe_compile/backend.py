@@ -27,7 +27,7 @@ from specmoe_compile.passes.replace_sums import rank_groups
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
 from specmoe_compile.system.compilers import check_compiler
-from specmoe_compile.system.graph_runs import counted, only_compiles
+from specmoe_compile.system.graph_runs import counted
 from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
@@ -149,11 +149,8 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     network_layers: tuple[int, ...] = ()
     if config.default_vectors is not None and offloaded:
         config, network_layers = _calibrated(sessions, config, config.default_vectors)
-    view = SessionOptions.view(config)
     for session in sessions:
-        # The generation that goes on while this thread compiles has configured it.
-        if not (only_compiles() and session.speculation == view):
-            session.configure(view)
+        session.configure(SessionOptions.view(config))
     return SpeculationPass.from_options(
         config,
         offloaded=offloaded,

@@ -277,13 +277,6 @@ class CompileOptions(SessionOptions):
         "let Inductor compile steps of more than 16 tokens as well; without it they run as traced"
         " (with a static cache as the model is), and less is compiled before the second token",
     )
-    compile_in_background: bool = option(
-        False,
-        "the first decode steps of a `generate` with a static cache that takes the best tokens run"
-        " as the model is, one operation after the other, until another thread has compiled them:"
-        " tokens come from the start, and in 16 bits may differ from a compiled step's"
-        " ([when](runtime.md#compiling-in-the-background))",
-    )
     strict: bool = option(
         _strict_default,
         "raise where specmoe would leave a graph to Inductor untouched (`SPECMOE_STRICT=1`)",
@@ -292,26 +285,16 @@ class CompileOptions(SessionOptions):
 
     def __post_init__(self) -> None:
         SessionOptions.__post_init__(self)
-        for name in ("compile_prefill", "compile_in_background", "strict"):
+        for name in ("compile_prefill", "strict"):
             _check_type(name, getattr(self, name), bool)
         if self.default_vectors is not None:
             _check_type("default_vectors", self.default_vectors, str)
-        self._check_background()
         self._check_predictor()
         if self.policy != "exact" and not self.predicts:
             raise ValueError(
                 f"option policy={self.policy!r} needs prefetch=True: without a prediction there is"
                 " nothing to commit to or to leave out; drop prefetch=False or use policy='exact'"
             )
-
-    def _check_background(self) -> None:
-        needs = {"lowering": "inductor", "compile_prefill": False, "default_vectors": None}
-        for name, value in needs.items():
-            if self.compile_in_background and getattr(self, name) != value:
-                raise ValueError(
-                    f"option compile_in_background=True needs {name}={value!r}, got"
-                    f" {getattr(self, name)!r}: a prompt must run before anything is compiled"
-                )
 
     def _check_predictor(self) -> None:
         if self.predictor == AUTO:

@@ -5,28 +5,22 @@
 
 The model has random weights and its own routers; nearly all experts of each layer are used, and
 all of them cross the link. The first call compiles, and the time to each of its first tokens is
-kept: in a second process, which finds the compiled code of the first one, it is a second start.
-With `--background` another thread compiles while that call generates, and it goes on until the
-compiled steps have come. The other calls are timed, wall clock. Beside it stands what the experts'
-bytes take at the rate of a large copy, which no first token of a model whose experts are not on the
-GPU can go below.
+kept: in a second process, which finds the compiled code of the first one, it is a second start. The
+other calls are timed, wall clock. Beside it stands what the experts' bytes take at the rate of a
+large copy, which no first token of a model whose experts are not on the GPU can go below.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.full_size.arms import ARMS, Bench, Steps, cuda_engine
 from benchmarks.full_size.clock import Clock
@@ -34,33 +28,18 @@ from benchmarks.full_size.extra import measure_link
 from benchmarks.full_size.model import SHAPES, RandomStore, build_skeleton, random_tokens
 from benchmarks.kit.command import run_parser
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.bench.records import spread
-from specmoe_compile.hf.background import THREAD_NAME
-from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
-from specmoe_compile.runtime.session import Session
 from specmoe_compile.system.output import USER_ERRORS, sentence, write_json
 
 REPEATS = 4
 START_TOKENS = 3
 """Of the first call, whose time to each token is kept: what a user waits for at the start."""
-BACKGROUND_TOKENS = 2048
-"""Of the first call where it generates while another thread compiles: enough to outlast that."""
-COMPILED_TOKENS, CAPTURE_TOKENS = 64, 8
-"""Of these, how many come after it; and the first of them, which record a CUDA graph."""
 TIMED_PARTS = 24
 _STEPS = Steps(warm_up=1, timed=1, profiled=1)
 
 
 @torch.no_grad()
 def measure_first_token(
-    name: str,
-    device: torch.device,
-    *,
-    context: int,
-    arm: str,
-    layers: int | None,
-    repeats: int,
-    background: bool,
+    name: str, device: torch.device, *, context: int, arm: str, layers: int | None, repeats: int
 ) -> dict[str, Any]:
     """A model of its own for `measure_prompts`."""
     shape = SHAPES[name]
@@ -72,32 +51,23 @@ def measure_first_token(
     bench = Bench(
         shape=shape, device=device, store=store, tables=tables, steps=_STEPS, layers=layers
     )
-    row = measure_prompts(bench, context, arm, repeats=repeats, background=background)
+    row = measure_prompts(bench, context, arm, repeats=repeats)
     store.give_back()
     return row
 
 
 @torch.no_grad()
 def measure_prompts(
-    bench: Bench,
-    context: int,
-    arm: str,
-    *,
-    repeats: int = REPEATS,
-    start: bool = True,
-    background: bool = False,
+    bench: Bench, context: int, arm: str, *, repeats: int = REPEATS, start: bool = True
 ) -> dict[str, Any]:
     """Seconds until the first token of a prompt of `context` tokens; slots empty each time.
 
     The first call generates a few tokens, and what it compiles and captures is in its times;
-    without `start` it generates one, which compiles no decode step, and its time is not kept. With
-    `background` it goes on until the compiled steps have come.
+    without `start` it generates one, which compiles no decode step, and its time is not kept.
     """
     device, store = bench.device, bench.store
     link = measure_link(bench)["copy_gbps"]
     options: dict[str, Any] = {"strict": True, **ARMS[arm].options}
-    if background:
-        options["compile_in_background"] = True
     if device.type == "cuda":
         options["mode"] = "reduce-overhead"
     with bench.opened(bench.slots(ARMS[arm])) as (model, session, routing):
@@ -112,12 +82,11 @@ def measure_prompts(
             cuda_engine(session).forget_slots()
             _wait(device)
             clock, started = Clock(), time.perf_counter()
-            stop = StoppingCriteriaList([_Compiled(session)] if count == BACKGROUND_TOKENS else [])
             compiled.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=count,
-                stopping_criteria=stop,
+                min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
                 cache_implementation="static",
@@ -128,10 +97,7 @@ def measure_prompts(
 
         torch._dynamo.utils.compilation_time_metrics.clear()
         ahead = time.perf_counter() - began
-        reset_generation_stats(session)
-        count = BACKGROUND_TOKENS if background else START_TOKENS if start else 1
-        cold = [ahead + moment for moment in generate(count)]
-        plain = generation_stats(session).plain
+        cold = [ahead + moment for moment in generate(START_TOKENS if start else 1)]
         spent = torch._dynamo.utils.compilation_time_metrics
         parts = {name: sum(seconds) for name, seconds in spent.items()}
         times = [generate(1)[0] for _ in range(repeats)]
@@ -141,39 +107,13 @@ def measure_prompts(
         "context": context,
         "layers": len(store.layers),
         "arm": arm,
-        "start_s": cold[:START_TOKENS] if start else None,
-        **(_in_background(cold, plain) if background else {}),
+        "start_s": cold if start else None,
         "compile_s": {name: parts[name] for name in longest} if start else None,
         "first_token_s": statistics.median(times),
         "all_s": times,
         "store_bytes": store.total_bytes,
         "copy_gbps": link,
         "link_s": store.total_bytes / link / 1e9,
-    }
-
-
-class _Compiled(StoppingCriteria):
-    """Ends a generation some compiled steps after another thread has compiled them."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self._left = session, COMPILED_TOKENS
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        compiling = any(thread.name == THREAD_NAME for thread in threading.enumerate())
-        self._left -= not compiling and generation_stats(self._session).plain > 0
-        return torch.full((len(input_ids),), self._left <= 0, device=input_ids.device)
-
-
-def _in_background(seconds: Sequence[float], plain: int) -> dict[str, Any]:
-    """What a start says whose first steps ran as the model is: `plain` of them."""
-    gaps = [1e3 * (after - before) for before, after in itertools.pairwise(seconds)]
-    compiled = gaps[plain + CAPTURE_TOKENS :]
-    return {
-        "plain_steps": plain,
-        "plain_ms": spread(gaps[:plain]),
-        "compiled_after_s": seconds[plain],
-        "captured_after_s": seconds[min(plain + CAPTURE_TOKENS, len(seconds) - 1)],
-        "compiled_ms": spread(compiled) if compiled else None,
     }
 
 
@@ -190,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--arm", choices=list(ARMS), default="cache_25")
-    parser.add_argument("--background", action="store_true", help="option compile_in_background")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     args = parser.parse_args(arguments)
     if not args.dry and not torch.cuda.is_available():
@@ -208,7 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 arm=args.arm,
                 layers=args.layers,
                 repeats=1 if args.dry else REPEATS,
-                background=args.background,
             )
             result["rows"].append(row)
             write_json(args.out, result)

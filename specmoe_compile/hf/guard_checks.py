@@ -56,16 +56,13 @@ class Repeats:
         whole: whether the last one that was checked ran as one graph.
         checked: the last one that was checked, where later ones may repeat it without Dynamo.
         replay: how they do it, once two that were checked were the same.
-        draws: whether random numbers are drawn between two steps.
-        plain: how many ran as the model is, while another thread compiled.
     """
 
-    def __init__(self, *, draws: bool = False) -> None:
+    def __init__(self) -> None:
         self.calls = 0
         self.whole = False
         self.checked: CheckedStep | None = None
         self.replay: Replay | None = None
-        self.draws, self.plain = draws, 0
 
     @contextmanager
     def step(self, *, repeats: bool) -> Iterator[None]:
@@ -145,11 +142,6 @@ class GuardChecks:
             cache = next(kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None)
             loop.replay = Replay(loop.checked, model, cache.layers)
         return found
-
-
-def running_loop() -> Repeats | None:
-    """The generation whose step runs in this thread, if it repeats the last one."""
-    return _here.loop
 
 
 @functools.cache

@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 from torch._dynamo import eval_frame
-from transformers.cache_utils import StaticLayer
 
-from specmoe_compile.hf.background import BackgroundCompiling
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
-from specmoe_compile.hf.step_inputs import cache_of
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
 from specmoe_compile.runtime.engine import with_prefetch_decided
 from specmoe_compile.runtime.session import Session
@@ -34,8 +31,6 @@ def prompts_as_they_are(
 ) -> Call:
     """Return `compiled` with prompts of more than 16 tokens into a static cache sent to `plain`.
 
-    With `compile_in_background` so are shorter prompts, and decode steps while they are compiled.
-
     Args:
         compiled: the model's forward call through `torch.compile`.
         plain: the same call without.
@@ -45,14 +40,10 @@ def prompts_as_they_are(
     if options is None or not _runs_as_traced(options):
         return compiled
     told = False
-    background = BackgroundCompiling(compiled) if options.compile_in_background else None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal told
-        if torch.is_grad_enabled():
-            return compiled(*args, **kwargs)
-        prompt = _is_prompt(args, kwargs) or (background is not None and _is_first(kwargs))
-        if not prompt and not (told and background is not None and background.goes_on(kwargs)):
+        if torch.is_grad_enabled() or not _is_prompt(args, kwargs):
             return compiled(*args, **kwargs)
         if not told:  # as the backend does it before the first step
             decided = with_prefetch_decided(options, [session.engine])
@@ -88,14 +79,6 @@ def _runs_as_traced(options: CompileOptions) -> bool:
         options.lowering == "inductor"
         and not options.compile_prefill
         and options.default_vectors is None
-    )
-
-
-def _is_first(kwargs: dict[str, Any]) -> bool:
-    """Whether a call is the first into a static cache, which makes its tensors then."""
-    layers: Any = getattr(cache_of(kwargs), "layers", None)
-    return bool(layers) and all(
-        type(layer) is StaticLayer and not layer.is_initialized for layer in layers
     )
 
 

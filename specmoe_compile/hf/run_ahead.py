@@ -305,7 +305,7 @@ def _decode(
     most, tokens = stopping_criteria.max_length, input_ids
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     ahead = runs_ahead_on(input_ids.device) and _can_go_back(outputs, generation_config, stats)
-    loop = Repeats(draws=generation_config.do_sample)
+    loop = Repeats()
     session = get_session(model.__dict__["_specmoe_session"])
 
     def step(tokens: Tensor, model_kwargs: dict[str, Any]) -> Any:
@@ -313,7 +313,6 @@ def _decode(
         with loop.step(repeats=steps.repeats):
             outputs = model(**inputs, return_dict=True)
         _stepped.add(session)
-        stats.plain, loop.plain = stats.plain + loop.plain, 0
         return outputs
 
     while True:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -26,7 +25,6 @@ class GraphRun(NamedTuple):
 class _Here(threading.local):
     count: int = 0
     keeps: bool = False
-    only_compiles: bool = False
     last: GraphRun | None = None
 
 
@@ -37,8 +35,6 @@ def counted(compiled: Callable[..., Any], *, is_all: bool = False) -> Callable[.
     """A compiled graph whose calls are counted; `is_all` as in `GraphRun`."""
 
     def call(*args: Any) -> Any:
-        if _here.only_compiles:
-            raise _Compiled
         _here.count += 1
         results = compiled(*args)
         if _here.keeps:
@@ -46,27 +42,6 @@ def counted(compiled: Callable[..., Any], *, is_all: bool = False) -> Callable[.
         return results
 
     return call
-
-
-class _Compiled(BaseException):
-    """A graph is compiled, and was not to run."""
-
-
-@contextmanager
-def only_compiling() -> Iterator[None]:
-    """In this thread, end the block where the first graph would run."""
-    _here.only_compiles = True
-    try:
-        yield
-    except _Compiled:
-        pass
-    finally:
-        _here.only_compiles = False
-
-
-def only_compiles() -> bool:
-    """Whether this thread is in such a block."""
-    return _here.only_compiles
 
 
 def graphs_run() -> int:

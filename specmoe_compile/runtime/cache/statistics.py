@@ -99,7 +99,6 @@ class GenerationStats:
         tokens: steps whose token was used, batches counted once.
         ahead: those whose next step was launched before their token was read.
         dropped: steps that were launched in vain, behind the last token.
-        plain: steps that ran as the model is, while another thread compiled them.
         reason: why the last call took transformers' own loop, or waited for each token; None
             where it ran ahead, and on the CPU, where there is nothing to wait for.
     """
@@ -107,7 +106,6 @@ class GenerationStats:
     tokens: int = 0
     ahead: int = 0
     dropped: int = 0
-    plain: int = 0
     reason: str | None = None
 
 
