@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Triton 3.6, which torch 2.11 asks for, cannot index in its interpreter with numpy 2.4.
 OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 NEWEST := torch==2.15.0 transformers==5.24.0
-# Tests run in so many processes; each takes about 0.6 GB.
+# Tests run in so many processes; each takes about 1.2 GB.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
