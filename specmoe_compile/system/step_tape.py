@@ -29,7 +29,7 @@ _RECORDED = {
     "specmoe_kernels::decode_attention": "tape_decode_attention",
     "aten::topk": "tape_topk",
 }
-"""Ops that can be repeated, and what records them: overload `default`, all arguments given."""
+"""Ops that can be repeated, and what records them: overload `default`, no argument by name."""
 _REPEATS_NOTHING = (
     "empty_strided_cpu",
     "reinterpret_tensor",
@@ -196,12 +196,14 @@ class _Recording:
         result = op(*arguments, **named)
         outs = [result] if isinstance(result, Tensor) else list(result)
         recorder = _RECORDED.get(op._schema.name)
-        is_full = not named and len(arguments) == len(op._schema.arguments)
+        left_out = op._schema.arguments[len(arguments) :]
+        is_full = not named and all(argument.has_default_value() for argument in left_out)
         if recorder is None or not is_full or op._overloadname != "default":
             self._is_whole = False
             return result
+        given = (*arguments, *(argument.default_value for argument in left_out))
         note = getattr(torch.ops.specmoe, recorder).default
-        self._calls.append(lambda tape: note(tape, *arguments, outs))
+        self._calls.append(lambda tape: note(tape, *given, outs))
         return result
 
     def tape_or_none(self, results: Sequence[Any]) -> Tape | None:

@@ -67,8 +67,11 @@ def up_fuses(config: GemvConfig, code: WeightCode, *, has_gate: bool) -> bool:
 
     They may where every lane has a load of its own, so that it sums a whole unit by itself. In a
     smaller tile several lanes share a unit and hold the same sum: each would round its own product
-    less than its neighbour's, as in `expert_mlp.config.DOWN_FP_FUSION`.
+    less than its neighbour's, as in `expert_mlp.config.DOWN_FP_FUSION`. Values of nf4 are loaded
+    from a table, and Triton 3.6 spreads them over the lanes as it likes.
     """
+    if code.book == "nf4":
+        return False
     rows = config.block_out * (2 if has_gate else 1)
     tile_bytes = rows * config.block_in * code.functions.bits // 8
     return tile_bytes >= _LANE_BYTES * 32 * config.num_warps
