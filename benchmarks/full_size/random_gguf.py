@@ -160,6 +160,7 @@ def write_gguf(path: Path, config: Any, form: str) -> int:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None, "the header is written"
     begin = _aligned(writer.fout[0].tell())
     writer.close()
     total = begin + sum(_aligned(tensor.bytes) for tensor in found)
