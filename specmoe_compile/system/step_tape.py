@@ -34,6 +34,8 @@ _REPEATS_NOTHING = (
     "empty_strided_cpu",
     "reinterpret_tensor",
     "assert_size_stride",
+    "assert_size_stride_grouped",
+    "assert_tensor_metadata",
     "assert_alignment",
 )
 """What allocates, and checks that hold for the memory of the recorded step."""
