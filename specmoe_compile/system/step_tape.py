@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket, _OpNamespace, _Ops
-
-log = logging.getLogger(__name__)
 
 _RECORDED = {
     "specmoe::experts": "tape_experts",

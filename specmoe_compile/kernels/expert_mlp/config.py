@@ -12,7 +12,7 @@ from typing import Any
 from specmoe_compile.runtime.experts.form import ExpertForm
 
 # One 16-byte load of every lane of a warp, in bytes: the least that a row is read by.
-_WARP_LOAD_BYTES = 32 * 16
+WARP_LOAD_BYTES = 32 * 16
 # Weights of one pipeline stage, in bytes: four loads of 16 bytes for each of 128 threads.
 _STAGE_BYTES = 8192
 DOWN_FP_FUSION = False
@@ -53,7 +53,7 @@ def row_block(length: int, itemsize: int, most: int) -> int:
 
     The widest of equals.
     """
-    block = narrowest = _WARP_LOAD_BYTES // itemsize
+    block = narrowest = WARP_LOAD_BYTES // itemsize
     best = block
     while block <= max(most, narrowest):
         if ceil_div(length, block) * block <= ceil_div(length, best) * best:
@@ -72,7 +72,7 @@ def gate_up_config(
         block_out = max(1, 128 // itemsize // matrices)
         return GemvConfig(block_out=block_out, block_in=128, num_stages=3)
     row = next_power_of_2(hidden)
-    if _WARP_LOAD_BYTES <= row * itemsize <= _STAGE_BYTES // matrices:
+    if WARP_LOAD_BYTES <= row * itemsize <= _STAGE_BYTES // matrices:
         # Whole rows: 2 to 5 % faster than parts of more rows on an H100.
         block_out = 2 * _STAGE_BYTES // itemsize // matrices // row
         return GemvConfig(block_out=block_out, block_in=row, num_stages=2)
@@ -97,7 +97,7 @@ def down_config(
     # The intermediate is read again by every program: the more outputs of one program, the less.
     if block_k >= 8:
         # Half a warp's load of a row: 6 to 20 % faster than a whole load on an H100.
-        block_in = _WARP_LOAD_BYTES // itemsize // 2
+        block_in = WARP_LOAD_BYTES // itemsize // 2
     else:
         block_in = row_block(intermediate, itemsize, 512)
     block_out = max(1, 2 * _STAGE_BYTES // itemsize // block_in // block_k)

@@ -5,7 +5,12 @@ Shape letters: H hidden, I expert intermediate, K top-k.
 
 from __future__ import annotations
 
-from specmoe_compile.kernels.expert_mlp.config import GemvConfig, ceil_div, next_power_of_2
+from specmoe_compile.kernels.expert_mlp.config import (
+    WARP_LOAD_BYTES,
+    GemvConfig,
+    ceil_div,
+    next_power_of_2,
+)
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode
 
 _GROUP_MULTIPLE = 16  # inputs of the narrowest product of prefill
@@ -74,7 +79,7 @@ def up_fuses(config: GemvConfig, code: WeightCode, *, has_gate: bool) -> bool:
         return False
     rows = config.block_out * (2 if has_gate else 1)
     tile_bytes = rows * config.block_in * code.functions.bits // 8
-    return tile_bytes >= _LANE_BYTES * 32 * config.num_warps
+    return tile_bytes >= WARP_LOAD_BYTES * config.num_warps
 
 
 def down_config(inner: int, hidden: int, top_k: int, code: WeightCode) -> GemvConfig:
