@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LogitsProcessor, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCABULARY = 96
 PATIENCE_S = 600.0
@@ -53,3 +54,16 @@ def prompts(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
 def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> Any:
     """Greedy continuation of `ids`, prompt included: [batch, length + new_tokens]."""
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+class At(LogitsProcessor):
+    """Does something between two steps: before the token with this number is chosen."""
+
+    def __init__(self, number: int, act: Callable[[], Any]) -> None:
+        self._act, self._left = act, number
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+        return scores

@@ -15,11 +15,11 @@ import specmoe_compile
 from specmoe_compile.hf.guard_checks import EVERY, SURE
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.system.step_tape import Tape, run_recording
-from tests.helpers import save_tiny
+from tests.helpers import At, save_tiny
 
 NEW = 2 * EVERY
 PROMPT = torch.arange(3, 23)[None]
-CHANGE_AT = EVERY + 3
+CHANGE_AT = EVERY + 4
 """A step that Dynamo does not check."""
 
 
@@ -81,19 +81,6 @@ def tokens_of(model: Any, *processors: LogitsProcessor) -> list[int]:
     return tokens
 
 
-class At(LogitsProcessor):
-    """Does something between two steps."""
-
-    def __init__(self, act: Any) -> None:
-        self._act, self._left = act, CHANGE_AT
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._left == 0:
-            self._act()
-        self._left -= 1
-        return scores
-
-
 def test_recorded_steps_give_the_plain_models_tokens(
     compiled: Any, plain: Any, runs: list[bool]
 ) -> None:
@@ -129,9 +116,9 @@ def test_memory_of_a_weight_that_is_replaced_is_not_read(
 
     inner = compiled._orig_mod
     kept = inner.model.norm.weight.detach().clone()
-    expected = tokens_of(plain, At(replace(plain)))
+    expected = tokens_of(plain, At(CHANGE_AT, replace(plain)))
     try:
-        assert tokens_of(compiled, At(replace(inner))) == expected
+        assert tokens_of(compiled, At(CHANGE_AT, replace(inner))) == expected
     finally:
         inner.model.norm.weight.data = kept
     assert False in runs

@@ -15,7 +15,7 @@ import specmoe_compile
 from specmoe_compile.hf.guard_checks import EVERY, SURE
 from specmoe_compile.hf.replayed_steps import CheckedStep, Replay
 from specmoe_compile.system.graph_runs import GraphRun
-from tests.helpers import save_tiny
+from tests.helpers import At, save_tiny
 
 NEW = 3 * EVERY
 PROMPT = torch.arange(3, 23)[None]
@@ -71,19 +71,6 @@ def generated(model: Any, *processors: LogitsProcessor, new: int = NEW, **more: 
     return tokens
 
 
-class At(LogitsProcessor):
-    """Does something between two steps."""
-
-    def __init__(self, act: Callable[[], Any]) -> None:
-        self._act, self._left = act, CHANGE_AT
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._left -= 1
-        if self._left == 0:
-            self._act()
-        return scores
-
-
 def test_steps_are_replayed_with_the_same_tokens(
     compiled: Any, plain: Any, replays: list[int]
 ) -> None:
@@ -107,9 +94,9 @@ def test_a_weight_that_is_replaced_counts_in_the_next_step(compiled: Any, plain:
 
     inner = compiled._orig_mod
     kept = inner.model.norm.weight
-    expected = generated(plain, At(replace(plain)))
+    expected = generated(plain, At(CHANGE_AT, replace(plain)))
     try:
-        assert generated(compiled, At(replace(inner))) == expected
+        assert generated(compiled, At(CHANGE_AT, replace(inner))) == expected
     finally:
         inner.model.norm.weight = kept
     assert expected != generated(compiled), "the other weight makes no difference"
@@ -127,7 +114,7 @@ def test_a_hook_of_the_model_is_called_from_the_next_step_on(
         hook = compiled._orig_mod.register_forward_hook(lambda *_: calls.append(1))
         hooks.append(hook)
 
-    generated(compiled, At(register))
+    generated(compiled, At(CHANGE_AT, register))
     hooks[0].remove()
     assert len(calls) == NEW - CHANGE_AT
     assert max(replays) < PROMPT.shape[1] + CHANGE_AT
@@ -137,7 +124,7 @@ def test_a_stance_holds_from_the_next_step_on(compiled: Any, replays: list[int])
     expected = generated(compiled)
     replays.clear()
     try:
-        found = generated(compiled, At(lambda: torch.compiler.set_stance("force_eager")))
+        found = generated(compiled, At(CHANGE_AT, lambda: torch.compiler.set_stance("force_eager")))
     finally:
         torch.compiler.set_stance("default")
     assert found == expected
