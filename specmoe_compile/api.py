@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from specmoe_compile.errors import UnsupportedModelError
 from specmoe_compile.hf.attach import attach_session
 from specmoe_compile.hf.guards import refuse_adapted_experts
+from specmoe_compile.hf.local_weights import keep_local_weights
 from specmoe_compile.hf.missing_weights import MissingWeights
 from specmoe_compile.hf.model_loader import checked_dtype, load_without_experts
 from specmoe_compile.hf.offload_options import (
@@ -29,7 +30,6 @@ from specmoe_compile.hf.placing import Placed, fill_store, place_experts
 from specmoe_compile.hf.ranks import (
     device_of_rank,
     join_ranks,
-    keep_local_weights,
     ranks_of_or_none,
 )
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats

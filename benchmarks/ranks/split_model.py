@@ -22,7 +22,8 @@ from benchmarks.full_size.model import (
     _experts_on_meta,
     coded,
 )
-from specmoe_compile.hf.ranks import join_ranks, keep_local_weights, ranks_of_or_none
+from specmoe_compile.hf.local_weights import keep_local_weights
+from specmoe_compile.hf.ranks import join_ranks, ranks_of_or_none
 from specmoe_compile.runtime.experts.module import (
     ExpertsLayer,
     find_experts_layers,

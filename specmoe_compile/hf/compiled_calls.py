@@ -175,6 +175,8 @@ class ModelCalls:
         return stack
 
 
+_STATIC = "_dynamo_static_input_type"
+"""What Dynamo's mark is called on a tensor."""
 _calls: dict[int, ModelCalls] = {}
 """By `id`: offloaded models, and modules that hold one. A module need not be hashable."""
 
@@ -291,15 +293,22 @@ def _mark_static(cache: Any) -> None:
 
     Transformers says so itself, but not while it is traced, and here prefill is compiled too.
     """
-    if not getattr(cache, "is_compileable", False):
+    if not getattr(cache, "is_compileable", False) or not cache.layers:
+        return
+    # Layers get their tensors in one call, first to last, and new ones together.
+    last = list(_on_gpu(cache.layers[-1]))
+    if last and all(hasattr(tensor, _STATIC) for tensor in last):
         return
     for layer in cache.layers:
-        for value in vars(layer).values():
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if (
-                    isinstance(tensor, torch.Tensor)
-                    and tensor.is_cuda
-                    and not hasattr(tensor, "_dynamo_static_input_type")
-                ):
-                    # Without a guard: another cache is recorded anew, not compiled anew.
-                    torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in _on_gpu(layer):
+            if not hasattr(tensor, _STATIC):
+                # Without a guard: another cache is recorded anew, not compiled anew.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def _on_gpu(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors of one layer of a cache, those in its lists among them."""
+    for value in vars(layer).values():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                yield tensor

@@ -147,27 +147,6 @@ def ranks_of_or_none(model: nn.Module) -> Ranks | None:
     return Ranks(meshes.get_mesh("ep").get_group())
 
 
-def keep_local_weights(model: nn.Module) -> None:
-    """Make the weights of split linear layers the plain tensors that their forward takes out.
-
-    transformers keeps them as `DTensor`, takes the local part out at every call, and puts the
-    `DTensor` back, which is for training and saving. A compiled call then checks and unwraps
-    each of them anew: on two GPUs that took longer than the step itself. What such a layer
-    computes stays the same.
-    """
-    from torch.distributed.tensor import DTensor
-
-    for module in model.modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight, DTensor):
-                local = nn.Parameter(weight.to_local(), requires_grad=weight.requires_grad)
-                setattr(module, name, local)
-                # transformers' own sign of a split layer whose weights are no DTensor.
-                module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
-
-
 def join_ranks(config: Any, device: torch.device) -> Any:
     """Check a `DistributedConfig` and join the process group that it needs.
 

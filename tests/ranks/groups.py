@@ -98,7 +98,7 @@ def save_checkpoint(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(1)
     config = Qwen3MoeConfig(
         **{
-            "vocab_size": 96,
+            "vocab_size": 97,
             "hidden_size": 32,
             "intermediate_size": 32,
             "moe_intermediate_size": 32,

@@ -100,9 +100,8 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         "packed": packed,
         "split_weights": sum(
             isinstance(weight, DTensor)
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear)
-            for weight in module.parameters(recurse=False)
+            for name, weight in model.named_parameters()
+            if ".experts." not in name
         ),
         "own": list(session_of(model).store.num_experts),
         "stats": specmoe_compile.stats(model).as_dict(),
