@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.end_to_end.run import held_out_prompts
 from benchmarks.kit.command import run_parser
 from specmoe_compile.system.machine import cache_folder
 
@@ -15,17 +14,22 @@ from specmoe_compile.system.machine import cache_folder
 class TurnTaker(Protocol):
     """An arm of such a run."""
 
-    def turn(self, prompt: list[int], new_tokens: int, *, counts: bool) -> None:
+    def turn(self, prompt: Sequence[int], new_tokens: int, *, counts: bool) -> None:
         """Continue one prompt; `counts` is False while it warms up."""
 
 
-def take_turns(arms: Sequence[TurnTaker], prompts: int, new_tokens: int, *, warm_up: int) -> None:
-    """Every arm in turn, forth and back, after so many turns of each on a prompt of their own."""
-    texts = held_out_prompts(prompts + 1)
+def take_turns(
+    arms: Sequence[TurnTaker],
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    warm_up: int,
+) -> None:
+    """Every arm in turn, forth and back, after so many turns of each on the first prompt."""
     for arm in arms:
         for _ in range(warm_up):
-            arm.turn(texts[0], new_tokens, counts=False)
-    for number, prompt in enumerate(texts[1:]):
+            arm.turn(prompts[0], new_tokens, counts=False)
+    for number, prompt in enumerate(prompts[1:]):
         for arm in arms if number % 2 == 0 else reversed(arms):
             arm.turn(prompt, new_tokens, counts=True)
 

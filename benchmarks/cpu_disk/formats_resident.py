@@ -18,7 +18,7 @@ import torch
 
 import specmoe_compile
 from benchmarks.cpu_disk.arms import take_turns, turns_parser
-from benchmarks.end_to_end.run import RECORD_MIB
+from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
@@ -62,11 +62,11 @@ class Arm:
         static = {"cache_implementation": "static"}
         self._generator = HuggingFaceGenerator(model, self.inner, static)
 
-    def turn(self, prompt: list[int], new_tokens: int, *, counts: bool) -> None:
+    def turn(self, prompt: Sequence[int], new_tokens: int, *, counts: bool) -> None:
         """Generate once, then run the layers of 32 steps without the rest."""
         clock = TokenClock()
         with torch.inference_mode():
-            self._generator.generate(prompt, new_tokens, clock)
+            self._generator.generate(list(prompt), new_tokens, clock)
             alone = self._experts_ms()
         if counts:
             self.samples_ms += clock.intervals_ms[1:]
@@ -114,7 +114,7 @@ class Arm:
 def measure(checkpoint: Path, folder: Path, prompts: int, new_tokens: int) -> list[dict[str, Any]]:
     """Every form in turn, forth and back."""
     arms = [Arm(checkpoint, folder / f"{form}", form, math) for form, math, _ in FORMS]
-    take_turns(arms, prompts, new_tokens, warm_up=1)
+    take_turns(arms, held_out_prompts(prompts + 1), new_tokens, warm_up=1)
     rows = [arm.record(arms[0], asked) for arm, (_, _, asked) in zip(arms, FORMS, strict=True)]
     for arm in arms:
         specmoe_compile.close(arm.inner)

@@ -16,7 +16,7 @@ from typing import Any
 import specmoe_compile
 from benchmarks.cpu_disk.arms import take_turns, turns_parser
 from benchmarks.cpu_disk.policies import Arm
-from benchmarks.end_to_end.run import RECORD_MIB
+from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.reference_model.widened import widened_model
@@ -33,7 +33,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every form in turn, forth and back."""
     arms = [Arm(checkpoint, folder / str(f), "25%", "adaptive", quantize=f) for f in forms]
-    take_turns(arms, prompts, new_tokens, warm_up=2)
+    take_turns(arms, held_out_prompts(prompts + 1), new_tokens, warm_up=2)
     rows = []
     for form, arm in zip(forms, arms, strict=True):
         pairs = zip(arm.turns_ms, arms[0].turns_ms, strict=True)

@@ -3,6 +3,12 @@
 The reference model with experts of 3 MiB, float32, no prefetch. All arms live in one process and
 take turns of one prompt each, back and forth; all must generate the same tokens. A plan is timed
 alone, in C++ and in Python.
+
+    python -m benchmarks eviction_time
+    python -m benchmarks eviction_time --given
+
+Prompts are held-out ones that the model continues; with `--given` it decodes the texts of the
+simulation instead (`eviction`), GIVEN_TOKENS of each after GIVEN_PROMPT, a turn for each text.
 """
 
 from __future__ import annotations
@@ -19,11 +25,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 import specmoe_compile
 from benchmarks.cpu_disk.arms import take_turns, turns_parser
-from benchmarks.end_to_end.run import RECORD_MIB
+from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
+from benchmarks.kit.given_text import GivenText
 from benchmarks.kit.places import RESULTS
+from benchmarks.simulation.eviction_texts import texts
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import spread
@@ -35,11 +44,13 @@ from specmoe_compile.runtime.cpu.native.steps import cache_tables
 from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import quiet_transformers, write_json
 
-RESULT = RESULTS / "eviction_time.json"
+RESULT, GIVEN_RESULT = RESULTS / "eviction_time.json", RESULTS / "eviction_time_given.json"
 SIZES, POLICIES = ("25%", "50%"), ("lru", "adaptive")
 PLAN_SHAPES = ((32, 8, 4), (128, 32, 8))
 """E, S and K of the plans that are timed."""
 PLANS = 4000
+GIVEN_PROMPT, GIVEN_TOKENS = 64, 936
+"""Together a window of the simulation's texts, 1000 tokens."""
 AT_MOST = {"25%": 0.90, "50%": 0.80}
 
 
@@ -59,6 +70,7 @@ class Arm:
         self.samples_ms: list[float] = []
         self.turns_ms: list[float] = []
         self.texts: list[list[int]] = []
+        self.means_ms: list[float] = []
         self.inner: Any = specmoe_compile.from_pretrained(
             checkpoint,
             device="cpu",
@@ -71,21 +83,24 @@ class Arm:
         )
         options: dict[str, Any] = {"prefetch": False}
         model = torch.compile(self.inner, backend="specmoe", options=options)
-        self._generator = HuggingFaceGenerator(
-            model, self.inner, {"cache_implementation": "static"}
-        )
+        self._settings: dict[str, Any] = {"cache_implementation": "static"}
+        self._generator = HuggingFaceGenerator(model, self.inner, self._settings)
 
     def turn(self, prompt: Sequence[int], new_tokens: int, *, counts: bool) -> None:
-        """Continue one prompt greedily."""
-        clock = TokenClock()
-        tokens, _ = self._generator.generate(list(prompt), new_tokens, clock)
+        """Continue one prompt greedily, or decode what follows it where that is given, too."""
+        clock, session = TokenClock(), session_of(self.inner)
+        if len(prompt) > GIVEN_PROMPT:
+            given = LogitsProcessorList([GivenText(torch.tensor(prompt))])
+            self._settings["logits_processor"] = given
+        tokens, _ = self._generator.generate(list(prompt[:GIVEN_PROMPT]), new_tokens, clock)
         if not counts:
-            session_of(self.inner).reset_stats()
+            session.reset_stats()
             return
         self.texts.append(tokens)
         steps = clock.intervals_ms[1:]
         self.samples_ms += steps
         self.turns_ms.append(median(steps))
+        self.means_ms.append(sum(steps) / len(steps))
 
     def record(self) -> dict[str, Any]:
         """What it did, as plain numbers."""
@@ -97,6 +112,7 @@ class Arm:
             "tpot_ms": spread(self.samples_ms),
             "mean_ms": sum(self.samples_ms) / len(self.samples_ms),
             "turns_ms": self.turns_ms,
+            "mean_of_turns_ms": self.means_ms,
             "hit_rate": total.hits / (total.hits + total.misses),
             "misses": total.misses,
             "native_steps": total.native_steps,
@@ -105,10 +121,20 @@ class Arm:
         }
 
 
+def given_texts() -> dict[str, list[int]]:
+    """The first window of each of the simulation's texts, a token a byte."""
+    length = GIVEN_PROMPT + GIVEN_TOKENS
+    return {name: list(text.encode()[:length]) for name, text in texts(2 * length).items()}
+
+
 def measure(
-    checkpoint: Path, store_dir: Path, sizes: Sequence[str], prompts: int, new_tokens: int
+    checkpoint: Path,
+    store_dir: Path,
+    sizes: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
 ) -> dict[str, Any]:
-    """Every arm in turn, forth and back."""
+    """Every arm in turn, forth and back; the first prompt warms up."""
     arms = [Arm(checkpoint, store_dir, size, policy) for size in sizes for policy in POLICIES]
     # transformers sizes the static cache by the longest: one graph
     take_turns(arms, prompts, new_tokens, warm_up=2)
@@ -192,7 +218,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = turns_parser("eviction_time", __doc__, result=RESULT, new_tokens=64)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--given", action="store_true", help="decode the simulation's texts")
     arguments: argparse.Namespace = parser.parse_args(argv)
+    prompts: Sequence[Sequence[int]] = held_out_prompts(arguments.prompts + 1)
+    settings: dict[str, Any] = {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens}
+    result_path = arguments.result
+    if arguments.given:
+        given = given_texts()
+        prompts = [given["python"], *given.values()]
+        settings = {"texts": list(given), "prompt": GIVEN_PROMPT, "new_tokens": GIVEN_TOKENS}
+        result_path = GIVEN_RESULT if result_path == RESULT else result_path
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")
     costs = plan_costs()
@@ -201,19 +236,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint,
             Path(store_dir),
             arguments.sizes,
-            arguments.prompts,
-            arguments.new_tokens,
+            prompts,
+            settings["new_tokens"],
         )
     result = {
         "schema": 1,
         **provenance(),
         "load_average": list(os.getloadavg()),
         "model": {"record_mib": RECORD_MIB, "dtype": "float32", "layers": 8, "experts": 32},
-        "settings": {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens},
+        "settings": settings,
         "plans": costs,
         **found,
     }
-    write_json(arguments.result, result)
+    write_json(result_path, result)
     for row in costs:
         print(row)
     for row in found["arms"]:

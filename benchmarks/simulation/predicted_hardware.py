@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
+from benchmarks.kit.given_text import GivenText
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.reference_model.data import default_source, held_out_windows
 from benchmarks.reference_model.tokenizer import PAD_ID
@@ -122,18 +123,6 @@ PAPER_MS = {"on demand": 158.9, "prefetch": 144.4}
 """Qwen3-30B-A3B in bfloat16 on an A6000 ("Speculating Experts", arXiv 2603.19289)."""
 
 
-class _GivenText(LogitsProcessor):
-    """Makes `generate` go along a given text, so that the model decodes real text."""
-
-    def __init__(self, text: torch.Tensor) -> None:
-        self._text = text
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self._text[input_ids.shape[1]]] = 0.0
-        return forced
-
-
 def record(trace_path: Path) -> None:
     """Decode held-out text with the reference model and save its routing."""
     import specmoe_compile
@@ -158,7 +147,7 @@ def record(trace_path: Path) -> None:
                 pad_token_id=PAD_ID,
                 eos_token_id=None,
                 cache_implementation="static",
-                logits_processor=LogitsProcessorList([_GivenText(text)]),
+                logits_processor=LogitsProcessorList([GivenText(text)]),
             )
         recorder.trace("the reference model").save(trace_path)
         specmoe_compile.close(inner)
