@@ -30,7 +30,7 @@ from specmoe_compile.system.output import write_json
 
 Stream = list[list[int]]
 RESULT, REPORT = RESULTS / "eviction.json", DOCUMENTS / "eviction.md"
-TIMES = RESULTS / "eviction_time.json"
+TIMES = (RESULTS / "eviction_time.json", RESULTS / "eviction_time_given.json")
 SPARE = 4
 """Places besides the slots, as many as a token has experts: what a session on a CPU has."""
 ARMS: Mapping[str, Mapping[str, Any]] = {
@@ -182,16 +182,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trial-tokens", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--times", type=Path, default=TIMES, help="of eviction_time, if it exists")
+    parser.add_argument(
+        "--times", type=Path, nargs="*", default=TIMES, help="of eviction_time, those that exist"
+    )
     parser.add_argument("--report", type=Path, default=REPORT)
     parser.add_argument("--only", choices=("all", "report"), default="all")
     arguments = parser.parse_args(argv)
     if arguments.only == "all":
         write_json(arguments.result, measure(arguments))
-    result, times = _read(arguments.result), None
-    if arguments.times.is_file():
-        times = _read(arguments.times)
-    return 0 if write_report(result, arguments.report, times) else 1
+    times = [_read(path) for path in arguments.times if path.is_file()]
+    return 0 if write_report(_read(arguments.result), arguments.report, times) else 1
 
 
 def _read(path: Path) -> dict[str, Any]:

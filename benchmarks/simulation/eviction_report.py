@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit.plots import load_pyplot
+from benchmarks.simulation.eviction_times import times_section
 from specmoe_compile.cli.tables import markdown_table
 
 MARK, BELOW_LRU, AFTER_CHANGE = 0.55, -0.5, -2.0
@@ -70,13 +71,14 @@ four, asked which ranking would have missed least. Beside rivals: [peers_gpu.md]
 
 
 def write_report(
-    result: Mapping[str, Any], path: Path, times: Mapping[str, Any] | None = None
+    result: Mapping[str, Any], path: Path, times: Sequence[Mapping[str, Any]] = ()
 ) -> bool:
     """Write document and plot; returns whether `adaptive` is where it must be.
 
     Args:
-        result: of `benchmarks eviction`. times: of `benchmarks eviction_time`, if there is one.
+        result: of `benchmarks eviction`.
         path: the document.
+        times: of `benchmarks eviction_time`, without and with `--given`, if there are any.
     """
     found = result["summary"]
     way = found["way_to_belady"]["adaptive"]
@@ -90,7 +92,7 @@ def write_report(
         f"Commit: {str(result['commit'])[:12]}.\n",
         _verdict(result),
         f"![misses by size of the cache]({PLOT})\n",
-        *([] if times is None else [_times(times)]),
+        *([times_section(times)] if times else []),
         _texts(result),
         _hits(result["rows"]),
         _changes(result["rows"]),
@@ -134,46 +136,6 @@ def _verdict(result: Mapping[str, Any]) -> str:
         f" {max(0.0, -found['worst_kept_against_lru']):.2f}). In the 200 tokens that begin 200"
         f" after a change of text its worst row is {found['worst_adaptive_after_change']:+.1f}"
         f" points against LRU's own (all kept: {found['worst_kept_after_change']:+.1f}).\n"
-    )
-
-
-def _times(times: Mapping[str, Any]) -> str:
-    arms = [
-        (
-            row["size"],
-            row["policy"],
-            f"{row['mean_ms']:.2f}",
-            f"{row['tpot_ms']['p50']:.2f}",
-            f"{row['tpot_ms']['p20']:.2f}..{row['tpot_ms']['p80']:.2f}",
-            f"{100 * row['hit_rate']:.1f} %",
-        )
-        for row in times["arms"]
-    ]
-    plans = [
-        (
-            f"{row['experts']}, {row['slots']}, {row['top_k']}",
-            row["policy"],
-            f"{row['cpp_us']:.1f}",
-            f"{row['python_us']:.1f}",
-        )
-        for row in times["plans"]
-    ]
-    ratios = ", ".join(
-        f"{size} {ratio['mean']:.2f} (median of turns {ratio['median_of_turns']:.2f})"
-        for size, ratio in times["ratios"].items()
-    )
-    machine, settings = times["machine"], times["settings"]
-    return (
-        "## Time on a CPU with experts on disk\n\nMeasured: `python -m benchmarks eviction_time`,"
-        f" `benchmarks/results/eviction_time.json`; {machine['cpu']}, {machine['cores']} cores. The"
-        f" reference model with experts of {times['model']['record_mib']:g} MiB in float32, no"
-        f" prefetch, arms in turns in one process, {settings['prompts']} held-out prompts of 64"
-        f" tokens and {settings['new_tokens']} new ones each; ms per token. All arms generated the"
-        f" same tokens. `adaptive` against LRU, mean time: {ratios}.\n\n"
-        + markdown_table(("cache", "policy", "mean", "median", "p20..p80", "hits"), arms)
-        + "\n\nA plan of one layer alone, us, the call from Python in it:\n\n"
-        + markdown_table(("E, S, K", "policy", "in C++", "in Python"), plans)
-        + "\n"
     )
 
 
