@@ -1,10 +1,14 @@
-"""A prompt into a static cache runs as the model is, untraced.
+"""A prompt runs as the model is, untraced, into a static cache or one that grows.
 
 The backend gives Inductor no graph of more than 16 tokens (`compile_prefill=False`), so that all
 that came of seconds of tracing was the same calls in the same order, and of two more lengths of
 prompts two more traces. It is traced where the backend would do more than that before the prompt
-runs (refuse gradients, load a file of default vectors), and with a cache that grows: Dynamo learns
-from two lengths that the length changes, and a prompt is the cheaper one to learn from.
+runs (refuse gradients, load a file of default vectors).
+
+Of a cache that grows Dynamo would learn from two lengths that the length changes, and compile a
+step for each. So the first step after a prompt says it (`torch._dynamo.maybe_mark_dynamic`). Layers
+that count in Python numbers, of a sliding window say, keep the traced prompt: what changes in them
+cannot be said, and a prompt is cheaper to learn from than a step.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import eval_frame
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
@@ -29,7 +34,7 @@ _OF_ANOTHER_PART = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outpu
 def prompts_as_they_are(
     compiled: Call, plain: Call, *, options: CompileOptions | None, session: Session
 ) -> Call:
-    """Return `compiled` with prompts of more than 16 tokens into a static cache sent to `plain`.
+    """Return `compiled` with prompts of more than 16 tokens sent to `plain`, as above.
 
     Args:
         compiled: the model's forward call through `torch.compile`.
@@ -39,12 +44,16 @@ def prompts_as_they_are(
     """
     if options is None or not _runs_as_traced(options):
         return compiled
-    told = False
+    told = says_length = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal told
+        nonlocal told, says_length
         if torch.is_grad_enabled() or not _is_prompt(args, kwargs):
+            if says_length:
+                says_length = False
+                _mark_growing(kwargs)
             return compiled(*args, **kwargs)
+        says_length = True
         if not told:  # as the backend does it before the first step
             decided = with_prefetch_decided(options, [session.engine])
             session.configure(SessionOptions.view(decided))
@@ -83,15 +92,46 @@ def _runs_as_traced(options: CompileOptions) -> bool:
 
 
 def _is_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call fills a static cache with more than a step; no, where it cannot be seen."""
+    """Whether a call fills a cache with more than a step; no, where it cannot be seen."""
     if any(kwargs.get(name) is not None for name in _OF_ANOTHER_PART):
         return False
-    if not any(getattr(kwargs.get(name), "is_compileable", False) for name in CACHE_ARGUMENTS):
+    caches = [kwargs.get(name) for name in CACHE_ARGUMENTS]
+    if not any(getattr(c, "is_compileable", False) or _only_grows(c) for c in caches):
         return False
+    return _tokens(args, kwargs) > MAX_DECODE_TOKENS
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens a call is given, of all sequences; 0 where it cannot be seen."""
     given = [kwargs.get(name) for name in _TOKENS] + list(args[:1])
-    return any(
-        isinstance(tokens, torch.Tensor)
-        and tokens.dim() >= 2
-        and tokens.shape[0] * tokens.shape[1] > MAX_DECODE_TOKENS
-        for tokens in given
+    return max(
+        (
+            tokens.shape[0] * tokens.shape[1]
+            for tokens in given
+            if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2
+        ),
+        default=0,
     )
+
+
+def _only_grows(cache: Any) -> bool:
+    """Whether nothing but the length of a cache's tensors changes from step to step."""
+    if type(cache) is not DynamicCache:
+        return False
+    if not cache.layers:
+        return getattr(cache, "layer_class_to_replicate", None) is DynamicLayer
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _mark_growing(kwargs: dict[str, Any]) -> None:
+    """Tell Dynamo which sizes of a step's arguments another step changes."""
+    mask = kwargs.get("attention_mask")
+    for cache in (kwargs.get(name) for name in CACHE_ARGUMENTS):
+        if cache is None or not _only_grows(cache):
+            continue
+        for layer in cache.layers:
+            for tensor in (getattr(layer, name, None) for name in ("keys", "values")):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            torch._dynamo.maybe_mark_dynamic(mask, 1)

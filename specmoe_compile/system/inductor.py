@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import logging
 import os
 import shlex
@@ -110,10 +112,50 @@ def list_vector_sets() -> None:
 
 
 def _compiles(code: str, flags: str) -> bool:
-    """Whether the C++ compiler makes an object file of `code`; False where it cannot be asked."""
+    """Whether the C++ compiler makes an object file of `code`; False where it cannot be asked.
+
+    That it does is remembered beside Inductor's compiled code, for later processes.
+    """
+    known = _note_or_none(code, flags)
+    if known is not None and known.exists():
+        return True
     with tempfile.TemporaryDirectory(prefix="specmoe-") as folder:
         target = str(Path(folder) / "probe.o")
-        return _is_accepted(code, [*shlex.split(flags), "-c", "-o", target])
+        accepted = _is_accepted(code, [*shlex.split(flags), "-c", "-o", target])
+    if accepted and known is not None:
+        with contextlib.suppress(OSError):  # asked again then
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
+    return accepted
+
+
+def _note_or_none(code: str, flags: str) -> Path | None:
+    """The file that says that this compiler compiles `code`; None where that cannot be said."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    version = _compiler_version()
+    if not version:
+        return None
+    asked = "\0".join((version, flags, code))
+    return Path(cache_dir()) / "specmoe_probes" / hashlib.sha256(asked.encode()).hexdigest()
+
+
+@functools.cache
+def _compiler_version() -> str:
+    """The C++ compiler's path and what it says of itself; empty where it cannot be asked."""
+    compiler = find_compiler_or_none()
+    if compiler is None:
+        return ""
+    try:
+        said = subprocess.run(
+            [*shlex.split(compiler), "--version"],
+            capture_output=True,
+            timeout=_COMPILER_TIMEOUT_S,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{compiler}\n{said.decode(errors='replace')}"
 
 
 def _is_accepted(code: str, arguments: Sequence[str]) -> bool:

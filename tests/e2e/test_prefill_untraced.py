@@ -92,8 +92,8 @@ def test_what_is_traced(
     assert graphs() == 1
 
 
-@torch.no_grad()
-def test_generate_traces_the_decode_step_alone(model: Any) -> None:
+def graphs_by_token(model: Any, tokens: int, **settings: Any) -> list[int]:
+    """Of `generate`: how many graphs were traced when the prompt was read, and at each token."""
     seen: list[int] = []
 
     class Streamer(BaseStreamer):
@@ -104,14 +104,31 @@ def test_generate_traces_the_decode_step_alone(model: Any) -> None:
             pass
 
     compiled = wrapped(model)
-    compiled.generate(
-        prompts(1, LONG),
-        max_new_tokens=3,
-        do_sample=False,
-        cache_implementation="static",
-        streamer=Streamer(),
-    )
-    assert seen == [0, 0, 1, 1]  # the prompt, its token, and those of two decode steps
+    given = prompts(1, LONG)
+    settings = {"max_new_tokens": tokens, "do_sample": False, **settings}
+    got = compiled.generate(given, streamer=Streamer(), **settings)
+    want = model.generate(given, **settings)
+    assert torch.equal(got, want)
+    return seen
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@torch.no_grad()
+def test_generate_traces_the_decode_step_alone(model: Any, cache: str) -> None:
+    seen = graphs_by_token(model, 4, cache_implementation=cache)
+    assert seen == [0, 0, 1, 1, 1]  # the prompt, its token, and those of three decode steps
+
+
+@torch.no_grad()
+def test_layers_that_count_learn_from_the_prompt() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model: Any = tiny_qwen3_moe(layers=2, sliding_window=2 * LONG, use_sliding_window=True)
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    specmoe_compile.offload(model, store="ram", device="cpu", progress=False)
+    assert graphs_by_token(model, 4)[:2] == [0, 1]
+    specmoe_compile.close(model)
+    torch._dynamo.reset()
 
 
 @torch.enable_grad()

@@ -10,6 +10,7 @@ from torch._inductor import config, cpu_vec_isa
 from torch._inductor.cpu_vec_isa import VecISA, x86_isa_checker
 
 from specmoe_compile.system.inductor import (
+    _compiler_version,
     compiler_takes_vector_flags,
     cpu_settings,
     list_vector_sets,
@@ -119,6 +120,25 @@ def test_what_compiles_is_not_built_and_loaded(
 ) -> None:
     code = "#ifndef ASKED\n#error without the flags\n#endif\nint f() { return 1; }\n"
     assert listed(Part(code), monkeypatch).there
+    assert not asked
+
+
+def test_what_compiled_once_is_remembered_for_this_compiler(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    ran = tmp_path / "ran"
+    says = '[ "$1" = --version ] && { echo "one 1.0"; exit; }'
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"{says}\necho >> {ran}; cat > /dev/null"))
+    _compiler_version.cache_clear()
+    for _ in range(2):
+        assert listed(Part("int f() { return 2; }"), monkeypatch).there
+    assert len(ran.read_text().splitlines()) == 1
+    Path(tmp_path / "c++").write_text(f'#!/bin/sh\necho "two 2.0"; echo >> {ran}\n')
+    _compiler_version.cache_clear()
+    assert listed(Part("int f() { return 2; }"), monkeypatch).there
+    assert len(ran.read_text().splitlines()) == 3, "another compiler's version, and its answer"
+    _compiler_version.cache_clear()
     assert not asked
 
 
