@@ -68,7 +68,6 @@ def gpu_page(name: str, result: Mapping[str, Any], found: Sequence[Claim]) -> st
         f" one alone {rows['link|1 ranks']['gbps'][0]:.1f}. A sum by itself takes"
         f" {link['all_reduce_us']:.0f} us with its launch, inside a graph {_sum_us(rows):.1f}.",
         *_in_graphs(rows.get(f"sums|{ranks} ranks")),
-        *_before(result, ranks),
         *(f"- {note}" for note in result.get("notes", ())),
         "",
         *([f"Not measured: {'; '.join(missing)}.", ""] if missing else []),
@@ -104,19 +103,6 @@ def _sum_us(rows: Mapping[str, Any]) -> float:
     kernels = [kernel for row in rows.values() for kernel in row.get("kernels", ())]
     us: list[float] = [k["us_each"] for k in kernels if "nccl" in k["kernel"].lower()]
     return min(us)
-
-
-def _before(result: Mapping[str, Any], ranks: int) -> list[str]:
-    """What a fault cost that an earlier lease showed."""
-    if "before" not in result:
-        return []
-    key = f"Qwen3-30B-A3B-int4|1024|turn 1|resident|{ranks} ranks"
-    row, now = result["before"]["rows"][key], result["rows"][key]
-    return [
-        f"- Two ranks of the int4 shape, all resident, took {row['wall_ms']['p50']:.1f} ms before,"
-        f" of which the GPUs worked {row['device_ms']:.1f}: {result['before']['why']}. That is"
-        f" mended: {now['wall_ms']['p50']:.1f} ms."
-    ]
 
 
 def _slots(arm: str) -> str:
