@@ -18,11 +18,14 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import DOCUMENTS, RESULTS
+from benchmarks.simulation.eviction_budgets import try_budgets
 from benchmarks.simulation.eviction_report import write_report
 from benchmarks.simulation.eviction_texts import TURN, checksum, record
-from benchmarks.simulation.eviction_trials import try_rules
+from benchmarks.simulation.eviction_trials import try_probabilities, try_rules
 from benchmarks.simulation.fast_replay import best_hits, hits, library_or_none
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
@@ -142,7 +145,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Record the routing and replay every policy."""
-    recorded, digests = record(arguments.tokens)
+    recorded, logits, digests = record(arguments.tokens)
     streams: dict[str, list[Stream]] = {name: ids.tolist() for name, ids in recorded.items()}
     jobs = [(name, slots, streams[name]) for slots in SLOTS for name in streams]
     batches = [
@@ -158,6 +161,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         of_batches = pool.map(row, batches, chunksize=1)
         seeding = seed_rates(streams, pool)
         trials = try_rules({k: v[:, :trial_tokens] for k, v in recorded.items()}, pool)
+        more = try_more(recorded, logits, trial_tokens, pool)
     return {
         "schema": 3,
         "label": "simulated from recorded routing",
@@ -172,7 +176,40 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "trial_tokens": trial_tokens,
         "trials": trials,
         "summary": summary(rows),
+        "more": more,
     }
+
+
+def try_more(
+    recorded: Mapping[str, Tensor], logits: Mapping[str, Tensor], trial_tokens: int, pool: Any
+) -> dict[str, Any]:
+    """Budgets by layer and counts of probabilities; may be of another commit than the rest."""
+    tokens = min(trial_tokens, *(of.shape[1] for of in recorded.values()))
+    arms = {name: ARMS[name] for name in ("lru", "adaptive")}
+    streams = {name: ids.tolist() for name, ids in recorded.items()}
+    return {
+        "commit": provenance()["commit"],
+        "routing_crc32": checksum(dict(recorded)),
+        "trial_tokens": tokens,
+        "budgets": try_budgets(streams, EXPERTS, arms, pool),
+        "probabilities": try_probabilities(
+            {name: of[:, :tokens] for name, of in recorded.items()},
+            {name: of[:, :tokens] for name, of in logits.items()},
+            pool,
+        ),
+    }
+
+
+def measure_more(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`try_more` alone, with the rest of the result as it is."""
+    recorded, logits, _ = record(arguments.tokens)
+    library_or_none()
+    with Pool(arguments.workers) as pool:
+        more = try_more(recorded, logits, arguments.trial_tokens, pool)
+    return {**_read(arguments.result), "more": more}
+
+
+MEASURES = {"all": measure, "more": measure_more}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,10 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--times", type=Path, nargs="*", default=TIMES, help="of eviction_time, those that exist"
     )
     parser.add_argument("--report", type=Path, default=REPORT)
-    parser.add_argument("--only", choices=("all", "report"), default="all")
+    parser.add_argument("--only", choices=(*MEASURES, "report"), default="all")
     arguments = parser.parse_args(argv)
-    if arguments.only == "all":
-        write_json(arguments.result, measure(arguments))
+    if arguments.only in MEASURES:
+        write_json(arguments.result, MEASURES[arguments.only](arguments))
     times = [_read(path) for path in arguments.times if path.is_file()]
     return 0 if write_report(_read(arguments.result), arguments.report, times) else 1
 

@@ -37,6 +37,16 @@ with bypass it keeps those that are needed soonest, which no policy here can bea
 """
 
 
+_OF_BUDGETS = """\
+Not taken: with `adaptive` it is about half a point where the budget is learned on the text's
+own first half, and less, or a loss, where it is learned on another text. LRU gains more, but with
+up to 16 slots a fraction of what `adaptive` gains over it.
+"""
+
+_OF_PROBABILITIES = """\
+Not taken: probabilities keep fewer of the right experts than counts that forget as fast.
+"""
+
 _REST = """## Time on a GPU
 
 One H200, Qwen3-30B-A3B's shape in NVFP4, a recorded trace's routing, 1024 tokens of context, one
@@ -65,8 +75,9 @@ four, asked which ranking would have missed least. Beside rivals: [peers_gpu.md]
 
 ## Not done
 
-- Other budgets per layer; several seeds of the reference model; router probabilities of experts
-  that are not chosen.
+- Several seeds of the reference model: one takes 3.4 minutes on an H200
+  ([card](../../specmoe_compile/reference_model/checkpoint/README.md)), but about 40 on the two
+  cores that everything else here was simulated on (1,500 steps of 1.6 s, from 8 of them).
 """
 
 
@@ -99,6 +110,8 @@ def write_report(
         _batches(result["batch"]),
         _seeding(result["seeding"]),
         _trials(result),
+        _budgets(result),
+        _probabilities(result["more"]),
         _REST,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +226,63 @@ def _trials(result: Mapping[str, Any]) -> str:
         " keeps what is missing and worth less than all that is there as the first to leave: that"
         " gains nothing, since counts rank it there anyway.\n\n"
         f"{markdown_table(head, lines)}\n"
+    )
+
+
+def _budgets(result: Mapping[str, Any]) -> str:
+    """Points that slots by layer gain, a row for each policy and size."""
+    more = result["more"]
+    alone = (
+        " This table and the next were made by `--only more`, on `prose` and `cyrillic` as the"
+        f" documents were then; commit: {str(more['commit'])[:12]}."
+    )
+    sources = list(dict.fromkeys(row["learned_on"] for row in more["budgets"]))
+    found = {(row["policy"], row["slots"], row["learned_on"]): row for row in more["budgets"]}
+    lines = [
+        (
+            policy,
+            str(slots),
+            *(
+                f"{found[policy, slots, source]['mean_points']:+.2f}"
+                f" ({found[policy, slots, source]['worst_points']:+.2f})"
+                for source in sources
+            ),
+        )
+        for policy, slots in dict.fromkeys(key[:2] for key in found)
+    ]
+    head = (
+        "policy",
+        "slots on average",
+        *(f"learned on {'each text' if source == 'own' else source}" for source in sources),
+    )
+    return (
+        "## Slots by layer\n\nWithin one budget each slot goes to the layer where it adds most"
+        " hits in the first half of a text; points of hits gained in the second half over as many"
+        " slots for each layer, mean of the texts (worst text). Learned on each text for itself,"
+        " or on one and used on the others. With 4 slots on average a step's experts take all."
+        f"{'' if more['commit'] == result['commit'] else alone}\n\n"
+        f"{markdown_table(head, lines)}\n\n{_OF_BUDGETS}"
+    )
+
+
+def _probabilities(more: Mapping[str, Any]) -> str:
+    """Hits of counts of choices and of probabilities."""
+    lines = [
+        (
+            row["rule"],
+            *(f"{rate:.1f}" for rate in row["hits"].values()),
+            f"{row['least_against_adaptive']:+.1f} to {row['most_against_adaptive']:+.1f}",
+        )
+        for row in more["probabilities"]
+    ]
+    slots = more["probabilities"][0]["hits"]
+    head = ("counted", *(f"{name} slots" for name in slots), "rows against adaptive, points")
+    return (
+        "## Probabilities of experts that are not chosen\n\nPercent of hits in the first"
+        f" {more['trial_tokens']:,} tokens, mean of the texts, where experts are ranked by sums"
+        " of which 0.95 or 0.99 is left after each token: of choices (1 for each expert that is"
+        " chosen), or of the router's softmax over all experts. In floating point, without and"
+        f" with four spare places.\n\n{markdown_table(head, lines)}\n\n{_OF_PROBABILITIES}"
     )
 
 

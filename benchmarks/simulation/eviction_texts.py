@@ -4,7 +4,7 @@ The model was trained on the Python standard library: `python` is of the modules
 never saw, nothing else is of its kind. Texts are what the interpreter, torch's headers,
 matplotlib's scripts and this repository hold, and generated ones.
 
-Shape letters: L MoE layers, T tokens, K top-k.
+Shape letters: L MoE layers, T tokens, K top-k, E experts; N windows of W tokens.
 """
 
 from __future__ import annotations
@@ -119,36 +119,40 @@ def load_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(CHECKPOINT_DIR, dtype=torch.float32).eval()
 
 
-def routing(model: Any, ids: Tensor) -> Tensor:
-    """Experts of every token, best first: [N, W] int64 -> [L, N * W, K] int16."""
+def router_logits(model: Any, ids: Tensor) -> Tensor:
+    """Of every token and expert: [N, W] int64 -> [L, N * W, E] float32."""
     with torch.no_grad():
-        logits = model(ids, output_router_logits=True).router_logits
-    chosen = [layer.topk(model.config.num_experts_per_tok, -1).indices for layer in logits]
-    return torch.stack(chosen).to(torch.int16)
+        return torch.stack(model(ids, output_router_logits=True).router_logits)
 
 
-def record(tokens: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Experts by text, [L, T, K] int16, `joined` last; and the SHA-256 of each text's tokens.
+def record(tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """What the routers say of every text.
 
     Args:
         tokens: of each text, a multiple of WINDOW * BATCH; a text that is shorter ends earlier, at
             a whole window.
+
+    Returns:
+        By text, `joined` last: experts, best first, [L, T, K] int16, and all experts' logits,
+        [L, T, E] float32; and the SHA-256 of each text's tokens.
     """
     model = load_model()
-    streams: dict[str, Tensor] = {}
+    logits: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     for name, text in texts(tokens).items():
         data = text.encode()[:tokens]
         data = data[: len(data) // WINDOW * WINDOW]
         ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long().view(-1, WINDOW)
-        streams[name] = torch.cat([routing(model, part) for part in ids.split(BATCH)], dim=1)
+        logits[name] = torch.cat([router_logits(model, part) for part in ids.split(BATCH)], dim=1)
         digests[name] = hashlib.sha256(data).hexdigest()
-    streams["joined"] = joined(streams)
-    return streams, digests
+    logits["joined"] = joined(logits)
+    top_k = model.config.num_experts_per_tok
+    experts = {name: of.topk(top_k, -1).indices.to(torch.int16) for name, of in logits.items()}
+    return experts, logits, digests
 
 
 def joined(streams: dict[str, Tensor]) -> Tensor:
-    """Another text every TURN tokens, each text's own tokens in order: [L, T', K]."""
+    """Another text every TURN tokens, each text's own tokens in order: [L, T', E]."""
     length = min(stream.shape[1] for stream in streams.values())
     return torch.cat(
         [

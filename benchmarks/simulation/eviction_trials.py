@@ -5,12 +5,14 @@ Shape letters: R rows (a layer of a text with a number of slots), T tokens, K to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,18 +37,20 @@ class Rule:
         stay: another is followed where its misses are fewer by one part in 2**stay.
         spare: so many that are missing and worth less than all that is held are not kept.
         temporary: what is missing and worth less than all that is held leaves first.
+        likely: counts are of the probabilities of all experts, not of those that are chosen.
     """
 
     name: str
-    candidates: tuple[dict[int, float] | None, ...]
+    candidates: tuple[dict[float, float] | None, ...]
     window: int = WINDOW
     judged: int = JUDGED_BITS
     stay: int = 7
     spare: int = 0
     temporary: bool = False
+    likely: bool = False
 
 
-NOW: tuple[dict[int, float] | None, ...] = ({7: 1.0}, {5: 1.0}, {9: 1.0}, None)
+NOW: tuple[dict[float, float] | None, ...] = ({7: 1.0}, {5: 1.0}, {9: 1.0}, None)
 LRU = Rule(name="LRU", candidates=(None,))
 RULES = (
     Rule(name="adaptive, all kept", candidates=NOW),
@@ -58,7 +62,7 @@ RULES = (
     Rule(name="decays of 64, 256, 1024", candidates=({8: 1.0}, {6: 1.0}, {10: 1.0}, None)),
     Rule(
         name="six decays, 32 to 1024",
-        candidates=({7: 1.0}, *({k: 1.0} for k in (5, 6, 8, 9, 10)), None),
+        candidates=({7: 1.0}, *({float(k): 1.0} for k in (5, 6, 8, 9, 10)), None),
     ),
     Rule(name="one count, 128 steps", candidates=({7: 1.0},)),
     Rule(name="one count, 256 steps", candidates=({8: 1.0},)),
@@ -74,6 +78,24 @@ RULES = (
     Rule(name="bypass, one spare place", candidates=NOW, spare=1),
     Rule(name="bypass, two spare places", candidates=NOW, spare=2),
     Rule(name="bypass, four: adaptive as it is", candidates=NOW, spare=4),
+)
+LIKELY_SLOTS = (4, 8, 16, 24)
+LIKELY_RULES = tuple(
+    rule
+    for spare, kept in ((0, ", all kept"), (4, ""))
+    for rule in (
+        Rule(name=f"adaptive{kept}", candidates=NOW, spare=spare),
+        *(
+            Rule(
+                name=f"{what}, {keeps:g} a token{kept}",
+                candidates=({-math.log2(1 - keeps): 1.0},),
+                spare=spare,
+                likely=what == "probabilities",
+            )
+            for what in ("choices", "probabilities")
+            for keeps in (0.95, 0.99)
+        ),
+    )
 )
 
 
@@ -100,13 +122,18 @@ class _Cache:
             return self.seen
         return sum((w * self.counts[k] for k, w in weights.items()), TIE * self.seen)
 
-    def step(self, wanted: NDArray[np.int64], now: int) -> None:
-        """One token of every row: [R, K]."""
+    def step(
+        self, wanted: NDArray[np.int64], now: int, likely: NDArray[np.float32] | None = None
+    ) -> None:
+        """One token of every row: [R, K], and what is counted in place of it, [R, E]."""
         if not now & self.rule.judged and len(self.rule.candidates) > 1:
             self._judge(wanted)
         for decay, counts in self.counts.items():
             counts *= 1 - 0.5**decay
-            counts[self.rows, wanted] += 0.5**decay
+            if likely is None:
+                counts[self.rows, wanted] += 0.5**decay
+            else:
+                counts += 0.5**decay * likely
         self.seen[self.rows, wanted] = now + wanted * 1e-3
         self.hits += self.held[self.rows, wanted].sum(1)
         if len(self.rule.candidates) == 1:
@@ -150,12 +177,60 @@ class _Cache:
         self.leaves_first = (self.leaves_first & ~asked | temporary) & self.held
 
 
-def hit_counts(streams: NDArray[np.int64], slots: NDArray[np.int64], rule: Rule) -> Any:
-    """Hits of each row, [R]; streams [R, T, K], slots [R]."""
+def hit_counts(
+    streams: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    rule: Rule,
+    likely: NDArray[np.float32] | None = None,
+) -> Any:
+    """Hits of each row, [R].
+
+    Args:
+        streams: [R, T, K].
+        slots: [R].
+        rule: who leaves.
+        likely: probabilities, [R', T, E], of the first R' rows and of every R' that follow.
+    """
     cache = _Cache(rule, slots)
     for now in range(streams.shape[1]):
-        cache.step(streams[:, now], now + 1)
+        counted = None
+        if likely is not None:
+            counted = np.tile(likely[:, now], (len(slots) // len(likely), 1))
+        cache.step(streams[:, now], now + 1, counted)
     return cache.hits
+
+
+def try_probabilities(
+    recorded: Mapping[str, Tensor], logits: Mapping[str, Tensor], pool: Pool
+) -> list[dict[str, Any]]:
+    """Percent of hits of rules that count choices or probabilities, by slots.
+
+    Args:
+        recorded: experts by text, [L, T, K], of equal length.
+        logits: of the routers, [L, T, E].
+        pool: workers.
+    """
+    parts = torch.cat(list(recorded.values())).numpy().astype(np.int64)
+    likely = torch.cat(list(logits.values())).softmax(-1).numpy()
+    streams = np.tile(parts, (len(LIKELY_SLOTS), 1, 1))
+    slots = np.repeat(np.array(LIKELY_SLOTS), len(parts))
+    jobs = [(streams, slots, rule, likely if rule.likely else None) for rule in LIKELY_RULES]
+    counts = np.array(pool.starmap(hit_counts, jobs, 1))
+    hits = counts.reshape(len(jobs), len(LIKELY_SLOTS), len(recorded), -1).sum(-1)
+    rates = 100 * hits / (parts.size / len(recorded))
+    rows = []
+    for rule, own in zip(LIKELY_RULES, rates, strict=True):
+        adaptive = next(i for i, other in enumerate(LIKELY_RULES) if other.spare == rule.spare)
+        means = map(float, own.mean(1))
+        rows.append(
+            {
+                "rule": rule.name,
+                "hits": dict(zip(map(str, LIKELY_SLOTS), means, strict=True)),
+                "least_against_adaptive": float((own - rates[adaptive]).min()),
+                "most_against_adaptive": float((own - rates[adaptive]).max()),
+            }
+        )
+    return rows
 
 
 def try_rules(recorded: Mapping[str, Tensor], pool: Pool) -> list[dict[str, Any]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.simulation import eviction, fast_replay
+from benchmarks.simulation import eviction, eviction_budgets, eviction_trials, fast_replay
 from benchmarks.simulation.eviction_report import write_report
+from benchmarks.simulation.eviction_trials import hit_counts
 from specmoe_compile.runtime.cache.slot_table import belady_hits
 
 
@@ -60,6 +63,62 @@ def test_belady_in_cpp_is_that_of_the_package(may_bypass: bool, slots: int) -> N
     assert got == belady_hits(stream, slots, may_bypass=may_bypass)
 
 
+def test_slots_go_where_they_add_most_hits() -> None:
+    gains = [[10, 20, 25, 26], [0, 7, 13, 18], [50, 50, 50, 50]]
+    assert eviction_budgets.share_slots(gains, 4, 12) == [4, 4, 4]
+    assert eviction_budgets.share_slots(gains, 4, 15) == [5, 6, 4]
+    assert eviction_budgets.share_slots(gains, 4, 17) == [6, 7, 4]
+    assert eviction_budgets.share_slots(gains, 4, 21) == [7, 7, 7]
+
+
+def test_budgets_are_learned_on_first_halves_and_measured_on_second() -> None:
+    many, few = uneven_choices(0), [[0, 1, 2, 3]] * 300
+    streams = {"python": [many, few], "joined": [few, many]}
+    with Pool(1) as pool:
+        rows = eviction_budgets.try_budgets(streams, 32, {"lru": {"policy": "lru"}}, pool)
+    found = {(row["slots"], row["learned_on"]): row["points"] for row in rows}
+    late = {
+        slots: sum(fast_replay.hits(many, 32, slots, policy="lru")[150:]) for slots in (4, 8, 12)
+    }
+    gained = 100 * (late[12] - late[8]) / (2 * 150 * 4)
+    assert found[8, "own"] == {"python": pytest.approx(gained), "joined": pytest.approx(gained)}
+    lost = 100 * (late[4] - late[8]) / (2 * 150 * 4)
+    assert found[8, "joined"] == {"python": pytest.approx(lost)}
+    assert gained > 1 and lost < -1
+
+
+def test_counts_of_probabilities_are_those_of_choices_where_all_is_chosen() -> None:
+    streams = np.array([uneven_choices(seed) for seed in range(2)])
+    rules = {rule.name: rule for rule in eviction_trials.LIKELY_RULES}
+    slots = np.array([8, 8, 16, 16])
+    chosen = np.zeros((2, streams.shape[1], 32), np.float32)
+    np.put_along_axis(chosen, streams, 1, axis=2)
+    doubled = np.tile(streams, (2, 1, 1))
+    of_choices = hit_counts(doubled, slots, rules["choices, 0.95 a token"])
+    likely = rules["probabilities, 0.95 a token"]
+    assert (hit_counts(doubled, slots, likely, chosen) == of_choices).all()
+    backwards = hit_counts(doubled, slots, likely, 1 - chosen)
+    assert (backwards < of_choices).all() and (backwards > 0).all()
+
+
+def uneven_choices(seed: int) -> list[list[int]]:
+    weights = np.array([1 / (1 + rank) for rank in range(32)])
+    rng = np.random.default_rng(seed)
+    return [
+        rng.choice(32, 4, replace=False, p=weights / weights.sum()).tolist() for _ in range(300)
+    ]
+
+
+def budget(source: str, mean: float, worst: float) -> dict[str, Any]:
+    return {
+        "policy": "lru",
+        "slots": 8,
+        "learned_on": source,
+        "mean_points": mean,
+        "worst_points": worst,
+    }
+
+
 def test_report_says_whether_the_marks_are_met(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row(text, slots) for slots in (8, 16) for text in ("prose", "joined")]
@@ -73,11 +132,26 @@ def test_report_says_whether_the_marks_are_met(tmp_path: Path) -> None:
         "trials": [
             {"rule": "r", "mean_of_ways": 0.5, "by_slots": {"8": 0.5}, "worst_against_lru": 0.0}
         ],
+        "more": {
+            "commit": "fedcba9876543210",
+            "trial_tokens": 1000,
+            "budgets": [budget("own", 1.25, -0.5), budget("joined", 0.75, -2.0)],
+            "probabilities": [
+                {
+                    "rule": "p",
+                    "hits": {"8": 61.0},
+                    "least_against_adaptive": -1.0,
+                    "most_against_adaptive": 0.5,
+                }
+            ],
+        },
     }
     path = tmp_path / "eviction.md"
     assert write_report({**result, "summary": eviction.summary(rows)}, path)
     text = path.read_text()
     assert "70.0 %" in text and "| 8 | prose | 50.0 |" in text
+    assert "| lru | 8 | +1.25 (-0.50) | +0.75 (-2.00) |" in text
+    assert "| p | 61.0 | -1.0 to +0.5 |" in text
     assert (tmp_path / "eviction.png").stat().st_size > 1000
     worse = [row(text, 8, adaptive=53.0) for text in ("prose", "joined")]
     assert not write_report({**result, "summary": eviction.summary(worse)}, path)
