@@ -2,8 +2,8 @@
 
 transformers takes the local part of a `DTensor` out at every call and puts the `DTensor` back,
 which is for training and saving. A compiled call then checks each of them anew, and a single one
-makes AOTAutograd look at all inputs of the graph for more: on two GPUs that took longer than the
-step itself.
+makes torch 2.11's AOTAutograd look at all inputs of the graph for more: on two GPUs that took
+longer than the step itself.
 
 Shape letters: V words of the vocabulary, R of them on this rank, H hidden.
 """
