@@ -21,6 +21,10 @@ from specmoe_compile.runtime.session import session_of
 from tests.helpers import prompts, tiny_qwen3_moe
 
 LONG, SHORT = MAX_DECODE_TOKENS + 1, MAX_DECODE_TOKENS
+GROWS = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 12),
+    reason="the C++ that torch 2.11's Inductor writes for a growing cache does not compile",
+)
 
 
 @pytest.fixture
@@ -112,13 +116,14 @@ def graphs_by_token(model: Any, tokens: int, **settings: Any) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=GROWS)])
 @torch.no_grad()
 def test_generate_traces_the_decode_step_alone(model: Any, cache: str) -> None:
     seen = graphs_by_token(model, 4, cache_implementation=cache)
     assert seen == [0, 0, 1, 1, 1]  # the prompt, its token, and those of three decode steps
 
 
+@GROWS
 @torch.no_grad()
 def test_layers_that_count_learn_from_the_prompt() -> None:
     torch._dynamo.reset()
