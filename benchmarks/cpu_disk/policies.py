@@ -220,14 +220,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--given", action="store_true", help="decode the simulation's texts")
     arguments: argparse.Namespace = parser.parse_args(argv)
-    prompts: Sequence[Sequence[int]] = held_out_prompts(arguments.prompts + 1)
-    settings: dict[str, Any] = {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens}
+    prompts: Sequence[Sequence[int]]
+    settings: dict[str, Any]
     result_path = arguments.result
     if arguments.given:
         given = given_texts()
         prompts = [given["python"], *given.values()]
         settings = {"texts": list(given), "prompt": GIVEN_PROMPT, "new_tokens": GIVEN_TOKENS}
         result_path = GIVEN_RESULT if result_path == RESULT else result_path
+    else:
+        prompts = held_out_prompts(arguments.prompts + 1)
+        settings = {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens}
     quiet_transformers()
     checkpoint = widened_model(arguments.folder, RECORD_MIB, "float32")
     costs = plan_costs()
