@@ -9,6 +9,9 @@ only the trial of whole steps, `all` is what the product does. `cache again` and
 how far an arm is from itself: a part is worth keeping where the arm with it differs from the arm
 without it by two standard errors more than that.
 
+C++ takes the steps of an arm with a cache, and is told which parts decide. With `--guesses random`
+Python takes them, and every guess is drawn anew: what the parts are worth where guesses are wrong.
+
 A trial compares 64 to 320 steps, so an arm should generate a thousand tokens.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,14 @@ from benchmarks.end_to_end.run import held_out_prompts
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.paired import PairedArm, ratio, run_paired
 from benchmarks.kit.places import RESULTS
+from benchmarks.speculation.exact import Predictor
 from benchmarks.speculation.run import CELLS, DTYPE, Place
 from specmoe_compile.bench.harness import run_pack
 from specmoe_compile.bench.worker import Measurement
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.engine import CpuEngine
+from specmoe_compile.runtime.cpu.native.steps import BY_LAYERS, BY_RANKS, BY_TRIAL
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge, evicted_for_nothing
 from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING, Issued
@@ -47,6 +53,7 @@ ARMS: dict[str, frozenset[str] | None] = {
     "all again": frozenset({"layers", "ranks", "trial"}),
 }
 """Parts of the judge that decide, by arm; None for an arm without predictions."""
+_BITS = {"layers": BY_LAYERS, "ranks": BY_RANKS, "trial": BY_TRIAL}
 PAIRS = (
     ("cache again", "cache"),
     ("all again", "all"),
@@ -97,12 +104,20 @@ class PartialJudge(PrefetchJudge):
         return evicted_for_nothing(issued, wanted)
 
 
-def use_parts(name: str, warm: Measurement) -> None:
-    """Give a warm arm the judge that it stands for."""
-    engine, parts = session_of(warm.model).engine, ARMS[name]
+def use_parts(name: str, warm: Measurement, guesses: str = "lookahead") -> None:
+    """Give a warm arm the judge that it stands for, and the guesses that it judges."""
+    session = session_of(warm.model)
+    engine, parts = session.engine, ARMS[name]
     assert isinstance(engine, CpuEngine), "the arms compute on the CPU"
     if parts is not None:
         engine.judge = PartialJudge(engine, parts)
+    if engine.direct_steps is None:
+        return  # without a cache Python takes the steps
+    if guesses == "random":  # which Python replaces
+        engine.direct_steps.turn_off(True)
+        Predictor(session).begin("random")
+    elif parts is not None:
+        engine.direct_steps.control.is_judged = sum(_BITS[part] for part in parts)
 
 
 def compared(arms: dict[str, PairedArm]) -> list[dict[str, Any]]:
@@ -118,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=cache_folder() / "demo")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", choices=("25%", "50%"), default="25%")
+    parser.add_argument("--guesses", choices=("lookahead", "random"), default="lookahead")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=4, help="over all prompts")
     parser.add_argument("--prompts", type=int, default=4)
@@ -141,9 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: place.job(cells[f"{kinds[name]} {given.cache}"], work, prompts)
             for name in given.arms
         }
-        arms, different = run_paired(jobs, given.rounds, prepare=use_parts)
+        arms, different = run_paired(
+            jobs, given.rounds, prepare=partial(use_parts, guesses=given.guesses)
+        )
     pairs = compared(arms)
-    settings = {"rounds": given.rounds, "prompts": given.prompts, "new_tokens": given.new_tokens}
+    settings = {
+        name: getattr(given, name) for name in ("rounds", "prompts", "new_tokens", "guesses")
+    }
     place.write(
         given.name,
         {

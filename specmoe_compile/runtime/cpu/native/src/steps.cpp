@@ -301,7 +301,7 @@ void Steps::learn(const StepLayer& layer, const StepCall& call, int64_t rest) {
 
 bool Steps::guesses(int64_t number) {
   if (layers_[static_cast<size_t>(number)].flags[FLAG_SKIPPED]) return false;
-  return !control_->is_judged || judge_.predicts(number);
+  return !(control_->is_judged & BY_LAYERS) || judge_.predicts(number);
 }
 
 bool Steps::plan(const int64_t* layers, int64_t count, const int64_t* edges, int64_t edge_count,
@@ -314,7 +314,7 @@ bool Steps::plan(const int64_t* layers, int64_t count, const int64_t* edges, int
       return false;
   bool may_guess = true;
   is_timed_ = false;
-  if (control_->is_judged) {
+  if (control_->is_judged & BY_TRIAL) {
     may_guess = trial_.begin();
     if ((is_timed_ = trial_.is_trying())) {
       began_ = Clock::now();
@@ -358,7 +358,8 @@ int64_t Steps::start(int64_t number, const StepCall& call) {
     admitted.clear();
     for (const RankedGuess& guess : judge_.admitted(number, experts, call.top_k)) {
       prediction.ranks.emplace_back(guess.expert, guess.rank);
-      if (guess.is_admitted) admitted.push_back(guess.expert);
+      if (guess.is_admitted || !(control_->is_judged & BY_RANKS))
+        admitted.push_back(guess.expert);
     }
   }
   prediction.issued = slots_.prefetch(number, admitted, experts, control_->budget_bytes);
@@ -383,7 +384,7 @@ void Steps::meet_guess(int64_t number, int64_t ticket, const StepCall& call) {
     for (const auto& [expert, rank] : prediction.ranks)
       if (expert == read->fill.expert) brought.emplace_back(rank, is_wanted);
   }
-  judge_.measure(number, brought);
+  judge_.measure(number, brought, control_->is_judged & BY_RANKS);
   // Useful guesses would have pushed out the first ones anyway.
   for (size_t i = useful; i < prediction.issued.evicted.size(); i++)
     layer.pushed_out[prediction.issued.evicted[i]] = 1;

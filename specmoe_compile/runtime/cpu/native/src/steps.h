@@ -28,7 +28,7 @@ namespace specmoe {
 struct StepControl {
   int64_t is_off;          // all steps are Python's
   int64_t guesses;         // whether steps in parts are done here; else Python does them
-  int64_t is_judged;       // guesses that do not pay are turned off
+  int64_t is_judged;       // bits of JudgedBy: guesses that do not pay are turned off
   int64_t budget_bytes;    // most that a prediction reads; -1: no limit
   int64_t width;           // guesses of a token that count; -1: all
   int64_t learns;          // whether steps learn default vectors, one of several in turn

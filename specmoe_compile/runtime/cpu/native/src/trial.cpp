@@ -160,7 +160,8 @@ std::vector<RankedGuess> PrefetchJudge::admitted(int64_t layer,
   return guesses;
 }
 
-void PrefetchJudge::measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought) {
+void PrefetchJudge::measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought,
+                            bool by_ranks) {
   struct Count {
     int64_t rank, right, wrong;
   };
@@ -174,10 +175,14 @@ void PrefetchJudge::measure(int64_t layer, const std::vector<std::pair<int64_t, 
   if (counts.empty()) return;
   int64_t certain = 0, right = 0;
   for (const Count& count : counts) {
+    right += count.right;
+    if (!by_ranks) {
+      certain += count.wrong;
+      continue;
+    }
     PrefetchGate& gate = ranks_[layer][count.rank];
     // A layer does not answer for ranks on trial: those that err will be turned off alone.
     if (gate.is_tried()) certain += count.wrong;
-    right += count.right;
     gate.measure(count.right, count.wrong);
   }
   layers_[layer].measure(right, certain);

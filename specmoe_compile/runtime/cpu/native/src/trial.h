@@ -59,6 +59,9 @@ struct RankedGuess {
   bool is_admitted;
 };
 
+// What decides; a session has all of them, or none (`auto_off`).
+enum JudgedBy : int64_t { BY_LAYERS = 1, BY_RANKS = 2, BY_TRIAL = 4 };
+
 // Gates of every layer.
 class PrefetchJudge {
  public:
@@ -69,8 +72,9 @@ class PrefetchJudge {
   std::vector<RankedGuess> admitted(int64_t layer, const std::vector<int64_t>& experts,
                                     int64_t width);
   // `brought`: of each read that began its rank, and whether it was wanted; ranks in the order of
-  // their first read.
-  void measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought);
+  // their first read. Without `by_ranks` a layer answers for all of them.
+  void measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought,
+               bool by_ranks = true);
 
  private:
   std::vector<PrefetchGate> layers_;
