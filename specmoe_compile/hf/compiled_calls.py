@@ -95,14 +95,12 @@ class ModelCalls:
         if on_gpu:
             for name in CACHE_ARGUMENTS:
                 _mark_static(kwargs.get(name))
-        with self._turn, naming_what_did_not_fit(session):
+        graphs = self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext()
+        with self._turn, naming_what_did_not_fit(session), graphs:
             replay = self._checks.replay_or_none(call, args, kwargs)
             if replay is not None:
                 return replay.run(kwargs)
-            with (
-                raised_recompile_limit(),
-                self._graphs.in_use(session.device) if on_gpu else contextlib.nullcontext(),
-            ):
+            with raised_recompile_limit():
                 own = model if isinstance(call, _OwnCall) else None
                 return self._checks.run(call, *args, model=own, **kwargs)
 

@@ -12,7 +12,7 @@ only for the whole process. Here that is said for one thread and one call, and o
   first that Dynamo looks at,
 - after `SURE` calls that were checked in full; and one of `EVERY` is checked in full again.
 
-On a CPU such a step calls its graph without Dynamo, where that is the same (`replayed_steps`).
+Such a step calls its graph without Dynamo, where that is the same (`replayed_steps`).
 """
 
 from __future__ import annotations

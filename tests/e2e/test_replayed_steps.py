@@ -1,4 +1,4 @@
-"""On a CPU steps that repeat each other call their graph without Dynamo, and see what changes."""
+"""Steps that repeat each other call their graph without Dynamo, and see what changes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import specmoe_compile
 from specmoe_compile.hf.guard_checks import EVERY, SURE
 from specmoe_compile.hf.replayed_steps import CheckedStep, Replay
 from specmoe_compile.system.graph_runs import GraphRun
+from tests.e2e.prompt_lengths import load_plain
 from tests.helpers import At, save_tiny
 
 NEW = 3 * EVERY
@@ -28,17 +29,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("checkpoint"), layers=2)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def compiled(checkpoint: Path) -> Iterator[Any]:
+def compiled(checkpoint: Path, device: str) -> Iterator[Any]:
+    """On a CPU as traced, on a GPU in CUDA graphs."""
     torch._dynamo.reset()
-    model = specmoe_compile.from_pretrained(checkpoint, device="cpu", store="ram", progress=False)
-    yield torch.compile(model, backend="specmoe", options={"lowering": "eager"})
+    on_gpu = device == "cuda"
+    model = specmoe_compile.from_pretrained(
+        checkpoint,
+        device=device,
+        store="ram",
+        expert_cache="50%" if on_gpu else None,
+        progress=False,
+    )
+    options = {"mode": "reduce-overhead"} if on_gpu else {"lowering": "eager"}
+    yield torch.compile(model, backend="specmoe", options=options)
     specmoe_compile.close(model)
 
 
 @pytest.fixture
-def plain(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager").eval()
+def plain(checkpoint: Path, device: str) -> Any:
+    return load_plain(checkpoint, device)
 
 
 @pytest.fixture
@@ -57,8 +73,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def generated(model: Any, *processors: LogitsProcessor, new: int = NEW, **more: Any) -> list[int]:
     out = model.generate(
-        PROMPT,
-        attention_mask=torch.ones_like(PROMPT),
+        PROMPT.to(model.device),
+        attention_mask=torch.ones_like(PROMPT).to(model.device),
         max_new_tokens=new,
         eos_token_id=10**6,
         do_sample=False,
@@ -88,7 +104,8 @@ def test_a_weight_that_is_replaced_counts_in_the_next_step(compiled: Any, plain:
 
     def replace(model: nn.Module) -> Callable[[], None]:
         norm: Any = model.get_submodule("model.norm")
-        scale = torch.linspace(-1.0, 1.0, norm.weight.numel(), dtype=norm.weight.dtype)
+        like = {"dtype": norm.weight.dtype, "device": norm.weight.device}
+        scale = torch.linspace(-1.0, 1.0, norm.weight.numel(), **like)
         other = nn.Parameter(norm.weight.detach() * scale, requires_grad=False)
         return lambda: setattr(norm, "weight", other)
 
