@@ -8,6 +8,9 @@ one tree at the same time.
 
 Here the trees belong to a model: whoever runs it sees these and no others, and a model runs one
 forward call at a time (`hf.compiled_calls`), so that they have one user at a time.
+
+`torch._dynamo.reset()` clears the trees of the thread that calls it, not these, and turns off what
+all trees need to give their results back.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class GraphState:
         self._follow(torch.cuda.current_stream(device))
         for name, value in zip(_NAMES, self._values, strict=True):
             setattr(local, name, value)
+        cudagraph_trees._set_cached_tensors_enabled(True)  # type: ignore[attr-defined]
         try:
             yield
         except BaseException:

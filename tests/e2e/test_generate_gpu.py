@@ -105,6 +105,15 @@ def test_threads_forks_and_wrappers(pair: tuple[Any, Any], plain: Any, recorded:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_reset_of_dynamo_between_generations(pair: tuple[Any, Any], plain: Any) -> None:
+    """The model's graphs outlive a reset, which turns off what they need of PyTorch."""
+    ids = prompts(1, 9).cuda()
+    expected = greedy(plain, ids, 8, **STATIC)
+    for _ in range(2):
+        assert torch.equal(greedy(pair[1], ids, 8, **STATIC), expected)
+        torch._dynamo.reset()
+
+
 def test_kept_outputs_do_not_change(pair: tuple[Any, Any], plain: Any) -> None:
     """Scores that `generate` returns are those of their step, also after later steps."""
     ids = prompts(1, 9).cuda()
