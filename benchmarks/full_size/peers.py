@@ -13,8 +13,8 @@ unless the same one comes again. FreeToken's file has a JSON object a line, as a
 engine writes it: model, strategy (`offload` with a `rate`, or `fused`: all resident), context,
 routing, tpot, p20, p80 and ttft in milliseconds, cache_GB, hit, rss_GB, and reserved_GB if known.
 
-`--run` measures what the folder does not have yet of the named cells, system by system, begins
-nothing that does not fit the budget, and adds the rows of the folder: call it again for the rest.
+`--run` measures the named cells, system by system, begins nothing that does not fit the budget, and
+adds the rows of the folder. What the folder has is measured once: `--resume` goes on with the rest.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_run(parser: Any) -> None:
     parser.add_argument("--run", action="store_true", help="measure first, with what follows")
+    parser.add_argument("--resume", action="store_true", help="go on with a folder's rest")
     parser.add_argument("--folder", type=Path, help="where the systems' own files are kept")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 16384, 65536])
@@ -179,6 +180,11 @@ def _run(args: Any) -> None:
     driver = (args.freetoken_driver, args.freetoken_configs, args.freetoken_tables)
     if any(driver) and not all(driver):
         raise ValueError("--freetoken-driver needs --freetoken-configs and --freetoken-tables.")
+    if not args.resume and any(args.folder.glob("*.json*")):
+        raise ValueError(
+            f"--folder {args.folder} has rows of an earlier call: give --resume to measure what"
+            " they lack, or another --folder."
+        )
     args.folder.mkdir(parents=True, exist_ok=True)
     args.trace = args.trace or args.folder / "trace.safetensors"
     peers_run.run(list(peers_run.pieces(args)), args.budget_s)

@@ -210,6 +210,20 @@ def test_what_is_missing_is_said(
     assert said in capsys.readouterr().err and not out.exists()
 
 
+def test_a_folder_with_rows_is_gone_on_with_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers_run, "run", lambda *_: [])
+    folder, out = tmp_path / "run", tmp_path / "peers.json"
+    folder.mkdir()
+    rows = {"machine": {}, "versions": {}, "rows": {}}
+    (folder / "token_qwen_4bit.json").write_text(json.dumps(rows), encoding="utf-8")
+    given = ["--out", str(out), "--run", "--folder", str(folder), "--lease", "A", "--commit", "0"]
+    assert peers.main(given) == 2
+    assert "--resume" in capsys.readouterr().err and not out.exists()
+    assert peers.main([*given, "--resume"]) == 0 and out.exists()
+
+
 def test_the_page_shows_the_rows_that_were_measured() -> None:
     rows = json.loads((RESULTS / "peers_gpu.json").read_text(encoding="utf-8"))["rows"]
     page = PAGE.read_text(encoding="utf-8").splitlines()
