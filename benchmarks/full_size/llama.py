@@ -30,7 +30,7 @@ import psutil
 
 from benchmarks.full_size.model import SHAPES
 from benchmarks.full_size.peer_rows import RowFile
-from benchmarks.full_size.random_gguf import FORMATS, expert_bytes_of_layer, write_gguf
+from benchmarks.full_size.random_gguf import FORMATS, expert_bytes_of_layers, write_gguf
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.turns import preparing, turn
 from specmoe_compile.system.output import USER_ERRORS, sentence
@@ -181,12 +181,12 @@ def cell_of(model: str, form: str, share: int, context: int) -> Row:
     }
 
 
-def figures_of(line: Line, layers: int, layer_bytes: int) -> Row:
-    """What a line about generated tokens says, as `peers_gpu` has it."""
+def figures_of(line: Line, layers: Sequence[int]) -> Row:
+    """What a line about generated tokens says, as `peers_gpu` has it; `layers`: experts' bytes."""
     count = line["n_gen"]
     runs = [nanoseconds / count / 1e6 for nanoseconds in line["samples_ns"]]
     return {
-        "cache_bytes": (layers - line["n_cpu_moe"]) * layer_bytes,
+        "cache_bytes": sum(layers[line["n_cpu_moe"] :]),
         "tpot_ms": {"p20": None, "p50": statistics.median(runs), "p80": None},
         "runs_ms": runs,
         "tokens": count,
@@ -208,7 +208,7 @@ class Benchmark:
         self._args = args
         self._config = SHAPES[args.model].configured()
         self._layers = int(self._config.num_hidden_layers)
-        self._layer_bytes = expert_bytes_of_layer(self._config, args.format)
+        self._bytes = expert_bytes_of_layers(self._config, args.format)
         self._end = time.monotonic() + args.budget_s
         self._gguf = args.folder / f"{args.model}-{args.format}.gguf"
         self._rows = RowFile(args.out)
@@ -258,7 +258,7 @@ class Benchmark:
         try:
             for line in self._lines(shares, threads=threads, **wanted):
                 cell = self._cell(self._shares[line["n_cpu_moe"]], context)
-                self._rows.keep({**cell, **figures_of(line, self._layers, self._layer_bytes)})
+                self._rows.keep({**cell, **figures_of(line, self._bytes)})
         except ValueError as error:
             for cell in (self._cell(share, context) for share in shares):
                 if not self._rows.has(cell):

@@ -36,9 +36,10 @@ CELLS: Mapping[str, Cell] = {
         "Qwen3-30B-A3B", "qwen_bf16", ("Qwen3-30B-A3B", "bf16"), accelerate="Qwen3-30B-A3B"
     ),
     "qwen_4bit": Cell("Qwen3-30B-A3B-nvfp4", "qwen_nvfp4", ("Qwen3-30B-A3B", "q4_0")),
-    "qwen_fp8": Cell("Qwen3-30B-A3B-fp8", "qwen_fp8"),
+    "qwen_fp8": Cell("Qwen3-30B-A3B-fp8", "qwen_fp8", ("Qwen3-30B-A3B", "q8_0")),
     "qwen_int4": Cell("Qwen3-30B-A3B-int4"),
     "gptoss_4bit": Cell("GPT-OSS-20B-mxfp4", "gptoss_mxfp4", ("GPT-OSS-20B", "mxfp4")),
+    "deepseek_fp8": Cell("DeepSeek-V2-Lite-fp8", None, ("DeepSeek-V2-Lite", "q8_0")),
     "gptoss_bf16": Cell("GPT-OSS-20B", accelerate="GPT-OSS-20B"),
 }
 

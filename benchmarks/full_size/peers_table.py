@@ -16,7 +16,7 @@ GATHER_GBPS = 51.0
 RIVALS = {"freetoken": "FreeToken", "llama.cpp": "llama.cpp", "accelerate": "accelerate"}
 COLUMNS = {**RIVALS, "cache": "specmoe, cache alone", "prefetch": "with prefetch"}
 RATIO = "specmoe's best / best rival"
-SAME_CELL = {"q4_0": "nvfp4"}
+SAME_CELL = {"q4_0": "nvfp4", "q8_0": "fp8"}
 """Formats of as many bits that systems without the other one have."""
 NO_CACHE = ("on_demand", "prefetch_no_cache")
 PAPER_HEAD = (

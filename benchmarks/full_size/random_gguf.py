@@ -5,7 +5,7 @@ takes as long as any weights would, and what the model says is not looked at. Ne
 `gguf` of llama.cpp. There is no vocabulary in it, but the output product has its full size.
 
 Shape letters: V vocabulary, H hidden, I expert intermediate, E experts, N query heads, G heads of
-keys and values, D head size.
+keys and values, D head size, R latent of keys and values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STD = 0.02
 BLOCK_BYTES = 8 << 20
 WRITERS = 4
 ALIGNMENT = 32
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "deepseek_v2": "deepseek2"}
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -46,6 +46,7 @@ Q6_K, MXFP4 = Kind("Q6_K", 256, 210), Kind("MXFP4", 32, 17)
 FORMATS: Mapping[str, tuple[Kind, Kind, Kind]] = {
     "bf16": (BF16, BF16, BF16),
     "q4_0": (Q4_0, Q4_0, Q6_K),
+    "q8_0": (Q8_0, Q8_0, Q8_0),
     "mxfp4": (MXFP4, Q8_0, Q8_0),
 }
 """Of the experts, of attention and the embedding, and of the output: as llama.cpp's own tools and
@@ -74,21 +75,55 @@ def tensors(config: Any, form: str) -> Iterator[Tensor]:
     """All tensors of a model, in the order of the file.
 
     Args:
-        config: of Hugging Face's, Qwen3-MoE or GPT-OSS.
+        config: of Hugging Face's, Qwen3-MoE, GPT-OSS or DeepSeek-V2 without a latent of queries.
         form: of `FORMATS`.
     """
     experts, rest, last = FORMATS[form]
     if config.hidden_size % last.values:
         last = Q8_0  # a row is no whole number of blocks
-    oss = config.model_type == "gpt_oss"
+    oss, mla = config.model_type == "gpt_oss", config.model_type == "deepseek_v2"
     hidden, vocabulary = config.hidden_size, config.vocab_size
     yield Tensor("token_embd.weight", (vocabulary, hidden), rest)
     yield Tensor("output_norm.weight", (hidden,), F32)
     yield Tensor("output.weight", (vocabulary, hidden), last)
     for layer in range(config.num_hidden_layers):
-        parts = (*_attention(config, rest, oss=oss), *_moe(config, experts, oss=oss))
+        parts = list(_mla(config, rest) if mla else _attention(config, rest, oss=oss))
+        if mla and layer < config.first_k_dense_replace:
+            parts += _gated(config, rest, config.intermediate_size)
+        else:
+            parts += _moe(config, experts, oss=oss)
+        if mla and layer >= config.first_k_dense_replace:
+            inner = config.n_shared_experts * config.moe_intermediate_size
+            parts += _gated(config, rest, inner, "_shexp")
         for part in parts:
-            yield Tensor(f"blk.{layer}.{part.name}", part.shape, part.kind)
+            yield Tensor(f"blk.{layer}.{part.name}", part.shape, _fitting(part.kind, part.shape))
+
+
+def _fitting(kind: Kind, shape: tuple[int, ...]) -> Kind:
+    """A kind whose blocks are whole in rows of that shape."""
+    return BF16 if shape[-1] % kind.values else kind
+
+
+def _mla(config: Any, kind: Kind) -> Iterator[Tensor]:
+    """Attention with latents; what makes keys and values of them is kept by head."""
+    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    plain, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    yield Tensor("attn_norm.weight", (hidden,), F32)
+    yield Tensor("attn_q.weight", (heads * (plain + turned), hidden), kind)
+    yield Tensor("attn_kv_a_mqa.weight", (latent + turned, hidden), kind)
+    yield Tensor("attn_kv_a_norm.weight", (latent,), F32)
+    yield Tensor("attn_k_b.weight", (heads, latent, plain), kind)
+    yield Tensor("attn_v_b.weight", (heads, value, latent), kind)
+    yield Tensor("attn_output.weight", (hidden, heads * value), kind)
+    yield Tensor("ffn_norm.weight", (hidden,), F32)
+
+
+def _gated(config: Any, kind: Kind, inner: int, suffix: str = "") -> Iterator[Tensor]:
+    """A feed-forward network for every token: of a layer without experts, or shared experts."""
+    hidden = config.hidden_size
+    sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    for name, shape in sizes.items():
+        yield Tensor(f"ffn_{name}{suffix}.weight", shape, kind)
 
 
 def _attention(config: Any, kind: Kind, *, oss: bool) -> Iterator[Tensor]:
@@ -111,7 +146,7 @@ def _attention(config: Any, kind: Kind, *, oss: bool) -> Iterator[Tensor]:
 
 def _moe(config: Any, kind: Kind, *, oss: bool) -> Iterator[Tensor]:
     hidden, inner = config.hidden_size, intermediate(config)
-    count = config.num_local_experts if oss else config.num_experts
+    count = experts_of(config)
     yield Tensor("ffn_gate_inp.weight", (count, hidden), F32)
     if oss:
         yield Tensor("ffn_gate_inp.bias", (count,), F32)
@@ -127,10 +162,19 @@ def intermediate(config: Any) -> int:
     return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 
 
-def expert_bytes_of_layer(config: Any, form: str) -> int:
-    """Bytes of one layer's experts in the file, without their biases."""
-    total = sum(tensor.bytes for tensor in tensors(config, form) if tensor.is_expert)
-    return total // int(config.num_hidden_layers)
+def experts_of(config: Any) -> int:
+    """E of a layer."""
+    names = ("num_local_experts", "n_routed_experts", "num_experts")
+    return next(int(getattr(config, name)) for name in names if hasattr(config, name))
+
+
+def expert_bytes_of_layers(config: Any, form: str) -> list[int]:
+    """Bytes of each layer's experts in the file, without their biases."""
+    found = [0] * int(config.num_hidden_layers)
+    for tensor in tensors(config, form):
+        if tensor.is_expert:
+            found[int(tensor.name.split(".")[1])] += tensor.bytes
+    return found
 
 
 def write_gguf(path: Path, config: Any, form: str) -> int:
@@ -173,8 +217,12 @@ def write_gguf(path: Path, config: Any, form: str) -> int:
 
 
 def _add_head(writer: Any, config: Any) -> None:
-    values = config.to_dict()
+    values = {**config.to_dict(), "num_experts": experts_of(config)}
     values["moe_intermediate_size"] = intermediate(config)
+    if config.model_type == "deepseek_v2":
+        latent, turned = config.kv_lora_rank, config.qk_rope_head_dim
+        values |= {"num_key_value_heads": 1, "head_dim": latent + turned, "value_dim": latent}
+        _add_latents(writer, config)
     add_shape(writer, values)
     if config.model_type == "gpt_oss":
         import gguf
@@ -183,6 +231,18 @@ def _add_head(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(32.0)
         writer.add_rope_scaling_orig_ctx_len(4096)
+
+
+def _add_latents(writer: Any, config: Any) -> None:
+    """What DeepSeek-V2 has beside a shape; one head of latents serves all queries."""
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_q_lora_rank(0)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
 
 
 def _aligned(size: int) -> int:

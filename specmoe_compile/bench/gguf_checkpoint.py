@@ -89,7 +89,7 @@ def add_shape(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
+    writer.add_value_length(config.get("value_dim", config["head_dim"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
     writer.add_rope_freq_base(rope["rope_theta"])

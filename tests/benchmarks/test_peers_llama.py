@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.full_size import llama
 from benchmarks.full_size.model import SHAPES
-from benchmarks.full_size.random_gguf import expert_bytes_of_layer
+from benchmarks.full_size.random_gguf import expert_bytes_of_layers
 
 FAKE = """#!{python}
 import json, sys
@@ -68,7 +68,7 @@ def test_every_share_of_layers_has_a_row_in_the_words_of_peers(call: Any) -> Non
         ("64", "4", "0"),
     ]
     assert all(c["-fa"] == "on" and c["-ngl"] == "99" for c in calls)
-    layer = expert_bytes_of_layer(SHAPES["tiny-qwen3"].configured(), "q4_0")
+    layer = expert_bytes_of_layers(SHAPES["tiny-qwen3"].configured(), "q4_0")[0]
     assert [row["cache_bytes"] for row in rows[:3]] == [3 * layer, layer, 0]
     first = rows[0]
     assert first["tpot_ms"] == {"p20": None, "p50": (48 + 4 + 1) / 48, "p80": None}

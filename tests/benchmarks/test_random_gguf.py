@@ -13,13 +13,20 @@ from benchmarks.full_size.model import SHAPES
 from benchmarks.full_size.random_gguf import (
     FORMATS,
     STD,
-    expert_bytes_of_layer,
+    expert_bytes_of_layers,
     random_block,
     tensors,
     write_gguf,
 )
 
-CELLS = [("tiny-qwen3", "q4_0"), ("tiny-qwen3", "bf16"), ("tiny-gpt-oss", "mxfp4")]
+CELLS = [
+    ("tiny-qwen3", "q4_0"),
+    ("tiny-qwen3", "bf16"),
+    ("tiny-gpt-oss", "mxfp4"),
+    ("tiny-deepseek", "q8_0"),
+]
+LITE = ("tiny-deepseek", "q8_0", 27)
+"""So many layers tell llama.cpp that queries have no latent."""
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="needs the extra peers: gguf"
 )
@@ -31,6 +38,7 @@ needs_gguf = pytest.mark.skipif(
         ("Qwen3-30B-A3B", "bf16", 61.1, 58.0),
         ("Qwen3-30B-A3B", "q4_0", 17.3, 16.3),
         ("GPT-OSS-20B", "mxfp4", 12.1, 10.2),
+        ("DeepSeek-V2-Lite", "q8_0", 16.7, 15.3),
     ],
 )
 def test_full_shapes_have_the_bytes_of_published_files(
@@ -39,8 +47,7 @@ def test_full_shapes_have_the_bytes_of_published_files(
     config = SHAPES[model].configured()
     found = list(tensors(config, form))
     assert round(sum(tensor.bytes for tensor in found) / 1e9, 1) == gigabytes
-    layers = config.num_hidden_layers
-    assert round(layers * expert_bytes_of_layer(config, form) / 1e9, 1) == experts
+    assert round(sum(expert_bytes_of_layers(config, form)) / 1e9, 1) == experts
     assert all(tensor.shape[-1] % tensor.kind.values == 0 for tensor in found)
     assert len({tensor.name for tensor in found}) == len(found)
 
@@ -72,6 +79,24 @@ def test_the_package_reads_what_was_written(tmp_path: Path, model: str, form: st
         assert STD / 2 < float(np.std(values)) < 2 * STD, name
     written = path.stat().st_mtime_ns
     assert write_gguf(path, config, form) == size and path.stat().st_mtime_ns == written
+
+
+@needs_gguf
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs the extra peers")
+@pytest.mark.parametrize(("model", "form", "layers"), [*((*c, None) for c in CELLS), LITE])
+def test_llama_cpp_computes_with_it(
+    tmp_path: Path, model: str, form: str, layers: int | None
+) -> None:
+    import llama_cpp
+
+    config = SHAPES[model].configured(layers)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, form)
+    found = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    found.eval([1, 2, 3])
+    scores = found.scores[:3]
+    assert scores.shape == (3, config.vocab_size)
+    assert bool(np.isfinite(scores).all()) and float(scores.std()) > 0
 
 
 @needs_gguf
