@@ -65,10 +65,10 @@ class TimedResidency(CachedResidency):
         self._fetched_s = fetched_s
         self._link = link
 
-    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
+    def begin(self, layer: int, experts: Sequence[int], *, prompt: Tensor | None = None) -> Step:
         stats, size_bytes = self._stats[layer], self._record_bytes[layer]
         before = stats.useful_speculative_bytes // size_bytes - stats.late_prefetches
-        step = super().begin(layer, experts, prefill=prefill)
+        step = super().begin(layer, experts, prompt=prompt)
         # Prefetched and already there; the others are counted as they arrive.
         fresh = stats.useful_speculative_bytes // size_bytes - stats.late_prefetches - before
         self._link.advance(fresh * self._fetched_s)

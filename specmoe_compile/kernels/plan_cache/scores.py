@@ -162,14 +162,23 @@ def judge(misses, candidate, lacked_one, lacked_other):
 
 
 @triton.jit
-def store_scores(scores, experts, fast, middle, slow, used, now, E: tl.constexpr):
-    """`Scores.note`: decay all counts by a step, and count its experts."""
-    real = experts < E
+def count_step(fast, middle, slow, used):
+    """`Scores.note`: counts after a step, each int64: all decay, and its experts are counted."""
     added = tl.where(used, UNIT, 0)
-    tl.store(scores + experts, fast - (fast >> FIRST_DECAY) + added, mask=real)
     SECOND: tl.constexpr = FIRST_DECAY + DECAY_STEP
-    tl.store(scores + E + experts, middle - (middle >> SECOND) + added, mask=real)
     THIRD: tl.constexpr = SECOND + DECAY_STEP
-    tl.store(scores + 2 * E + experts, slow - (slow >> THIRD) + added, mask=real)
+    fast = fast - (fast >> FIRST_DECAY) + added
+    middle = middle - (middle >> SECOND) + added
+    return fast, middle, slow - (slow >> THIRD) + added
+
+
+@triton.jit
+def store_scores(scores, experts, fast, middle, slow, used, now, E: tl.constexpr):
+    """Count a step and write it down."""
+    real = experts < E
+    fast, middle, slow = count_step(fast, middle, slow, used)
+    tl.store(scores + experts, fast, mask=real)
+    tl.store(scores + E + experts, middle, mask=real)
+    tl.store(scores + 2 * E + experts, slow, mask=real)
     seen = tl.zeros_like(fast) + now
     tl.store(scores + RECENCY * E + experts, seen, mask=real & used)

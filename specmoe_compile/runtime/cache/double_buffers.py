@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from specmoe_compile.runtime.cache.eviction import Ids
 from specmoe_compile.runtime.cache.slot_table import CachePlan
 
 _NOBODY = -1
@@ -77,6 +78,17 @@ class DoubleBuffers:
             table[expert] = slot
             fills.append((expert, slot))
         return CachePlan(hits=hits, fills=fills, bypassed=bypassed, evicted=evicted)
+
+    def plan_prompt(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        ids: Ids,
+        *,
+        pinned_slots: Collection[int] = (),
+    ) -> CachePlan:
+        """Plan a prefill, see `ExpertCache.plan_prompt`; nothing is counted here."""
+        return self.plan(layer, experts, pinned_slots=pinned_slots, bypass=True)
 
     def slot(self, layer: int, expert: int) -> int:
         """Return the slot that holds an expert, -1 if none does."""

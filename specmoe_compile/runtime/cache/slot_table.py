@@ -6,7 +6,7 @@ the expert that is worth least (`runtime.cache.eviction`). Slots that hold nothi
 `adaptive` a missing expert that is worth less still is bypassed, if there is a spare place to
 compute it from.
 
-Shape letters: E experts, L MoE layers, S slots per layer.
+Shape letters: E experts, L MoE layers, S slots per layer, T tokens, K top-k.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from specmoe_compile.runtime.cache.eviction import (
     LFU_CANDIDATE,
+    PROMPT_TOKENS,
+    Ids,
     Policy,
     Scores,
     check_policy,
@@ -196,6 +198,46 @@ class ExpertCache:
             plan.fills.append((expert, slot))
             slot = next(places, NOBODY)
         return plan
+
+    def plan_prompt(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        ids: Ids,
+        *,
+        pinned_slots: Collection[int] = (),
+    ) -> CachePlan:
+        """Find or give slots to the experts of a prefill, see `plan(bypass=True)`.
+
+        Under "adaptive" its tokens are counted first, and what is worth most fills slots first.
+
+        Args:
+            layer: MoE layer ordinal.
+            experts: expert numbers in order of preference.
+            ids: [T, K], what each token chose, in order.
+            pinned_slots: slots that must keep their experts.
+        """
+        if self.policy == "adaptive":
+            self.note_prompt(layer, ids)
+            keys = self._keys_or_none(layer)
+            assert keys is not None, "counts rank the experts"
+            experts = sorted(experts, key=keys.__getitem__, reverse=True)
+        return self.plan(layer, experts, pinned_slots=pinned_slots, bypass=True)
+
+    def note_prompt(self, layer: int, ids: Ids) -> None:
+        """Count the last PROMPT_TOKENS tokens of a prompt, or of a piece of one, each as a step.
+
+        Only under "adaptive", and no slot is touched. Several sequences count as one: of a batch
+        these are the last tokens of the last ones.
+
+        Args:
+            layer: MoE layer ordinal.
+            ids: [T, K]; outside of 0..E-1 they are nobody.
+        """
+        if self.policy == "adaptive":
+            last = ids[-PROMPT_TOKENS:]
+            self.scores[layer].note_tokens(last, self.clock[layer] + 1)
+            self.clock[layer] += len(last)
 
     def _keys_or_none(self, layer: int) -> list[int] | None:
         """What each expert is worth, [E]; None where the slots' last uses decide."""

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from specmoe_compile.runtime.cache.double_buffers import DoubleBuffers
 from specmoe_compile.runtime.cache.marks import ExpertMarks
 from specmoe_compile.runtime.cache.slot_table import CachePlan, ExpertCache
@@ -90,12 +92,16 @@ class CachedResidency(Residency):
         self._memory.poison = on
         self._staging.poison = on
 
-    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
+    def begin(self, layer: int, experts: Sequence[int], *, prompt: Tensor | None = None) -> Step:
         stats = self._stats[layer]
         in_flight = self._in_flight[self._memory.bank_of[layer]]
         if in_flight:
             self.settle(layer, set(experts))
-        plan = self.table.plan(layer, experts, pinned_slots=in_flight.keys(), bypass=prefill)
+        pinned = in_flight.keys()
+        if prompt is None:
+            plan = self.table.plan(layer, experts, pinned_slots=pinned)
+        else:
+            plan = self.table.plan_prompt(layer, experts, prompt.numpy(), pinned_slots=pinned)
         step = Step(layer)
         if self._unused[layer]:
             self._count_use(layer, plan)

@@ -3,7 +3,7 @@
 A `Step` is one run of one layer. All its misses are read at once, so that the store is busy while
 the experts that are there are computed; then each is taken as it arrives.
 
-Shape letters: E experts, K top-k, L MoE layers.
+Shape letters: E experts, T tokens, K top-k, L MoE layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
+
+from torch import Tensor
 
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
@@ -52,11 +54,14 @@ class Residency(ABC):
         return time.perf_counter()
 
     @abstractmethod
-    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
+    def begin(self, layer: int, experts: Sequence[int], *, prompt: Tensor | None = None) -> Step:
         """Start a step that needs `experts` (distinct); issues reads, never blocks.
 
         Args:
-            prefill: leave the slots of decode alone, see `ExpertCache.plan(bypass=True)`.
+            layer: MoE layer ordinal.
+            experts: expert numbers.
+            prompt: of a prefill, what each token chose, [T, K]: it leaves the slots of decode
+                alone, see `ExpertCache.plan_prompt`.
 
         Raises:
             TransferError: the session is closed.
@@ -139,7 +144,7 @@ class InPlaceResidency(Residency):
             [None] * experts for experts in store.num_experts
         ]
 
-    def begin(self, layer: int, experts: Sequence[int], *, prefill: bool) -> Step:
+    def begin(self, layer: int, experts: Sequence[int], *, prompt: Tensor | None = None) -> Step:
         step = Step(layer)
         table = self._weights[layer]
         for expert in experts:

@@ -123,7 +123,7 @@ class Speculator:
         self.predictions.note(layer, ids)
         runner = self._runners[layer]
         routing = Routing(x, ids, runner)
-        step = self.residency.begin(layer, routing.experts, prefill=x.shape[0] > MAX_DECODE_TOKENS)
+        step = self.residency.begin(layer, routing.experts, prompt=_prompt_or_none(ids))
         try:
             y = runner.new_outputs(x, ids)
             self._compute(step, routing, y, block=True)
@@ -217,7 +217,7 @@ class Speculator:
             self.residency.settle(layer, set(needed))
             return state.number
         runner.check_ids(needed)
-        state.step = self.residency.begin(layer, needed, prefill=False)
+        state.step = self.residency.begin(layer, needed)
         return state.number
 
     def run(self, number: int, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Speculator:
         routing = Routing(x, ids if state.ids is None else state.ids, runner)
         if state.step is None:
             needed = self._needed(state, routing, ids, weights, y)
-            state.step = self.residency.begin(layer, needed, prefill=x.shape[0] > MAX_DECODE_TOKENS)
+            state.step = self.residency.begin(layer, needed, prompt=_prompt_or_none(ids))
         state.routing = routing
         self._compute(state.step, routing, y, block=False)
         return y
@@ -328,6 +328,11 @@ class Speculator:
             stats.needed += len(true)
             stats.predicted += len(guess)
             stats.recalled += len(set(true).intersection(guess))
+
+
+def _prompt_or_none(ids: Tensor) -> Tensor | None:
+    """The ids of a step that is prefill."""
+    return ids if ids.shape[0] > MAX_DECODE_TOKENS else None
 
 
 def _count_missing(ids: Tensor, executed: Tensor, runner: ExpertRunner) -> int:

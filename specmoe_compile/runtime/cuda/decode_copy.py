@@ -29,6 +29,7 @@ from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
 from specmoe_compile.runtime.cuda.parts import DecoderParts
+from specmoe_compile.runtime.cuda.prompts import PromptsOnTheirWay
 from specmoe_compile.runtime.cuda.supply import Request, Supply
 from specmoe_compile.runtime.policy.misses import weak_misses_on_device
 from specmoe_compile.system.nvtx import layer_range
@@ -111,6 +112,7 @@ class CopyDecoder(Decoder):
         self._last_read = [parts.streams.record("compute")] * len(layers)
         # Spare places may be written after this one.
         self._last_spare_read = self._last_read[0]
+        self._prompts = PromptsOnTheirWay(parts.streams)
         self._guesses: deque[_Guess] = deque()
         self._guesses_in_flight: list[_Arrival] = []
         self._urgent: _Arrival | None = None
@@ -135,6 +137,7 @@ class CopyDecoder(Decoder):
         shares = None if weights is None else self._streams.to_host(weights)
         with layer_range(layer, "ids"):
             self._await(self._streams.record("compute"))
+        self._prompts.note(self._table, layer, waited=True)
         self._cancel(layer)
         skipped = None
         if shares is not None:
@@ -160,6 +163,11 @@ class CopyDecoder(Decoder):
         )
         present, late = self._streams.to_device(places, ids.device).view(2, *ids.shape).unbind(0)
         return DecodeStep(present, late, skipped, arrivals=awaited)
+
+    def note_prompt(self, layer: int, ids: Tensor) -> None:
+        if self._table.policy == "adaptive":
+            self._prompts.note(self._table, layer)
+            self._prompts.send(layer, ids)
 
     def wait(self, layer: int, step: DecodeStep) -> None:
         for arrival in step.arrivals:
@@ -191,6 +199,7 @@ class CopyDecoder(Decoder):
             self._cancel(layer)
             self.join(layer)
             self._untouched[layer].clear()
+        self._prompts.forget()
         self._table = self._new_table()
 
     def lacked_bytes(self) -> int:
@@ -235,6 +244,7 @@ class CopyDecoder(Decoder):
 
     def _issue_guess(self, layer: int, expert: int) -> int:
         """Start the copy of an expert, if it is absent; returns the number of copies."""
+        self._prompts.note(self._table, layer)
         plan = self._table.plan(
             layer, [expert], pinned_slots=self._pinned_slots(layer), speculative=True
         )

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from specmoe_compile.kernels.gather_experts.op import gather_experts
+from specmoe_compile.kernels.note_prompt.op import note_prompt
 from specmoe_compile.kernels.plan_cache.op import MAX_CHOICES, CachePlanTensors, plan_cache
 from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.statistics import LayerStats
@@ -107,6 +108,12 @@ class GatherDecoder(Decoder):
             self._demanded[layer] = fetch = self._fetch("demand", layer, ids)
             self._last_demand = fetch.event
         return DecodeStep(fetch.plan.present, fetch.plan.late, skipped)
+
+    def note_prompt(self, layer: int, ids: Tensor) -> None:
+        if self._policy == "adaptive":
+            tables = self._cache.tables[layer]
+            with self._streams.on("compute"):
+                note_prompt(ids, tables.scores, tables.clock)
 
     def wait(self, layer: int, step: DecodeStep) -> None:
         self.join(layer)

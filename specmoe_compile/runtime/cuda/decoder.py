@@ -82,6 +82,17 @@ class Decoder(ABC):
         """
 
     @abstractmethod
+    def note_prompt(self, layer: int, ids: Tensor) -> None:
+        """Let a prefill's routing say what is worth keeping, see `ExpertCache.note_prompt`.
+
+        Never waits on the host, and touches no slot.
+
+        Args:
+            layer: MoE layer ordinal.
+            ids: [T, K] int64 or int32, contiguous; -1 and E are nobody here.
+        """
+
+    @abstractmethod
     def wait(self, layer: int, step: DecodeStep) -> None:
         """Make compute wait for what `step.late` needs."""
 

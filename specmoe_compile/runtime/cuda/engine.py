@@ -358,6 +358,7 @@ class CudaEngine:
         else:
             self._decoder.join(layer)
             y = self._prefill.run(layer, x, ids)
+            self._decoder.note_prompt(layer, ids)
         y = self._decoder.normed(layer, y)
         if self.fetches:
             self.default_vectors.learn(layer, ids, y)

@@ -1,7 +1,7 @@
 """Prefill: whole layers pass through two device buffers, copied by the copy engine.
 
 While a layer computes from one buffer, the next layer is copied into the other one. Decode's slots
-and tables are left alone. Layers whose experts all have slots need none of this.
+are left alone. Layers whose experts all have slots need none of this.
 
 Shape letters: T tokens, E experts, K top-k, H hidden.
 """

@@ -1,0 +1,1 @@
+"""Counting the experts of a prompt's last tokens, in one launch."""
