@@ -2,8 +2,8 @@
 
 The routing is that of `benchmarks.simulation.eviction_texts`; every policy runs in the runtime's
 own cache, in C++ where there is a compiler: the same integers. Also: hits in the 200 tokens that
-begin 200 after each change of text, steps of four tokens, and the first 200 tokens after a prompt
-whose routing seeds the counts. Rules that were tried and not taken are in
+begin 200 after each change of text, steps of four tokens, and the first tokens after a prompt
+(`benchmarks.simulation.eviction_prompts`). Rules that were tried and not taken are in
 `benchmarks.simulation.eviction_trials`.
 """
 
@@ -23,12 +23,12 @@ from torch import Tensor
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.places import DOCUMENTS, RESULTS
 from benchmarks.simulation.eviction_budgets import try_budgets
+from benchmarks.simulation.eviction_prompts import try_prompts
 from benchmarks.simulation.eviction_report import write_report
 from benchmarks.simulation.eviction_texts import TURN, checksum, record
 from benchmarks.simulation.eviction_trials import try_probabilities, try_rules
 from benchmarks.simulation.fast_replay import best_hits, hits, library_or_none
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.system.output import write_json
 
 Stream = list[list[int]]
@@ -47,8 +47,6 @@ SLOTS = (4, 6, 8, 12, 16, 24)
 EXPERTS = 32
 SETTLED, LOOKED_AT = 200, 200
 BATCH, BATCH_SLOTS = 4, (16, 24)
-PROMPT, PROMPTS, SEED_SLOTS = 256, 4, (8, 16)
-SEEDING = ("nothing", "one step", "each token")
 
 
 def row(job: tuple[str, int, list[Stream]]) -> dict[str, Any]:
@@ -85,40 +83,6 @@ def together(stream: Stream) -> Stream:
         list(dict.fromkeys(functools.reduce(operator.iadd, step, [])))
         for step in zip(*places, strict=True)
     ]
-
-
-def seeded_hits(stream: Stream, slots: int, seeding: str) -> int:
-    """Hits of the tokens after a prompt that filled the empty slots, as prefill does."""
-    prompt, text = stream[:PROMPT], stream[PROMPT : PROMPT + LOOKED_AT]
-    table = ExpertCache(num_experts=[EXPERTS], slots=[slots], **ARMS["adaptive"])
-    if seeding == "each token":
-        for step, wanted in enumerate(prompt, 1):
-            table.scores[0].note(wanted, step, slots, choose=True)
-        table.clock[0] = PROMPT
-    experts = [expert for wanted in prompt for expert in wanted]
-    table.plan(0, experts, bypass=True, speculative=seeding == "nothing")
-    return sum(len(table.plan(0, wanted).hits) for wanted in text)
-
-
-def seed_rate(job: tuple[list[Stream], int, str]) -> float:
-    """Percent of hits in the first tokens after a prompt, of streams as long as each other."""
-    streams, slots, seeding = job
-    total = choices = 0
-    for stream in streams:
-        for place in range(PROMPTS):
-            part = stream[place * (len(stream) // PROMPTS) :]
-            total += seeded_hits(part, slots, seeding)
-            choices += LOOKED_AT * len(stream[0])
-    return 100 * total / choices
-
-
-def seed_rates(streams: Mapping[str, list[Stream]], pool: Any) -> list[dict[str, Any]]:
-    """`seed_rate` of all texts, by slots and by what of the prompt was counted."""
-    every = [stream for name, layers in streams.items() if name != "joined" for stream in layers]
-    kinds = [(slots, seeding) for slots in SEED_SLOTS for seeding in SEEDING]
-    rates = pool.map(seed_rate, [(every, *kind) for kind in kinds], chunksize=1)
-    by_kind = dict(zip(kinds, rates, strict=True))
-    return [{"slots": s, **{name: by_kind[s, name] for name in SEEDING}} for s in SEED_SLOTS]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -159,11 +123,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with Pool(arguments.workers) as pool:
         rows = pool.map(row, jobs, chunksize=1)
         of_batches = pool.map(row, batches, chunksize=1)
-        seeding = seed_rates(streams, pool)
+        seeding = try_prompts(recorded, pool)
         trials = try_rules({k: v[:, :trial_tokens] for k, v in recorded.items()}, pool)
         more = try_more(recorded, logits, trial_tokens, pool)
     return {
-        "schema": 3,
+        "schema": 4,
         "label": "simulated from recorded routing",
         **provenance(),
         "tokens": {name: len(layers[0]) for name, layers in streams.items()},
@@ -200,6 +164,15 @@ def try_more(
     }
 
 
+def measure_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`try_prompts` alone, with the rest of the result as it is."""
+    recorded, _, _ = record(arguments.tokens)
+    library_or_none()
+    with Pool(arguments.workers) as pool:
+        seeding = try_prompts(recorded, pool)
+    return {**_read(arguments.result), "schema": 4, "seeding": seeding}
+
+
 def measure_more(arguments: argparse.Namespace) -> dict[str, Any]:
     """`try_more` alone, with the rest of the result as it is."""
     recorded, logits, _ = record(arguments.tokens)
@@ -209,7 +182,7 @@ def measure_more(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**_read(arguments.result), "more": more}
 
 
-MEASURES = {"all": measure, "more": measure_more}
+MEASURES = {"all": measure, "more": measure_more, "prompts": measure_prompts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

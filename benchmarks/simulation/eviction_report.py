@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit.plots import load_pyplot
+from benchmarks.simulation.eviction_prompts import COUNTED, LOOKED_AT, OF_LFU, ON_A_GPU
 from benchmarks.simulation.eviction_times import times_section
 from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.runtime.cache.eviction import PROMPT_TOKENS
 
 MARK, BELOW_LRU, AFTER_CHANGE = 0.55, -0.5, -2.0
 COLUMNS = (
@@ -41,6 +43,11 @@ _OF_BUDGETS = """\
 Not taken: with `adaptive` it is about half a point where the budget is learned on the text's
 own first half, and less, or a loss, where it is learned on another text. LRU gains more, but with
 up to 16 slots a fraction of what `adaptive` gains over it.
+"""
+
+_OF_PROMPTS = """\
+Taken for `adaptive`, on a CPU and on a GPU; judging by all tokens is hardly better than that. Not
+taken for `lfu`, which would gain
 """
 
 _OF_PROBABILITIES = """\
@@ -108,7 +115,7 @@ def write_report(
         _hits(result["rows"]),
         _changes(result["rows"]),
         _batches(result["batch"]),
-        _seeding(result["seeding"]),
+        _seeding(result),
         _trials(result),
         _budgets(result),
         _probabilities(result["more"]),
@@ -197,15 +204,67 @@ def _batches(batch: Mapping[str, Any]) -> str:
     )
 
 
-def _seeding(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = ("nothing", "one step", "each token")
-    lines = [(str(row["slots"]), *(f"{row[name]:.1f}" for name in names)) for row in rows]
-    table = markdown_table(("slots", *names), lines)
-    return (
-        "## What a prompt says\n\nHits in the 200 tokens after a prompt of 256, by what of the"
-        " prompt's routing is counted before: nothing, each expert once (what the runtime does),"
-        f" or every token's as in decoding.\n\n{table}\n"
+def _seeding(result: Mapping[str, Any]) -> str:
+    """Hits after a prompt, a row for each start, length and size."""
+    seeding = result["seeding"]
+    lines = []
+    for row in seeding["rows"]:
+        hits = row["hits"]
+        lines.append(
+            (
+                row["start"],
+                str(row["prompt"]),
+                str(row["slots"]),
+                *(f"{_mean(hits[kind]):.1f}" for kind in COUNTED),
+                _gained(hits["last tokens"], hits["one step"]),
+                *(f"{_mean(hits[kind]):.1f}" for kind in ON_A_GPU),
+                _gained(hits["last tokens, gpu"], hits["nothing, gpu"]),
+            )
+        )
+    head = (
+        *("cache", "prompt", "slots"),
+        *("nothing", "one step", f"last {PROMPT_TOKENS} tokens", "all, judged"),
+        *("last against one step, by text", "GPU: nothing", f"last {PROMPT_TOKENS}", "by text"),
     )
+    alone = (
+        ""
+        if seeding["commit"] == result["commit"]
+        else " Made by `--only prompts`, on `prose` and `cyrillic` as the documents were then;"
+        f" commit: {str(seeding['commit'])[:12]}."
+    )
+    return (
+        f"## What a prompt says\n\nHits of `adaptive` in the {LOOKED_AT} tokens after a prompt, by"
+        " what of its routing is counted before: nothing; each expert once, as `lfu` does; the last"
+        f" {PROMPT_TOKENS} tokens as if each had been a step of decoding, and what is worth most"
+        " fills empty slots first, which the runtime does; or all tokens, which judge the rankings,"
+        " too, and fill as they come. The cache is empty before each prompt, or prompts on all"
+        " texts come in turn. On a GPU a prompt fills no slots. Mean of the texts, and points"
+        f" between the worst and the best of them.{alone}\n\n"
+        f"{markdown_table(head, lines)}\n\n{_OF_PROMPTS}{_of_lfu(seeding)}"
+    )
+
+
+def _of_lfu(seeding: Mapping[str, Any]) -> str:
+    """What counting tokens would do to `lfu`, as the end of a sentence."""
+    points = [
+        row["hits"][after][text] - row["hits"][before][text]
+        for row in seeding["rows"]
+        for before, after in [OF_LFU]
+        for text in row["hits"][before]
+    ]
+    return (
+        f"{sum(points) / len(points):+.2f} points in the mean of these rows, but {min(points):+.2f}"
+        " in the worst of them on one text.\n"
+    )
+
+
+def _mean(by_text: Mapping[str, float]) -> float:
+    return sum(by_text.values()) / len(by_text)
+
+
+def _gained(by_text: Mapping[str, float], before: Mapping[str, float]) -> str:
+    points = [by_text[name] - before[name] for name in by_text]
+    return f"{min(points):+.1f} to {max(points):+.1f}"
 
 
 def _trials(result: Mapping[str, Any]) -> str:

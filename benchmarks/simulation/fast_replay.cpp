@@ -13,22 +13,15 @@ using specmoe::CacheTables;
 
 extern "C" {
 
-// `hits`: [N], of each step.
-void replay_policy(int64_t experts, int64_t slots, int32_t policy, int32_t spare,
-                   const int64_t* asked, const int64_t* ends, int64_t steps, int64_t* hits) {
-  const auto e = static_cast<size_t>(experts), s = static_cast<size_t>(slots);
-  std::vector<int64_t> slot_of(e, -1), expert_of(s, -1), last_use(s), scores(4 * e), regret(5);
-  int64_t clock = 0;
-  regret[4] = 1;  // the candidate that is followed first
-  const CacheTables tables{experts,        slots,         slot_of.data(), expert_of.data(),
-                           last_use.data(), &clock,        scores.data(),  regret.data(),
-                           policy,          spare};
+// `tables`: changed in place. `hits`: [N], of each step.
+void replay_policy(const CacheTables* tables, const int64_t* asked, const int64_t* ends,
+                   int64_t steps, int64_t* hits) {
   CachePlanner planner;
   const int64_t* first = asked;
   for (int64_t n = 0; n < steps; n++) {
     const std::vector<int64_t> wanted(first, asked + ends[n]);
     first = asked + ends[n];
-    hits[n] = static_cast<int64_t>(planner.plan(tables, wanted).hits.size());
+    hits[n] = static_cast<int64_t>(planner.plan(*tables, wanted).hits.size());
   }
 }
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import specmoe_compile.runtime.cpu.native as native
 from specmoe_compile.runtime.cache.slot_table import ExpertCache, belady_hits
-from specmoe_compile.runtime.cpu.native.steps import POLICIES
+from specmoe_compile.runtime.cpu.native.steps import cache_tables
 
 Stream = Sequence[Sequence[int]]
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -50,15 +50,20 @@ def hits(stream: Stream, experts: int, slots: int, *, policy: Any, spare: int = 
         experts, slots: E and S.
         policy, spare: of `ExpertCache`.
     """
+    return hits_from(
+        ExpertCache(num_experts=[experts], slots=[slots], policy=policy, spare=spare), stream
+    )
+
+
+def hits_from(table: ExpertCache, stream: Stream) -> list[int]:
+    """Hits of each step of a table's only layer, from what it holds now."""
     library = library_or_none()
     if library is None:
-        table = ExpertCache(num_experts=[experts], slots=[slots], policy=policy, spare=spare)
         return [len(table.plan(0, wanted).hits) for wanted in stream]
     asked, ends = _flat(stream)
     found: NDArray[np.int64] = np.zeros(len(stream), np.int64)
     library.replay_policy(
-        *map(ctypes.c_int64, (experts, slots)),
-        *map(ctypes.c_int32, (POLICIES[policy], spare)),
+        ctypes.byref(cache_tables(table, 0)),
         *map(_pointer, (asked, ends)),
         ctypes.c_int64(len(stream)),
         _pointer(found),

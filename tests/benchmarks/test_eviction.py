@@ -9,8 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.simulation import eviction, eviction_budgets, eviction_trials, fast_replay
+from benchmarks.simulation import (
+    eviction,
+    eviction_budgets,
+    eviction_prompts,
+    eviction_trials,
+    fast_replay,
+)
 from benchmarks.simulation.eviction_report import write_report
 from benchmarks.simulation.eviction_trials import hit_counts
 from specmoe_compile.runtime.cache.slot_table import belady_hits
@@ -119,6 +126,33 @@ def budget(source: str, mean: float, worst: float) -> dict[str, Any]:
     }
 
 
+def after_prompts() -> dict[str, Any]:
+    kinds = (*eviction_prompts.COUNTED, *eviction_prompts.ON_A_GPU, *eviction_prompts.OF_LFU)
+    hits = {kind: {"prose": 50.0 + n, "chat": 49.0 + n} for n, kind in enumerate(kinds)}
+    return {"start": "empty", "prompt": 64, "slots": 8, "hits": hits}
+
+
+def test_what_a_prompt_says_is_counted_by_text() -> None:
+    """One text of a conversation, one of which every prompt leaves the wrong experts."""
+    length = max(eviction_prompts.PROMPTS) + eviction_prompts.LOOKED_AT
+    choices = uneven_choices(1) + uneven_choices(2)
+    steady = torch.tensor(choices[:length], dtype=torch.int16)
+    turned = torch.cat([31 - steady[:64], steady[64:]])
+    with Pool(1) as pool:
+        found = eviction_prompts.try_prompts(
+            {"steady": steady[None], "turned": turned[None], "joined": steady[None]}, pool
+        )
+    rows = {(row["start"], row["prompt"], row["slots"]): row["hits"] for row in found["rows"]}
+    of_eight = rows["empty", 64, 8]
+    for kind in ("last tokens", "all, judged", "last tokens, gpu"):
+        base = of_eight["nothing, gpu" if kind.endswith("gpu") else "one step"]
+        assert of_eight[kind]["steady"] > base["steady"] + 0.5, kind
+        assert of_eight[kind]["turned"] < base["turned"] - 0.5, kind
+    assert of_eight["last tokens, lfu"] != of_eight["one step, lfu"]
+    # Alone a conversation finds the same cache in turn as empty.
+    assert rows["in turn", 64, 8]["last tokens"]["steady"] == of_eight["last tokens"]["steady"]
+
+
 def test_report_says_whether_the_marks_are_met(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row(text, slots) for slots in (8, 16) for text in ("prose", "joined")]
@@ -127,7 +161,7 @@ def test_report_says_whether_the_marks_are_met(tmp_path: Path) -> None:
         "tokens": {"prose": 5000, "joined": 5000},
         "rows": rows,
         "batch": {"tokens": 4, "rows": rows},
-        "seeding": [{"slots": 8, "nothing": 1.0, "one step": 2.0, "each token": 3.0}],
+        "seeding": {"commit": "fedcba9876543210", "rows": [after_prompts()]},
         "trial_tokens": 1000,
         "trials": [
             {"rule": "r", "mean_of_ways": 0.5, "by_slots": {"8": 0.5}, "worst_against_lru": 0.0}
@@ -152,6 +186,9 @@ def test_report_says_whether_the_marks_are_met(tmp_path: Path) -> None:
     assert "70.0 %" in text and "| 8 | prose | 50.0 |" in text
     assert "| lru | 8 | +1.25 (-0.50) | +0.75 (-2.00) |" in text
     assert "| p | 61.0 | -1.0 to +0.5 |" in text
+    assert "| empty | 64 | 8 | 49.5 | 50.5 | 51.5 | 52.5 | +1.0 to +1.0 | 53.5 |" in text
+    assert "which would gain +1.00 points" in text.replace("\n", " ")
+    assert text.count("as the documents were then; commit: fedcba987654") == 2
     assert (tmp_path / "eviction.png").stat().st_size > 1000
     worse = [row(text, 8, adaptive=53.0) for text in ("prose", "joined")]
     assert not write_report({**result, "summary": eviction.summary(worse)}, path)
