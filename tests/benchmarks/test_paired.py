@@ -32,7 +32,7 @@ def test_turns_alternate_and_only_decode_steps_are_counted(
             options={"lowering": "eager", "auto_off": False},
             work_dir=str(tmp_path),
         )
-        for name, arm in (("without", "on_demand"), ("with", "prefetch"), ("cached", "cache"))
+        for name, arm in (("without", "on_demand"), ("with", "specmoe"))
     }
     arms, different = run_paired(jobs, rounds=2)
     assert different == 0
@@ -48,7 +48,7 @@ def test_turns_alternate_and_only_decode_steps_are_counted(
         assert len(set(layers)) == 1 and layers[0] == int(layers[0]), "a prefill would add steps"
         assert arm.total == summed(totals)
         assert arm.notes == [], "every turn runs the graphs of the warm-up"
-    assert arms["without"].total["hits"] == 0 < arms["cached"].total["hits"]
+    assert arms["without"].total["hits"] == 0 < arms["with"].total["hits"]
     assert arms["without"].total["needed"] == 0 < arms["with"].total["needed"]
     assert len(arms["with"].record()["turns_ms"]) == 2 * len(PROMPTS)
 

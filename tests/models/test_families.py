@@ -41,6 +41,8 @@ FAST = {
 }
 # This one grows its cache, which compiles one graph more; the others have a static one.
 DYNAMIC = ("lfm2_moe",)
+# These ignore the static cache that they are given: a third step would compile one graph more.
+NO_STATIC = ("jamba", "minimax")
 # By what makes their graphs differ: shared experts, sparse mixers, Mamba, linear attention.
 MUST_WORK = (
     "bailing_hybrid",
@@ -88,8 +90,9 @@ def assert_as_documented(check: Check) -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_families_that_differ_most(name: str, tmp_path: Path) -> None:
     case = QUICK_DYNAMIC if name in DYNAMIC else QUICK_STATIC
+    new_tokens = 2 if name in NO_STATIC else QUICK_TOKENS
     check = check_family(
-        families()[name], tmp_path, offloaded=(case,), plain=(), new_tokens=QUICK_TOKENS
+        families()[name], tmp_path, offloaded=(case,), plain=(), new_tokens=new_tokens
     )
     assert_as_documented(check)
 

@@ -18,7 +18,8 @@ from tests.passes.families import EXPERTS, FAMILIES, HIDDEN, VOCABULARY, tiny
 from tests.passes.graphs import RecordingSession, use_session
 from tests.passes.lowering import compile_with, interpret_with
 
-_ALWAYS_COMPILED = ("qwen3_moe", "deepseek_v3")
+# DeepSeek-V3 goes through Inductor below, with a lookahead of two.
+_ALWAYS_COMPILED = ("qwen3_moe",)
 # What Dynamo and the passes decide shows in the graph; the slow tests generate code for it, too.
 _LOWERINGS = [
     pytest.param(interpret_with, id="graph"),
