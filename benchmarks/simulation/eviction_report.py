@@ -46,9 +46,8 @@ up to 16 slots a fraction of what `adaptive` gains over it.
 """
 
 _OF_PROMPTS = """\
-Taken for `adaptive`, on a CPU and on a GPU; judging by all tokens is hardly better than that. Not
-taken for `lfu`, which would gain
-"""
+Taken for `adaptive`, on a CPU and on a GPU; judging by all tokens is hardly better than that.
+Not taken for `lfu`, which would gain """
 
 _OF_PROBABILITIES = """\
 Not taken: probabilities keep fewer of the right experts than counts that forget as fast.
