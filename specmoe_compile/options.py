@@ -16,7 +16,6 @@ Environment variables: `SPECMOE_STRICT=1` is the default of `strict` (the test-s
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -166,11 +165,6 @@ class GraphOptions:
     def predicts(self) -> bool:
         """Whether experts are predicted; `auto`, if no engine resolved it, means yes."""
         return self.prefetch is not False
-
-    def graph_key(self) -> str:
-        """Hash of the options that change the rewritten graph."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(GraphOptions)]
-        return hashlib.sha256(repr(values).encode()).hexdigest()
 
     def skips(self, layer: int) -> bool:
         """Whether a MoE layer never speculates."""
