@@ -58,15 +58,6 @@ def test_torch_compile_modes_are_understood() -> None:
     assert CompileOptions.from_kwargs(mode="max-autotune-no-cudagraphs").mode == "default"
 
 
-def test_graph_key_changes_with_graph_options_only() -> None:
-    base = CompileOptions.from_kwargs()
-    assert base.graph_key() == CompileOptions.from_kwargs({"auto_off": False}).graph_key()
-    assert base.graph_key() != CompileOptions.from_kwargs({"lookahead": 2}).graph_key()
-    assert base.graph_key() != CompileOptions.from_kwargs({"skip_layers": [1]}).graph_key()
-    keys = {CompileOptions(prefetch=value).graph_key() for value in (True, False, "auto")}  # type: ignore[arg-type]
-    assert len(keys) == 3
-
-
 def test_strict_can_be_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECMOE_STRICT", "0")
     assert not CompileOptions.from_kwargs().strict

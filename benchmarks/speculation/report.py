@@ -236,5 +236,4 @@ _NOTES = """## How to read this
 - A prefetch can hide reading behind computing, and no more than there is of either. On two cores
   the readers, the lookahead and the experts share the same cores; where reads take most of a token,
   a wrong guess delays a right one. `auto_off` reads only guesses that are right more often than
-  not, and compares whole steps with and without them; where they are not faster it stops
-  predicting."""
+  not."""

@@ -84,7 +84,7 @@ def paired_section(paired: Result) -> str:
         " process, so that neither the machine's drift nor a process that is slow for life counts."
         " An arm `again` is the same arm with memory of its own: how far two equal ones are apart."
         " Pushed out: read again because a useless guess had taken the slot. Predicted: the share"
-        " of layer steps in which `auto_off` let the lookahead run, its trials included."
+        " of layer steps in which `auto_off` let the lookahead run."
         f" Tokens: {same}. Commit: {str(paired['commit'])[:12]}."
     )
 

@@ -44,11 +44,6 @@ def counted(compiled: Callable[..., Any], *, is_all: bool = False) -> Callable[.
     return call
 
 
-def graphs_run() -> int:
-    """How many calls of such graphs this thread has begun."""
-    return _here.count
-
-
 def run_noting_graph(call: Callable[[], Any]) -> tuple[Any, GraphRun | None]:
     """Make a call; returns its result, and the graph that it ran if that was one alone."""
     before, _here.keeps, _here.last = _here.count, True, None

@@ -61,7 +61,7 @@ def test_what_each_engine_says() -> None:
         assert session.engine.prefetch_pays, "not measured on disk, where trials find out"
     for cache in ("half", "in_place"):
         with make_session(cache) as session:
-            assert session.engine.prefetch_pays, "trials find out"
+            assert session.engine.prefetch_pays, "gates find out"
     assert not LiveEngine().prefetch_pays
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from specmoe_compile.options import SessionOptions as Config
-from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cpu.cached_residency import CachedResidency
 from specmoe_compile.runtime.policy.amount import OFF_STEPS, TRIAL_STEPS, PrefetchGate
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
@@ -97,7 +95,7 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
 
 def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int) -> PrefetchJudge:
     """A judge after steps that each read these guesses ahead, as (expert, state), in turn."""
-    judge = PrefetchJudge(1, time.perf_counter)
+    judge = PrefetchJudge(1)
     for step_number in range(steps):
         guesses = prefetches[step_number % len(prefetches)]
         admitted, ranks = judge.admitted(0, [expert for expert, _ in guesses], len(guesses))
@@ -130,27 +128,6 @@ def test_a_layer_none_of_whose_ranks_is_read_is_not_predicted() -> None:
     assert [gate.closures for gate in judge.ranks[0]] == [1, 1]
     asked = [judge.predicts(0) for _ in range(OFF_STEPS + 1)]
     assert asked == [False] * OFF_STEPS + [True]
-
-
-@pytest.mark.parametrize("pushed_out", [0, 1 << 20])
-def test_a_step_is_timed_with_what_it_lacked(pushed_out: int) -> None:
-    now, stats = [1.0], [LayerStats(), LayerStats()]
-    judge = PrefetchJudge(2, lambda: now[0])
-    seen: list[tuple[float, int, int]] = []
-    judge.trial.end = lambda *what: seen.append(what)  # type: ignore[method-assign, assignment]
-    judge.end_step(stats)
-    assert not seen, "no step began"
-    judge.begin_step(stats)
-    now[0] += 0.25
-    stats[0].demand_bytes += 3 << 20
-    stats[1].useful_speculative_bytes += 2 << 20
-    stats[1].pushed_out_bytes += pushed_out
-    judge.end_step(stats)
-    judge.begin_step(stats)
-    for layer in stats:
-        layer.reset()
-    judge.end_step(stats)
-    assert seen == [(250.0, 5 << 20, pushed_out)], "a step whose counters were reset is left out"
 
 
 def test_a_session_remembers_when_it_waited() -> None:

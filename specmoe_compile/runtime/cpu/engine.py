@@ -43,7 +43,7 @@ class CpuEngine(Speculator):
 
     device = torch.device("cpu")
     plans_steps = True
-    prefetch_pays = True  # where it does not, trials find out while running
+    prefetch_pays = True  # where it does not, gates find out while running
     resident_layers: frozenset[int] = frozenset()
     foreign_ids: Mapping[int, int] = MappingProxyType({})  # planning costs nothing here
     survives_fork = True

@@ -93,8 +93,7 @@ class Speculator:
         self.default_vectors = vectors
         self.predictions = Predictions(len(runners))
         self.residency = residency
-        # Asked for anew each time: the residency may be replaced.
-        self.judge = PrefetchJudge(len(runners), lambda: self.residency.now_s())
+        self.judge = PrefetchJudge(len(runners))
         # Decoding learns default vectors only once a graph that uses them was configured.
         self.learns_from_decode = False
         self._runners = runners
@@ -130,7 +129,6 @@ class Speculator:
         finally:
             self.residency.finish(step)
         self._learn(layer, ids, y, routing.experts, rest=_REST)
-        self._end_step(layer)
         return reduce_experts(y, weights, x)
 
     def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
@@ -143,15 +141,10 @@ class Speculator:
             edges: pairs in one list: a layer, and one that can be predicted from it.
             ids: [T, K], the experts of the first of `layers`; here they decide nothing.
         """
-        predicts = not self._is_judged() or self.judge.begin_step(self._stats)
         targets = set(edges[1::2])
         for target in targets:
-            self._asked[target] = predicts and self._wants(target)
+            self._asked[target] = self._wants(target)
         return take_part(layers, edges, {target for target in targets if self._asked[target]})
-
-    def _end_step(self, layer: int) -> None:
-        if layer == len(self._runners) - 1 and self._is_judged():
-            self.judge.end_step(self._stats)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Take a prediction, ids and weights [T, P], and prefetch by it; returns its number."""
@@ -256,7 +249,6 @@ class Speculator:
             self._abandon()
         filled = state.filled
         self._learn(layer, ids, y, [e for e in routing.experts if e not in filled])
-        self._end_step(layer)
         return reduce_experts(y, weights if state.weights is None else state.weights, x)
 
     def _current(self, number: int, layer: int, ids: Tensor) -> _State:

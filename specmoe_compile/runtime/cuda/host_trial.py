@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from specmoe_compile.runtime.policy.step_trial import StepTrial
+from specmoe_compile.runtime.cuda.step_trial import StepTrial
 
 
 class HostTrial:

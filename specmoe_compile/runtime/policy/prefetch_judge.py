@@ -2,17 +2,14 @@
 
 Which guesses are read is a matter of how often they are right: per layer, and per rank of guess,
 with a `PrefetchGate` each. The rank of a guess is its place among the predicted experts, heaviest
-first: heavy ones are nearly always right, light ones often not. Whether reading them makes steps
-faster is a matter of the machine, and only whole steps tell it: over the gates is a `StepTrial`.
+first: heavy ones are nearly always right, light ones often not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
-from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.policy.amount import PrefetchGate
-from specmoe_compile.runtime.policy.step_trial import StepTrial
 from specmoe_compile.runtime.transfer.base import DONE, RUNNING, Issued
 
 
@@ -22,32 +19,12 @@ class PrefetchJudge:
     Attributes:
         layers: of each layer, whether it is predicted.
         ranks: of each layer, by rank, whether such a guess is read.
-        trial: whether steps with all that the gates admit are faster than steps without.
     """
 
-    def __init__(self, layers: int, now_s: Callable[[], float]) -> None:
-        """Start with every gate open; `now_s` is the clock that reads are timed with."""
+    def __init__(self, layers: int) -> None:
+        """Start with every gate open."""
         self.layers = [PrefetchGate() for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
-        self.trial = StepTrial()
-        self._now_s = now_s
-        self._began: tuple[float, int, int] | None = None
-
-    def begin_step(self, stats: Sequence[LayerStats]) -> bool:
-        """Whether the step that begins may predict; while steps are compared, it is timed."""
-        predicts = self.trial.begin()
-        self._began = (self._now_s(), *_read_bytes(stats)) if self.trial.is_trying else None
-        return predicts
-
-    def end_step(self, stats: Sequence[LayerStats]) -> None:
-        """Take in how long the step took that is timed, if one is."""
-        began, self._began = self._began, None
-        if began is None:
-            return
-        ended = (self._now_s(), *_read_bytes(stats))
-        seconds, lacked_bytes, pushed_out_bytes = (b - a for a, b in zip(began, ended, strict=True))
-        if lacked_bytes >= 0:  # the counters were not reset
-            self.trial.end(seconds * 1e3, int(lacked_bytes), int(pushed_out_bytes))
 
     def predicts(self, layer: int) -> bool:
         """Whether a layer is to be predicted in this step; asked once per step."""
@@ -122,11 +99,3 @@ def evicted_for_nothing(issued: Issued, wanted: Collection[int]) -> list[int]:
     """Experts that made room for guesses that nobody wanted."""
     useful = sum(expert in wanted for expert in issued.reads)
     return issued.evicted[useful:]  # the first ones would have gone for those anyway
-
-
-def _read_bytes(stats: Sequence[LayerStats]) -> tuple[int, int]:
-    """Bytes that were lacking so far, and those that useless guesses had pushed out."""
-    return (
-        sum(layer.lacked_bytes for layer in stats),
-        sum(layer.pushed_out_bytes for layer in stats),
-    )

@@ -15,7 +15,6 @@ from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.cpu.native.steps import cache_tables
 from specmoe_compile.runtime.policy.prefetch_judge import PrefetchJudge
-from specmoe_compile.runtime.policy.step_trial import StepTrial
 from specmoe_compile.runtime.transfer.base import DONE, Issued, Read
 
 TRACE = Path(__file__).resolve().parents[3] / "benchmarks/results/reference_trace.safetensors"
@@ -115,33 +114,11 @@ def test_a_recorded_model_gives_the_same_plans_and_tables(policy: Any, share: fl
     assert all(cache.clock[0] == 200 for cache in caches)
 
 
-@pytest.mark.parametrize("gain_ms", [-3.0, 0.0, 0.4, 3.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_trial_decides_the_same(seed: int, gain_ms: float) -> None:
-    library = library_or_none()
-    assert library is not None
-    rng, trial = random.Random(seed), StepTrial()
-    pointer = library.specmoe_trial_new()
-    ways = []
-    try:
-        for _ in range(3000):
-            way = trial.begin()
-            assert library.specmoe_trial_begin(pointer) == way
-            ways.append(way)
-            lacked, pushed_out = rng.randrange(20) << 20, rng.randrange(2) << 20
-            ms = 10 + (lacked >> 20) + rng.gauss(0, 2) - gain_ms * way
-            trial.end(ms, lacked, pushed_out)
-            library.specmoe_trial_end(pointer, ms, lacked, pushed_out)
-    finally:
-        library.specmoe_trial_delete(pointer)
-    assert {True, False} == set(ways)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_a_judge_admits_the_same(seed: int) -> None:
     library = library_or_none()
     assert library is not None
-    rng, judge = random.Random(seed), PrefetchJudge(2, float)
+    rng, judge = random.Random(seed), PrefetchJudge(2)
     pointer = library.specmoe_judge_new(2)
     refused = 0
     try:

@@ -24,7 +24,7 @@ from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cuda import prefetch_budget
 from specmoe_compile.runtime.cuda.host_trial import HostTrial
 from specmoe_compile.runtime.cuda.prefetch_budget import amounts_to_try
-from specmoe_compile.runtime.policy.step_trial import COMPARED_STEPS, WARM_STEPS
+from specmoe_compile.runtime.cuda.step_trial import COMPARED_STEPS, WARM_STEPS
 from specmoe_compile.runtime.session import Session
 from tests.helpers import tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import logging
 import threading
-from ctypes import CDLL, POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from specmoe_compile.runtime.cpu.native import build
@@ -142,10 +142,6 @@ def _declare_decisions(library: CDLL) -> None:
     """What only tests call by itself."""
     for name, arguments, result in (
         ("engine_attend", (c_void_p, c_void_p), None),
-        ("trial_new", (), c_void_p),
-        ("trial_delete", (c_void_p,), None),
-        ("trial_begin", (c_void_p,), c_int32),
-        ("trial_end", (c_void_p, c_double, c_int64, c_int64), None),
         ("judge_new", (c_int64,), c_void_p),
         ("judge_delete", (c_void_p,), None),
         ("judge_predicts", (c_void_p, c_int64), c_int32),

@@ -57,8 +57,6 @@ if hasattr(os, "register_at_fork"):
     )
 
 POLICIES = {"lru": 0, "lfu": 1, "adaptive": 2}
-BY_LAYERS, BY_RANKS, BY_TRIAL = 1, 2, 4
-"""What decides which guesses are read, `JudgedBy` in C++; with `auto_off` all of them."""
 NO_FILE = -1
 _COUNTERS = (
     "steps",
@@ -257,7 +255,7 @@ class NativeSteps:
         """Take the options from now on; without `in_parts`, guesses are Python's."""
         control = self.control
         control.guesses = in_parts and not misses.commits
-        control.is_judged = (BY_LAYERS | BY_RANKS | BY_TRIAL) * options.auto_off
+        control.is_judged = options.auto_off
         control.budget_bytes = _or_negative(options.prefetch_budget_bytes)
         control.width = _or_negative(options.prefetch_width)
         control.threshold = -1.0 if misses.threshold is None else misses.threshold

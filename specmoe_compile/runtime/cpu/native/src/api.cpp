@@ -151,16 +151,7 @@ SPECMOE_API void specmoe_steps_quiesce(void* steps) {
 // What torch's ops call.
 SPECMOE_API const StepFunctions* specmoe_step_functions() { return &step_functions(); }
 
-// The trial and the judge alone; for tests, which compare them with Python's.
-SPECMOE_API void* specmoe_trial_new() { return new (std::nothrow) StepTrial; }
-SPECMOE_API void specmoe_trial_delete(void* trial) { delete static_cast<StepTrial*>(trial); }
-SPECMOE_API int32_t specmoe_trial_begin(void* trial) {
-  return static_cast<StepTrial*>(trial)->begin();
-}
-SPECMOE_API void specmoe_trial_end(void* trial, double ms, int64_t lacked, int64_t pushed_out) {
-  static_cast<StepTrial*>(trial)->end(ms, lacked, pushed_out);
-}
-
+// The judge alone; for tests, which compare it with Python's.
 SPECMOE_API void* specmoe_judge_new(int64_t layers) {
   return new (std::nothrow) PrefetchJudge(layers);
 }

@@ -70,7 +70,6 @@ void Slots::start(int64_t number, bool is_guess, const std::vector<ReadPointer>&
   layer.counters[is_guess ? COUNT_SPECULATIVE_BYTES : COUNT_DEMAND_BYTES] +=
       count * layer.record_bytes;
   layer.counters[is_guess ? COUNT_PREFETCHES : COUNT_MISSES] += count;
-  if (!is_guess) lack(count * layer.record_bytes);
 }
 
 void Slots::begin(int64_t number, const std::vector<int64_t>& wanted, StepReads& step) {
@@ -187,7 +186,6 @@ void Slots::drop(int64_t number, const RecordRead& read) {
     layer.counters[COUNT_CANCELLED] += read.state == ReadState::cancelled;
   } else {
     layer.counters[COUNT_DEMAND_BYTES] -= layer.record_bytes;
-    lack(-layer.record_bytes);
   }
 }
 
@@ -267,7 +265,6 @@ void Slots::count_use(int64_t number, const CachePlan& plan) {
     if (!layer.unused[hit.expert]) continue;
     layer.unused[hit.expert] = 0;
     layer.counters[COUNT_USEFUL_BYTES] += layer.record_bytes;
-    lack(layer.record_bytes);
   }
   for (const int64_t expert : plan.evicted) {
     if (!layer.unused[expert]) continue;
@@ -284,7 +281,6 @@ void Slots::count_pushed_out(int64_t number, const std::vector<ReadPointer>& rea
     if (!layer.pushed_out[expert]) continue;
     layer.pushed_out[expert] = 0;
     layer.counters[COUNT_PUSHED_OUT_BYTES] += layer.record_bytes;
-    pushed_out_bytes_ += layer.record_bytes;
   }
 }
 

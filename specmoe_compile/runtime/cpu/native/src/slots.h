@@ -102,9 +102,6 @@ class Slots {
   void close();
 
   int64_t busy_ns() const { return busy_before_ns_ + (readers_ ? readers_->busy_ns() : 0); }
-  // Of all layers so far: what steps lacked, and what of that useless guesses had pushed out.
-  int64_t lacked_bytes() const { return lacked_bytes_; }
-  int64_t pushed_out_bytes() const { return pushed_out_bytes_; }
 
  private:
   std::vector<int64_t> pinned(int64_t number) const;
@@ -116,7 +113,6 @@ class Slots {
   void count_use(int64_t number, const CachePlan& plan);
   void count_pushed_out(int64_t number, const std::vector<ReadPointer>& reads);
   void count_stalled(int64_t number, const RecordRead& read);
-  void lack(int64_t bytes) { lacked_bytes_ += bytes; }
 
   const std::vector<StepLayer>& layers_;
   const int file_;
@@ -129,7 +125,6 @@ class Slots {
   std::vector<ReadPointer> bypassing_;  // into the spare room, nobody has waited for them yet
   // The last waits, as far back as a guess may have begun.
   std::deque<std::pair<Clock::time_point, Clock::time_point>> stalls_;
-  int64_t lacked_bytes_ = 0, pushed_out_bytes_ = 0;
 };
 
 }  // namespace specmoe

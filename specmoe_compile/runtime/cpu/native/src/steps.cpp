@@ -55,7 +55,6 @@ void Steps::close() {
 void Steps::quiesce() {
   const Lock lock(*mutex_);
   abandon();
-  is_timed_ = false;
   for (Prediction& prediction : predictions_) prediction = {};
   slots_.quiesce();
 }
@@ -275,11 +274,6 @@ void Steps::end_step(int64_t number, const StepCall& call, int64_t rest) {
   const StepLayer& layer = layers_[static_cast<size_t>(number)];
   learn(layer, call, rest);
   reduce_experts(y_.data(), call);
-  if (!is_timed_ || number != static_cast<int64_t>(layers_.size()) - 1) return;
-  is_timed_ = false;
-  trial_.end(std::chrono::duration<double, std::milli>(Clock::now() - began_).count(),
-             slots_.lacked_bytes() - lacked_before_,
-             slots_.pushed_out_bytes() - pushed_out_before_);
 }
 
 // Counts one token's outputs in, one layer per step in turn (or per `rest` steps).
@@ -301,7 +295,7 @@ void Steps::learn(const StepLayer& layer, const StepCall& call, int64_t rest) {
 
 bool Steps::guesses(int64_t number) {
   if (layers_[static_cast<size_t>(number)].flags[FLAG_SKIPPED]) return false;
-  return !(control_->is_judged & BY_LAYERS) || judge_.predicts(number);
+  return !control_->is_judged || judge_.predicts(number);
 }
 
 bool Steps::plan(const int64_t* layers, int64_t count, const int64_t* edges, int64_t edge_count,
@@ -312,21 +306,11 @@ bool Steps::plan(const int64_t* layers, int64_t count, const int64_t* edges, int
     if (layers[i] < 0 || layers[i] >= static_cast<int64_t>(layers_.size()) ||
         layers_[static_cast<size_t>(layers[i])].expert == nullptr)
       return false;
-  bool may_guess = true;
-  is_timed_ = false;
-  if (control_->is_judged & BY_TRIAL) {
-    may_guess = trial_.begin();
-    if ((is_timed_ = trial_.is_trying())) {
-      began_ = Clock::now();
-      lacked_before_ = slots_.lacked_bytes();
-      pushed_out_before_ = slots_.pushed_out_bytes();
-    }
-  }
   for (int64_t i = 1; i < edge_count; i += 2) asked_[static_cast<size_t>(edges[i])] = -1;
   std::vector<uint8_t> is_busy(layers_.size(), 0);
   for (int64_t i = 1; i < edge_count; i += 2) {
     int8_t& asked = asked_[static_cast<size_t>(edges[i])];
-    if (asked < 0) asked = may_guess && guesses(edges[i]);
+    if (asked < 0) asked = guesses(edges[i]);
     if (asked)
       for (const int64_t layer : {edges[i - 1], edges[i]})
         is_busy[static_cast<size_t>(layer)] = 1;
@@ -358,8 +342,7 @@ int64_t Steps::start(int64_t number, const StepCall& call) {
     admitted.clear();
     for (const RankedGuess& guess : judge_.admitted(number, experts, call.top_k)) {
       prediction.ranks.emplace_back(guess.expert, guess.rank);
-      if (guess.is_admitted || !(control_->is_judged & BY_RANKS))
-        admitted.push_back(guess.expert);
+      if (guess.is_admitted) admitted.push_back(guess.expert);
     }
   }
   prediction.issued = slots_.prefetch(number, admitted, experts, control_->budget_bytes);
@@ -384,7 +367,7 @@ void Steps::meet_guess(int64_t number, int64_t ticket, const StepCall& call) {
     for (const auto& [expert, rank] : prediction.ranks)
       if (expert == read->fill.expert) brought.emplace_back(rank, is_wanted);
   }
-  judge_.measure(number, brought, control_->is_judged & BY_RANKS);
+  judge_.measure(number, brought);
   // Useful guesses would have pushed out the first ones anyway.
   for (size_t i = useful; i < prediction.issued.evicted.size(); i++)
     layer.pushed_out[prediction.issued.evicted[i]] = 1;

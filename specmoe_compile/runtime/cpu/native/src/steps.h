@@ -18,9 +18,9 @@
 
 #include "experts.h"
 #include "guesses.h"
+#include "judge.h"
 #include "slots.h"
 #include "step_call.h"
-#include "trial.h"
 
 namespace specmoe {
 
@@ -28,7 +28,7 @@ namespace specmoe {
 struct StepControl {
   int64_t is_off;          // all steps are Python's
   int64_t guesses;         // whether steps in parts are done here; else Python does them
-  int64_t is_judged;       // bits of JudgedBy: guesses that do not pay are turned off
+  int64_t is_judged;       // guesses that do not pay are turned off
   int64_t budget_bytes;    // most that a prediction reads; -1: no limit
   int64_t width;           // guesses of a token that count; -1: all
   int64_t learns;          // whether steps learn default vectors, one of several in turn
@@ -103,14 +103,10 @@ class Steps {
   std::unique_ptr<std::recursive_mutex> mutex_;
   bool is_closed_ = false;
   Slots slots_;
-  StepTrial trial_;
   PrefetchJudge judge_;
   std::vector<Prediction> predictions_;  // [L], the last of each layer
   std::vector<int8_t> asked_;            // [L], whether `plan` wants a guess; -1: nobody asked
   int64_t numbers_ = int64_t{1} << 40;   // Python's begin at 1
-  bool is_timed_ = false;
-  Clock::time_point began_{};
-  int64_t lacked_before_ = 0, pushed_out_before_ = 0;
 
   Live live_;
   StepReads reads_;

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specmoe_compile.runtime.policy.step_trial import (
+from specmoe_compile.runtime.cuda.step_trial import (
     BETWEEN_LOOKS,
     BLOCK_STEPS,
     COMPARED_STEPS,
@@ -79,7 +79,7 @@ def test_a_trial_takes_as_long_as_it_has_to() -> None:
 
 def test_a_trial_goes_there_and_back_so_that_a_drift_hits_both_ways() -> None:
     ways = list(Machine(0.1).steps(TRIAL))
-    assert all(ways[:WARM_STEPS]), "at first it learns which guesses are right"
+    assert all(ways[:WARM_STEPS]), "at first slots fill"
     del ways[:WARM_STEPS]
     blocks = [ways[i : i + BLOCK_STEPS] for i in range(0, 8 * BLOCK_STEPS, BLOCK_STEPS)]
     assert [all(block) for block in blocks] == [False, True, True, False] * 2
@@ -121,21 +121,3 @@ def test_a_gain_too_small_to_tell_is_no_gain(effect: float) -> None:
         trial.end(5.0 * (1.0 + trial.begin() * effect), 0)
     assert not trial.is_trying
     assert trial.predicts == (effect < -WORTH)
-
-
-@pytest.mark.parametrize(("pushed_out", "predicts"), [(0.2, True), (0.6, False)])
-def test_what_useless_guesses_push_out_is_charged_to_predicting(
-    pushed_out: float, predicts: bool
-) -> None:
-    """Predicting saves 1.5 ms of a step, and later ones of both ways read again what it pushed out.
-
-    A record takes 1.5 ms, and per step of either way `pushed_out` records are read again.
-    """
-    trial = StepTrial()
-    places = random.Random(0)
-    while trial.is_trying:
-        saved_ms = 1.5 * trial.begin()
-        again = places.random() < pushed_out
-        records = places.choice([2, 5, 9]) + again
-        trial.end(10.0 + 1.5 * records - saved_ms, records * RECORD, again * RECORD)
-    assert trial.predicts == predicts

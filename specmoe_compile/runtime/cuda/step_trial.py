@@ -4,9 +4,7 @@ What one prefetch saves can only be estimated, since the reads of a step hold ea
 step takes is a fact. But steps take longer the more bytes they lack, whatever is predicted, and by
 far more than predicting changes. So steps are compared at the same number of bytes: the slope of
 time over bytes is fitted within both ways of running, and what is left of a step's time once it is
-subtracted is compared by medians, which a disturbed step does not move. One thing that predicting
-does falls on later steps of both ways: an expert that a useless guess pushed out of the cache is
-read again. It is taken off where it falls and charged to predicting.
+subtracted is compared by medians, which a disturbed step does not move.
 
 What is left still scatters by more than predicting changes, where steps differ much. So the trial
 goes on until the difference is clear of its own error, up to a limit. Meanwhile the way that looks
@@ -23,7 +21,7 @@ from statistics import median
 BLOCK_STEPS = 2
 """Steps in a row that are run the same way: what a step leaves behind hits its own way too."""
 WARM_STEPS = 32
-"""Steps that predict and are not compared, at first: slots fill, and gates learn what is right."""
+"""Steps that predict and are not compared, at first: slots fill."""
 COMPARED_STEPS = 64
 """Steps that are compared at least, half of them with predictions."""
 MAX_COMPARED_STEPS = 320
@@ -62,7 +60,6 @@ class StepTrial:
         self._warm = WARM_STEPS
         # Of steps without and with predictions: bytes that they lacked, and milliseconds.
         self._steps: tuple[list[tuple[int, float]], ...] = ([], [])
-        self._pushed_out_bytes = 0
         self._compare_at = COMPARED_STEPS
         self._leads: bool | None = None  # the way that looked better; None before the first look
         self._way = True
@@ -79,18 +76,16 @@ class StepTrial:
         self._begun += 1
         return self._way
 
-    def end(self, ms: float, lacked_bytes: int, pushed_out_bytes: int = 0) -> None:
+    def end(self, ms: float, lacked_bytes: int) -> None:
         """Take in the step that began last.
 
         Args:
             ms: how long it took.
             lacked_bytes: what it needed and had to be read, on demand or ahead.
-            pushed_out_bytes: the part of it that useless guesses had pushed out of the cache.
         """
         if not self.is_trying or self._begun <= self._warm:
             return
         self._steps[self._way].append((lacked_bytes, ms))
-        self._pushed_out_bytes += pushed_out_bytes
         compared = sum(map(len, self._steps))
         if compared >= self._compare_at and all(self._steps):
             self._compare_at = compared + BETWEEN_LOOKS
@@ -107,10 +102,9 @@ class StepTrial:
         without, predicting = self._steps
         slope = _slope(without, predicting)
         worth_ms = WORTH * median(ms for _, ms in without)
-        pushed_out_ms = slope * self._pushed_out_bytes / len(predicting)
         rest_ms, error_ms = _rest_ms(without, slope)
         predicting_ms, other_error_ms = _rest_ms(predicting, slope)
-        gain_ms = rest_ms - predicting_ms - pushed_out_ms - worth_ms
+        gain_ms = rest_ms - predicting_ms - worth_ms
         decision = gain_ms > 0.0
         if not is_last and abs(gain_ms) < CLEAR * math.hypot(error_ms, other_error_ms):
             self._leads = decision
@@ -123,7 +117,7 @@ class StepTrial:
 
     def _restart(self) -> None:
         self.is_trying = True
-        self._begun = self._warm = self._pushed_out_bytes = 0
+        self._begun = self._warm = 0
         self._steps = ([], [])
         self._compare_at = COMPARED_STEPS
         self._leads = None
