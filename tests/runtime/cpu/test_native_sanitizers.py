@@ -42,6 +42,7 @@ def test_the_engine_under_sanitizers(tmp_path: Path) -> None:
     tests = [
         f"tests/runtime/cpu/test_native_{name}.py"
         for name in (
+            "alone",
             "kernels",
             "products",
             "attention",

@@ -142,6 +142,11 @@ def _declare_decisions(library: CDLL) -> None:
     """What only tests call by itself."""
     for name, arguments, result in (
         ("engine_attend", (c_void_p, c_void_p), None),
+        ("alone_new", (), c_void_p),
+        ("alone_delete", (c_void_p,), None),
+        ("alone_of", (c_void_p,), c_void_p),
+        ("alone_is", (c_void_p,), c_int32),
+        ("alone_end", (c_void_p, c_void_p, c_int64), None),
         ("judge_new", (c_int64,), c_void_p),
         ("judge_delete", (c_void_p,), None),
         ("judge_predicts", (c_void_p, c_int64), c_int32),

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "alone.h"
 #include "cache.h"
 #include "experts.h"
 #include "steps.h"
@@ -150,6 +151,17 @@ SPECMOE_API void specmoe_steps_quiesce(void* steps) {
 
 // What torch's ops call.
 SPECMOE_API const StepFunctions* specmoe_step_functions() { return &step_functions(); }
+
+// The choice between all threads and one; for tests: a trial of its own, or an engine's.
+SPECMOE_API void* specmoe_alone_new() { return new (std::nothrow) AloneTrial; }
+SPECMOE_API void specmoe_alone_delete(void* trial) { delete static_cast<AloneTrial*>(trial); }
+SPECMOE_API void* specmoe_alone_of(void* engine) { return &static_cast<Engine*>(engine)->trial(); }
+SPECMOE_API int32_t specmoe_alone_is(void* trial) {
+  return static_cast<AloneTrial*>(trial)->is_alone();
+}
+SPECMOE_API void specmoe_alone_end(void* trial, const RunTimes* run, int64_t tokens) {
+  static_cast<AloneTrial*>(trial)->end(*run, tokens);
+}
 
 // The judge alone; for tests, which compare it with Python's.
 SPECMOE_API void* specmoe_judge_new(int64_t layers) {

@@ -1,5 +1,6 @@
 #include "experts.h"
 
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,6 +20,8 @@ constexpr int64_t kMaxChunkBytes = 256 << 10, kMinChunkBytes = 128 << 10;
 constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
 constexpr int64_t kBlock = 32;
+// Steps of more are prefill: they take long enough for all threads, and no two of them the same time.
+constexpr int64_t kMaxMeasuredTokens = 16;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -43,6 +46,12 @@ float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
   uint16_t bits;
   std::memcpy(&bits, plane + 2 * row, 2);
   return spec.bias_dtype == BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+double now_ns(clockid_t clock) {
+  timespec time{};
+  clock_gettime(clock, &time);
+  return 1e9 * static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec);
 }
 
 // Rounds |value| < 2^22 to the nearest integer, ties to even, without a call.
@@ -110,6 +119,7 @@ class Engine::Step final : public Work {
   void prepare(const Kernels& kernels, const ExpertSpec& spec, const ExpertTask* tasks,
                int64_t count, const float* x, int64_t tokens, float* y, int64_t threads);
   int64_t chunks() const { return up_chunks_ * count() + down_chunks_ * count(); }
+  int64_t bytes() const { return bytes_; }
   void needs(int64_t chunk, int64_t* first, int64_t* second) const override;
   void compute(int64_t chunk, Scratch& scratch) const override;
   void publish(int64_t chunk, const Scratch& scratch) override;
@@ -139,6 +149,7 @@ class Engine::Step final : public Work {
   int64_t intermediate_ = 0;
   int64_t up_rows_ = 0, up_chunks_ = 0;
   int64_t down_rows_ = 0, down_chunks_ = 0;
+  int64_t bytes_ = 0;  // of weights
   std::vector<Task> tasks_;
   std::vector<int32_t> tokens_, places_, identity_;
   Activations x_, hidden_;
@@ -169,10 +180,9 @@ void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const
     x_.put(t, 0, spec.up.inputs, x + t * spec.up.inputs);
   hidden_.reset(rows, intermediate_, is_four_bit(spec.down.book), int8(spec.down));
   const int64_t up_bytes = spec.up.row_bytes * (spec.gate.has_gate ? 2 : 1);
-  const int64_t all_bytes =
-      count * (intermediate_ * up_bytes + spec.down.outputs * spec.down.row_bytes);
+  bytes_ = count * (intermediate_ * up_bytes + spec.down.outputs * spec.down.row_bytes);
   const int64_t chunk_bytes =
-      std::clamp(all_bytes / (threads * kChunksPerThread), kMinChunkBytes, kMaxChunkBytes);
+      std::clamp(bytes_ / (threads * kChunksPerThread), kMinChunkBytes, kMaxChunkBytes);
   up_rows_ = chunk_rows(chunk_bytes, up_bytes, int8(spec.down) ? kBlock : kRowStep);
   up_chunks_ = (intermediate_ + up_rows_ - 1) / up_rows_;
   down_rows_ = chunk_rows(chunk_bytes, spec.down.row_bytes, kRowStep);
@@ -269,6 +279,7 @@ void Engine::set_threads(int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (threads == threads_) return;
   threads_ = threads;
+  trial_ = {};
   if (process_ == getpid()) pool_.reset();
   process_ = 0;
 }
@@ -298,12 +309,29 @@ void Engine::start_threads() {
   process_ = getpid();
 }
 
+void Engine::run_measured(Step& step, int64_t tokens) {
+  if (pool_->threads() < 2 || step.chunks() < 2 || tokens > kMaxMeasuredTokens) {
+    pool_->run(step.offer, step, step.chunks());
+    return;
+  }
+  const double began = now_ns(CLOCK_MONOTONIC), on_core = now_ns(CLOCK_THREAD_CPUTIME_ID);
+  const int64_t own = pool_->callers_chunks();
+  pool_->run(step.offer, step, step.chunks(), trial_.is_alone());
+  RunTimes run;
+  run.core_ns = now_ns(CLOCK_THREAD_CPUTIME_ID) - on_core;
+  run.wall_ns = now_ns(CLOCK_MONOTONIC) - began;
+  run.bytes = static_cast<double>(step.bytes());
+  run.chunks = static_cast<double>(step.chunks());
+  run.own = static_cast<double>(pool_->callers_chunks() - own);
+  trial_.end(run, tokens);
+}
+
 void Engine::products(const ProductsCall& call) {
   const std::lock_guard<std::mutex> lock(mutex_);
   start_threads();
   if (!products_) products_ = std::make_unique<Products>();
   products_->prepare(*kernels_, call);
-  products_->run(*pool_);
+  products_->run(*pool_, trial_.is_alone());
 }
 
 void Engine::attend(const AttentionCall& call) {
@@ -311,7 +339,7 @@ void Engine::attend(const AttentionCall& call) {
   start_threads();
   if (!attention_) attention_ = std::make_unique<Attention>();
   attention_->prepare(*kernels_, call);
-  attention_->run(*pool_);
+  attention_->run(*pool_, trial_.is_alone());
   attention_->finish();
 }
 
@@ -322,7 +350,7 @@ void Engine::run(const ExpertSpec& spec, const ExpertTask* tasks, int64_t count,
   start_threads();
   Step& step = free_step();
   step.prepare(*kernels_, spec, tasks, count, x, tokens, y, pool_->threads());
-  pool_->run(step.offer, step, step.chunks());
+  run_measured(step, tokens);
 }
 
 }  // namespace specmoe

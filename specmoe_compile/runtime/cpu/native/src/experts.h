@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "alone.h"
 #include "pool.h"
 #include "weight.h"
 
@@ -70,17 +71,21 @@ class Engine {
   // Returns once no late thread reads a record any more; call it before records go away.
   void settle();
   const Kernels& kernels() const { return *kernels_; }
+  // Whether it computes alone; only tests ask.
+  AloneTrial& trial() { return trial_; }
   int threads() const { return pool_ ? pool_->threads() : threads_; }
 
  private:
   class Step;
   Step& free_step();
   void start_threads();
+  void run_measured(Step& step, int64_t tokens);
 
   const Kernels* kernels_;
   int threads_;
   std::mutex mutex_;
   std::unique_ptr<Pool> pool_;
+  AloneTrial trial_;
   int64_t process_ = 0;
   std::vector<std::unique_ptr<Step>> steps_;
   std::unique_ptr<Products> products_;

@@ -94,6 +94,7 @@ void Offer::reset(Work* work, int64_t chunks) {
 
 void Offer::run_chunk(int64_t chunk, Scratch& scratch) {
   work_->compute(chunk, scratch);
+  scratch.computed++;
   uint8_t open = 0;
   if (!states_[chunk].compare_exchange_strong(open, 1)) return;
   work_->publish(chunk, scratch);
@@ -141,9 +142,9 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::run(Offer& offer, Work& work, int64_t chunks) {
+void Pool::run(Offer& offer, Work& work, int64_t chunks, bool alone) {
   offer.reset(&work, chunks);
-  if (workers_.empty() || chunks < 2) {
+  if (workers_.empty() || alone || chunks < 2) {
     offer.take_part(scratch_);
     return;
   }

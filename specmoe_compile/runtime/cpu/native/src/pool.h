@@ -36,6 +36,7 @@ class Parking {
 // Memory of one thread, kept from chunk to chunk.
 struct Scratch {
   std::vector<float> floats;
+  int64_t computed = 0;  // chunks
 };
 
 class Work {
@@ -82,8 +83,10 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
-  // Runs chunks 0 to count - 1; the caller takes part. One caller at a time.
-  void run(Offer& offer, Work& work, int64_t chunks);
+  // Runs chunks 0 to count - 1; the caller takes part, or does it alone. One caller at a time.
+  void run(Offer& offer, Work& work, int64_t chunks, bool alone = false);
+  // Chunks that callers of `run` have computed.
+  int64_t callers_chunks() const { return scratch_.computed; }
 
  private:
   void serve();

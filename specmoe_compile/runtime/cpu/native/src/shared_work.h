@@ -13,7 +13,7 @@ constexpr int64_t kAloneBytes = 512 << 10;
 class SharedWork : public Work {
  public:
   // Runs all chunks; returns when no thread looks at the caller's memory any more.
-  void run(Pool& pool) {
+  void run(Pool& pool, bool alone) {
     if (bytes_ <= kAloneBytes) {
       for (int64_t chunk = 0; chunk < chunks(); chunk++) {
         compute(chunk, scratch_);
@@ -21,7 +21,7 @@ class SharedWork : public Work {
       }
       return;
     }
-    pool.run(offer_, *this, chunks());
+    pool.run(offer_, *this, chunks(), alone);
     while (!offer_.is_free()) std::this_thread::yield();
   }
 

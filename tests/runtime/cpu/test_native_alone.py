@@ -1,0 +1,135 @@
+"""When the C++ engine computes on its caller's thread alone: made-up times, and the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import c_double
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from specmoe_compile.runtime.cpu.native.library import library_or_none
+from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT
+from tests.runtime.cpu.test_native_kernels import Experts, engine, run
+
+MIB = 1 << 20
+
+
+class Times(ctypes.Structure):
+    """`RunTimes` of alone.h."""
+
+    _fields_ = tuple((name, c_double) for name in ("wall_ns", "core_ns", "bytes", "chunks", "own"))
+
+
+class Way(NamedTuple):
+    """How runs of 12 MiB in 48 chunks go: time, the caller's share of a core and of the chunks."""
+
+    wall_ms: float
+    core: float
+    own: float
+
+    def times(self) -> Times:
+        return Times(
+            self.wall_ms * 1e6, self.wall_ms * self.core * 1e6, 12 * MIB, 48, self.own * 48
+        )
+
+
+class Machine(NamedTuple):
+    """How runs go with all threads, and on one."""
+
+    shared: Way
+    alone: Way
+
+
+FREE = Machine(Way(0.45, 1.0, 0.5), Way(0.62, 1.0, 1.0))
+CROWDED = Machine(Way(1.3, 0.5, 0.8), Way(0.8, 0.7, 1.0))
+CROWDED_BUT_WORTH_IT = Machine(Way(0.7, 0.6, 0.7), Way(0.9, 0.7, 1.0))
+MANY_CORES = Machine(Way(0.05, 0.3, 0.02), Way(0.9, 0.7, 1.0))
+
+
+class Trial:
+    """`AloneTrial`, on machines that are made up."""
+
+    def __init__(self, pointer: int | None = None) -> None:
+        library = library_or_none()
+        if library is None:
+            pytest.skip("no C++ compiler")
+        self.library = library
+        self.pointer = pointer or library.specmoe_alone_new()
+
+    @property
+    def is_alone(self) -> bool:
+        return bool(self.library.specmoe_alone_is(self.pointer))
+
+    def run(self, machine: Machine, runs: int, tokens: int = 1) -> list[bool]:
+        """Which of so many runs were alone."""
+        ways = []
+        for _ in range(runs):
+            ways.append(self.is_alone)
+            times = machine[self.is_alone].times()
+            self.library.specmoe_alone_end(self.pointer, ctypes.byref(times), tokens)
+        return ways
+
+
+@pytest.fixture
+def trial() -> Iterator[Trial]:
+    made = Trial()
+    yield made
+    made.library.specmoe_alone_delete(made.pointer)
+
+
+def mean_ms(machine: Machine, ways: list[bool]) -> float:
+    return sum(machine[way].wall_ms for way in ways) / len(ways)
+
+
+@pytest.mark.parametrize("machine", [FREE, MANY_CORES])
+def test_nothing_is_tried_where_one_thread_cannot_win(machine: Machine, trial: Trial) -> None:
+    assert not any(trial.run(machine, 20_000))
+
+
+def test_one_crowded_moment_is_no_reason(trial: Trial) -> None:
+    for _ in range(100):
+        assert not any(trial.run(CROWDED, 13))  # one window
+        assert not any(trial.run(FREE, 100))
+
+
+def test_beside_busy_processes_nearly_all_runs_are_alone(trial: Trial) -> None:
+    assert trial.run(CROWDED, 30)[-1]  # within 40 ms
+    ways = trial.run(CROWDED, 20_000)
+    assert not all(ways)
+    assert mean_ms(CROWDED, ways) < 1.02 * CROWDED.alone.wall_ms
+
+
+def test_all_threads_come_back_when_cores_are_free(trial: Trial) -> None:
+    trial.run(CROWDED, 20_000)
+    ways = trial.run(FREE, 4000)  # 2.5 s
+    assert any(ways)
+    assert not any(trial.run(FREE, 20_000))
+
+
+def test_all_threads_stay_where_they_are_faster_in_a_crowd(trial: Trial) -> None:
+    machine = CROWDED_BUT_WORTH_IT
+    ways = trial.run(machine, 20_000)
+    assert any(ways)
+    assert mean_ms(machine, ways) < 1.02 * machine.shared.wall_ms
+
+
+def test_another_number_of_tokens_is_another_matter(trial: Trial) -> None:
+    assert trial.run(CROWDED, 30)[-1]
+    trial.run(CROWDED, 1, tokens=2)
+    assert not trial.is_alone
+
+
+def test_a_change_between_steps_changes_no_bit() -> None:
+    experts = Experts(256, 1024, PLAIN_FORMAT, torch.float32, count=4)
+    want, _ = run(engine("portable", 1), experts, 3)
+    tool = engine("portable", 3)
+    trial = Trial(tool.library.specmoe_alone_of(tool.pointer))
+    for threads in (3, 2, 4):
+        tool.set_threads(threads)
+        for machine, runs in ((CROWDED, 100), (FREE, 4000)):
+            trial.run(machine, runs, tokens=3)
+            assert trial.is_alone == (machine is CROWDED)
+            assert torch.equal(run(tool, experts, 3)[0], want)
