@@ -30,12 +30,6 @@ int64_t chunk_rows(int64_t chunk_bytes, int64_t row_bytes, int64_t step) {
   return std::max(step, chunk_bytes / std::max<int64_t>(1, row_bytes) / step * step);
 }
 
-float rounded_to(float value, int32_t dtype) {
-  if (dtype == BF16) return from_bf16(to_bf16(value));
-  if (dtype == F16) return from_f16(to_f16(value));
-  return value;
-}
-
 float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
   const uint8_t* plane = record + spec.bias;
   if (spec.bias_dtype == F32) {
@@ -59,14 +53,12 @@ float to_nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
 
 // Adds the bias and rounds to the dtype. The product of a plain weight is rounded by itself first,
 // as torch does, that of a coded one is float32 until then.
-void end_product(float* values, int64_t count, const uint8_t* record, const WeightSpec& spec,
-                 int32_t dtype, int64_t first_row) {
-  for (int64_t i = 0; i < count; i++) {
-    float value = values[i];
-    if (is_plain(spec.book)) value = rounded_to(value, dtype);
-    if (spec.bias >= 0) value += bias_at(record, spec, first_row + i);
-    values[i] = rounded_to(value, dtype);
-  }
+void end_product(const Kernels& kernels, float* values, int64_t count, const uint8_t* record,
+                 const WeightSpec& spec, int32_t dtype, int64_t first_row) {
+  if (is_plain(spec.book)) kernels.round(values, count, dtype);
+  if (spec.bias >= 0)
+    for (int64_t i = 0; i < count; i++) values[i] += bias_at(record, spec, first_row + i);
+  if (spec.bias >= 0 || !is_plain(spec.book)) kernels.round(values, count, dtype);
 }
 
 }  // namespace
@@ -212,7 +204,8 @@ void Engine::Step::product(const WeightSpec& weight, const uint8_t* record, int6
       spec_.int8 && has_int8(weight.book) ? kernels_->rows_int8 : kernels_->rows;
   rows(view, begin, end, inputs, out, end - begin);
   for (int64_t t = 0; t < inputs.tokens; t++)
-    end_product(out + t * (end - begin), end - begin, record, weight, spec_.gate.dtype, begin);
+    end_product(*kernels_, out + t * (end - begin), end - begin, record, weight, spec_.gate.dtype,
+                begin);
 }
 
 void Engine::Step::compute_up(const Task& task, int64_t begin, int64_t end,

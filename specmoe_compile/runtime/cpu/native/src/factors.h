@@ -97,17 +97,14 @@ class Factors {
     const int64_t all = rows * spec.scale_columns;
     const bool is_spread = spec.scale_columns != count;
     float* scales = is_spread ? compact_ : scale_[0];
-    const auto bytes = [&](auto value) {
-      by_sixteen<uint8_t>(plane + first, all, scales, [=](const uint8_t* p) {
-        alignas(64) float values[16];
-        for (int i = 0; i < 16; i++) values[i] = value(p[i]) * factor;
-        return load(values);
-      });
-    };
     if (spec.scale == SCALE_E8M0)
-      bytes([](uint8_t byte) { return from_e8m0(byte); });
+      by_sixteen<uint8_t>(plane + first, all, scales, [=](const uint8_t* p) {
+        return mul(load_e8m0(p), broadcast(factor));
+      });
     else if (spec.scale == SCALE_E4M3)
-      bytes([](uint8_t byte) { return from_e4m3(byte); });
+      by_sixteen<uint8_t>(plane + first, all, scales, [=](const uint8_t* p) {
+        return mul(load_e4m3(p), broadcast(256.0f * factor));
+      });
     else if (spec.scale == SCALE_BF16)
       by_sixteen<uint16_t>(plane + 2 * first, all, scales, [=](const uint16_t* p) {
         return mul(load_bf16(p), broadcast(factor));

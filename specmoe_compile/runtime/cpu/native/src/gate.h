@@ -78,5 +78,15 @@ inline void gate_any(float* gate, const float* up, int64_t count, const GateSpec
   }
 }
 
+template <int32_t D>
+void round_rows(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; i++) values[i] = rounded<D>(values[i]);
+}
+
+inline void round_any(float* values, int64_t count, int32_t dtype) {
+  if (dtype == BF16) round_rows<BF16>(values, count);
+  if (dtype == F16) round_rows<F16>(values, count);
+}
+
 }  // namespace
 }  // namespace specmoe

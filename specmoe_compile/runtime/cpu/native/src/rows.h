@@ -6,7 +6,7 @@
 //   reduced     the sum of the lanes, in the order below
 //   Table       16 values by code, and load_table(p)
 //   lookup      Pair of V of 16 bytes: the low nibbles', the high nibbles'
-//   load_e4m3   V of 16 codes without their factor 2^8; load_int8 V of 16
+//   load_e4m3   V of 16 codes without their factor 2^8; load_e8m0, load_int8 V of 16
 //   ROWS1, ROWSN, TOKENS   rows at once for one token, for more, and tokens at once
 //
 // Order of sums. A dot has 16 partial sums: that of lane j takes columns j, j + 16, j + 32, ... in
@@ -129,6 +129,7 @@ inline void coded_block(const WeightView& w, const Book& book, const RowFactors*
     const bool is_tail = (b + 1) * 32 > inputs;
     for (int r = 0; r < R; r++) {
       const uint8_t* codes = rows[r] + b * Book::kBytes;
+      if (b * Book::kBytes % kLine == 0) prefetch(codes, kAheadBytes);
       alignas(64) uint8_t tail[Book::kBytes] = {};
       if (is_tail) {
         std::memcpy(tail, codes, static_cast<size_t>(row_bytes - b * Book::kBytes));

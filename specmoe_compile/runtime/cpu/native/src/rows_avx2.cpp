@@ -73,6 +73,19 @@ inline V load_e4m3(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
           _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
+inline __m256 wide_e8m0(__m256i code) {
+  const __m256i least = _mm256_and_si256(_mm256_cmpeq_epi32(code, _mm256_setzero_si256()),
+                                         _mm256_set1_epi32(0x00400000));
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(255)),
+                                       _mm256_set1_epi32(0x7fc00000));
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_slli_epi32(code, 23), _mm256_or_si256(least, nan)));
+}
+inline V load_e8m0(const uint8_t* p) {
+  const __m128i bytes = load16(p);
+  return {wide_e8m0(_mm256_cvtepu8_epi32(bytes)),
+          wide_e8m0(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 inline V load_int8(const uint8_t* p) {
   const __m128i bytes = load16(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
@@ -119,7 +132,7 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 namespace specmoe {
 
 const Kernels* avx2_kernels_or_null() {
-  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any, attend_any};
+  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any, round_any, attend_any};
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("f16c");
   return has ? &kernels : nullptr;

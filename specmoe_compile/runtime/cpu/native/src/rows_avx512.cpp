@@ -57,6 +57,13 @@ inline V load_e4m3(const uint8_t* p) {
                                        _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
   return _mm512_cvtph_ps(half);
 }
+inline V load_e8m0(const uint8_t* p) {
+  const __m512i code = _mm512_cvtepu8_epi32(load16(p));
+  __m512i bits = _mm512_slli_epi32(code, 23);
+  bits = _mm512_mask_set1_epi32(bits, _mm512_testn_epi32_mask(code, code), 0x00400000);
+  return _mm512_castsi512_ps(_mm512_mask_set1_epi32(
+      bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)), 0x7fc00000));
+}
 inline V load_int8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p)));
 }
@@ -99,7 +106,7 @@ constexpr int ROWS1 = 4, ROWSN = 4, TOKENS = 4;
 namespace specmoe {
 
 const Kernels* avx512_kernels_or_null() {
-  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any, attend_any};
+  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any, round_any, attend_any};
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vnni");

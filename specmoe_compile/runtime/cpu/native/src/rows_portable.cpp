@@ -74,6 +74,9 @@ inline Pair lookup(const Table& t, const uint8_t* p) {
 inline V load_e4m3(const uint8_t* p) {
   return each([&](int j) { return from_e4m3(p[j]) * 0.00390625f; });
 }
+inline V load_e8m0(const uint8_t* p) {
+  return each([&](int j) { return from_e8m0(p[j]); });
+}
 inline V load_int8(const uint8_t* p) {
   return each([&](int j) { return static_cast<float>(static_cast<int8_t>(p[j])); });
 }
@@ -162,7 +165,8 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 namespace specmoe {
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels{"portable", any_rows, any_rows_int8, gate_any, attend_any};
+  static const Kernels kernels{"portable", any_rows,  any_rows_int8,
+                               gate_any,   round_any, attend_any};
   return kernels;
 }
 

@@ -98,6 +98,8 @@ struct Kernels {
                     int64_t out_stride);
   // Activation and gate in place: [count] pairs -> gate[count], see gate.h.
   void (*gate)(float* gate, const float* up, int64_t count, const struct GateSpec&);
+  // Rounds to a dtype in place.
+  void (*round)(float* values, int64_t count, int32_t dtype);
   // scores: [R, C] to work in. out: sums [R, D], not divided yet; the largest score [R]; and the
   // sum of exponentials [R].
   void (*attend)(const struct AttentionPart&, float* scores, float* out);
