@@ -27,7 +27,7 @@ from specmoe_compile.runtime.experts.formats.expert_format import (
 )
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode, dequantise
 from specmoe_compile.runtime.experts.layout import ExpertLayout
-from tests.runtime.experts.test_weight_code import ALL, INT4, MXFP4, NVFP4, random_planes
+from tests.runtime.experts.test_weight_code import ALL, INT4, INT8, MXFP4, NVFP4, random_planes
 
 KERNELS = ("portable", "avx2", "avx512")
 # Whole vectors, tails of rows, a tail of one column, fewer columns than a vector has.
@@ -194,9 +194,9 @@ def test_gates(gate: str) -> None:
             assert_close(*run(engine(kernels), experts, 2), dtype)
 
 
-@pytest.mark.parametrize("format", ["plain", "mxfp4", "nvfp4", "zeros"])
+@pytest.mark.parametrize("format", ["plain", "mxfp4", "nvfp4", "zeros", "int8"])
 def test_instruction_sets_agree_to_the_bit(format: str) -> None:
-    code = {"mxfp4": MXFP4, "nvfp4": NVFP4, "zeros": INT4_ZEROS}.get(format)
+    code = {"mxfp4": MXFP4, "nvfp4": NVFP4, "zeros": INT4_ZEROS, "int8": INT8}.get(format)
     formats = PLAIN_FORMAT if code is None else ExpertFormat(up=code, down=code)
     for int8 in (False, True):
         experts = Experts(96, 160, formats, torch.bfloat16, bias=True)
@@ -208,11 +208,23 @@ def test_instruction_sets_agree_to_the_bit(format: str) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("code", [c for c in CODES if c.book in ("e2m1", "int4", "int8")], ids=str)
 def test_int8_activations_err_by_their_rounding_alone(kernels: str, code: WeightCode) -> None:
-    experts = Experts(128, 256, ExpertFormat(up=code, down=code), torch.float32)
-    for tokens in (1, 3):
-        got, expected = run(engine(kernels), experts, tokens, int8=True)
-        error = (got - expected).norm() / expected.norm()
-        assert 1e-5 < error < 0.02  # 1 in 254 of the largest of 32, twice
+    for sizes in ((128, 256), (96, 160)):  # whole groups of 128 columns, and parts of one
+        experts = Experts(*sizes, ExpertFormat(up=code, down=code), torch.float32)
+        for tokens in (1, 3):
+            got, expected = run(engine(kernels), experts, tokens, int8=True)
+            error = (got - expected).norm() / expected.norm()
+            assert 1e-5 < error < 0.02  # 1 in 254 of the largest of 32, twice
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_e8m0_scale_is_its_power_of_two(kernels: str) -> None:
+    experts = Experts(256, 32, ExpertFormat(up=MXFP4, down=MXFP4), torch.float32, gate="relu2")
+    for record in experts.records:
+        scales = experts.layout.views(record)["down_proj_scales"]  # one per row
+        scales.copy_(torch.arange(256).to(torch.uint8).view(scales.shape))
+    got, expected = run(engine(kernels), experts, 1)
+    assert expected.isnan().sum() == len(experts.records) and (expected != 0).all()
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-43, equal_nan=True)
 
 
 def test_threads_and_chunks_change_no_bit() -> None:

@@ -20,7 +20,8 @@ constexpr int64_t kMaxChunkBytes = 256 << 10, kMinChunkBytes = 128 << 10;
 constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
 constexpr int64_t kBlock = 32;
-// Steps of more are prefill: they take long enough for all threads, and no two of them the same time.
+constexpr int64_t kGroup = 128;  // columns that int8 kernels take at once
+// Steps of more are prefill, of which no two take the same time.
 constexpr int64_t kMaxMeasuredTokens = 16;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -64,7 +65,7 @@ void end_product(const Kernels& kernels, float* values, int64_t count, const uin
 }  // namespace
 
 void Activations::reset(int64_t rows, int64_t width, bool four_bit, bool int8) {
-  stride_ = round_up(width, kBlock);
+  stride_ = round_up(width, int8 ? kGroup : kBlock);
   four_bit_ = four_bit;
   int8_ = int8;
   values_.assign(static_cast<size_t>(rows * stride_), 0.0f);
@@ -91,11 +92,20 @@ void Activations::put(int64_t row, int64_t begin, int64_t count, const float* va
     for (int64_t i = 0; i < kBlock; i++) largest = std::max(largest, std::fabs(from[i]));
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     scales_[static_cast<size_t>(row * stride_ / kBlock + block)] = largest / 127.0f;
-    int8_t* codes = codes_.data() + row * stride_ + block * kBlock;
+    int8_t quantised[kBlock];
     for (int64_t i = 0; i < kBlock; i++) {
       const float code = to_nearest(from[i] * inverse);
-      codes[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : (code >= -127.0f ? code : -127.0f));
+      quantised[i] =
+          static_cast<int8_t>(code > 127.0f ? 127.0f : (code >= -127.0f ? code : -127.0f));
     }
+    int8_t* codes = codes_.data() + row * stride_;
+    if (!four_bit_) {
+      std::memcpy(codes + block * kBlock, quantised, kBlock);
+      continue;
+    }
+    codes += block * kBlock / kGroup * kGroup + block * kBlock % kGroup / 2;
+    std::memcpy(codes, quantised, kBlock / 2);
+    std::memcpy(codes + kGroup / 2, quantised + kBlock / 2, kBlock / 2);
   }
 }
 

@@ -3,7 +3,7 @@
 // Included by one file per instruction set, which defines before:
 //   V           16 floats, and zero(), broadcast(x), halves(a, b) (8 of each), load(p),
 //               load_bf16(p), load_f16(p), add(a, b), mul(a, b), fma(a, b, c)
-//   reduced     the sum of the lanes, in the order below
+//   reduced     the sum of the lanes, in the order below; reduce4 of 4 vectors
 //   Table       16 values by code, and load_table(p)
 //   lookup      Pair of V of 16 bytes: the low nibbles', the high nibbles'
 //   load_e4m3   V of 16 codes without their factor 2^8; load_e8m0, load_int8 V of 16
@@ -27,7 +27,8 @@ namespace specmoe {
 namespace {
 
 // Rows of so few bytes are read one after the other: hopping between lines of one page halves what
-// the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not.
+// the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not. Not
+// so with int8 activations, which ask for the next rows themselves.
 constexpr int64_t kShortRow = 2048;
 constexpr int64_t kLine = 64;  // shorter rows are lines one after the other in any order
 // What the processor is told to bring ahead of one row, into its second cache; of rows that are read
@@ -173,7 +174,7 @@ inline void cover_tokens(Block block, int64_t row, int64_t tokens, float* out) {
 template <class Block>
 inline void cover_one_token(Block block, int64_t begin, int64_t end, float* out) {
   const int64_t row_bytes = block.w.spec->row_bytes;
-  const bool one_by_one = row_bytes > kLine && row_bytes <= kShortRow;
+  const bool one_by_one = Block::kOneByOne && row_bytes > kLine && row_bytes <= kShortRow;
   const int64_t most = block.rows_at_once();
   for (int64_t row = begin; row < end; row += most) {
     const int rows = static_cast<int>(end - row < most ? end - row : most);
@@ -205,6 +206,7 @@ struct PlainBlock {
   const WeightView& w;
   const Inputs& in;
   int64_t out_stride;
+  static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return kManyRows; }
   void prepare(int64_t, int) {}
   template <int R, int N>
@@ -222,6 +224,7 @@ struct CodedBlock {
   Factors<ROWS1>& factors;
   float factor;
   float middle;
+  static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
   // `nth`: of the rows that were prepared, the first one.

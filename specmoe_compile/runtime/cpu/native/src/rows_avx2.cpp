@@ -37,6 +37,19 @@ inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const 
 inline __m256 wide_bf16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+inline void reduce4(const V& v0, const V& v1, const V& v2, const V& v3, float* out) {
+  const auto halved = [](const V& a, const V& b) {  // lanes j + 4: 4 sums of each
+    const __m256 x = _mm256_add_ps(a.low, a.high), y = _mm256_add_ps(b.low, b.high);
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  };
+  const __m256 a = halved(v0, v2), b = halved(v1, v3);
+  // Of each half 4 lanes of one row: 0 and 1 in the low halves, 2 and 3 in the high ones.
+  const __m256 two = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  const __m256 one = _mm256_add_ps(two, _mm256_permute_ps(two, 0xb1));
+  const __m256 sums = _mm256_permutevar8x32_ps(one, _mm256_setr_epi32(0, 2, 4, 6, 0, 0, 0, 0));
+  _mm_storeu_ps(out, _mm256_castps256_ps128(sums));
+}
+
 inline V load_bf16(const uint16_t* p) { return {wide_bf16(load16(p)), wide_bf16(load16(p + 8))}; }
 inline V load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 8))};
@@ -92,33 +105,49 @@ inline V load_int8(const uint8_t* p) {
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
-using I = __m256i;
-using F8 = __m256;
-using Bytes = __m256i;
-using Bytes16 = __m128i;
+struct Bytes {
+  __m256i low, high;
+};
+using Bytes16 = __m256i;
+struct BytesPair {
+  Bytes first, second;
+};
+using Acts = Bytes;
 
-inline F8 zero8() { return _mm256_setzero_ps(); }
-inline F8 broadcast8(float x) { return _mm256_set1_ps(x); }
-inline F8 quarters(float a, float b) { return _mm256_setr_ps(a, a, b, b, a, a, b, b); }
-inline F8 to_f8(I v) { return _mm256_cvtepi32_ps(v); }
-inline F8 fma8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
-inline F8 mul8(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
-inline Bytes load_bytes(const void* p) {
+inline __m256i load32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Bytes16 load_bytes16(const int8_t* p) { return load16(p); }
-inline Bytes bytes_of(int8_t x) { return _mm256_set1_epi8(x); }
-inline Bytes nibbles_int8(Bytes16 t, const uint8_t* p) {
-  const __m128i bytes = load16(p);
-  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes);
-  const __m256i nibbles = _mm256_and_si256(both, _mm256_set1_epi8(15));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), nibbles);
+inline Bytes load_bytes(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
+inline Acts load_acts(const int8_t* p) { return {load32(p), load32(p + 32)}; }
+inline Bytes16 load_table16(const int8_t* p) { return _mm256_broadcastsi128_si256(load16(p)); }
+inline __m256i of_nibbles(Bytes16 t, __m256i bytes) {
+  return _mm256_shuffle_epi8(t, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
 }
-inline I dot4(Bytes w, Bytes x) {
+inline BytesPair nibbles(Bytes16 t, const uint8_t* p) {
+  const __m256i low = load32(p), high = load32(p + 32);
+  return {{of_nibbles(t, low), of_nibbles(t, high)},
+          {of_nibbles(t, _mm256_srli_epi16(low, 4)), of_nibbles(t, _mm256_srli_epi16(high, 4))}};
+}
+inline __m256 dots8(__m256i w, __m256i x) {
   // |w| <= 128 and |x| <= 127: two products are at most 32512, no sum saturates.
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+inline V dots(const Bytes& w, const Acts& x) {
+  return {dots8(w.low, x.low), dots8(w.high, x.high)};
+}
+inline V sums(const Acts& x) {
+  const __m256i one = _mm256_set1_epi8(1);
+  return {dots8(one, x.low), dots8(one, x.high)};
+}
+inline V spread4(const float* p) {
+  return {_mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])),
+          _mm256_set_m128(_mm_set1_ps(p[3]), _mm_set1_ps(p[2]))};
+}
+inline __m256 twice(const float* p) {
+  return _mm256_setr_ps(p[0], p[0], p[1], p[1], p[2], p[2], p[3], p[3]);
+}
+inline V spread8(const float* p) { return {twice(p), twice(p + 4)}; }
 
 constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 

@@ -36,6 +36,18 @@ inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const 
 inline __m256i load32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
+inline void reduce4(V v0, V v1, V v2, V v3, float* out) {
+  const auto halved = [](V a, V b) {  // lanes j + 8: 8 sums of each
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const V a = halved(v0, v1), b = halved(v2, v3);
+  V sums = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
+  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
+  // In a register: compressing into memory takes a Zen 4 more than a hundred cycles.
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums)));
+}
+
 inline V load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
 }
@@ -68,30 +80,46 @@ inline V load_int8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p)));
 }
 
-using I = __m256i;
-using F8 = __m256;
-using Bytes = __m256i;
-using Bytes16 = __m128i;
+// 64 weights, each with 128 added: what one instruction multiplies has no sign.
+using Bytes = __m512i;
+using Bytes16 = __m512i;
+struct BytesPair {
+  Bytes first, second;
+};
+struct Acts {
+  __m512i x;
+  __m512i without;  // lane j: -128 times the sum of bytes 4j to 4j + 3
+};
 
-inline F8 zero8() { return _mm256_setzero_ps(); }
-inline F8 broadcast8(float x) { return _mm256_set1_ps(x); }
-inline F8 quarters(float a, float b) {
-  return _mm256_mask_blend_ps(0xcc, _mm256_set1_ps(a), _mm256_set1_ps(b));
+inline Bytes load_bytes(const uint8_t* p) {
+  return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
 }
-inline F8 to_f8(I v) { return _mm256_cvtepi32_ps(v); }
-inline F8 fma8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
-inline F8 mul8(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
-inline Bytes load_bytes(const void* p) { return load32(p); }
-inline Bytes16 load_bytes16(const int8_t* p) { return load16(p); }
-inline Bytes bytes_of(int8_t x) { return _mm256_set1_epi8(x); }
-inline Bytes nibbles_int8(Bytes16 t, const uint8_t* p) {
-  const __m128i bytes = load16(p);
-  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes);
-  const __m256i nibbles = _mm256_and_si256(both, _mm256_set1_epi8(15));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), nibbles);
+inline Bytes16 load_table16(const int8_t* p) {
+  return _mm512_xor_si512(_mm512_broadcast_i32x4(load16(p)), _mm512_set1_epi8(-128));
 }
-inline I dot4(Bytes w, Bytes x) {
-  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+inline BytesPair nibbles(Bytes16 t, const uint8_t* p) {
+  const __m512i bytes = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+  return {_mm512_shuffle_epi8(t, _mm512_and_si512(bytes, low)),
+          _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low))};
+}
+inline __m512i sums_i32(__m512i x) {
+  return _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
+}
+inline Acts load_acts(const int8_t* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {x, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums_i32(x), 7))};
+}
+inline V dots(Bytes w, const Acts& a) {
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.without, w, a.x));
+}
+inline V sums(const Acts& a) { return _mm512_cvtepi32_ps(sums_i32(a.x)); }
+inline V spread4(const float* p) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), lanes);
+}
+inline V spread8(const float* p) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
 }
 
 constexpr int ROWS1 = 4, ROWSN = 4, TOKENS = 4;

@@ -43,6 +43,13 @@ inline float reduced(V v) {
     for (int j = 0; j < step; j++) v.lane[j] += v.lane[j + step];
   return v.lane[0];
 }
+inline void reduce4(const V& v0, const V& v1, const V& v2, const V& v3, float* out) {
+  out[0] = reduced(v0);
+  out[1] = reduced(v1);
+  out[2] = reduced(v2);
+  out[3] = reduced(v3);
+}
+
 inline V load_bf16(const uint16_t* p) {
   uint16_t bits[16];
   std::memcpy(bits, p, sizeof bits);
@@ -81,76 +88,55 @@ inline V load_int8(const uint8_t* p) {
   return each([&](int j) { return static_cast<float>(static_cast<int8_t>(p[j])); });
 }
 
-struct I {
-  int32_t lane[8];
-};
-struct F8 {
-  float lane[8];
-};
 struct Bytes {
-  int8_t byte[32];
+  int8_t byte[64];
 };
 struct Bytes16 {
   int8_t byte[16];
 };
+struct BytesPair {
+  Bytes first, second;
+};
+using Acts = Bytes;
 
-template <class Of>
-inline F8 each8(Of of) {
-  F8 v;
-  for (int j = 0; j < 8; j++) v.lane[j] = of(j);
-  return v;
-}
-inline F8 zero8() { return F8{}; }
-inline F8 broadcast8(float x) {
-  return each8([=](int) { return x; });
-}
-inline F8 quarters(float a, float b) {
-  return each8([=](int j) { return (j & 2) ? b : a; });
-}
-inline F8 to_f8(const I& v) {
-  return each8([&](int j) { return static_cast<float>(v.lane[j]); });
-}
-inline F8 fma8(const F8& a, const F8& b, const F8& c) {
-  return each8([&](int j) { return std::fmaf(a.lane[j], b.lane[j], c.lane[j]); });
-}
-inline F8 mul8(const F8& a, const F8& b) {
-  return each8([&](int j) { return a.lane[j] * b.lane[j]; });
-}
-inline float reduced8(F8 v) {
-  for (int step = 4; step > 0; step >>= 1)
-    for (int j = 0; j < step; j++) v.lane[j] += v.lane[j + step];
-  return v.lane[0];
-}
 inline Bytes load_bytes(const void* p) {
   Bytes v;
   std::memcpy(v.byte, p, sizeof v.byte);
   return v;
 }
-inline Bytes16 load_bytes16(const int8_t* p) {
+inline Acts load_acts(const int8_t* p) { return load_bytes(p); }
+inline Bytes16 load_table16(const int8_t* p) {
   Bytes16 v;
   std::memcpy(v.byte, p, sizeof v.byte);
   return v;
 }
-inline Bytes bytes_of(int8_t x) {
-  Bytes v;
-  std::memset(v.byte, x, sizeof v.byte);
-  return v;
-}
-inline Bytes nibbles_int8(const Bytes16& t, const uint8_t* p) {
-  Bytes v;
-  for (int j = 0; j < 16; j++) {
-    v.byte[j] = t.byte[p[j] & 15];
-    v.byte[j + 16] = t.byte[p[j] >> 4];
+inline BytesPair nibbles(const Bytes16& t, const uint8_t* p) {
+  BytesPair v;
+  for (int j = 0; j < 64; j++) {
+    v.first.byte[j] = t.byte[p[j] & 15];
+    v.second.byte[j] = t.byte[p[j] >> 4];
   }
   return v;
 }
-inline I dot4(const Bytes& w, const Bytes& x) {
-  I v;
-  for (int j = 0; j < 8; j++) {
-    v.lane[j] = 0;
-    for (int i = 0; i < 4; i++) v.lane[j] += w.byte[4 * j + i] * x.byte[4 * j + i];
-  }
-  return v;
+inline V dots(const Bytes& w, const Acts& x) {
+  return each([&](int j) {
+    int32_t sum = 0;
+    for (int i = 4 * j; i < 4 * j + 4; i++) sum += w.byte[i] * x.byte[i];
+    return static_cast<float>(sum);
+  });
+}
+inline V sums(const Acts& x) {
+  return each([&](int j) {
+    int32_t sum = 0;
+    for (int i = 4 * j; i < 4 * j + 4; i++) sum += x.byte[i];
+    return static_cast<float>(sum);
+  });
+}
+inline V spread4(const float* p) {
+  return each([=](int j) { return p[j / 4]; });
+}
+inline V spread8(const float* p) {
+  return each([=](int j) { return p[j / 2]; });
 }
 
 constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;

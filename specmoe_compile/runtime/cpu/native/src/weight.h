@@ -76,10 +76,11 @@ struct WeightView {
 
 // Inputs of a product: float32 rows, zeros up to a multiple of 32 columns. For 4-bit weights each
 // block of 32 has its 16 even columns first, then its 16 odd ones, as the nibbles of a code plane.
-// `codes` and the rest are there for int8 arithmetic only.
+// `codes` and the rest are there for int8 arithmetic only: zeros up to a multiple of 128 columns, and
+// for 4-bit weights each 128 have the first halves of their 4 blocks first, then the second ones.
 struct Inputs {
   const float* values;    // [.., stride]
-  const int8_t* codes;    // [.., stride], the same order
+  const int8_t* codes;    // [.., stride]
   const float* scales;    // [.., stride / 32]
   const int32_t* rows;    // [T], the row of each token
   int64_t stride;         // a multiple of 32
