@@ -220,7 +220,9 @@ def test_int8_activations_err_by_their_rounding_alone(kernels: str, code: Weight
 def test_every_e8m0_scale_is_its_power_of_two(kernels: str) -> None:
     experts = Experts(256, 32, ExpertFormat(up=MXFP4, down=MXFP4), torch.float32, gate="relu2")
     for record in experts.records:
-        scales = experts.layout.views(record)["down_proj_scales"]  # one per row
+        views = experts.layout.views(record)
+        views["down_proj"].fill_(0x22)  # ones
+        scales = views["down_proj_scales"]  # one per row
         scales.copy_(torch.arange(256).to(torch.uint8).view(scales.shape))
     got, expected = run(engine(kernels), experts, 1)
     assert expected.isnan().sum() == len(experts.records) and (expected != 0).all()
