@@ -27,6 +27,7 @@ from specmoe_compile.passes.replace_sums import rank_groups
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
 from specmoe_compile.system.compilers import check_compiler
+from specmoe_compile.system.early_kernels import kernels_compiled_early
 from specmoe_compile.system.graph_runs import counted
 from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
@@ -287,7 +288,8 @@ def _lower_with_inductor(
 
     captures = _captures(gm, config)
     patches = {**patches, "triton.cudagraphs": True} if captures else dict(patches)
-    compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+    with kernels_compiled_early():
+        compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     if not captures:
         return compiled
     return _keeping_results(_telling_of_capture(compiled, gm), made_results(gm))

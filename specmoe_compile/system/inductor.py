@@ -55,10 +55,33 @@ def cpu_settings() -> dict[str, Any]:
     for name, variable in _ASSERTS.items():
         if variable not in os.environ:
             settings[name] = False
-    if config.cpp.vec_isa_ok is None and compiler_takes_vector_flags():
-        settings["cpp.vec_isa_ok"] = True
-        list_vector_sets()
+    if config.cpp.vec_isa_ok is None:
+        ask_compiler_ahead().join()
+        if compiler_takes_vector_flags():
+            settings["cpp.vec_isa_ok"] = True
     return settings
+
+
+@functools.cache
+def ask_compiler_ahead() -> threading.Thread:
+    """Ask the C++ compiler what `cpu_settings` needs to know, in a thread; once in a process.
+
+    It answers in processes of its own, so that another thread can trace a model meanwhile. Threads
+    read what identifies PyTorch and Triton in Inductor's caches as well, where PyTorch has them.
+    """
+    # Imported here, as two threads that import at once may find half a module.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
+    for key in ("torch_key", "triton_key"):
+        getattr(getattr(codecache, key, None), "prefetch", lambda: None)()
+
+    def ask() -> None:
+        if compiler_takes_vector_flags():
+            list_vector_sets()
+
+    thread = threading.Thread(target=ask, name="specmoe-asks-compiler", daemon=True)
+    thread.start()
+    return thread
 
 
 @functools.cache

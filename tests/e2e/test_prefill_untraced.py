@@ -14,6 +14,7 @@ from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import specmoe_compile
+from specmoe_compile.hf import prompts as prompts_module
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.prompts import prompts_as_they_are
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
@@ -77,6 +78,20 @@ def test_a_prompt_is_not_traced(model: nn.Module, compiled_as: Any) -> None:
     got = compiled(prompts(1, LONG), **static(model)).logits
     assert graphs() == 0
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_compiler_is_asked_when_the_first_step_is_traced(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[int] = []
+    monkeypatch.setattr(prompts_module, "ask_compiler_ahead", lambda: traced.append(graphs()))
+    compiled = wrapped(model, options={"lowering": "inductor"})
+    cache = static(model)
+    compiled(prompts(1, LONG), **cache)
+    assert not traced, "the prompt has both cores"
+    compiled(prompts(1, 1), **cache)
+    assert traced == [0]
 
 
 @pytest.mark.parametrize(

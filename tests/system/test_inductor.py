@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 from torch._inductor import config, cpu_vec_isa
 from torch._inductor.cpu_vec_isa import VecISA, x86_isa_checker
 
+from specmoe_compile.system import inductor
 from specmoe_compile.system.inductor import (
     _compiler_version,
+    ask_compiler_ahead,
     compiler_takes_vector_flags,
     cpu_settings,
     list_vector_sets,
@@ -61,6 +65,26 @@ def test_what_the_user_said_stays(said: bool) -> None:
         settings = cpu_settings()
     assert "cpp.vec_isa_ok" not in settings
     assert settings["cpp.min_chunk_size"] == 1 << 20
+
+
+def test_the_compiler_is_asked_in_another_thread_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked_for, answer = threading.Event(), threading.Event()
+
+    def takes() -> bool:
+        asked_for.set()
+        return answer.wait(timeout=60)
+
+    monkeypatch.setattr(inductor, "compiler_takes_vector_flags", takes)
+    monkeypatch.setattr(inductor, "list_vector_sets", lambda: None)
+    monkeypatch.setattr(inductor, "ask_compiler_ahead", cache(ask_compiler_ahead.__wrapped__))
+    inductor.ask_compiler_ahead()
+    assert asked_for.wait(timeout=60), "before the settings are asked for"
+    threading.Timer(0.1, answer.set).start()
+    with config.patch({"cpp.vec_isa_ok": None}):
+        assert cpu_settings()["cpp.vec_isa_ok"] is True
+    assert not inductor.ask_compiler_ahead().is_alive()
 
 
 def test_every_setting_is_known_to_inductor() -> None:
