@@ -9,7 +9,8 @@ one checked step gave its graph is kept and given to it again, if
 - two checked steps, one after the other, gave one graph the same objects but for `input_ids`,
 - Dynamo's code changes no Python object (it says so while the graph is compiled), and what it
   returns is made of results of the graph and of arguments,
-- each of these is a parameter, a buffer, a tensor of the cache or an argument, and still is,
+- each of these is a parameter, a buffer, a tensor of the cache or an argument, and still is, but
+  for the mesh of a split model's ranks,
 - nothing stands in between: no hook of the model, no other stance of `torch.compile`.
 
 On a CPU the first such step is recorded where it can be, and later ones run without Python
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.mutation_guard import install_generation_tagging_init
@@ -181,6 +183,11 @@ def _have_one_form(value: Any, own: Any) -> bool:
     )
 
 
+def _is_mesh(value: Any) -> bool:
+    """Whether an input says which ranks there are, which is so for as long as they run."""
+    return dist.is_available() and isinstance(value, dist.device_mesh.DeviceMesh)
+
+
 class Replay:
     """Runs a checked step's graph again, with other tokens."""
 
@@ -200,7 +207,7 @@ class Replay:
         self._layers, self._each = layers, list(layers)
         fresh = set(step.fresh)
         inputs = [value for i, value in enumerate(step.run.inputs) if i not in fresh]
-        self._places = _Places(inputs)
+        self._places = _Places(value for value in inputs if not _is_mesh(value))
         for argument in (step.arguments, *step.arguments.values()):
             if isinstance(argument, dict):
                 self._places.search(argument)

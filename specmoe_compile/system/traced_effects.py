@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables import base
+from torch._dynamo.variables import base, dicts
 
 _ABSENT = object()
 
@@ -16,8 +16,10 @@ def leaves_objects_alone() -> bool:
 
     Such a change (a counter of a module, an entry of a list) is made by Python after the graph has
     run. The dictionary of a call's keyword arguments is the call's own, and what is written over
-    itself (transformers notes that nobody records hidden states) is no change. False where nothing
-    is traced, or where this version of PyTorch does not say.
+    itself (transformers notes that nobody records hidden states) is no change, nor is a dictionary
+    that gets nothing new (transformers swaps the weights of split layers that are a `DTensor`, of
+    which specmoe leaves none). False where nothing is traced, or where this version of PyTorch does
+    not say.
     """
     try:
         trace = InstructionTranslator.current_tx()
@@ -30,6 +32,7 @@ def leaves_objects_alone() -> bool:
             and effects.is_modified(item)
             and not _is_own_keywords(item, trace.f_code)
             and not _is_written_over_itself(item, effects)
+            and not _has_nothing_new(item)
         ]
         return not (changed or effects.tensor_hooks or effects.save_for_backward)
     except (AttributeError, AssertionError, LookupError, TypeError):
@@ -43,6 +46,11 @@ def _is_own_keywords(item: Any, code: Any) -> bool:
     has_rest = bool(code.co_flags & inspect.CO_VARARGS)
     name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount + has_rest]
     return bool(getattr(item.source, "local_name", None) == name)
+
+
+def _has_nothing_new(item: Any) -> bool:
+    """Whether a dictionary has what it had: Dynamo's code then leaves it alone."""
+    return isinstance(item, dicts.ConstDictVariable) and not item.has_new_items()
 
 
 def _is_written_over_itself(item: Any, effects: Any) -> bool:

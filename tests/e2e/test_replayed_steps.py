@@ -170,6 +170,30 @@ def test_a_model_that_counts_its_steps_is_not_replayed(compiled: Any, replays: l
     assert not replays
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_dictionary_that_gets_something_new_is_a_change(
+    is_new: bool, compiled: Any, replays: list[int]
+) -> None:
+    norm = compiled._orig_mod.model.norm
+    forward = norm.forward
+    norm.notes = {"seen": 1}
+
+    def noting(x: Tensor) -> Tensor:
+        norm.notes.update({"last": 2} if is_new else {})
+        found: Tensor = forward(x)
+        return found
+
+    norm.forward = noting
+    torch._dynamo.reset()
+    try:
+        generated(compiled, new=2 * SURE + 2)
+    finally:
+        del norm.forward
+        torch._dynamo.reset()
+    assert norm.notes == ({"seen": 1, "last": 2} if is_new else {"seen": 1})
+    assert bool(replays) is not is_new
+
+
 def test_a_step_whose_graph_gets_something_new_each_time_is_not_repeated() -> None:
     def step(tokens: Tensor, *rest: Any) -> CheckedStep | None:
         from transformers.modeling_outputs import CausalLMOutput

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from specmoe_compile.hf.guard_checks import SURE
 from tests.ranks.groups import (
     EXPERTS,
     LAYERS,
@@ -32,6 +33,7 @@ SCENARIOS: list[dict[str, Any]] = [
         "inboxes_on_cpu": True,
         "compile": {"lowering": "eager", "sums": "one_shot"},
     },
+    {"name": "replayed", "ranks": 2, "by_name": True, "new_tokens": 12},
     {"name": "sampling", "ranks": 2, "compile": None, "sample": True, "new_tokens": 5},
     {"name": "stores", "ranks": 2, "load_rank_1": {"quantize": "int8"}, "other_store": True},
     {"name": "killed", "ranks": 2, "compile": None, "dies_at_read": 12},
@@ -112,6 +114,12 @@ def test_sums_in_one_shot_give_the_same_tokens(groups: dict[str, Group]) -> None
     for one in groups["one_shot"].checked():
         assert one["tokens"] == one["expected"], "tokens differ from the plain model's"
         assert one["one_shot"] >= 2 * LAYERS, "of attention and experts"
+
+
+def test_steps_of_ranks_call_their_graph_without_dynamo(groups: dict[str, Group]) -> None:
+    for one in groups["replayed"].checked():
+        assert one["tokens"] == one["expected"], "tokens differ from the plain model's"
+        assert one["replayed"] == 11 - SURE, "all but the first, which are checked"
 
 
 def test_ranks_that_cannot_add_up_in_one_shot_say_so_and_reduce(groups: dict[str, Group]) -> None:

@@ -24,6 +24,7 @@ import specmoe_compile
 from specmoe_compile.backend import specmoe
 from specmoe_compile.cli import main
 from specmoe_compile.hf import placing
+from specmoe_compile.hf.replayed_steps import Replay
 from specmoe_compile.passes import manager
 from specmoe_compile.runtime.cuda import inboxes
 from specmoe_compile.runtime.session import session_of
@@ -32,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "load": {},  # more arguments of from_pretrained
     "load_rank_1": {},  # the same, of rank 1 only
     "compile": {"lowering": "eager"},  # options of torch.compile; None: run eagerly
+    "by_name": False,  # the backend is named, and its graphs are not looked at
     "static": True,  # the cache of keys and values
     "batch": 1,
     "sample": False,
@@ -84,7 +86,11 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         sums.append(sum("all_reduce" in str(node.target) for node in gm.graph.nodes))
         return specmoe(gm, inputs, options=ask["compile"])
 
-    compiled: Any = model if ask["compile"] is None else torch.compile(model, backend=counting)
+    replayed = note_replays()
+    compiled: Any = model
+    if ask["compile"] is not None:
+        named = {"backend": "specmoe", "options": ask["compile"]}
+        compiled = torch.compile(model, **(named if ask["by_name"] else {"backend": counting}))
     torch.manual_seed(7 + rank * ask["sample"])
     if ask["other_prompt"] and rank == 1:
         ask["batch"] += 1
@@ -93,6 +99,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "sums": sums,
         "one_shot": max(one_shot, default=0),
+        "replayed": sum(replayed),
         "inboxes": {name: why for name, (_, why) in inboxes._decided.items()},
         "breaks": dict(counters["graph_break"]),
         "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
@@ -123,6 +130,19 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
         found["expected"] = generate(other, ask)
         found["stats_of_one"] = specmoe_compile.stats(one).as_dict()
     return found
+
+
+def note_replays() -> list[int]:
+    """A one for each step that calls its graph without Dynamo."""
+    noted: list[int] = []
+    run_again = Replay.run
+
+    def counting(self: Replay, arguments: Any) -> Any:
+        noted.append(1)
+        return run_again(self, arguments)
+
+    Replay.run = counting  # type: ignore[method-assign]
+    return noted
 
 
 def note_one_shot_sums() -> list[int]:
