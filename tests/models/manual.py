@@ -69,9 +69,8 @@ random model of each, saves it in its hub format with `save_pretrained`, and com
 unmodified eager model in float32. This page is written by that walk
 (`python -m tests.models.manual --results FILE --write docs/models.md`); do not edit it.
 
-With transformers 5.24 all 66 models of its families were exact too, 63 with speculation, in one
-case each (three of them in two); fifteen of these were run again on the code of 0.1.0
-([data](../benchmarks/results/models_walk_5_24.json)).
+With transformers 5.23 its 63 families were exact in four or five cases each, 60 with speculation
+([data](../benchmarks/results/models_walk_5_23.json)).
 """
 
 _COLUMNS = """
