@@ -24,7 +24,7 @@ from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
 from specmoe_compile.runtime.engine import with_prefetch_decided
 from specmoe_compile.runtime.session import Session
-from specmoe_compile.system.inductor import ask_compiler_ahead
+from specmoe_compile.system.inductor import ask_compiler_ahead, start_compile_workers
 
 Call = Callable[..., Any]
 
@@ -51,8 +51,8 @@ def prompts_as_they_are(
         nonlocal told, says_length
         if torch.is_grad_enabled() or not _is_prompt(args, kwargs):
             if says_length:
-                if session.device.type == "cpu":  # the first token is out, and this one is traced
-                    ask_compiler_ahead()
+                # The first token is out, and this one is traced.
+                ask_compiler_ahead() if session.device.type == "cpu" else start_compile_workers()
                 says_length = False
                 _mark_growing(kwargs)
             return compiled(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""How Inductor is set up for a CPU: less to compile before the second token, less host time."""
+"""How Inductor is set up: less to compile before the second token, less host time on a CPU."""
 
 from __future__ import annotations
 
@@ -82,6 +82,18 @@ def ask_compiler_ahead() -> threading.Thread:
     thread = threading.Thread(target=ask, name="specmoe-asks-compiler", daemon=True)
     thread.start()
     return thread
+
+
+@functools.cache
+def start_compile_workers() -> None:
+    """Start the processes that compile Inductor's Triton kernels; once in a process.
+
+    Inductor's own backend does so when it is first used. Kernels that are written before the
+    processes are ready are compiled one after the other, by the process that writes them.
+    """
+    from torch._inductor import async_compile
+
+    getattr(async_compile, "maybe_warm_pool", lambda: None)()
 
 
 @functools.cache

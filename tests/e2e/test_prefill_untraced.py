@@ -19,6 +19,7 @@ from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.prompts import prompts_as_they_are
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
 from specmoe_compile.runtime.session import session_of
+from specmoe_compile.system.inductor import start_compile_workers
 from tests.helpers import prompts, tiny_qwen3_moe
 
 LONG, SHORT = MAX_DECODE_TOKENS + 1, MAX_DECODE_TOKENS
@@ -92,6 +93,45 @@ def test_the_compiler_is_asked_when_the_first_step_is_traced(
     assert not traced, "the prompt has both cores"
     compiled(prompts(1, 1), **cache)
     assert traced == [0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_compile_workers_start_before_the_first_step_is_traced(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(prompts_module, "start_compile_workers", lambda: started.append("workers"))
+    monkeypatch.setattr(prompts_module, "ask_compiler_ahead", lambda: started.append("compiler"))
+    monkeypatch.setattr(prompts_module, "_runs_as_traced", lambda _: True)
+    monkeypatch.setattr(prompts_module, "with_prefetch_decided", lambda options, _: options)
+    session: Any = SimpleNamespace(
+        device=torch.device(device), engine=None, configure=lambda _: None
+    )
+    call = prompts_as_they_are(
+        lambda **_: started.append("compiled"),
+        lambda **_: started.append("plain"),
+        options=CompileOptions(),
+        session=session,
+    )
+    with torch.no_grad():
+        for length in (LONG, 1, 1):
+            call(input_ids=prompts(1, length), past_key_values=SimpleNamespace(is_compileable=True))
+    first = "workers" if device == "cuda" else "compiler"
+    assert started == ["plain", first, "compiled", "compiled"]
+
+
+def test_compile_workers_are_pytorchs_and_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import async_compile
+
+    started: list[int] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(1))
+    start_compile_workers.cache_clear()
+    try:
+        start_compile_workers()
+        start_compile_workers()
+    finally:
+        start_compile_workers.cache_clear()
+    assert started == [1]
 
 
 @pytest.mark.parametrize(
