@@ -50,9 +50,10 @@ class Cell:
     Attributes:
         arm: name in `arms.ARMS`.
         size: of the expert cache, and what the cap leaves for one; None where neither counts.
-        capped: whether memory is limited to `BASE_CAP_BYTES` and the cache.
+        capped: whether memory is limited to `program_bytes` and the cache.
         options: over the arm's.
         label: of the options, for tables.
+        program_bytes: of the limit, what is for all but the cache.
     """
 
     arm: str
@@ -60,6 +61,7 @@ class Cell:
     capped: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     label: str = ""
+    program_bytes: int = BASE_CAP_BYTES
 
     @property
     def name(self) -> str:
@@ -89,7 +91,7 @@ class Cell:
         """Limit of memory, page cache included."""
         if not self.capped or self.size is None:
             return None
-        return BASE_CAP_BYTES + parse_size(self.size, total_bytes=expert_bytes)
+        return self.program_bytes + parse_size(self.size, total_bytes=expert_bytes)
 
 
 def sort_share(size: str | None) -> float:

@@ -31,6 +31,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cpu_disk.plan import (
@@ -70,8 +71,9 @@ LOSS_POLICIES = (
 def run_timed(bench: Bench, phase: str, sizes: Sequence[str] | None) -> None:
     """Time the cells of a phase, there and back, the sentinel around them."""
     planned = dry_cells(phase) if bench.dry else phase_cells(phase, bench.about)
-    cells = chosen_cells(planned, sizes)
-    watch = sentinel(phase, cells)
+    given = {"program_bytes": bench.program_bytes}
+    cells = [replace(cell, **given) for cell in chosen_cells(planned, sizes)]
+    watch = replace(sentinel(phase, cells), **given)
     refused = sizes_of(bench.about)[0] if phase == "tight" else []
     found = {cell: Timed() for cell in (*cells, watch)}
     for cell, why in prepare(bench, [watch, *cells]).items():
@@ -106,7 +108,7 @@ def run_timed(bench: Bench, phase: str, sizes: Sequence[str] | None) -> None:
                 "new_tokens": bench.new_tokens,
                 "slow_tokens": SLOW_TOKENS,
                 "passes": bench.passes,
-                "base_cap_bytes": BASE_CAP_BYTES,
+                "base_cap_bytes": bench.program_bytes,
                 "reader_threads": READER_THREADS,
                 "seed": 0,
                 "dry": bench.dry,
@@ -148,6 +150,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--dry", action="store_true", help="a small model, few cells: a test")
     parser.add_argument("--record-mib", type=float, default=RECORD_MIB, help="of one expert")
+    parser.add_argument(
+        "--program-mib", type=int, default=BASE_CAP_BYTES >> 20, help="of a cap, besides the cache"
+    )
     parser.add_argument(
         "--folder", type=Path, default=cache_folder() / "demo", help="for model and store"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu_disk.figures import SCHEMA
-from benchmarks.cpu_disk.plan import BASE_CAP_BYTES, SLOW_TOKENS, Cell
+from benchmarks.cpu_disk.plan import SLOW_TOKENS, Cell
 from benchmarks.end_to_end.run import held_out_prompts
 from specmoe_compile.bench.arms import ARMS
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError
@@ -64,7 +64,8 @@ class Bench:
         self.about = describe_model(str(self.model), DTYPE)
         self.provenance = provenance()  # before the results of this run change the tree
         self.started_s = self.phase_started_s = time.monotonic()
-        self.caps_permitted = permitted_cap(BASE_CAP_BYTES) is not None
+        self.program_bytes = arguments.program_mib << 20
+        self.caps_permitted = permitted_cap(self.program_bytes) is not None
         self.packed = False
         self.peer_files: dict[str, str] = {}
         self.compiled: set[str] = set()

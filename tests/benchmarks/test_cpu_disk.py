@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def test_every_size_has_specmoe_and_the_peers_under_the_same_cap() -> None:
         assert {cell.arm for cell in cells if cell.size == size} == {"mmap", "llama_cpp"}
     caps = {cell.size: cell.cap_bytes(64 << 20) for cell in cells if cell.capped}
     assert caps["50%"] == BASE_CAP_BYTES + (32 << 20)
+    half = next(cell for cell in cells if cell.capped and cell.size == "50%")
+    assert replace(half, program_bytes=1 << 20).cap_bytes(64 << 20) == 33 << 20
     for cell in cells:
         # an arm that cannot keep a cap is never asked to
         assert not cell.capped or ARMS[cell.arm].capped, cell.name
