@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,25 @@ def generated(model: Any, *processors: LogitsProcessor, new: int = NEW, **more: 
     return tokens
 
 
+@contextmanager
+def traced_with(effect: Callable[[], None], module: Any) -> Iterator[None]:
+    """Trace a module's forward anew, with an effect before it, and without it afterwards."""
+    forward = module.forward
+
+    def with_effect(x: Tensor) -> Tensor:
+        effect()
+        found: Tensor = forward(x)
+        return found
+
+    module.forward = with_effect
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        del module.forward
+        torch._dynamo.reset()
+
+
 def test_steps_are_replayed_with_the_same_tokens(
     compiled: Any, plain: Any, replays: list[int]
 ) -> None:
@@ -151,21 +171,13 @@ def test_a_stance_holds_from_the_next_step_on(compiled: Any, replays: list[int])
 
 def test_a_model_that_counts_its_steps_is_not_replayed(compiled: Any, replays: list[int]) -> None:
     norm = compiled._orig_mod.model.norm
-    forward = norm.forward
     norm.steps = 0
 
-    def counting(x: Tensor) -> Tensor:
+    def count() -> None:
         norm.steps += 1
-        found: Tensor = forward(x)
-        return found
 
-    norm.forward = counting
-    torch._dynamo.reset()
-    try:
+    with traced_with(count, norm):
         generated(compiled, new=2 * SURE + 2)
-    finally:
-        del norm.forward
-        torch._dynamo.reset()
     assert norm.steps == 2 * SURE + 2
     assert not replays
 
@@ -175,21 +187,13 @@ def test_a_dictionary_that_gets_something_new_is_a_change(
     is_new: bool, compiled: Any, replays: list[int]
 ) -> None:
     norm = compiled._orig_mod.model.norm
-    forward = norm.forward
     norm.notes = {"seen": 1}
 
-    def noting(x: Tensor) -> Tensor:
+    def note() -> None:
         norm.notes.update({"last": 2} if is_new else {})
-        found: Tensor = forward(x)
-        return found
 
-    norm.forward = noting
-    torch._dynamo.reset()
-    try:
+    with traced_with(note, norm):
         generated(compiled, new=2 * SURE + 2)
-    finally:
-        del norm.forward
-        torch._dynamo.reset()
     assert norm.notes == ({"seen": 1, "last": 2} if is_new else {"seen": 1})
     assert bool(replays) is not is_new
 
