@@ -92,7 +92,15 @@ def test_the_page_of_gpus_is_of_its_data() -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     text = gpu_page(path.name, found, gpu.claims(found))
     assert text == (DOCUMENTS / "ranks_gpu.md").read_text(encoding="utf-8")
-    assert "Fails" in text, "a claim that does not hold is told"
+
+
+def test_the_page_of_gpus_tells_a_claim_that_does_not_hold() -> None:
+    path = RESULTS / "ranks_gpu_h200.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    key = "Qwen3-30B-A3B-int4|1024|turn 1|resident"
+    slow = {"p20": 9.0, "p50": 9.0, "p80": 9.0}
+    found["rows"][f"{key}|2 ranks one_shot"]["wall_ms"] = slow
+    assert "Fails" in gpu_page(path.name, found, gpu.claims(found))
 
 
 PARENT = {"parent": os.getpid()}
