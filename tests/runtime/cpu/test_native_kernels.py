@@ -29,13 +29,15 @@ from specmoe_compile.runtime.experts.formats.weight_code import WeightCode, dequ
 from specmoe_compile.runtime.experts.layout import ExpertLayout
 from tests.runtime.experts.test_weight_code import ALL, INT4, INT8, MXFP4, NVFP4, random_planes
 
-KERNELS = ("portable", "avx2", "avx512")
+KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
 # Whole vectors, tails of rows, a tail of one column, fewer columns than a vector has.
 SIZES = ((64, 96), (48, 72), (33, 17), (8, 6))
+INT4_BY_32 = WeightCode(book="int4", block=(1, 32), scale="f16")
 INT4_ZEROS = WeightCode(book="int4", block=(1, 32), scale="f16", has_zero=True)
 CODES = (
     *(code for code in ALL if code.book != "int4"),
     WeightCode(book="int4", block=(1, 64), scale="bf16"),
+    INT4_BY_32,
     INT4_ZEROS,
 )
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,12 +143,19 @@ class Experts:
 
 
 def run(
-    engine: NativeEngine, experts: Experts, tokens: int, *, int8: bool = False
+    engine: NativeEngine,
+    experts: Experts,
+    tokens: int,
+    *,
+    int8: bool = False,
+    x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every expert on every token: what came out [T, E, H], and the reference."""
     count = experts.records.shape[0]
     hidden = experts.spec().down.outputs
-    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9)).to(experts.dtype)
+    if x is None:
+        x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9))
+        x = x.to(experts.dtype)
     y = torch.full((tokens * count, hidden), math.nan)
     tasks = [
         Task(experts.records[e].data_ptr(), range(tokens), [t * count + e for t in range(tokens)])
@@ -194,15 +203,33 @@ def test_gates(gate: str) -> None:
             assert_close(*run(engine(kernels), experts, 2), dtype)
 
 
-@pytest.mark.parametrize("format", ["plain", "mxfp4", "nvfp4", "zeros", "int8"])
-def test_instruction_sets_agree_to_the_bit(format: str) -> None:
-    code = {"mxfp4": MXFP4, "nvfp4": NVFP4, "zeros": INT4_ZEROS, "int8": INT8}.get(format)
+@pytest.mark.parametrize("format", ["plain", "mxfp4", "nvfp4", "int4", "zeros", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3, 5])
+def test_instruction_sets_agree_to_the_bit(format: str, tokens: int) -> None:
+    codes = {"mxfp4": MXFP4, "nvfp4": NVFP4, "int4": INT4_BY_32, "zeros": INT4_ZEROS}
+    codes |= {"int8": INT8}
+    code = codes.get(format)
     formats = PLAIN_FORMAT if code is None else ExpertFormat(up=code, down=code)
     for int8 in (False, True):
-        experts = Experts(96, 160, formats, torch.bfloat16, bias=True)
-        results = [run(engine(kernels), experts, 3, int8=int8)[0] for kernels in KERNELS]
-        for other in results[1:]:
-            assert torch.equal(other, results[0])
+        for hidden, intermediate in ((96, 160), (256, 224)):
+            experts = Experts(hidden, intermediate, formats, torch.bfloat16, bias=True)
+            results = [run(engine(k), experts, tokens, int8=int8)[0] for k in KERNELS]
+            for other in results[1:]:
+                assert torch.equal(other, results[0])
+
+
+@pytest.mark.parametrize("exponent", [-127, -120, -101, -100, 99, 100, 120, None])
+def test_bfloat16_products_are_those_of_float32_at_every_size(exponent: int | None) -> None:
+    # The instruction takes what is below float32's smallest normal number for zero.
+    experts = Experts(128, 64, ExpertFormat(up=MXFP4, down=MXFP4), torch.bfloat16, gate="gelu")
+    for record in experts.records:
+        # Scales by which the hidden values are of order one again.
+        experts.layout.views(record)["up_proj_scales"].fill_(127 - (exponent or 0))
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = x * 2.0**exponent if exponent is not None else x.where(x < 1, math.inf)
+    got, expected = (run(engine(k), experts, 1, x=x)[0] for k in ("avx512_bf16", "avx512"))
+    assert expected.isnan().any() == (exponent is None) and (expected != 0).any()
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -35,7 +35,11 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _LOOPS = ("cache.cpp",)
 """What runs over all experts of a layer, and is half as fast where that is not vectorised."""
-_VECTOR_FLAGS = {"rows_avx2.cpp": _AVX2, "rows_avx512.cpp": (*_AVX2, *_AVX512)}
+_VECTOR_FLAGS = {
+    "rows_avx2.cpp": _AVX2,
+    "rows_avx512.cpp": (*_AVX2, *_AVX512),
+    "rows_bf16.cpp": (*_AVX2, *_AVX512, "-mavx512bf16", "-mavx512vbmi"),
+}
 _TIMEOUT_S = 600
 
 

@@ -67,7 +67,8 @@ class NativeEngine:
         Args:
             library: from `library_or_none`.
             threads: the caller counts as one.
-            kernels: "portable", "avx2" or "avx512"; None for the best that the processor has.
+            kernels: "portable", "avx2", "avx512" or "avx512_bf16"; None for the best that the
+                processor has.
 
         Raises:
             SpecMoEError: this processor does not have these kernels.

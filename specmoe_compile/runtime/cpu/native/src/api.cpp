@@ -22,6 +22,7 @@ const Kernels* kernels_or_null(const char* name) {
     return name == nullptr ? nullptr : &portable_kernels();
   if (std::strcmp(name, "avx2") == 0) return avx2_kernels_or_null();
   if (std::strcmp(name, "avx512") == 0) return avx512_kernels_or_null();
+  if (std::strcmp(name, "avx512_bf16") == 0) return avx512_bf16_kernels_or_null();
   return nullptr;
 }
 

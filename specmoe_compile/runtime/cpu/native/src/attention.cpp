@@ -43,7 +43,7 @@ void Attention::take_queries() {
   const int64_t count = call_.sequences * call_.heads * call_.queries;
   for (int64_t r = static_cast<int64_t>(rows_.size()); r < count; r++)
     rows_.push_back(static_cast<int32_t>(r));
-  queries_.reset(count, call_.head, false, false);
+  queries_.reset(count, call_.head, FORM_PLAIN);
   x_.resize(static_cast<size_t>(call_.head));
   for (int64_t r = 0; r < count; r++) {
     const int64_t b = r / call_.queries / call_.heads, n = r / call_.queries % call_.heads;
@@ -51,7 +51,7 @@ void Attention::take_queries() {
                          r % call_.queries * call_.q_strides[2];
     for (int64_t d = 0; d < call_.head; d++)
       x_[static_cast<size_t>(d)] = value_at(call_.q, call_.dtype, from + d);
-    queries_.put(r, 0, call_.head, x_.data());
+    queries_.put(*kernels_, r, 0, call_.head, x_.data());
   }
 }
 

@@ -19,12 +19,9 @@ namespace {
 constexpr int64_t kMaxChunkBytes = 256 << 10, kMinChunkBytes = 128 << 10;
 constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
-constexpr int64_t kBlock = 32;
-constexpr int64_t kGroup = 128;  // columns that int8 kernels take at once
+constexpr int64_t kBlock = 32;              // inputs that are taken in at once
 // Steps of more are prefill, of which no two take the same time.
 constexpr int64_t kMaxMeasuredTokens = 16;
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Rows per chunk, where a row of the chunk has so many bytes of weights.
 int64_t chunk_rows(int64_t chunk_bytes, int64_t row_bytes, int64_t step) {
@@ -49,9 +46,6 @@ double now_ns(clockid_t clock) {
   return 1e9 * static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec);
 }
 
-// Rounds |value| < 2^22 to the nearest integer, ties to even, without a call.
-float to_nearest(float value) { return (value + 12582912.0f) - 12582912.0f; }
-
 // Adds the bias and rounds to the dtype. The product of a plain weight is rounded by itself first,
 // as torch does, that of a coded one is float32 until then.
 void end_product(const Kernels& kernels, float* values, int64_t count, const uint8_t* record,
@@ -62,56 +56,15 @@ void end_product(const Kernels& kernels, float* values, int64_t count, const uin
   if (spec.bias >= 0 || !is_plain(spec.book)) kernels.round(values, count, dtype);
 }
 
+InputForm input_form(const Kernels& kernels, const ExpertSpec& spec, const WeightSpec& weight) {
+  const bool four_bit = is_four_bit(weight.book);
+  if (spec.int8 && has_int8(weight.book)) return four_bit ? FORM_INT8_SPLIT : FORM_INT8;
+  if (kernels.rows_bf16 != nullptr && spec.gate.dtype == BF16 && takes_bf16(weight))
+    return FORM_BF16;
+  return four_bit ? FORM_SPLIT : FORM_PLAIN;
+}
+
 }  // namespace
-
-void Activations::reset(int64_t rows, int64_t width, bool four_bit, bool int8) {
-  stride_ = round_up(width, int8 ? kGroup : kBlock);
-  four_bit_ = four_bit;
-  int8_ = int8;
-  values_.assign(static_cast<size_t>(rows * stride_), 0.0f);
-  if (int8) {
-    codes_.assign(static_cast<size_t>(rows * stride_), 0);
-    scales_.assign(static_cast<size_t>(rows * stride_ / kBlock), 0.0f);
-  }
-}
-
-void Activations::put(int64_t row, int64_t begin, int64_t count, const float* values) {
-  float* out = values_.data() + row * stride_;
-  if (!four_bit_) {
-    std::memcpy(out + begin, values, static_cast<size_t>(count) * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t column = begin + i;
-      out[(column & ~int64_t{31}) | ((column & 1) << 4) | ((column & 31) >> 1)] = values[i];
-    }
-  }
-  if (!int8_) return;
-  for (int64_t block = begin / kBlock; block * kBlock < begin + count; block++) {
-    const float* from = out + block * kBlock;
-    float largest = 0.0f;
-    for (int64_t i = 0; i < kBlock; i++) largest = std::max(largest, std::fabs(from[i]));
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    scales_[static_cast<size_t>(row * stride_ / kBlock + block)] = largest / 127.0f;
-    int8_t quantised[kBlock];
-    for (int64_t i = 0; i < kBlock; i++) {
-      const float code = to_nearest(from[i] * inverse);
-      quantised[i] =
-          static_cast<int8_t>(code > 127.0f ? 127.0f : (code >= -127.0f ? code : -127.0f));
-    }
-    int8_t* codes = codes_.data() + row * stride_;
-    if (!four_bit_) {
-      std::memcpy(codes + block * kBlock, quantised, kBlock);
-      continue;
-    }
-    codes += block * kBlock / kGroup * kGroup + block * kBlock % kGroup / 2;
-    std::memcpy(codes, quantised, kBlock / 2);
-    std::memcpy(codes + kGroup / 2, quantised + kBlock / 2, kBlock / 2);
-  }
-}
-
-Inputs Activations::inputs(const int32_t* rows, int64_t tokens) const {
-  return {values_.data(), codes_.data(), scales_.data(), rows, stride_, tokens};
-}
 
 // One `run`: chunks of up projections with their gates, then chunks of down projections.
 class Engine::Step final : public Work {
@@ -176,16 +129,16 @@ void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const
   const int64_t rows = static_cast<int64_t>(tokens_.size());
   for (int64_t i = static_cast<int64_t>(identity_.size()); i < rows; i++)
     identity_.push_back(static_cast<int32_t>(i));
-  const auto int8 = [&](const WeightSpec& w) { return spec.int8 && has_int8(w.book); };
-  x_.reset(tokens, spec.up.inputs, is_four_bit(spec.up.book), int8(spec.up));
+  x_.reset(tokens, spec.up.inputs, input_form(kernels, spec, spec.up));
   for (int64_t t = 0; t < tokens; t++)
-    x_.put(t, 0, spec.up.inputs, x + t * spec.up.inputs);
-  hidden_.reset(rows, intermediate_, is_four_bit(spec.down.book), int8(spec.down));
+    x_.put(kernels, t, 0, spec.up.inputs, x + t * spec.up.inputs);
+  const InputForm down_form = input_form(kernels, spec, spec.down);
+  hidden_.reset(rows, intermediate_, down_form);
   const int64_t up_bytes = spec.up.row_bytes * (spec.gate.has_gate ? 2 : 1);
   bytes_ = count * (intermediate_ * up_bytes + spec.down.outputs * spec.down.row_bytes);
   const int64_t chunk_bytes =
       std::clamp(bytes_ / (threads * kChunksPerThread), kMinChunkBytes, kMaxChunkBytes);
-  up_rows_ = chunk_rows(chunk_bytes, up_bytes, int8(spec.down) ? kBlock : kRowStep);
+  up_rows_ = chunk_rows(chunk_bytes, up_bytes, down_form == FORM_PLAIN ? kRowStep : kBlock);
   up_chunks_ = (intermediate_ + up_rows_ - 1) / up_rows_;
   down_rows_ = chunk_rows(chunk_bytes, spec.down.row_bytes, kRowStep);
   down_chunks_ = (spec.down.outputs + down_rows_ - 1) / down_rows_;
@@ -210,8 +163,9 @@ void Engine::Step::span(int64_t chunk, int64_t* begin, int64_t* end) const {
 void Engine::Step::product(const WeightSpec& weight, const uint8_t* record, int64_t begin,
                            int64_t end, const Inputs& inputs, float* out) const {
   const WeightView view{&weight, record};
-  const auto rows =
-      spec_.int8 && has_int8(weight.book) ? kernels_->rows_int8 : kernels_->rows;
+  const auto rows = is_int8(inputs.form)         ? kernels_->rows_int8
+                    : inputs.form == FORM_BF16 ? kernels_->rows_bf16
+                                               : kernels_->rows;
   rows(view, begin, end, inputs, out, end - begin);
   for (int64_t t = 0; t < inputs.tokens; t++)
     end_product(*kernels_, out + t * (end - begin), end - begin, record, weight, spec_.gate.dtype,
@@ -258,7 +212,7 @@ void Engine::Step::publish(int64_t chunk, const Scratch& scratch) {
   const float* from = scratch.floats.data();
   for (int64_t n = 0; n < task.count; n++, from += end - begin) {
     if (is_up(chunk)) {
-      hidden_.put(task.first + n, begin, end - begin, from);
+      hidden_.put(*kernels_, task.first + n, begin, end - begin, from);
       continue;
     }
     const int64_t place = places_[static_cast<size_t>(task.first + n)];
@@ -268,6 +222,7 @@ void Engine::Step::publish(int64_t chunk, const Scratch& scratch) {
 }
 
 Engine::Engine(int threads, const Kernels* kernels) : kernels_(kernels), threads_(threads) {
+  if (kernels_ == nullptr) kernels_ = avx512_bf16_kernels_or_null();
   if (kernels_ == nullptr) kernels_ = avx512_kernels_or_null();
   if (kernels_ == nullptr) kernels_ = avx2_kernels_or_null();
   if (kernels_ == nullptr) kernels_ = &portable_kernels();

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "activations.h"
 #include "alone.h"
 #include "pool.h"
 #include "weight.h"
@@ -29,24 +30,6 @@ struct ExpertTask {
   const int32_t* tokens;  // [N], rows of x
   const int32_t* places;  // [N], rows of y
   int64_t count;          // N
-};
-
-// Activations as the kernels read them: padded, permuted and, for int8, quantised.
-class Activations {
- public:
-  // Makes room for [rows, width]; all zero.
-  void reset(int64_t rows, int64_t width, bool four_bit, bool int8);
-  // Takes in `count` values of a row, from column `begin`; with int8 whole blocks of 32.
-  void put(int64_t row, int64_t begin, int64_t count, const float* values);
-  Inputs inputs(const int32_t* rows, int64_t tokens) const;
-
- private:
-  int64_t stride_ = 0;
-  bool four_bit_ = false;
-  bool int8_ = false;
-  std::vector<float> values_;
-  std::vector<int8_t> codes_;
-  std::vector<float> scales_;
 };
 
 class Attention;

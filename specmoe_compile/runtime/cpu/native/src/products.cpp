@@ -39,12 +39,12 @@ void Products::prepare(const Kernels& kernels, const ProductsCall& call) {
   }
   for (int64_t t = static_cast<int64_t>(rows_.size()); t < tokens_; t++)
     rows_.push_back(static_cast<int32_t>(t));
-  inputs_.reset(tokens_, call.inputs, false, false);
+  inputs_.reset(tokens_, call.inputs, FORM_PLAIN);
   x_.resize(static_cast<size_t>(call.inputs));
   for (int64_t t = 0; t < tokens_; t++) {
     for (int64_t k = 0; k < call.inputs; k++)
       x_[static_cast<size_t>(k)] = value_at(call.x, call.dtype, t * call.inputs + k);
-    inputs_.put(t, 0, call.inputs, x_.data());
+    inputs_.put(kernels, t, 0, call.inputs, x_.data());
   }
 }
 

@@ -23,6 +23,13 @@
 #include "numbers.h"
 #include "weight.h"
 
+// Before loops over what has to be in registers: compilers leave it in memory where they unroll late.
+#if defined(__clang__)
+#define SPECMOE_UNROLL _Pragma("unroll")
+#else
+#define SPECMOE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace specmoe {
 namespace {
 

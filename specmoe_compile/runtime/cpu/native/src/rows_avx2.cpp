@@ -109,36 +109,48 @@ struct Bytes {
   __m256i low, high;
 };
 using Bytes16 = __m256i;
+using Ints = Bytes;
 struct BytesPair {
   Bytes first, second;
 };
-using Acts = Bytes;
 
 inline __m256i load32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Bytes load_bytes(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
-inline Acts load_acts(const int8_t* p) { return {load32(p), load32(p + 32)}; }
-inline Bytes16 load_table16(const int8_t* p) { return _mm256_broadcastsi128_si256(load16(p)); }
-inline __m256i of_nibbles(Bytes16 t, __m256i bytes) {
-  return _mm256_shuffle_epi8(t, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
+inline Bytes load_bytes(const void* p) {
+  const auto* bytes = static_cast<const uint8_t*>(p);
+  return {load32(bytes), load32(bytes + 32)};
 }
-inline BytesPair nibbles(Bytes16 t, const uint8_t* p) {
-  const __m256i low = load32(p), high = load32(p + 32);
-  return {{of_nibbles(t, low), of_nibbles(t, high)},
-          {of_nibbles(t, _mm256_srli_epi16(low, 4)), of_nibbles(t, _mm256_srli_epi16(high, 4))}};
+inline Bytes16 load_table16(const uint8_t* p) { return _mm256_broadcastsi128_si256(load16(p)); }
+inline Bytes at(Bytes16 t, const Bytes& nibbles) {
+  return {_mm256_shuffle_epi8(t, nibbles.low), _mm256_shuffle_epi8(t, nibbles.high)};
 }
-inline __m256 dots8(__m256i w, __m256i x) {
-  // |w| <= 128 and |x| <= 127: two products are at most 32512, no sum saturates.
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+inline Bytes low_nibbles(const Bytes& v) {
+  const __m256i low = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(v.low, low), _mm256_and_si256(v.high, low)};
 }
-inline V dots(const Bytes& w, const Acts& x) {
-  return {dots8(w.low, x.low), dots8(w.high, x.high)};
+inline Bytes high_nibbles(const Bytes& v) {
+  return low_nibbles({_mm256_srli_epi16(v.low, 4), _mm256_srli_epi16(v.high, 4)});
 }
-inline V sums(const Acts& x) {
-  const __m256i one = _mm256_set1_epi8(1);
-  return {dots8(one, x.low), dots8(one, x.high)};
+inline Ints load_ints(const int32_t* p) { return load_bytes(p); }
+template <int By>
+inline Ints shifted(const Ints& v) {
+  return {_mm256_slli_epi32(v.low, By), _mm256_slli_epi32(v.high, By)};
+}
+inline V to_floats(const Ints& v) {
+  return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)};
+}
+// Of weights without a sign. Two products are at most 32512, so that no sum saturates.
+inline __m256i dots8(__m256i w, __m256i x) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+}
+inline Ints dot(const Ints& sum, const Bytes& w, const Bytes& x) {
+  return {_mm256_add_epi32(sum.low, dots8(w.low, x.low)),
+          _mm256_add_epi32(sum.high, dots8(w.high, x.high))};
+}
+inline Ints dot_signed(const Ints&, const Bytes& w, const Bytes& x) {
+  return {dots8(_mm256_abs_epi8(w.low), _mm256_sign_epi8(x.low, w.low)),
+          dots8(_mm256_abs_epi8(w.high), _mm256_sign_epi8(x.high, w.high))};
 }
 inline V spread4(const float* p) {
   return {_mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])),
@@ -155,13 +167,15 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 }  // namespace specmoe
 
 #include "attend.h"
+#include "inputs.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels* avx2_kernels_or_null() {
-  static const Kernels kernels{"avx2", any_rows, any_rows_int8, gate_any, round_any, attend_any};
+  static const Kernels kernels{"avx2",  any_rows, any_rows_int8, nullptr,
+                               put_any, gate_any, round_any,     attend_any};
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("f16c");
   return has ? &kernels : nullptr;

@@ -1,140 +1,21 @@
-// AVX-512 F, BW, VL and VNNI; compiled with these, empty elsewhere. BF16's own dot product is not
-// used: it sums in another order, and reading the weights is what takes the time.
+// AVX-512 F, BW, DQ, VL and VNNI; compiled with these, empty elsewhere. For plain weights BF16's own
+// dot product is not used: it sums in another order, and reading them is what takes the time.
 #include "weight.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512VNNI__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-
-#include <cstdint>
-
-namespace specmoe {
-namespace {
-
-using V = __m512;
-using Table = __m512;
-struct Pair {
-  V first, second;
-};
-
-inline V zero() { return _mm512_setzero_ps(); }
-inline V broadcast(float x) { return _mm512_set1_ps(x); }
-inline V halves(float a, float b) {
-  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b));
-}
-inline V load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-inline float reduced8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-inline float reduced(V v) {
-  return reduced8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
-}
-inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline __m256i load32(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-inline void reduce4(V v0, V v1, V v2, V v3, float* out) {
-  const auto halved = [](V a, V b) {  // lanes j + 8: 8 sums of each
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  };
-  const V a = halved(v0, v1), b = halved(v2, v3);
-  V sums = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
-  sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
-  // In a register: compressing into memory takes a Zen 4 more than a hundred cycles.
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums)));
-}
-
-inline V load_bf16(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
-}
-inline V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load32(p)); }
-inline V add(V a, V b) { return _mm512_add_ps(a, b); }
-inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline Table load_table(const float* p) { return load(p); }
-inline Pair lookup(Table t, const uint8_t* p) {
-  const __m512i codes = _mm512_cvtepu8_epi32(load16(p));  // the look-up takes the low 4 bits
-  return {_mm512_permutexvar_ps(codes, t), _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), t)};
-}
-inline V load_e4m3(const uint8_t* p) {
-  const __m256i code = _mm256_cvtepu8_epi16(load16(p));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
-  const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
-  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-  return _mm512_cvtph_ps(half);
-}
-inline V load_e8m0(const uint8_t* p) {
-  const __m512i code = _mm512_cvtepu8_epi32(load16(p));
-  __m512i bits = _mm512_slli_epi32(code, 23);
-  bits = _mm512_mask_set1_epi32(bits, _mm512_testn_epi32_mask(code, code), 0x00400000);
-  return _mm512_castsi512_ps(_mm512_mask_set1_epi32(
-      bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)), 0x7fc00000));
-}
-inline V load_int8(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p)));
-}
-
-// 64 weights, each with 128 added: what one instruction multiplies has no sign.
-using Bytes = __m512i;
-using Bytes16 = __m512i;
-struct BytesPair {
-  Bytes first, second;
-};
-struct Acts {
-  __m512i x;
-  __m512i without;  // lane j: -128 times the sum of bytes 4j to 4j + 3
-};
-
-inline Bytes load_bytes(const uint8_t* p) {
-  return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
-}
-inline Bytes16 load_table16(const int8_t* p) {
-  return _mm512_xor_si512(_mm512_broadcast_i32x4(load16(p)), _mm512_set1_epi8(-128));
-}
-inline BytesPair nibbles(Bytes16 t, const uint8_t* p) {
-  const __m512i bytes = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
-  return {_mm512_shuffle_epi8(t, _mm512_and_si512(bytes, low)),
-          _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low))};
-}
-inline __m512i sums_i32(__m512i x) {
-  return _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
-}
-inline Acts load_acts(const int8_t* p) {
-  const __m512i x = _mm512_loadu_si512(p);
-  return {x, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums_i32(x), 7))};
-}
-inline V dots(Bytes w, const Acts& a) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.without, w, a.x));
-}
-inline V sums(const Acts& a) { return _mm512_cvtepi32_ps(sums_i32(a.x)); }
-inline V spread4(const float* p) {
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), lanes);
-}
-inline V spread8(const float* p) {
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  return _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
-}
-
-constexpr int ROWS1 = 4, ROWSN = 4, TOKENS = 4;
-
-}  // namespace
-}  // namespace specmoe
+#include "vectors_avx512.h"
 
 #include "attend.h"
+#include "inputs.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels* avx512_kernels_or_null() {
-  static const Kernels kernels{"avx512", any_rows, any_rows_int8, gate_any, round_any, attend_any};
+  static const Kernels kernels{"avx512",  any_rows, any_rows_int8, nullptr,
+                               put_any, gate_any, round_any,     attend_any};
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vnni");

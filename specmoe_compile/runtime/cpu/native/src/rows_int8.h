@@ -1,114 +1,147 @@
-// Products with int8 activations: exact sums of 4 products, scaled per 32 columns.
+// Products with int8 activations: exact sums of a lane's products, scaled per 32 columns.
 //
 // Included after rows.h by files that also define:
-//   Bytes        64 weights (int8, |w| <= 128), and load_bytes(p)
-//   Bytes16      a table of 16 int8, and load_table16(p)
-//   nibbles      BytesPair of 64 bytes by a table: of the low nibbles, of the high ones
-//   Acts         64 activations (int8, |x| <= 127), and load_acts(p)
-//   dots         V of weights and activations: lane j sums the products of bytes 4j to 4j + 3
-//   sums         the same with all weights 1
+//   Bytes        64 bytes, and load_bytes(p)
+//   Bytes16      a table of 16 bytes below 32, load_table16(p), and at(table, nibbles)
+//   low_nibbles, high_nibbles   of Bytes
+//   Ints         16 int32, load_ints(p), shifted<n>(v), to_floats(v)
+//   dot          Ints, Bytes of weights below 32 and of activations (int8, |x| <= 127) -> Ints: lane
+//                j adds the products of bytes 4j to 4j + 3
+//   dot_signed   sums of Bytes of weights (int8) with activations, of which the first argument has
+//                the sums, negative and times 128
 //   spread4      V of 4 floats, each in 4 lanes; spread8 of 8, each in 2
 //
-// 128 columns at a time make two vectors of 64 weights: the low and the high nibbles of 64 bytes, or
-// 64 bytes and the next 64. So there are 32 partial sums, 16 lanes twice: each adds its sum times
-// (scale of the weights * scale of the activations), group by group. At the end the second vector is
-// added to the first one, and then lane j takes up j + 8, j + 4, j + 2, j + 1.
+// A group's codes are 64 bytes: 128 columns of 4 bits, 64 of 8. Lane j of 16 partial sums takes the
+// products of bytes 4j to 4j + 3, of all nibbles, as integers, and adds them times (scale of the
+// weights * scale of the activations), group by group. At the end lane j takes up j + 8, j + 4,
+// j + 2, j + 1.
 #pragma once
 
+#include "inputs.h"
 #include "rows.h"
 
 namespace specmoe {
 namespace {
 
-constexpr int64_t kGroup = 128;  // columns
-constexpr int64_t kGroupBlocks = kGroup / 32;
-
-struct Nibbles8 {
+// Codes as numbers that have no sign: weight + 2^kShift.
+struct Int4Bytes {
+  static constexpr int kShift = 3;
+  BytesPair get(const Bytes& codes) const { return {low_nibbles(codes), high_nibbles(codes)}; }
+};
+struct E2M1Bytes {
+  static constexpr int kShift = 4;
   Bytes16 table;
-  static constexpr int64_t kBytes = 64;  // of a group
+  BytesPair get(const Bytes& codes) const {
+    return {at(table, low_nibbles(codes)), at(table, high_nibbles(codes))};
+  }
+};
+
+template <class Codes>
+struct Nibbles8 {
+  Codes codes;
+  static constexpr int64_t kColumns = 128;  // of a group
   static constexpr bool kFourBit = true;
-  BytesPair get(const uint8_t* codes) const { return nibbles(table, codes); }
+  Ints dot_group(const Bytes& bytes, const int8_t* x, const Ints& minus) const {
+    const BytesPair value = codes.get(bytes);
+    const Ints sum = dot(shifted<Codes::kShift>(minus), value.first, load_bytes(x));
+    return dot(sum, value.second, load_bytes(x + 64));
+  }
 };
 struct Plain8 {
-  static constexpr int64_t kBytes = 128;
+  static constexpr int64_t kColumns = 64;
   static constexpr bool kFourBit = false;
-  BytesPair get(const uint8_t* codes) const { return {load_bytes(codes), load_bytes(codes + 64)}; }
+  Ints dot_group(const Bytes& bytes, const int8_t* x, const Ints& minus) const {
+    return dot_signed(shifted<7>(minus), bytes, load_bytes(x));
+  }
 };
 
-// Of a group's scales (or zeros) those of each lane of the first vector, or of the second one.
-template <class Book, bool Halves, bool Second>
-inline V by_lane(const float* p) {
-  if constexpr (!Book::kFourBit) return Second ? halves(p[2], p[3]) : halves(p[0], p[1]);
+// Of a group's scales (or zeros) that of each lane.
+template <class Book, bool Halves>
+SPECMOE_INLINE V by_lane(const float* p) {
+  if constexpr (!Book::kFourBit) return halves(p[0], p[1]);
   return Halves ? spread8(p) : spread4(p);
 }
 
 template <class Book, bool Halves, bool Zeros, int R, int N>
-inline void int8_block(const WeightView& w, const Book& book, const RowFactors* factors,
-                       int64_t row, const Inputs& in, int64_t token, float* out,
-                       int64_t out_stride) {
-  constexpr int64_t kFactors = kGroupBlocks * (Halves ? 2 : 1);
-  const uint8_t* rows[R];
+struct Int8Sums {
+  static constexpr int64_t kBlocks = Book::kColumns / 32;  // of a group
+  static constexpr int64_t kFactors = kBlocks * (Halves ? 2 : 1);
+
+  const Book& book;
   const int8_t* x[N];
   const float* x_scale[N];
-  V first_sum[R][N], second_sum[R][N];
-  for (int r = 0; r < R; r++) rows[r] = w.row(row + r);
-  for (int n = 0; n < N; n++) {
-    x[n] = in.codes + in.rows[token + n] * in.stride;
-    x_scale[n] = in.scales + in.rows[token + n] * (in.stride / 32);
-  }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) first_sum[r][n] = second_sum[r][n] = zero();
-  const int64_t inputs = w.spec->inputs;
-  for (int64_t g = 0; g * kGroup < inputs; g++) {
-    Acts first_x[N], second_x[N];
-    V first_scale_x[N], second_scale_x[N];
+  const int32_t* minus[N];
+  V sum[R][N];
+
+  SPECMOE_INLINE void add_group(int r, int64_t g, const uint8_t* codes, const float* scales,
+                                const float* zeros) {
+    const Bytes bytes = load_bytes(codes);
+    const V scale = by_lane<Book, Halves>(scales);
+    SPECMOE_UNROLL
     for (int n = 0; n < N; n++) {
-      first_x[n] = load_acts(x[n] + g * kGroup);
-      second_x[n] = load_acts(x[n] + g * kGroup + 64);
-      first_scale_x[n] = by_lane<Book, false, false>(x_scale[n] + g * kGroupBlocks);
-      second_scale_x[n] = by_lane<Book, false, true>(x_scale[n] + g * kGroupBlocks);
-    }
-    const bool is_tail = (g + 1) * kGroup > inputs;
-    for (int r = 0; r < R; r++) {
-      const uint8_t* codes = rows[r] + g * Book::kBytes;
-      for (int64_t line = 0; line < Book::kBytes; line += kLine)
-        prefetch(codes, R * w.spec->row_bytes + line);
-      const float* scales = factors[r].scale + g * kFactors;
-      const float* zeros = Zeros ? factors[r].zero + g * kFactors : nullptr;
-      // What follows a row, or its scales, is another's.
-      alignas(64) uint8_t tail[Book::kBytes] = {};
-      float tail_scales[kFactors] = {}, tail_zeros[kFactors] = {};
-      if (is_tail) {
-        const int64_t blocks = (inputs - g * kGroup + 31) / 32;
-        const size_t bytes = sizeof(float) * static_cast<size_t>(blocks * kFactors / kGroupBlocks);
-        std::memcpy(tail, codes, static_cast<size_t>(w.spec->row_bytes - g * Book::kBytes));
-        std::memcpy(tail_scales, scales, bytes);
-        if (Zeros) std::memcpy(tail_zeros, zeros, bytes);
-        codes = tail;
-        scales = tail_scales;
-        zeros = tail_zeros;
-      }
-      const BytesPair value = book.get(codes);
-      const V first_scale = by_lane<Book, Halves, false>(scales);
-      const V second_scale = by_lane<Book, Halves, true>(scales);
-      for (int n = 0; n < N; n++) {
-        V first = dots(value.first, first_x[n]), second = dots(value.second, second_x[n]);
-        if (Zeros) {
-          first = fma(sums(first_x[n]), by_lane<Book, Halves, false>(zeros), first);
-          second = fma(sums(second_x[n]), by_lane<Book, Halves, true>(zeros), second);
-        }
-        first_sum[r][n] = fma(first, mul(first_scale, first_scale_x[n]), first_sum[r][n]);
-        second_sum[r][n] = fma(second, mul(second_scale, second_scale_x[n]), second_sum[r][n]);
-      }
+      const Ints minus_sums = load_ints(minus[n] + 16 * g);
+      V dots = to_floats(book.dot_group(bytes, x[n] + Book::kColumns * g, minus_sums));
+      if (Zeros)
+        dots = fma(mul(to_floats(minus_sums), broadcast(-1.0f)), by_lane<Book, Halves>(zeros),
+                   dots);
+      const V scale_x = by_lane<Book, false>(x_scale[n] + kBlocks * g);
+      sum[r][n] = fma(dots, mul(scale, scale_x), sum[r][n]);
     }
   }
+};
+
+template <class Book, bool Halves, bool Zeros, int R, int N>
+SPECMOE_INLINE void int8_block(const WeightView& w, const Book& book, const RowFactors* factors,
+                               int64_t row, const Inputs& in, int64_t token, float* out,
+                               int64_t out_stride) {
+  using Sums = Int8Sums<Book, Halves, Zeros, R, N>;
+  constexpr int64_t kLane = Book::kColumns / 16;  // columns of one
+  Sums sums{book, {}, {}, {}, {}};
+  SPECMOE_UNROLL
   for (int n = 0; n < N; n++) {
-    const auto both = [&](int r) { return add(first_sum[r][n], second_sum[r][n]); };
+    const int64_t from = in.rows[token + n] * in.stride;
+    sums.x[n] = in.codes + from;
+    sums.x_scale[n] = in.scales + from / 32;
+    sums.minus[n] = in.minus_sums + from / kLane;
+  }
+  SPECMOE_UNROLL
+  for (int r = 0; r < R; r++) {
+    SPECMOE_UNROLL
+    for (int n = 0; n < N; n++) sums.sum[r][n] = zero();
+  }
+  const int64_t inputs = w.spec->inputs, row_bytes = w.spec->row_bytes;
+  const int64_t groups = inputs / Book::kColumns;
+  const uint8_t* codes = w.row(row);
+  for (int64_t g = 0; g < groups; g++) {
+    SPECMOE_UNROLL
+    for (int r = 0; r < R; r++) {
+      const uint8_t* line = codes + r * row_bytes + g * kLine;
+      prefetch(line, R * row_bytes);
+      sums.add_group(r, g, line, factors[r].scale + g * Sums::kFactors,
+                     Zeros ? factors[r].zero + g * Sums::kFactors : nullptr);
+    }
+  }
+  if (groups * Book::kColumns < inputs) {  // what follows a row, or its scales, is another's
+    const int64_t left = inputs - groups * Book::kColumns;
+    const size_t bytes = sizeof(float) * static_cast<size_t>((left + 31) / 32 * (Halves ? 2 : 1));
+    SPECMOE_UNROLL
+    for (int r = 0; r < R; r++) {
+      alignas(64) uint8_t line[kLine] = {};
+      float scales[Sums::kFactors] = {}, zeros[Sums::kFactors] = {};
+      std::memcpy(line, codes + r * row_bytes + groups * kLine,
+                  static_cast<size_t>(row_bytes - groups * kLine));
+      std::memcpy(scales, factors[r].scale + groups * Sums::kFactors, bytes);
+      if (Zeros) std::memcpy(zeros, factors[r].zero + groups * Sums::kFactors, bytes);
+      sums.add_group(r, groups, line, scales, zeros);
+    }
+  }
+  SPECMOE_UNROLL
+  for (int n = 0; n < N; n++) {
     float* of = out + (token + n) * out_stride;
     if constexpr (R == 4)
-      reduce4(both(0), both(1), both(2), both(3), of);
+      reduce4(sums.sum[0][n], sums.sum[1][n], sums.sum[2][n], sums.sum[3][n], of);
     else
-      for (int r = 0; r < R; r++) of[r] = reduced(both(r));
+      for (int r = 0; r < R; r++) of[r] = reduced(sums.sum[r][n]);
   }
 }
 
@@ -150,18 +183,17 @@ void int8_rows(const Book& book, float factor, float middle, const WeightView& w
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }
 
-constexpr int8_t kE2M1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-constexpr int8_t kInt4Bytes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+// Twice the value, and 16.
+constexpr uint8_t kE2M1Doubled[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 
 void any_rows_int8(const WeightView& w, int64_t begin, int64_t end, const Inputs& in, float* out,
                    int64_t out_stride) {
   switch (w.spec->book) {
     case BOOK_E2M1:
-      return int8_rows(Nibbles8{load_table16(kE2M1Doubled)}, 0.5f, 0.0f, w, begin, end, in, out,
+      return int8_rows(Nibbles8<E2M1Bytes>{{load_table16(kE2M1Doubled)}}, 0.5f, 0.0f, w, begin, end, in, out,
                        out_stride);
     case BOOK_INT4:
-      return int8_rows(Nibbles8{load_table16(kInt4Bytes)}, 1.0f, 8.0f, w, begin, end, in, out,
-                       out_stride);
+      return int8_rows(Nibbles8<Int4Bytes>{}, 1.0f, 8.0f, w, begin, end, in, out, out_stride);
     default:
       return int8_rows(Plain8{}, 1.0f, 0.0f, w, begin, end, in, out, out_stride);
   }

@@ -89,48 +89,68 @@ inline V load_int8(const uint8_t* p) {
 }
 
 struct Bytes {
-  int8_t byte[64];
+  uint8_t byte[64];
 };
 struct Bytes16 {
-  int8_t byte[16];
+  uint8_t byte[16];
 };
 struct BytesPair {
   Bytes first, second;
 };
-using Acts = Bytes;
+struct Ints {
+  int32_t lane[16];
+};
 
+template <class Byte>
+inline Bytes each_byte(Byte byte) {
+  Bytes v;
+  for (int j = 0; j < 64; j++) v.byte[j] = byte(j);
+  return v;
+}
 inline Bytes load_bytes(const void* p) {
   Bytes v;
   std::memcpy(v.byte, p, sizeof v.byte);
   return v;
 }
-inline Acts load_acts(const int8_t* p) { return load_bytes(p); }
-inline Bytes16 load_table16(const int8_t* p) {
+inline Bytes16 load_table16(const uint8_t* p) {
   Bytes16 v;
   std::memcpy(v.byte, p, sizeof v.byte);
   return v;
 }
-inline BytesPair nibbles(const Bytes16& t, const uint8_t* p) {
-  BytesPair v;
-  for (int j = 0; j < 64; j++) {
-    v.first.byte[j] = t.byte[p[j] & 15];
-    v.second.byte[j] = t.byte[p[j] >> 4];
-  }
+inline Bytes at(const Bytes16& t, const Bytes& nibbles) {
+  return each_byte([&](int j) { return t.byte[nibbles.byte[j]]; });
+}
+inline Bytes low_nibbles(const Bytes& v) {
+  return each_byte([&](int j) { return static_cast<uint8_t>(v.byte[j] & 15); });
+}
+inline Bytes high_nibbles(const Bytes& v) {
+  return each_byte([&](int j) { return static_cast<uint8_t>(v.byte[j] >> 4); });
+}
+inline Ints load_ints(const int32_t* p) {
+  Ints v;
+  std::memcpy(v.lane, p, sizeof v.lane);
   return v;
 }
-inline V dots(const Bytes& w, const Acts& x) {
-  return each([&](int j) {
-    int32_t sum = 0;
-    for (int i = 4 * j; i < 4 * j + 4; i++) sum += w.byte[i] * x.byte[i];
-    return static_cast<float>(sum);
-  });
+template <int By>
+inline Ints shifted(const Ints& v) {
+  Ints out;
+  for (int j = 0; j < 16; j++) out.lane[j] = v.lane[j] * (1 << By);
+  return out;
 }
-inline V sums(const Acts& x) {
-  return each([&](int j) {
-    int32_t sum = 0;
-    for (int i = 4 * j; i < 4 * j + 4; i++) sum += x.byte[i];
-    return static_cast<float>(sum);
-  });
+inline V to_floats(const Ints& v) {
+  return each([&](int j) { return static_cast<float>(v.lane[j]); });
+}
+template <class Weight>
+inline Ints dot_as(Ints sum, const Bytes& w, const Bytes& x) {
+  for (int i = 0; i < 64; i++)
+    sum.lane[i / 4] += static_cast<Weight>(w.byte[i]) * static_cast<int8_t>(x.byte[i]);
+  return sum;
+}
+inline Ints dot(const Ints& sum, const Bytes& w, const Bytes& x) {
+  return dot_as<uint8_t>(sum, w, x);
+}
+inline Ints dot_signed(const Ints&, const Bytes& w, const Bytes& x) {
+  return dot_as<int8_t>(Ints{}, w, x);
 }
 inline V spread4(const float* p) {
   return each([=](int j) { return p[j / 4]; });
@@ -145,14 +165,15 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 }  // namespace specmoe
 
 #include "attend.h"
+#include "inputs.h"
 #include "rows.h"
 #include "rows_int8.h"
 
 namespace specmoe {
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels{"portable", any_rows,  any_rows_int8,
-                               gate_any,   round_any, attend_any};
+  static const Kernels kernels{"portable",  any_rows, any_rows_int8, nullptr,
+                               put_any, gate_any, round_any,     attend_any};
   return kernels;
 }
 

@@ -66,6 +66,11 @@ struct WeightSpec {
   int32_t unused;  // a multiple of 8 bytes
 };
 
+// Whether all values are bfloat16 numbers, of so few bits that the product with another is exact.
+inline bool takes_bf16(const WeightSpec& spec) {
+  return (spec.book == BOOK_E2M1 || spec.book == BOOK_INT4) && spec.zeros < 0;
+}
+
 // One weight of one expert, with pointers instead of offsets.
 struct WeightView {
   const WeightSpec* spec;
@@ -74,17 +79,39 @@ struct WeightView {
   const uint8_t* row(int64_t n) const { return record + spec->codes + n * spec->row_bytes; }
 };
 
-// Inputs of a product: float32 rows, zeros up to a multiple of 32 columns. For 4-bit weights each
-// block of 32 has its 16 even columns first, then its 16 odd ones, as the nibbles of a code plane.
-// `codes` and the rest are there for int8 arithmetic only: zeros up to a multiple of 128 columns, and
-// for 4-bit weights each 128 have the first halves of their 4 blocks first, then the second ones.
+// How the inputs of a product lie, by what the kernels multiply them with.
+enum InputForm : int32_t {
+  FORM_PLAIN = 0,       // float32 in their own order
+  FORM_SPLIT = 1,       // float32; each block of 32 has its 16 even columns first, then its odd ones
+  FORM_BF16 = 2,        // bfloat16 in their own order
+  FORM_INT8 = 3,        // int8 codes and a scale per block
+  FORM_INT8_SPLIT = 4,  // the same; each 128 columns have the even ones of 4 blocks first
+};
+
+inline bool is_int8(InputForm form) { return form >= FORM_INT8; }
+
+// Inputs of a product, in one form; zeros up to a multiple of 32 columns, of 128 in int8.
 struct Inputs {
+  InputForm form;
   const float* values;    // [.., stride]
+  const uint16_t* bf16;   // [.., stride]
   const int8_t* codes;    // [.., stride]
   const float* scales;    // [.., stride / 32]
+  // [.., stride / 8 or 4], of the codes that one lane of 16 multiplies: 8 of 4 bits, split, or 4 of 8
+  const int32_t* minus_sums;
   const int32_t* rows;    // [T], the row of each token
   int64_t stride;         // a multiple of 32
   int64_t tokens;         // T
+};
+
+// A row of inputs while it is filled, in one of the forms.
+struct InputRow {
+  InputForm form;
+  float* values;
+  uint16_t* bf16;
+  int8_t* codes;
+  float* scales;
+  int32_t* minus_sums;
 };
 
 // The kernels of one instruction set.
@@ -97,6 +124,12 @@ struct Kernels {
   // The same with int8 activations; only where `has_int8`.
   void (*rows_int8)(const WeightView&, int64_t begin, int64_t end, const Inputs&, float* out,
                     int64_t out_stride);
+  // The same bits from inputs in bfloat16, only where `takes_bf16`; null without such products.
+  void (*rows_bf16)(const WeightView&, int64_t begin, int64_t end, const Inputs&, float* out,
+                    int64_t out_stride);
+  // Takes in columns [begin, begin + count) of a row; `begin` is a multiple of 32 unless the form is
+  // plain, and so is `count` but at the row's end.
+  void (*put)(const InputRow&, int64_t begin, int64_t count, const float* values);
   // Activation and gate in place: [count] pairs -> gate[count], see gate.h.
   void (*gate)(float* gate, const float* up, int64_t count, const struct GateSpec&);
   // Rounds to a dtype in place.
@@ -136,5 +169,6 @@ struct AttentionPart {
 const Kernels& portable_kernels();
 const Kernels* avx2_kernels_or_null();
 const Kernels* avx512_kernels_or_null();
+const Kernels* avx512_bf16_kernels_or_null();
 
 }  // namespace specmoe
