@@ -1,8 +1,8 @@
 """What codes save where all experts are in memory: time per token, and of the experts alone.
 
-The reference model with experts of 3 MiB in bfloat16, and the same quantised, on a CPU with
-everything resident and a static cache; forms in turns of one prompt each, in one process. The
-experts alone are the ops of one step's layers, one token, over random choices of experts.
+The reference model with experts of 3 MiB (`--record-mib`) in bfloat16, and the same quantised, on a
+CPU with everything resident and a static cache; forms in turns of one prompt each, in one process.
+The experts alone are the ops of one step's layers, one token, over random choices of experts.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; returns 0, or 1 where a form takes more than it may."""
     parser = turns_parser("formats_resident", __doc__, result=RESULT, new_tokens=48)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--record-mib", type=float, default=RECORD_MIB, help="of one expert")
     arguments = parser.parse_args(argv)
     quiet_transformers()
-    checkpoint = widened_model(arguments.folder, RECORD_MIB, DTYPE)
+    checkpoint = widened_model(arguments.folder, arguments.record_mib, DTYPE)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = measure(checkpoint, Path(folder), arguments.prompts, arguments.new_tokens)
     write_json(
@@ -136,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "schema": 1,
             **provenance(),
             "threads": torch.get_num_threads(),
-            "settings": {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens},
+            "settings": {
+                "prompts": arguments.prompts,
+                "new_tokens": arguments.new_tokens,
+                "record_mib": arguments.record_mib,
+            },
             "seed": 0,
             "forms": rows,
         },

@@ -41,6 +41,8 @@ _VECTOR_FLAGS = {
     "rows_bf16.cpp": (*_AVX2, *_AVX512, "-mavx512bf16", "-mavx512vbmi"),
 }
 _TIMEOUT_S = 600
+_AT_ONCE = 3
+"""Compilers at work at the same time; what `library.py` says about RAM is for so many."""
 
 
 class BuildError(Exception):
@@ -74,7 +76,7 @@ def source_digest() -> str:
 
 
 def build(target: Path, *, extra_flags: tuple[str, ...] = ()) -> None:
-    """Compile the sources, all at once, and put the library at `target` when it is complete.
+    """Compile the sources, some at once, and put the library at `target` when it is complete.
 
     Args:
         target: file to write; its folder is made.
@@ -129,32 +131,34 @@ def _whole(target: Path) -> Iterator[Path]:
 
 def _compile_all(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> list[Path]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    running: list[tuple[Path, subprocess.Popen[str]]] = []
-    for source in sorted(SOURCES.glob("*.cpp")):
-        vector = _VECTOR_FLAGS.get(source.name, ()) if is_x86 else ()
-        level = "-O3" if vector or source.name in _LOOPS else "-O2"
-        target = folder / f"{source.stem}.o"
-        command = [compiler, *_FLAGS, level, *vector, *extra_flags]
-        command += ["-c", str(source), "-o", str(target)]
-        running.append(
-            (
-                target,
+    # What takes longest begins first.
+    waiting = sorted(SOURCES.glob("*.cpp"), key=lambda source: source.name not in _VECTOR_FLAGS)
+    running: list[subprocess.Popen[str]] = []
+    targets, errors = [], []
+    while waiting or running:
+        if waiting and len(running) < _AT_ONCE:
+            source = waiting.pop(0)
+            vector = _VECTOR_FLAGS.get(source.name, ()) if is_x86 else ()
+            level = "-O3" if vector or source.name in _LOOPS else "-O2"
+            targets.append(folder / f"{source.stem}.o")
+            command = [compiler, *_FLAGS, level, *vector, *extra_flags]
+            command += ["-c", str(source), "-o", str(targets[-1])]
+            running.append(
                 subprocess.Popen(
                     command,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
-                ),
+                )
             )
-        )
-    errors = []
-    for _, process in running:
+            continue
+        process = running.pop(0)
         _, message = process.communicate(timeout=_TIMEOUT_S)
         if process.returncode:
             errors.append(message.strip())
     if errors:
         raise BuildError(f"{compiler} failed: {errors[0][-2000:]}")
-    return [target for target, _ in running]
+    return targets
 
 
 def _run(command: list[str]) -> None:

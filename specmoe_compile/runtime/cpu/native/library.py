@@ -28,7 +28,7 @@ from specmoe_compile.system.sizes import format_bytes
 log = logging.getLogger(__name__)
 
 _BUILD_BYTES = 1 << 30
-"""RAM that compiling takes: 923 MiB, all sources at once (g++ 12)."""
+"""RAM that compiling takes: 735 MiB (g++ 12)."""
 
 _lock = threading.Lock()
 
@@ -59,7 +59,7 @@ def _path() -> Path:
     compiled = cache_folder() / "native" / build.source_digest() / build.LIBRARY_NAME
     if not compiled.is_file():
         check_can_build(_BUILD_BYTES)
-        log.warning("compiling the C++ engine once (20 seconds of one core): %s", compiled)
+        log.warning("compiling the C++ engine once (40 seconds of one core): %s", compiled)
         build.build(compiled)
     return compiled
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kMaxChunkBytes = 256 << 10, kMinChunkBytes = 128 << 10;
 constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kRowStep = 8;             // rows that a kernel computes at once
-constexpr int64_t kBlock = 32;              // inputs that are taken in at once
+constexpr int64_t kBlock = 32, kGroup = 128;  // inputs that are taken in at once, in int8
 // Steps of more are prefill, of which no two take the same time.
 constexpr int64_t kMaxMeasuredTokens = 16;
 
@@ -54,6 +54,11 @@ void end_product(const Kernels& kernels, float* values, int64_t count, const uin
   if (spec.bias >= 0)
     for (int64_t i = 0; i < count; i++) values[i] += bias_at(record, spec, first_row + i);
   if (spec.bias >= 0 || !is_plain(spec.book)) kernels.round(values, count, dtype);
+}
+
+// Rows of the intermediate that a chunk may end with.
+int64_t row_step(InputForm form) {
+  return form == FORM_PLAIN ? kRowStep : is_int8(form) ? kGroup : kBlock;
 }
 
 InputForm input_form(const Kernels& kernels, const ExpertSpec& spec, const WeightSpec& weight) {
@@ -138,7 +143,7 @@ void Engine::Step::prepare(const Kernels& kernels, const ExpertSpec& spec, const
   bytes_ = count * (intermediate_ * up_bytes + spec.down.outputs * spec.down.row_bytes);
   const int64_t chunk_bytes =
       std::clamp(bytes_ / (threads * kChunksPerThread), kMinChunkBytes, kMaxChunkBytes);
-  up_rows_ = chunk_rows(chunk_bytes, up_bytes, down_form == FORM_PLAIN ? kRowStep : kBlock);
+  up_rows_ = chunk_rows(chunk_bytes, up_bytes, row_step(down_form));
   up_chunks_ = (intermediate_ + up_rows_ - 1) / up_rows_;
   down_rows_ = chunk_rows(chunk_bytes, spec.down.row_bytes, kRowStep);
   down_chunks_ = (spec.down.outputs + down_rows_ - 1) / down_rows_;

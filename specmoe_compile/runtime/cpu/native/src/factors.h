@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ahead.h"
 #include "numbers.h"
 #include "weight.h"
 
@@ -95,6 +96,8 @@ class Factors {
     const int64_t first = row * spec.scale_columns;
     const uint8_t* plane = w.record + spec.scales;
     const int64_t all = rows * spec.scale_columns;
+    const int64_t element = spec.scale == SCALE_E8M0 || spec.scale == SCALE_E4M3 ? 1 : 2;
+    prefetch_lines(plane + (first + all) * element, all * element);
     const bool is_spread = spec.scale_columns != count;
     float* scales = is_spread ? compact_ : scale_[0];
     if (spec.scale == SCALE_E8M0)
@@ -148,10 +151,7 @@ class Factors {
     constexpr int64_t kElement = sizeof(Element);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-      alignas(64) Element part[16];
-      std::memcpy(part, from + i * kElement, sizeof(part));
-      const V value = convert(part);
-      std::memcpy(out + i, &value, sizeof(value));
+      store(out + i, convert(reinterpret_cast<const Element*>(from + i * kElement)));
     }
     if (i == count) return;
     // A length that is not known takes a call: one for all that is left.

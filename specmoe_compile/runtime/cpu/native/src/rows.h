@@ -18,13 +18,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ahead.h"
 #include "factors.h"
 #include "gate.h"
 #include "numbers.h"
 #include "weight.h"
 
 // Before loops over what has to be in registers: compilers leave it in memory where they unroll late.
-#if defined(__clang__)
+// Where vectors are loops themselves there are no such registers.
+#if defined(SPECMOE_VECTORS_ARE_LOOPS)
+#define SPECMOE_UNROLL
+#elif defined(__clang__)
 #define SPECMOE_UNROLL _Pragma("unroll")
 #else
 #define SPECMOE_UNROLL _Pragma("GCC unroll 16")
@@ -35,18 +39,8 @@ namespace {
 
 // Rows of so few bytes are read one after the other: hopping between lines of one page halves what
 // the processor's prefetchers bring (17 to 9 GB/s on a Zen 4 core), between pages it does not. Not
-// so with int8 activations, which ask for the next rows themselves.
+// so with int8 activations, which ask for the next rows themselves, nor with rows of a line.
 constexpr int64_t kShortRow = 2048;
-constexpr int64_t kLine = 64;  // shorter rows are lines one after the other in any order
-// What the processor is told to bring ahead of one row, into its second cache; of rows that are read
-// at once the next ones.
-constexpr int64_t kAheadBytes = 8192;
-
-// May be any address: what is not there is not brought.
-inline void prefetch(const void* start, int64_t ahead) {
-  const auto address = reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(ahead);
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
-}
 
 struct PlainF32 {
   using Element = float;
@@ -118,43 +112,48 @@ template <class Book, bool Halves, bool Zeros, int R, int N>
 inline void coded_block(const WeightView& w, const Book& book, const RowFactors* factors,
                         int64_t row, const Inputs& in, int64_t token, float* out,
                         int64_t out_stride) {
-  const uint8_t* rows[R];
   const float* x[N];
   V sum[R][N];
-  for (int r = 0; r < R; r++) rows[r] = w.row(row + r);
+  SPECMOE_UNROLL
   for (int n = 0; n < N; n++) x[n] = in.values + in.rows[token + n] * in.stride;
-  for (int r = 0; r < R; r++)
+  SPECMOE_UNROLL
+  for (int r = 0; r < R; r++) {
+    SPECMOE_UNROLL
     for (int n = 0; n < N; n++) sum[r][n] = zero();
-  const int64_t inputs = w.spec->inputs;
-  const int64_t blocks = (inputs + 31) / 32;
-  const int64_t row_bytes = w.spec->row_bytes;
-  for (int64_t b = 0; b < blocks; b++) {
-    V first[N], second[N];
-    for (int n = 0; n < N; n++) {
-      first[n] = load(x[n] + 32 * b);
-      second[n] = load(x[n] + 32 * b + 16);
+  }
+  const auto add_block = [&](int r, int64_t b, const uint8_t* codes) {
+    Pair value = book.get(codes);
+    const RowFactors& f = factors[r];
+    if (Zeros) {
+      const V shift = Halves ? halves(f.zero[2 * b], f.zero[2 * b + 1]) : broadcast(f.zero[b]);
+      value.first = add(value.first, shift);
+      value.second = add(value.second, shift);
     }
-    const bool is_tail = (b + 1) * 32 > inputs;
+    const V scale = Halves ? halves(f.scale[2 * b], f.scale[2 * b + 1]) : broadcast(f.scale[b]);
+    SPECMOE_UNROLL
+    for (int n = 0; n < N; n++) {
+      const float* of = x[n] + 32 * b;
+      const V product = fma(value.second, load(of + 16), mul(value.first, load(of)));
+      sum[r][n] = fma(product, scale, sum[r][n]);
+    }
+  };
+  const int64_t whole = w.spec->inputs / 32, row_bytes = w.spec->row_bytes;
+  const uint8_t* rows = w.row(row);
+  for (int64_t b = 0; b < whole; b++) {
+    SPECMOE_UNROLL
     for (int r = 0; r < R; r++) {
-      const uint8_t* codes = rows[r] + b * Book::kBytes;
+      const uint8_t* codes = rows + r * row_bytes + b * Book::kBytes;
       if (b * Book::kBytes % kLine == 0) prefetch(codes, kAheadBytes);
+      add_block(r, b, codes);
+    }
+  }
+  if (whole * 32 < w.spec->inputs) {  // what follows a row is another's
+    SPECMOE_UNROLL
+    for (int r = 0; r < R; r++) {
       alignas(64) uint8_t tail[Book::kBytes] = {};
-      if (is_tail) {
-        std::memcpy(tail, codes, static_cast<size_t>(row_bytes - b * Book::kBytes));
-        codes = tail;
-      }
-      Pair value = book.get(codes);
-      const RowFactors& f = factors[r];
-      if (Zeros) {
-        const V shift = Halves ? halves(f.zero[2 * b], f.zero[2 * b + 1]) : broadcast(f.zero[b]);
-        value.first = add(value.first, shift);
-        value.second = add(value.second, shift);
-      }
-      const V scale = Halves ? halves(f.scale[2 * b], f.scale[2 * b + 1]) : broadcast(f.scale[b]);
-      for (int n = 0; n < N; n++) {
-        const V product = fma(value.second, second[n], mul(value.first, first[n]));
-        sum[r][n] = fma(product, scale, sum[r][n]);
-      }
+      std::memcpy(tail, rows + r * row_bytes + whole * Book::kBytes,
+                  static_cast<size_t>(row_bytes - whole * Book::kBytes));
+      add_block(r, whole, tail);
     }
   }
   for (int r = 0; r < R; r++)
@@ -170,12 +169,19 @@ inline void apply_globals(const WeightView& w, int64_t begin, int64_t end, int64
       out[t * out_stride + n - begin] *= scale_at(plane, SCALE_F32, n);
 }
 
+// Not a part of its callers: of many tokens a call is a small part.
+template <int R, int N, class Block>
+__attribute__((noinline)) void run_apart(const Block& block, int64_t row, int64_t token,
+                                         float* out) {
+  block.template run<R, N>(row, token, out);
+}
+
 // Calls block<R, N>(row, token, out) so that all rows and tokens are covered.
 template <int R, int N, class Block>
-inline void cover_tokens(Block block, int64_t row, int64_t tokens, float* out) {
+inline void cover_tokens(const Block& block, int64_t row, int64_t tokens, float* out) {
   int64_t t = 0;
-  for (; t + N <= tokens; t += N) block.template run<R, N>(row, t, out);
-  for (; t < tokens; t++) block.template run<R, 1>(row, t, out);
+  for (; t + N <= tokens; t += N) run_apart<R, N>(block, row, t, out);
+  for (; t < tokens; t++) run_apart<R, 1>(block, row, t, out);
 }
 
 template <class Block>

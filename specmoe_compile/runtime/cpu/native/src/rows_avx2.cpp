@@ -132,6 +132,13 @@ inline Bytes low_nibbles(const Bytes& v) {
 inline Bytes high_nibbles(const Bytes& v) {
   return low_nibbles({_mm256_srli_epi16(v.low, 4), _mm256_srli_epi16(v.high, 4)});
 }
+inline Bytes each_is_one() { return {_mm256_set1_epi8(1), _mm256_set1_epi8(1)}; }
+inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline void store_minus(int32_t* p, const Ints& v) {
+  const __m256i zero = _mm256_setzero_si256();
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_sub_epi32(zero, v.low));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_sub_epi32(zero, v.high));
+}
 inline Ints load_ints(const int32_t* p) { return load_bytes(p); }
 template <int By>
 inline Ints shifted(const Ints& v) {

@@ -138,7 +138,7 @@ struct PairBlock {
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, 1.0f, middle); }
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out, int nth = 0) const {
+  SPECMOE_INLINE void run(int64_t row, int64_t token, float* out, int nth = 0) const {
     const RowFactors* of = factors.of + nth;
     if (w.spec->block_columns == 16)
       pair_block<true, R, N>(w, book, of, row, in, token, out, out_stride);

@@ -3,8 +3,8 @@
 // Included after rows.h by files that also define:
 //   Bytes        64 bytes, and load_bytes(p)
 //   Bytes16      a table of 16 bytes below 32, load_table16(p), and at(table, nibbles)
-//   low_nibbles, high_nibbles   of Bytes
-//   Ints         16 int32, load_ints(p), shifted<n>(v), to_floats(v)
+//   low_nibbles, high_nibbles   of Bytes; each_is_one()
+//   Ints         16 int32, zero_ints(), load_ints(p), store_minus(p, v), shifted<n>(v), to_floats(v)
 //   dot          Ints, Bytes of weights below 32 and of activations (int8, |x| <= 127) -> Ints: lane
 //                j adds the products of bytes 4j to 4j + 3
 //   dot_signed   sums of Bytes of weights (int8) with activations, of which the first argument has
@@ -16,6 +16,8 @@
 // weights * scale of the activations), group by group. At the end lane j takes up j + 8, j + 4,
 // j + 2, j + 1.
 #pragma once
+
+#include <algorithm>
 
 #include "inputs.h"
 #include "rows.h"
@@ -112,11 +114,12 @@ SPECMOE_INLINE void int8_block(const WeightView& w, const Book& book, const RowF
   const int64_t inputs = w.spec->inputs, row_bytes = w.spec->row_bytes;
   const int64_t groups = inputs / Book::kColumns;
   const uint8_t* codes = w.row(row);
+  const int64_t ahead = std::max(R * row_bytes, kAheadBytes);
   for (int64_t g = 0; g < groups; g++) {
     SPECMOE_UNROLL
     for (int r = 0; r < R; r++) {
       const uint8_t* line = codes + r * row_bytes + g * kLine;
-      prefetch(line, R * row_bytes);
+      prefetch(line, ahead);
       sums.add_group(r, g, line, factors[r].scale + g * Sums::kFactors,
                      Zeros ? factors[r].zero + g * Sums::kFactors : nullptr);
     }
@@ -158,7 +161,7 @@ struct Int8Block {
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out, int nth = 0) const {
+  SPECMOE_INLINE void run(int64_t row, int64_t token, float* out, int nth = 0) const {
     const RowFactors* of = factors.of + nth;
     const bool halves = Book::kFourBit && w.spec->block_columns == 16;
     const bool zeros = Book::kFourBit && w.spec->zeros >= 0;

@@ -126,6 +126,13 @@ inline Bytes low_nibbles(const Bytes& v) {
 inline Bytes high_nibbles(const Bytes& v) {
   return each_byte([&](int j) { return static_cast<uint8_t>(v.byte[j] >> 4); });
 }
+inline Bytes each_is_one() {
+  return each_byte([](int) { return static_cast<uint8_t>(1); });
+}
+inline Ints zero_ints() { return {}; }
+inline void store_minus(int32_t* p, const Ints& v) {
+  for (int j = 0; j < 16; j++) p[j] = -v.lane[j];
+}
 inline Ints load_ints(const int32_t* p) {
   Ints v;
   std::memcpy(v.lane, p, sizeof v.lane);
@@ -164,6 +171,7 @@ constexpr int ROWS1 = 4, ROWSN = 2, TOKENS = 2;
 }  // namespace
 }  // namespace specmoe
 
+#define SPECMOE_VECTORS_ARE_LOOPS
 #include "attend.h"
 #include "inputs.h"
 #include "rows.h"

@@ -42,8 +42,8 @@ inline void reduce4(V v0, V v1, V v2, V v3, float* out) {
   V sums = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
   sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
-  // In a register: compressing into memory takes a Zen 4 more than a hundred cycles.
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums)));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sums)));
 }
 
 inline V load_bf16(const uint16_t* p) {
@@ -90,6 +90,11 @@ inline Bytes16 load_table16(const uint8_t* p) { return _mm512_broadcast_i32x4(lo
 inline Bytes at(Bytes16 t, Bytes nibbles) { return _mm512_shuffle_epi8(t, nibbles); }
 inline Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+inline Bytes each_is_one() { return _mm512_set1_epi8(1); }
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline void store_minus(int32_t* p, Ints v) {
+  _mm512_storeu_si512(p, _mm512_sub_epi32(zero_ints(), v));
+}
 inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 template <int By>
 inline Ints shifted(Ints v) {

@@ -127,8 +127,8 @@ struct Kernels {
   // The same bits from inputs in bfloat16, only where `takes_bf16`; null without such products.
   void (*rows_bf16)(const WeightView&, int64_t begin, int64_t end, const Inputs&, float* out,
                     int64_t out_stride);
-  // Takes in columns [begin, begin + count) of a row; `begin` is a multiple of 32 unless the form is
-  // plain, and so is `count` but at the row's end.
+  // Takes in columns [begin, begin + count) of a row; `begin` is a multiple of 32, in int8 of 128,
+  // unless the form is plain, and so is `count` but at the row's end.
   void (*put)(const InputRow&, int64_t begin, int64_t count, const float* values);
   // Activation and gate in place: [count] pairs -> gate[count], see gate.h.
   void (*gate)(float* gate, const float* up, int64_t count, const struct GateSpec&);
