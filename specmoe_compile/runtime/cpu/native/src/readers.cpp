@@ -16,6 +16,9 @@ constexpr int64_t kGuessedParts = 4;
 // Needed parts in progress beside which a guess may go on: the last one alone seldom keeps a disk
 // busy.
 constexpr int64_t kNeededBesideGuess = 1;
+// Who waits stays awake for so long, about what a record of a few MiB takes: a core that went to
+// sleep comes back late, and computes slowly at first. Others have the core meanwhile if they ask.
+constexpr auto kAwake = std::chrono::milliseconds(2);
 
 bool is_final(const RecordRead& read) {
   return read.state != ReadState::queued && read.state != ReadState::running;
@@ -90,6 +93,12 @@ ReadPointer Readers::final_or_null(const std::vector<ReadPointer>& reads) {
 }
 
 ReadPointer Readers::wait_any(const std::vector<ReadPointer>& reads) {
+  const auto until = Clock::now() + kAwake;
+  do {
+    const int64_t seen = arrivals_.load();
+    if (ReadPointer read = final_or_null(reads)) return read;
+    while (arrivals_.load() == seen && Clock::now() < until) std::this_thread::yield();
+  } while (Clock::now() < until);
   std::unique_lock<std::mutex> lock(mutex_);
   ReadPointer first;
   arrived_.wait(lock, [&] {
@@ -156,6 +165,7 @@ void Readers::serve() {
     if (read->handed_out < read->bytes || read->parts_running > 0) continue;
     read->ended = Clock::now();
     read->state = read->has_failed ? ReadState::failed : ReadState::done;
+    arrivals_++;
     arrived_.notify_all();
   }
 }

@@ -2,6 +2,7 @@
 // keeps a disk busy. What a step needs goes before what is only guessed.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -54,7 +55,7 @@ class Readers {
   ReadState state(const RecordRead& read);
   // The first that is final, or null.
   ReadPointer final_or_null(const std::vector<ReadPointer>& reads);
-  // Blocks until one is final; at least one has to be asked for.
+  // Waits until one is final, awake at first; at least one has to be asked for.
   ReadPointer wait_any(const std::vector<ReadPointer>& reads);
   // Nanoseconds in which at least one read was in progress, up to the last time none was.
   int64_t busy_ns();
@@ -68,6 +69,7 @@ class Readers {
   const int file_;
   std::mutex mutex_;
   std::condition_variable work_, arrived_;
+  std::atomic<int64_t> arrivals_{0};  // reads that became final in their threads
   std::deque<RecordRead*> needed_, guessed_;  // those with parts that nobody has taken on
   int64_t parts_running_ = 0, guesses_running_ = 0;
   Clock::time_point busy_since_{};
