@@ -61,7 +61,9 @@ class CachedResidency(Residency):
         self.table = table
         self.transfer = transfer
         self._memory = memory
-        self._staging = staging
+        self.staging = staging
+        # Records that a plan bypasses stay in the ring for a while.
+        self._reuses = isinstance(table, ExpertCache) and table.spare > 0
         self._runners = runners
         self._stats = stats
         self._record_bytes = [layout.record_bytes for layout in store.layouts]
@@ -90,7 +92,7 @@ class CachedResidency(Residency):
     def set_poison(self, on: bool) -> None:
         """Fill every slot and buffer with NaNs before it is given to another expert; for tests."""
         self._memory.poison = on
-        self._staging.poison = on
+        self.staging.poison = on
 
     def begin(self, layer: int, experts: Sequence[int], *, prompt: Tensor | None = None) -> Step:
         stats = self._stats[layer]
@@ -113,18 +115,19 @@ class CachedResidency(Residency):
                 step.waiting[expert] = entry.read
                 step.places[expert] = slot
                 stats.late_prefetches += entry.speculative
+        bypassed = self._not_held(step, plan.bypassed)
         stats.steps += 1
-        stats.hits += len(plan.hits)
-        if plan.fills or plan.bypassed:
-            misses = len(plan.fills) + len(plan.bypassed)
+        stats.hits += len(plan.hits) + len(step.reused)
+        if plan.fills or bypassed:
+            misses = len(plan.fills) + len(bypassed)
             stats.misses += misses
             stats.demand_bytes += misses * self._record_bytes[layer]
             if self._pushed_out[layer]:
-                read = {*plan.bypassed, *(expert for expert, _ in plan.fills)}
+                read = {*bypassed, *(expert for expert, _ in plan.fills)}
                 self._count_pushed_out(layer, read)
             with layer_range(layer, "fetch"):
                 self._fill(step, plan.fills)
-                step.deferred.extend(plan.bypassed)
+                step.deferred.extend(bypassed)
                 self._stage(step)
         return step
 
@@ -157,8 +160,9 @@ class CachedResidency(Residency):
     def finish(self, step: Step) -> None:
         for expert, (buffer, ticket) in step.staged.items():
             self.transfer.cancel(ticket, (expert,))
-            self._staging.abandon(buffer)
+            self.staging.abandon(buffer)
         step.staged.clear()
+        self._release_reused(step)
         step.waiting.clear()
         step.deferred.clear()
         step.ready.clear()
@@ -182,7 +186,7 @@ class CachedResidency(Residency):
         in_flight = self._in_flight[self._memory.bank_of[layer]]
         if in_flight:
             self.settle(layer, set(predicted))
-        missing = [expert for expert in experts if self.table.slot(layer, expert) < 0]
+        missing = [expert for expert in experts if not self._has(layer, expert)]
         size_bytes = self._record_bytes[layer]
         if budget_bytes is not None:
             missing = missing[: budget_bytes // size_bytes]
@@ -206,6 +210,12 @@ class CachedResidency(Residency):
         stats.prefetches += len(plan.fills)
         stats.speculative_bytes += len(plan.fills) * size_bytes
         return Issued(ticket.reads, plan.evicted)
+
+    def _has(self, layer: int, expert: int) -> bool:
+        """Whether a step that wants the expert now reads nothing for it."""
+        if self.table.slot(layer, expert) >= 0:
+            return True
+        return self._reuses and self.staging.places.find(layer, expert) >= 0
 
     def _stalled_s(self, start_s: float, end_s: float) -> float:
         """Return for how much of a time the caller had nothing to do but wait."""
@@ -300,33 +310,58 @@ class CachedResidency(Residency):
             step.waiting[expert] = read
             step.places[expert] = slot
 
+    def _not_held(self, step: Step, bypassed: Sequence[int]) -> list[int]:
+        """Make those ready that the ring holds from an earlier step; return the others."""
+        if not self._reuses:
+            return list(bypassed)
+        missing: list[int] = []
+        for expert in bypassed:
+            held = self.staging.held_or_none(step.layer, expert)
+            if held is None:
+                missing.append(expert)
+                continue
+            buffer, record = held
+            step.reused.append(buffer)
+            step.ready.append((expert, self._runners[step.layer].weights(record)))
+        return missing
+
     def _stage(self, step: Step) -> None:
         """Read experts that got no slot into staging buffers, as many as there are."""
         while step.deferred:
-            taken = self._staging.acquire_or_none(step.layer)
+            taken = self.staging.acquire_or_none(step.layer, step.deferred[0])
             if taken is None:
-                if not step.waiting and not step.staged:
+                if not step.waiting and not step.staged and not step.reused:
                     self._wait_for_staging()
                     continue
                 return
             buffer, record = taken
             expert = step.deferred.popleft()
-            ticket = self.transfer.start(step.layer, [(expert, record)])
-            self._staging.lend(buffer, ticket.reads[expert])
+            try:
+                ticket = self.transfer.start(step.layer, [(expert, record)])
+            except BaseException:
+                self.staging.abandon(buffer)
+                raise
+            self.staging.lend(buffer, ticket.reads[expert])
             step.staged[expert] = (buffer, ticket)
             step.waiting[expert] = ticket.reads[expert]
 
     def _wait_for_staging(self) -> None:
         """Block until a buffer that an abandoned step left behind is free."""
-        self.transfer.wait_any(self._staging.busy_reads())
+        self.transfer.wait_any(self.staging.busy_reads())
 
     def _release_consumed(self, step: Step) -> None:
         """Give back the staging buffers whose experts were taken, and read the next ones."""
-        if not step.staged:
+        if not step.staged and not step.reused:
             return
+        self._release_reused(step)
         for expert in [expert for expert in step.staged if expert not in step.waiting]:
-            self._staging.release(step.staged.pop(expert)[0])
+            self.staging.release(step.staged.pop(expert)[0])
         self._stage(step)
+
+    def _release_reused(self, step: Step) -> None:
+        for buffer in step.reused:
+            self.staging.release(buffer)
+        step.reused.clear()
 
     def _arrived_or_none(self, step: Step) -> Read | None:
         return next((read for read in step.waiting.values() if read.final), None)

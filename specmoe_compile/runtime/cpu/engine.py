@@ -128,8 +128,15 @@ class CpuEngine(Speculator):
             for layer, runner in enumerate(self._runners)
         ]
         fd = NO_FILE if reads is None else reads.fd
+        residency = self.residency
         return NativeSteps(
-            engine, places, self.cache, vectors=self.default_vectors, file=fd, readers=readers
+            engine,
+            places,
+            self.cache,
+            vectors=self.default_vectors,
+            staging=residency.staging if isinstance(residency, CachedResidency) else None,
+            file=fd,
+            readers=readers,
         )
 
     @property
@@ -236,10 +243,9 @@ class CpuEngine(Speculator):
 
     def stats(self) -> Stats:
         self._drain()
-        spare = 0 if self.direct_steps is None else self.direct_steps.spare_bytes
         return Stats(
             layers=tuple(layer.copy() for layer in self._stats),
-            fast_tier_bytes=self.residency.fast_tier_bytes + spare,
+            fast_tier_bytes=self.residency.fast_tier_bytes,
             store_bytes=self._store.total_bytes,
             store=self._store.kind,
             experts=self._store.numbers,

@@ -38,7 +38,7 @@ class FastTier:
         allocate: Allocate = aligned_empty,
         residency: Callable[..., CachedResidency] = CachedResidency,
     ) -> None:
-        """Reserve the staging ring; nothing is owned.
+        """Reserve nothing yet; nothing is owned.
 
         Args:
             store: where experts are read from.
@@ -57,7 +57,8 @@ class FastTier:
         self._allocate = allocate
         self._make = residency
         # Enough that a reader never waits for the expert that is being computed.
-        self._staging = StagingRing(store.layouts, buffers=reader_threads + 2, allocate=allocate)
+        self._buffers = reader_threads + 2
+        self._ring: StagingRing | None = None
 
     def cached(self, cache_bytes: int, policy: Policy, *, bypasses: bool = True) -> CachedResidency:
         """Return a residency with S slots per layer, as many as the bytes pay for.
@@ -65,15 +66,17 @@ class FastTier:
         Args:
             cache_bytes: of all slots.
             policy: who leaves them.
-            bypasses: whether the staging ring may have what the policy does not keep.
+            bypasses: whether the staging ring, which has K records more for that, may have what
+                the policy does not keep.
 
         Raises:
             ValueError: they do not hold one token's experts.
         """
         store = self._store
         slots = slots_per_layer(cache_bytes, store.layouts, store.num_experts, self._top_k)
+        spare = self._top_k if bypasses and policy == "adaptive" else 0
         # A bypassed expert waits for no buffer.
-        spare = min(self._staging.buffers, self._top_k) if bypasses else 0
+        spare = min(self._staging(more=spare).buffers, spare)
         table = ExpertCache(num_experts=store.num_experts, slots=slots, policy=policy, spare=spare)
         memory = SlotMemory(self._runners, store.layouts, slots, allocate=self._allocate)
         return self._residency(table, memory)
@@ -91,12 +94,19 @@ class FastTier:
         )
         return self._residency(DoubleBuffers(bank_of=memory.bank_of, slots=slots), memory)
 
+    def _staging(self, more: int = 0) -> StagingRing:
+        """The ring, which is made with so many buffers more."""
+        if self._ring is None:
+            count = self._buffers + more
+            self._ring = StagingRing(self._store.layouts, buffers=count, allocate=self._allocate)
+        return self._ring
+
     def _residency(self, table: ExpertCache | DoubleBuffers, memory: SlotMemory) -> CachedResidency:
         return self._make(
             self._store,
             table,
             memory,
-            self._staging,
+            self._staging(),
             self._transfer,
             self._runners,
             self._stats,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from specmoe_compile.runtime.cache.spare_places import SparePlaces
 from specmoe_compile.runtime.cpu.experts import ExpertRunner
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.layout import ExpertLayout
@@ -93,10 +94,13 @@ class SlotMemory:
 
 
 class StagingRing:
-    """A few record buffers for experts that get no slot: read, computed from once, reused.
+    """A few record buffers for experts that get no slot: read, computed from, kept for a while.
 
     Attributes:
         buffers: how many there are.
+        places: whose records they hold.
+        stride_bytes: from one buffer to the next.
+        poison: fill a buffer with NaNs when it is given to another expert; for tests.
     """
 
     def __init__(
@@ -107,39 +111,51 @@ class StagingRing:
         allocate: Allocate = aligned_empty,
     ) -> None:
         """Reserve `buffers` records of the largest layer, fewer if they pass MAX_STAGING_BYTES."""
-        record_bytes = max(layout.record_bytes for layout in layouts)
-        self.buffers = count = max(2, min(buffers, MAX_STAGING_BYTES // record_bytes))
-        self.total_bytes = count * record_bytes
+        self.stride_bytes = max(layout.record_bytes for layout in layouts)
+        self.buffers = count = max(2, min(buffers, MAX_STAGING_BYTES // self.stride_bytes))
+        self.total_bytes = count * self.stride_bytes
         self.poison = False
-        self._memory = allocate(self.total_bytes).view(count, record_bytes)
+        self.places = SparePlaces(count)
+        self._memory = allocate(self.total_bytes).view(count, self.stride_bytes)
         self._layouts = layouts
         self._users: list[Read | None] = [None] * count
-        self._free = list(range(count))
         self._abandoned: list[int] = []
 
-    def acquire_or_none(self, layer: int) -> tuple[int, torch.Tensor] | None:
-        """Take a free buffer, cut to the layer's record: (buffer, [record_bytes] uint8)."""
-        if not self._free:
-            self._reclaim()
-        if not self._free:
+    def address(self) -> int:
+        """Return where the buffers begin."""
+        return self._memory.data_ptr()
+
+    def acquire_or_none(self, layer: int, expert: int) -> tuple[int, torch.Tensor] | None:
+        """Take a free buffer for a record: (buffer, [record_bytes] uint8)."""
+        self._reclaim()
+        buffer = self.places.take(layer, expert)
+        if buffer < 0:
             return None
-        buffer = self._free.pop()
-        record = self._memory[buffer][: self._layouts[layer].record_bytes]
+        record = self._record(layer, buffer)
         if self.poison:
             record.fill_(_POISON_BYTE)
         return buffer, record
+
+    def held_or_none(self, layer: int, expert: int) -> tuple[int, torch.Tensor] | None:
+        """Take the buffer that still holds a record: (buffer, [record_bytes] uint8)."""
+        buffer = self.places.find(layer, expert)
+        if buffer < 0:
+            return None
+        self.places.use(buffer)
+        return buffer, self._record(layer, buffer)
 
     def lend(self, buffer: int, read: Read) -> None:
         """Say which read fills a buffer."""
         self._users[buffer] = read
 
     def release(self, buffer: int) -> None:
-        """Give back a buffer whose record is no longer needed and whose read is final."""
+        """Give back a buffer that is not computed from any more and whose read is final."""
         self._users[buffer] = None
-        self._free.append(buffer)
+        self.places.release(buffer)
 
     def abandon(self, buffer: int) -> None:
         """Give back a buffer that a read may still write to; it is free once the read is final."""
+        self.places.forget(buffer)
         read = self._users[buffer]
         if read is None or read.final:
             self.release(buffer)
@@ -149,6 +165,9 @@ class StagingRing:
     def busy_reads(self) -> list[Read]:
         """Return the reads that keep abandoned buffers."""
         return [read for b in self._abandoned if (read := self._users[b]) is not None]
+
+    def _record(self, layer: int, buffer: int) -> torch.Tensor:
+        return self._memory[buffer][: self._layouts[layer].record_bytes]
 
     def _reclaim(self) -> None:
         still: list[int] = []

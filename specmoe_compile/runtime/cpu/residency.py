@@ -31,9 +31,10 @@ class Step:
         deferred: experts that wait for a staging buffer.
         places: slot of an expert that is being read.
         staged: buffer and ticket of an expert that is being read into the staging ring.
+        reused: buffers that still had a record.
     """
 
-    __slots__ = ("deferred", "layer", "places", "ready", "staged", "waiting")
+    __slots__ = ("deferred", "layer", "places", "ready", "reused", "staged", "waiting")
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -42,6 +43,7 @@ class Step:
         self.deferred: deque[int] = deque()
         self.places: dict[int, int] = {}
         self.staged: dict[int, tuple[int, Ticket]] = {}
+        self.reused: list[int] = []
 
 
 class Residency(ABC):

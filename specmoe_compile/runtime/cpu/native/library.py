@@ -19,6 +19,7 @@ from specmoe_compile.runtime.cpu.native.structures import (
     CacheTables,
     ExpertSpec,
     ExpertTask,
+    SpareRoom,
     StepControl,
     StepLayer,
 )
@@ -122,7 +123,7 @@ def _declare_steps(library: CDLL) -> None:
         POINTER(StepControl),
         c_int32,
         c_int32,
-        c_void_p,
+        POINTER(SpareRoom),
     )
     library.specmoe_steps_new.restype = c_void_p
     for name in ("enter", "leave"):

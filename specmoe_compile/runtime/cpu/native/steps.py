@@ -24,15 +24,16 @@ from specmoe_compile.options import SessionOptions
 from specmoe_compile.predict.default_vectors import DefaultVectors
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu.memory import StagingRing
 from specmoe_compile.runtime.cpu.native.layer import NativeEngine, NativeLayer
 from specmoe_compile.runtime.cpu.native.structures import (
     CacheTables,
     ExpertSpec,
+    SpareRoom,
     StepControl,
     StepLayer,
 )
 from specmoe_compile.runtime.policy.misses import MissPolicy
-from specmoe_compile.system.aligned import aligned_empty
 
 _open: weakref.WeakSet[NativeSteps] = weakref.WeakSet()
 _held: list[NativeSteps] = []
@@ -162,6 +163,7 @@ class NativeSteps:
         cache: ExpertCache | None,
         *,
         vectors: DefaultVectors,
+        staging: StagingRing | None = None,
         file: int = NO_FILE,
         readers: int = 1,
     ) -> None:
@@ -172,6 +174,7 @@ class NativeSteps:
             places: of each layer.
             cache: its tables are shared; None for experts in place.
             vectors: the places' default vectors.
+            staging: what a plan bypasses is read into; None for experts in place.
             file: the store's records, opened for direct reads; `NO_FILE`: Python reads them.
             readers: threads that read.
 
@@ -187,10 +190,8 @@ class NativeSteps:
         layers = (StepLayer * count)()
         for number, (entry, place) in enumerate(zip(layers, places, strict=True)):
             self._describe(entry, place, cache, number)
-        spare = 0 if cache is None else cache.spare * max(place.record_bytes for place in places)
-        self._spare = aligned_empty(spare) if spare else None
         # C++ reads all of this for as long as the steps are there.
-        self._kept = (engine, cache, vectors, tuple(places), self.control)
+        self._kept = (engine, cache, vectors, tuple(places), self.control, staging)
         self._pointer = self._library.specmoe_steps_new(
             engine.pointer,
             layers,
@@ -198,7 +199,7 @@ class NativeSteps:
             self.control,
             file,
             readers,
-            None if self._spare is None else self._spare.data_ptr(),
+            _spare_room(staging),
         )
         if not self._pointer:
             raise MemoryError("the C++ engine got no memory")
@@ -237,11 +238,6 @@ class NativeSteps:
         if self._handle is not None:
             self._library.specmoe_steps_leave(self._handle, self._pointer)
             self._handle = None
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory for records that a plan bypasses."""
-        return 0 if self._spare is None else self._spare.numel()
 
     def turn_off(self, off: bool) -> None:
         """Leave all steps to Python, or take them again."""
@@ -286,6 +282,21 @@ class NativeSteps:
             own.native_steps += values["steps"]
             for name, value in values.items():
                 setattr(own, name, getattr(own, name) + value)
+
+
+def _spare_room(staging: StagingRing | None) -> SpareRoom:
+    """Where the ring's places lie; none without a ring."""
+    if staging is None:
+        return SpareRoom()
+    places = staging.places
+    names = ("layer_of", "expert_of", "last_use", "is_busy", "clock")
+    tables = {name: getattr(places, name).buffer_info()[0] for name in names}
+    return SpareRoom(
+        places=len(places),
+        stride_bytes=staging.stride_bytes,
+        memory=staging.address(),
+        **tables,
+    )
 
 
 def _address(flags: bytearray | memoryview) -> int:

@@ -155,6 +155,21 @@ class StepCall(Structure):
     )
 
 
+class SpareRoom(Structure):
+    """Places besides the slots, see `runtime.cache.spare_places`: P places."""
+
+    _fields_ = (
+        ("places", c_int64),
+        ("stride_bytes", c_int64),
+        ("memory", c_void_p),
+        ("layer_of", c_void_p),
+        ("expert_of", c_void_p),
+        ("last_use", c_void_p),
+        ("is_busy", c_void_p),
+        ("clock", c_void_p),
+    )
+
+
 class AttentionCall(Structure):
     """Arguments of `decode_attention`; filled in by it."""
 
@@ -183,5 +198,6 @@ STRUCTURES = (
     StepLayer,
     StepControl,
     StepCall,
+    SpareRoom,
     AttentionCall,
 )

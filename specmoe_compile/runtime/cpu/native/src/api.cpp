@@ -41,6 +41,7 @@ SPECMOE_API int64_t specmoe_struct_bytes(int32_t which) {
     case 5: return sizeof(StepLayer);
     case 6: return sizeof(StepControl);
     case 7: return sizeof(StepCall);
+    case 8: return sizeof(SparePlaces);
     default: return sizeof(AttentionCall);
   }
 }
@@ -103,14 +104,14 @@ SPECMOE_API void specmoe_cache_plan(const CacheTables* cache, const int64_t* exp
   counts[2] = static_cast<int64_t>(plan.evicted.size());
 }
 
-// `layers` is copied; what it points to, `control`, the file and `spare` stay Python's. Null: no
-// memory.
+// `layers` and `spare` are copied; what they point to, `control` and the file stay Python's. Null:
+// no memory.
 SPECMOE_API void* specmoe_steps_new(void* engine, const StepLayer* layers, int64_t count,
                                     StepControl* control, int32_t file, int32_t readers,
-                                    uint8_t* spare) {
+                                    const SparePlaces* spare) {
   try {
     return new std::shared_ptr<Steps>(std::make_shared<Steps>(
-        *static_cast<Engine*>(engine), layers, count, control, file, readers, spare));
+        *static_cast<Engine*>(engine), layers, count, control, file, readers, *spare));
   } catch (const std::exception&) {
     return nullptr;
   }

@@ -27,6 +27,7 @@ struct RecordRead {
   int64_t offset;  // in the file
   int64_t bytes;
   bool was_guess;  // when it was asked for
+  int64_t place;   // of the target among the spare ones; -1: it is a slot
 
   bool is_guess = false;  // false once it is needed
   ReadState state = ReadState::queued;

@@ -48,15 +48,23 @@ int64_t Slots::spare_slots(int64_t number, const std::vector<int64_t>& wanted) c
   return spare;
 }
 
-ReadPointer Slots::read_of(int64_t number, const Filled& fill, uint8_t* target,
-                           bool is_guess) const {
+// Whether a step that wants the expert now reads nothing for it.
+bool Slots::has(int64_t number, int64_t expert) const {
+  return layers_[number].cache.slot_of[expert] != kNobody ||
+         spare_.find(number, expert) != kNobody;
+}
+
+ReadPointer Slots::read_of(int64_t number, const Filled& fill, bool is_guess,
+                           int64_t place) const {
   const StepLayer& layer = layers_[number];
   auto read = std::make_shared<RecordRead>();
   read->fill = fill;
-  read->target = target;
+  read->target = place == kNobody ? layer.memory + fill.slot * layer.record_bytes
+                                  : spare_.record(place);
   read->offset = layer.file_offset + fill.expert * layer.record_bytes;
   read->bytes = layer.record_bytes;
   read->was_guess = is_guess;
+  read->place = place;
   return read;
 }
 
@@ -65,7 +73,7 @@ void Slots::start(int64_t number, bool is_guess, const std::vector<ReadPointer>&
   if (!readers_) readers_ = std::make_unique<Readers>(file_, threads_);
   readers_->start(reads);
   for (const ReadPointer& read : reads)
-    (read->fill.slot == kNobody ? bypassing_ : in_flight_[number]).push_back(read);
+    (read->place == kNobody ? in_flight_[number] : bypassing_).push_back(read);
   const int64_t count = static_cast<int64_t>(reads.size());
   layer.counters[is_guess ? COUNT_SPECULATIVE_BYTES : COUNT_DEMAND_BYTES] +=
       count * layer.record_bytes;
@@ -79,7 +87,8 @@ void Slots::begin(int64_t number, const std::vector<int64_t>& wanted, StepReads&
   step.waiting.clear();
   layer.counters[COUNT_STEPS]++;
   if (layer.cache.slots == 0) {
-    for (const int64_t expert : wanted) step.ready.push_back({expert, expert});
+    for (const int64_t expert : wanted)
+      step.ready.push_back({expert, layer.memory + expert * layer.record_bytes});
     layer.counters[COUNT_HITS] += static_cast<int64_t>(wanted.size());
     return;
   }
@@ -95,7 +104,7 @@ void Slots::begin(int64_t number, const std::vector<int64_t>& wanted, StepReads&
         std::find_if(in_flight.begin(), in_flight.end(),
                      [&](const ReadPointer& read) { return read->fill.slot == hit.slot; });
     if (found == in_flight.end()) {
-      step.ready.push_back(hit);
+      step.ready.push_back({hit.expert, layer.memory + hit.slot * layer.record_bytes});
       continue;
     }
     step.waiting.push_back(*found);
@@ -104,18 +113,36 @@ void Slots::begin(int64_t number, const std::vector<int64_t>& wanted, StepReads&
   layer.counters[COUNT_HITS] += static_cast<int64_t>(plan.hits.size());
   if (plan.fills.empty() && plan.bypassed.empty()) return;
   std::vector<ReadPointer> reads;
-  for (const Filled& fill : plan.fills)
-    reads.push_back(
-        read_of(number, fill, layer.memory + fill.slot * layer.record_bytes, false));
-  if (!plan.bypassed.empty()) free_spare();
-  uint8_t* place = spare_;
-  for (const int64_t expert : plan.bypassed) {
-    reads.push_back(read_of(number, {{expert, kNobody}, kNobody, 0}, place, false));
-    place += layer.record_bytes;
-  }
+  for (const Filled& fill : plan.fills) reads.push_back(read_of(number, fill, false));
+  begin_bypassed(number, plan.bypassed, step, reads);
+  if (reads.empty()) return;
   count_pushed_out(number, reads);
   start(number, false, reads);
   step.waiting.insert(step.waiting.end(), reads.begin(), reads.end());
+}
+
+// Makes those ready that a spare place holds from an earlier step; the others are to be read.
+void Slots::begin_bypassed(int64_t number, const std::vector<int64_t>& experts, StepReads& step,
+                           std::vector<ReadPointer>& reads) {
+  if (experts.empty()) return;
+  free_spare();
+  std::vector<int64_t> used, missing;
+  for (const int64_t expert : experts) {
+    const int64_t place = spare_.find(number, expert);
+    if (place == kNobody) {
+      missing.push_back(expert);
+      continue;
+    }
+    spare_.use(place);
+    used.push_back(place);
+    step.ready.push_back({expert, spare_.record(place)});
+  }
+  layers_[number].counters[COUNT_HITS] += static_cast<int64_t>(used.size());
+  for (const int64_t expert : missing)
+    reads.push_back(read_of(number, {{expert, kNobody}, kNobody, 0}, false,
+                            spare_.take(number, expert)));
+  // No step takes one before this one has computed from it, or is abandoned.
+  for (const int64_t place : used) spare_.release(place);
 }
 
 ReadPointer Slots::next_or_null(int64_t number, StepReads& step, bool block) {
@@ -134,6 +161,7 @@ ReadPointer Slots::next_or_null(int64_t number, StepReads& step, bool block) {
   }
   for (std::vector<ReadPointer>* reads : {&step.waiting, &in_flight_[number], &bypassing_})
     reads->erase(std::remove(reads->begin(), reads->end(), read), reads->end());
+  if (read->place != kNobody) end_bypassing(*read);
   if (read->state == ReadState::done)
     count_stalled(number, *read);
   else
@@ -141,11 +169,18 @@ ReadPointer Slots::next_or_null(int64_t number, StepReads& step, bool block) {
   return read;
 }
 
-// Waits until nothing that a step left behind is read into the spare room.
+// Frees the place of a read that is final.
+void Slots::end_bypassing(const RecordRead& read) {
+  if (read.state != ReadState::done) spare_.forget(read.place);
+  spare_.release(read.place);
+}
+
+// Waits until nothing that a step left behind is read into spare places.
 void Slots::free_spare() {
   while (!bypassing_.empty()) {
     for (const ReadPointer& read : bypassing_) readers_->cancel(*read);
     const ReadPointer read = readers_->wait_any(bypassing_);
+    end_bypassing(*read);
     bypassing_.erase(std::remove(bypassing_.begin(), bypassing_.end(), read), bypassing_.end());
   }
 }
@@ -200,7 +235,7 @@ Issued Slots::prefetch(int64_t number, const std::vector<int64_t>& experts,
     if (budget >= 0 && static_cast<int64_t>(missing.size() + 1) * layer.record_bytes > budget)
       break;
     const bool is_known = layer.verified == nullptr || layer.verified[expert];
-    if (cache.slot_of[expert] == kNobody && is_known) missing.push_back(expert);
+    if (!has(number, expert) && is_known) missing.push_back(expert);
   }
   if (missing.empty()) return {};
   // The predicted experts that are there must not make room for those that are not.
@@ -213,8 +248,7 @@ Issued Slots::prefetch(int64_t number, const std::vector<int64_t>& experts,
   if (plan.fills.empty()) return issued;
   for (const Filled& fill : plan.fills) {
     layer.unused[fill.expert] = 1;
-    issued.reads.push_back(
-        read_of(number, fill, layer.memory + fill.slot * layer.record_bytes, true));
+    issued.reads.push_back(read_of(number, fill, true));
   }
   count_pushed_out(number, issued.reads);
   start(number, true, issued.reads);
@@ -245,6 +279,10 @@ void Slots::forget_reads() {
     // Their threads are the parent's, and so are the reads.
     (void)new std::vector<ReadPointer>(std::move(in_flight_[number]));
     in_flight_[number] = {};
+  }
+  for (const ReadPointer& read : bypassing_) {
+    spare_.forget(read->place);
+    spare_.release(read->place);
   }
   (void)new std::vector<ReadPointer>(std::move(bypassing_));
   bypassing_ = {};

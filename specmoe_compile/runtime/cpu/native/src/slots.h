@@ -14,6 +14,7 @@
 #include "cache.h"
 #include "experts.h"
 #include "readers.h"
+#include "spare.h"
 
 namespace specmoe {
 
@@ -58,9 +59,14 @@ struct StepLayer {
 
 enum StepFlag : int32_t { FLAG_BUSY = 0, FLAG_SKIPPED = 1 };
 
+struct Ready {
+  int64_t expert;
+  const uint8_t* record;
+};
+
 // Experts of one step, from `begin` on.
 struct StepReads {
-  std::vector<Placed> ready;         // there
+  std::vector<Ready> ready;          // there
   std::vector<ReadPointer> waiting;  // on their way
 };
 
@@ -72,8 +78,8 @@ struct Issued {
 
 class Slots {
  public:
-  // `spare`: room for the records that a layer's plan bypasses.
-  Slots(const std::vector<StepLayer>& layers, int file, int threads, uint8_t* spare)
+  // `spare`: for the records that a layer's plan bypasses.
+  Slots(const std::vector<StepLayer>& layers, int file, int threads, const SparePlaces& spare)
       : layers_(layers),
         file_(file),
         threads_(threads),
@@ -106,8 +112,13 @@ class Slots {
  private:
   std::vector<int64_t> pinned(int64_t number) const;
   int64_t spare_slots(int64_t number, const std::vector<int64_t>& wanted) const;
-  ReadPointer read_of(int64_t number, const Filled& fill, uint8_t* target, bool is_guess) const;
+  ReadPointer read_of(int64_t number, const Filled& fill, bool is_guess,
+                      int64_t place = kNobody) const;
+  void begin_bypassed(int64_t number, const std::vector<int64_t>& experts, StepReads& step,
+                      std::vector<ReadPointer>& reads);
+  bool has(int64_t number, int64_t expert) const;
   void start(int64_t number, bool is_guess, const std::vector<ReadPointer>& reads);
+  void end_bypassing(const RecordRead& read);
   void free_spare();
   void drop(int64_t number, const RecordRead& read);
   void count_use(int64_t number, const CachePlan& plan);
@@ -117,12 +128,12 @@ class Slots {
   const std::vector<StepLayer>& layers_;
   const int file_;
   const int threads_;
-  uint8_t* const spare_;
+  const SparePlaces spare_;
   std::unique_ptr<Readers> readers_;
   int64_t busy_before_ns_ = 0;
   CachePlanner planner_;
   std::vector<std::vector<ReadPointer>> in_flight_;  // into slots, nobody has waited for them yet
-  std::vector<ReadPointer> bypassing_;  // into the spare room, nobody has waited for them yet
+  std::vector<ReadPointer> bypassing_;  // into spare places, nobody has waited for them yet
   // The last waits, as far back as a guess may have begun.
   std::deque<std::pair<Clock::time_point, Clock::time_point>> stalls_;
 };

@@ -26,7 +26,7 @@ bool holds(const std::vector<int64_t>& experts, int64_t expert) {
 }  // namespace
 
 Steps::Steps(Engine& engine, const StepLayer* layers, int64_t count, StepControl* control,
-             int file, int readers, uint8_t* spare)
+             int file, int readers, const SparePlaces& spare)
     : engine_(engine),
       layers_(layers, layers + count),
       control_(control),
@@ -142,9 +142,7 @@ void Steps::compute(const StepLayer& layer, const StepCall& call) {
 void Steps::compute_ready(int64_t number, const StepCall& call) {
   const StepLayer& layer = layers_[static_cast<size_t>(number)];
   ready_.clear();
-  for (const Placed& placed : reads_.ready) 
-    ready_.push_back(
-        task_of(placed.expert, layer.memory + placed.slot * layer.record_bytes));
+  for (const Ready& ready : reads_.ready) ready_.push_back(task_of(ready.expert, ready.record));
   reads_.ready.clear();
   compute(layer, call);
 }

@@ -41,7 +41,7 @@ struct StepControl {
 class Steps {
  public:
   Steps(Engine& engine, const StepLayer* layers, int64_t count, StepControl* control, int file,
-        int readers, uint8_t* spare);
+        int readers, const SparePlaces& spare);
 
   // One caller at a time, Python's path included; may be taken again by who has it.
   std::recursive_mutex& mutex() { return *mutex_; }
