@@ -33,7 +33,7 @@ from specmoe_compile.system.output import write_json
 
 Stream = list[list[int]]
 RESULT, REPORT = RESULTS / "eviction.json", DOCUMENTS / "eviction.md"
-TIMES = (RESULTS / "eviction_time.json", RESULTS / "eviction_time_given.json")
+TIMES = tuple(RESULTS / f"eviction_time{of}.json" for of in ("", "_given", "_given_25"))
 SPARE = 4
 """Places besides the slots, as many as a token has experts: what a session on a CPU has."""
 ARMS: Mapping[str, Mapping[str, Any]] = {

@@ -31,8 +31,10 @@ routing is recorded, the policies are the runtime's own, nothing is timed.
 `cache_policy="adaptive"`, the default, ranks experts by counts that forget (over 32, 128 or 512
 steps) or by recency, whichever of the four would have missed least lately. A missing expert that
 is worth less than all that may leave for it is *bypassed*: it is computed from a spare place and
-not kept. There are spare places for as many experts as a token has. Without them every missing
-expert gets a slot (column "all kept"). `lfu` counts over 128 steps.
+gets no slot. There are spare places for as many experts as a token has. Without them every missing
+expert gets a slot (column "all kept"). `lfu` counts over 128 steps. On a CPU a record stays in its
+place until that is needed for another, and is not read again before; the simulation does not
+count that.
 
 Belady's algorithm knows the future. Without bypass a step's experts must all be in slots at once;
 with bypass it keeps those that are needed soonest, which no policy here can beat.
