@@ -258,6 +258,8 @@ def _lower(
     config: CompileOptions,
     speculation: SpeculationPass,
 ) -> Compiled:
+    from specmoe_compile.passes.manager import SharingPass
+
     if config.lowering == "eager":
         return _lower_eager(gm, example_inputs, speculation)
     if not config.compile_prefill and _is_prefill(gm):
@@ -266,11 +268,13 @@ def _lower(
     _check_compiler(example_inputs)
     _check_room(_sessions_of(gm))
     on_gpu = _on_gpu(example_inputs)
-    patches = {
+    patches: dict[str, Any] = {
         "post_grad_custom_pre_pass": speculation,
         "freezing": False,
         **({} if on_gpu else cpu_settings()),
     }
+    if on_gpu if config.share_layers == "auto" else config.share_layers:
+        patches["post_grad_custom_post_pass"] = SharingPass()
     compiled = _lower_with_inductor(gm, example_inputs, config, patches)
     multiplies = config.products and speculation.config.multiplies
     if on_gpu or not multiplies:

@@ -299,5 +299,15 @@ for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
         _LIBRARY.impl(_op, _real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"specmoe::{_op}", _fake, lib=_LIBRARY)
 
+_LIBRARY.define("written(Tensor(a!)[] tensors) -> ()")
+
+
+def _written(tensors: Sequence[Tensor]) -> None:
+    """Do nothing: what a graph writes inside a subgraph is told here."""
+
+
+_LIBRARY.impl("written", _written, "CompositeExplicitAutograd")
+torch.library.register_fake("specmoe::written", _written, lib=_LIBRARY)
+
 for _name in ("plan_step", "start_prefetch", "wait_prefetch"):
     has_side_effect(getattr(torch.ops.specmoe, _name).default)

@@ -102,6 +102,12 @@ class GraphOptions:
         " specmoe's kernels, all those of one input at once: on a CPU with the engine's threads; on"
         " a GPU those of one token in CUDA graphs",
     )
+    share_layers: bool | Literal["auto"] = option(
+        "auto",
+        "equal layers of a decode step are compiled once and called, if the step's shapes are"
+        " fixed; `auto` on a GPU, where it shortens the first start"
+        " ([measured](results/log/start.md)); on a CPU it gains nothing",
+    )
     sums: Sums = option(
         "auto",
         "how ranks add up their parts of a decode step: `all_reduce` (NCCL, gloo), or `one_shot`,"
@@ -116,7 +122,7 @@ class GraphOptions:
         _check_choice("lowering", self.lowering, get_args(Lowering))
         _check_choice("predictor", self.predictor, (AUTO, *PREDICTORS))
         _check_choice("sums", self.sums, get_args(Sums))
-        for name in ("prefetch", "products"):
+        for name in ("prefetch", "products", "share_layers"):
             _check_switch(name, getattr(self, name))
         for name in ("control", "attention"):
             _check_type(name, getattr(self, name), bool)

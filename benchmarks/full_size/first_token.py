@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,7 +39,14 @@ _STEPS = Steps(warm_up=1, timed=1, profiled=1)
 
 @torch.no_grad()
 def measure_first_token(
-    name: str, device: torch.device, *, context: int, arm: str, layers: int | None, repeats: int
+    name: str,
+    device: torch.device,
+    *,
+    context: int,
+    arm: str,
+    layers: int | None,
+    repeats: int,
+    share_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
     """A model of its own for `measure_prompts`."""
     shape = SHAPES[name]
@@ -51,14 +58,20 @@ def measure_first_token(
     bench = Bench(
         shape=shape, device=device, store=store, tables=tables, steps=_STEPS, layers=layers
     )
-    row = measure_prompts(bench, context, arm, repeats=repeats)
+    row = measure_prompts(bench, context, arm, repeats=repeats, share_layers=share_layers)
     store.give_back()
     return row
 
 
 @torch.no_grad()
 def measure_prompts(
-    bench: Bench, context: int, arm: str, *, repeats: int = REPEATS, start: bool = True
+    bench: Bench,
+    context: int,
+    arm: str,
+    *,
+    repeats: int = REPEATS,
+    start: bool = True,
+    share_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
     """Seconds until the first token of a prompt of `context` tokens; slots empty each time.
 
@@ -68,6 +81,7 @@ def measure_prompts(
     device, store = bench.device, bench.store
     link = measure_link(bench)["copy_gbps"]
     options: dict[str, Any] = {"strict": True, **ARMS[arm].options}
+    options["share_layers"] = share_layers
     if device.type == "cuda":
         options["mode"] = "reduce-overhead"
     with bench.opened(bench.slots(ARMS[arm])) as (model, session, routing):
@@ -107,6 +121,7 @@ def measure_prompts(
         "context": context,
         "layers": len(store.layers),
         "arm": arm,
+        "share_layers": share_layers,
         "start_s": cold if start else None,
         "compile_s": {name: parts[name] for name in longest} if start else None,
         "first_token_s": statistics.median(times),
@@ -130,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--arm", choices=list(ARMS), default="cache_25")
+    parser.add_argument("--no-shared-layers", action="store_true", help="option share_layers=False")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     args = parser.parse_args(arguments)
     if not args.dry and not torch.cuda.is_available():
@@ -147,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 arm=args.arm,
                 layers=args.layers,
                 repeats=1 if args.dry else REPEATS,
+                share_layers=False if args.no_shared_layers else "auto",
             )
             result["rows"].append(row)
             write_json(args.out, result)

@@ -155,6 +155,7 @@ class Benchmark:
 
     def _key(self, context: int, attention: str, name: str) -> str:
         products = "|no products" if self._args.no_products else ""
+        products += "|no shared layers" if self._args.no_shared_layers else ""
         routing = "" if self._args.routing == "trace" else f"|{self._args.routing}"
         return f"{self._args.model}|{context}|{name}|attention {attention}{products}{routing}"
 
@@ -203,6 +204,7 @@ class Benchmark:
             "attention": attention == "on",
             "transfer": "gather",
             "products": False if self._args.no_products else "auto",
+            "share_layers": False if self._args.no_shared_layers else "auto",
         }
         if not self._args.dry:
             options["mode"] = "reduce-overhead"
@@ -251,6 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(CELL_ARMS[:3]))
     parser.add_argument("--attention", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--no-products", action="store_true", help="option products=False")
+    parser.add_argument("--no-shared-layers", action="store_true", help="option share_layers=False")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's own")
     parser.add_argument("--routing", choices=("trace", "uniform"), default="trace")
     parser.add_argument("--trace", type=Path, help="routing trace; recorded and written if absent")

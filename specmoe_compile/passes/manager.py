@@ -34,6 +34,7 @@ from specmoe_compile.passes.plan import SpeculationPlan
 from specmoe_compile.passes.replace_sums import replace_sums
 from specmoe_compile.passes.replace_top_k import replace_top_k
 from specmoe_compile.passes.report import PassReport, PipelineReport
+from specmoe_compile.passes.share_layers import share_layers
 from specmoe_compile.passes.split_expert_execution import split_expert_execution
 
 if TYPE_CHECKING:
@@ -204,3 +205,27 @@ class SpeculationPass(CustomGraphPass):
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled so far is no part of the identity.
         return {"config": self.config, "reports": []}
+
+
+class SharingPass(CustomGraphPass):
+    """`share_layers` as Inductor calls it (`post_grad_custom_post_pass`).
+
+    Attributes:
+        reports: one per graph that was compiled; empty where the FX graph cache answered.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[PassReport] = []
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite one graph in place."""
+        report = share_layers(graph)
+        self.reports.append(report)
+        log.info("%s: %d", report.name, report.matches)
+
+    def uuid(self) -> str:
+        """Identity for the FX graph cache."""
+        return f"specmoe-{source_hash()}-shared"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reports": []}

@@ -146,7 +146,7 @@ def another_value(options: GraphOptions, name: str) -> Any:
         return not value
     if name == "predictor":
         return "residual"
-    if name in ("prefetch", "products"):  # "auto" may come to the same as True
+    if name in ("prefetch", "products", "share_layers"):  # "auto" may come to the same as True
         return False
     if value in get_args(kind):
         return next(choice for choice in get_args(kind) if choice != value)
