@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._inductor import inductor_prims
 from torch.fx import Graph, GraphModule, Node
 
 from specmoe_compile.passes.fx_utils import is_call, is_pure
@@ -47,7 +48,7 @@ _FREE_OPS = frozenset(
 _COPY = torch.ops.aten.copy_.default
 _NO_COPIES = (
     torch.ops.aten.reshape.default,
-    torch.ops.prims.inductor_force_stride_order.default,
+    inductor_prims.force_stride_order,
 )
 """Which may return the memory of what they are given."""
 
@@ -293,7 +294,8 @@ def _call(graph: Graph, name: str, region: Region, made: dict[Node, Node]) -> No
     """
     inputs = [made.get(node, node) for node in region.inputs]
     values = tuple(node.meta["val"] for node in region.outputs)
-    with graph.inserting_after(max(region.nodes)):
+    # In front of what others write at the graph's end, which the region may read.
+    with graph.inserting_after(max(node for node in region.nodes if node.target is not _COPY)):
         subgraph = graph.get_attr(name)
     with graph.inserting_after(subgraph):
         call = graph.call_function(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -153,6 +154,32 @@ def test_a_cache_that_others_read_stays_where_it_is(before: bool) -> None:
 
     want, gm = (make_fx(body, tracing_mode="fake")(*_given()) for _ in range(2))
     assert share_layers(gm.graph).matches == 0
+    gm.recompile()
+    for got, wanted in zip(_results(gm), _results(want), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.usefixtures("session")
+def test_a_layer_reads_what_another_writes_at_the_end_before_it_is_written() -> None:
+    """Where AOTAutograd puts all writes: behind everything else."""
+
+    def body(h: Tensor, at: Tensor, *given: Tensor) -> Tensor:
+        following, writes = at + 1, []
+        for layer, (weight, cache) in enumerate(zip(given[::2], given[1::2], strict=True)):
+            r = torch.sin(h) * torch.rsqrt((h * h).mean(dim=1, keepdim=True) + 1e-6)
+            q = torch.mm(torch.cos(r), weight.t())
+            kept = torch.ops.aten.index_put.default(cache, [at], torch.tanh(q)[:1])
+            writes.append((cache, kept))
+            r = r + torch.softmax(q @ kept.t(), dim=-1) @ kept
+            ids = torch.zeros(TOKENS, 2, dtype=torch.int64)
+            h = r + OPS.experts(torch.relu(r), ids, torch.ones(TOKENS, 2), 0, layer)
+        for target, value in [(at, following), *writes]:
+            torch.ops.aten.copy_.default(target, value)
+        return h
+
+    want, gm = (make_fx(body, tracing_mode="fake")(*_given()) for _ in range(2))
+    assert share_layers(gm.graph).matches == LAYERS - 1
+    stable_topological_sort(gm.graph)
     gm.recompile()
     for got, wanted in zip(_results(gm), _results(want), strict=True):
         assert torch.equal(got, wanted)
