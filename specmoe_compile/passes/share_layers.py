@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch._inductor import inductor_prims
+from torch._inductor.utils import tensor_is_aligned
 from torch.fx import Graph, GraphModule, Node
 
 from specmoe_compile.passes.fx_utils import is_call, is_pure
@@ -223,7 +224,10 @@ def _bound(region: Region) -> bool:
 
 
 def _form(region: Region) -> Any:
-    """What two regions have in common that are the same but for what comes in."""
+    """What two regions have in common that are the same but for what comes in.
+
+    Inductor's kernels for a GPU rely on the alignment of the inputs that they were made for.
+    """
     inside = {node: number for number, node in enumerate(region.nodes)}
     outside = {node: number for number, node in enumerate(region.inputs)}
 
@@ -240,7 +244,9 @@ def _form(region: Region) -> Any:
         (node.target, frozen(node.args), frozen(node.kwargs), _layout(node.meta.get("val")))
         for node in region.nodes
     )
-    comes_in = tuple(_layout(node.meta["val"]) for node in region.inputs)
+    comes_in = tuple(
+        (_layout(node.meta["val"]), tensor_is_aligned(node.meta["val"])) for node in region.inputs
+    )
     return calls, comes_in, tuple(inside[node] for node in region.outputs)
 
 

@@ -138,6 +138,14 @@ def test_layers_that_differ_stay_apart() -> None:
 
 
 @pytest.mark.usefixtures("session")
+def test_layers_whose_weights_are_not_aligned_stay_apart_from_those_whose_are() -> None:
+    given = _given()
+    given[-2] = torch.randn(HIDDEN * HIDDEN + 1)[1:].view(HIDDEN, HIDDEN)
+    gm = make_fx(_stack(_layer), tracing_mode="fake")(*given)
+    assert share_layers(gm.graph).matches == LAYERS - 2, "the last layer is left out"
+
+
+@pytest.mark.usefixtures("session")
 def test_open_shapes_are_left_alone() -> None:
     gm = _traced(_layer, "symbolic")
     before = str(gm.graph)
