@@ -68,7 +68,7 @@ class Region:
 def share_layers(graph: Graph) -> PassReport:
     """Outline regions that a graph has more than once, in place."""
     report = PassReport("share_layers")
-    if any(_has_symbols(node) for node in graph.find_nodes(op="placeholder")):
+    if any(_has_open_shape(node.meta.get("val")) for node in graph.nodes):
         log.debug("share_layers: shapes are open")
         return report
     regions_of = _cut(graph)
@@ -95,11 +95,10 @@ def _module_of(graph: Graph) -> GraphModule:
     return module
 
 
-def _has_symbols(node: Node) -> bool:
-    value = node.meta.get("val")
+def _has_open_shape(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return not all(isinstance(size, int) for size in (*value.shape, *value.stride()))
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return isinstance(value, list | tuple) and any(map(_has_open_shape, value))
 
 
 def _is_barrier(node: Node) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import specmoe_compile
 from specmoe_compile.passes import manager
@@ -150,6 +151,16 @@ def test_open_shapes_are_left_alone() -> None:
     gm = _traced(_layer, "symbolic")
     before = str(gm.graph)
     assert share_layers(gm.graph).matches == 0 and str(gm.graph) == before
+
+
+@pytest.mark.usefixtures("session")
+def test_a_number_that_no_shape_depends_on_does_not_matter() -> None:
+    """As the count that a cache with a window keeps in Python."""
+    gm = _traced(_layer)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        number = gm.graph.placeholder("number")
+    number.meta["val"] = ShapeEnv().create_unbacked_symint()
+    assert share_layers(gm.graph).matches == LAYERS - 1
 
 
 @pytest.mark.usefixtures("session")
