@@ -58,6 +58,7 @@ def offloaded(folder: Path, tmp_path: Path, **options: Any) -> Any:
         dtype="float32",
         store="disk",
         expert_cache="50%",
+        cache_policy="lru",  # by others the ring holds what is not cached
         store_dir=tmp_path / "store",
         progress=False,
         **options,
