@@ -258,8 +258,6 @@ def _lower(
     config: CompileOptions,
     speculation: SpeculationPass,
 ) -> Compiled:
-    from specmoe_compile.passes.manager import SharingPass
-
     if config.lowering == "eager":
         return _lower_eager(gm, example_inputs, speculation)
     if not config.compile_prefill and _is_prefill(gm):
@@ -273,7 +271,10 @@ def _lower(
         "freezing": False,
         **({} if on_gpu else cpu_settings()),
     }
-    if on_gpu if config.share_layers == "auto" else config.share_layers:
+    shares_layers = on_gpu if config.share_layers == "auto" else config.share_layers
+    if shares_layers:
+        from specmoe_compile.passes.manager import SharingPass
+
         patches["post_grad_custom_post_pass"] = SharingPass()
     compiled = _lower_with_inductor(gm, example_inputs, config, patches)
     multiplies = config.products and speculation.config.multiplies

@@ -47,9 +47,10 @@ _SCHEMAS = {
         " int[] layers) -> Tensor"
     ),
     "products": "(Tensor x, Tensor[] weights, Tensor[] biases, int session) -> Tensor[]",
+    "written": "(Tensor(a!)[] tensors) -> ()",
 }
 
-_PYTHON_ONLY = ("predict_experts", "run_own_experts")
+_PYTHON_ONLY = ("predict_experts", "run_own_experts", "written")
 
 
 def _names(name: str) -> tuple[str, ...]:
@@ -282,6 +283,10 @@ def _products_fake(
     return [x.new_empty((x.shape[0], w.shape[0])) for w in weights]
 
 
+def _written(tensors: Sequence[Tensor]) -> None:
+    """Do nothing: what a graph writes inside a subgraph is told here."""
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "experts": (_experts, _experts_fake),
     "blend_default_vectors": (_blend, _blend_fake),
@@ -293,21 +298,12 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "correct_experts": (_correct, _correct_fake),
     "run_own_experts": (_run_own, _run_own_fake),
     "products": (_products, _products_fake),
+    "written": (_written, _written),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
     for _op in _names(_name):
         _LIBRARY.impl(_op, _real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"specmoe::{_op}", _fake, lib=_LIBRARY)
-
-_LIBRARY.define("written(Tensor(a!)[] tensors) -> ()")
-
-
-def _written(tensors: Sequence[Tensor]) -> None:
-    """Do nothing: what a graph writes inside a subgraph is told here."""
-
-
-_LIBRARY.impl("written", _written, "CompositeExplicitAutograd")
-torch.library.register_fake("specmoe::written", _written, lib=_LIBRARY)
 
 for _name in ("plan_step", "start_prefetch", "wait_prefetch"):
     has_side_effect(getattr(torch.ops.specmoe, _name).default)

@@ -208,24 +208,13 @@ class SpeculationPass(CustomGraphPass):
 
 
 class SharingPass(CustomGraphPass):
-    """`share_layers` as Inductor calls it (`post_grad_custom_post_pass`).
-
-    Attributes:
-        reports: one per graph that was compiled; empty where the FX graph cache answered.
-    """
-
-    def __init__(self) -> None:
-        self.reports: list[PassReport] = []
+    """`share_layers` as Inductor calls it (`post_grad_custom_post_pass`)."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite one graph in place."""
         report = share_layers(graph)
-        self.reports.append(report)
         log.info("%s: %d", report.name, report.matches)
 
     def uuid(self) -> str:
         """Identity for the FX graph cache."""
         return f"specmoe-{source_hash()}-shared"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"reports": []}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch._inductor import inductor_prims
 from torch._inductor.utils import tensor_is_aligned
 from torch.fx import Graph, GraphModule, Node
 
-from specmoe_compile.passes.fx_utils import is_call, is_pure
+from specmoe_compile.passes.fx_utils import is_call, is_pure, module_of
 from specmoe_compile.passes.report import PassReport
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,15 @@ def share_layers(graph: Graph) -> PassReport:
     if any(_has_open_shape(node.meta.get("val")) for node in graph.nodes):
         log.debug("share_layers: shapes are open")
         return report
-    regions_of = _cut(graph)
-    _make_views_where_used(graph, regions_of)
+    depth = _cut(graph)
+    _make_views_where_used(graph, depth)
     groups: dict[Any, list[Region]] = {}
-    for region in _regions(graph, regions_of):
+    for region in _regions(graph, depth):
         if len(region.nodes) >= MIN_NODES and _bound(region):
             groups.setdefault(_form(region), []).append(region)
     shared = [group for group in groups.values() if len(group) > 1]
     for number, same in enumerate(shared):
-        _module_of(graph).add_submodule(f"shared_layer_{number}", _subgraph(same[0]))
+        module_of(graph).add_submodule(f"shared_layer_{number}", _subgraph(same[0]))
     made: dict[Node, Node] = {}
     for number, same in enumerate(shared):
         for region in same:
@@ -87,12 +87,6 @@ def share_layers(graph: Graph) -> PassReport:
         report.matches += len(same)
     _tell_of_writes(graph, [node for same in shared for region in same for node in region.written])
     return report
-
-
-def _module_of(graph: Graph) -> GraphModule:
-    module = graph.owning_module
-    assert module is not None
-    return module
 
 
 def _has_open_shape(value: Any) -> bool:
@@ -122,11 +116,11 @@ def _cut(graph: Graph) -> dict[Node, int]:
     behind: dict[Node, int] = {}
     for node in graph.nodes:
         deepest = max((behind[source] for source in node.all_input_nodes), default=0)
-        is_part = node.op == "call_function" and not _is_barrier(node)
+        is_barrier = _is_barrier(node)
+        behind[node] = deepest + is_barrier
         # Parts of what a barrier returns stay with it.
-        is_part = is_part and not (_is_getitem(node) and _is_barrier(node.all_input_nodes[0]))
-        behind[node] = deepest + (node.op == "call_function" and _is_barrier(node))
-        if is_part:
+        stays = is_barrier or (_is_getitem(node) and _is_barrier(node.all_input_nodes[0]))
+        if node.op == "call_function" and not stays:
             depth[node] = deepest
     for node in reversed(graph.nodes):
         if depth.get(node) == 0 and node.users:
@@ -167,11 +161,7 @@ def _is_view(node: Node) -> bool:
 def _make_views_where_used(graph: Graph, depth: dict[Node, int]) -> None:
     """Repeat views of other regions' tensors, so that no view crosses a border."""
     for node in reversed(graph.nodes):
-        if (
-            node.op != "call_function"
-            or not _is_view(node)
-            or (node not in depth and not _is_getitem(node) and _is_barrier(node))
-        ):
+        if not _is_view(node):
             continue
         own = depth.get(node)
         others: dict[int | None, list[Node]] = {}
@@ -191,13 +181,13 @@ def _make_views_where_used(graph: Graph, depth: dict[Node, int]) -> None:
             graph.erase_node(node)
 
 
-def _regions(graph: Graph, depth: Mapping[Node, int]) -> Iterator[Region]:
+def _regions(graph: Graph, depth: Mapping[Node, int]) -> Iterable[Region]:
     """All regions, with their calls in the order of the graph, writes last."""
     found: dict[int, Region] = {}
     for node in graph.nodes:
         if node in depth:
             found.setdefault(depth[node], Region([])).nodes.append(node)
-    yield from found.values()
+    return found.values()
 
 
 def _bound(region: Region) -> bool:
