@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,32 +133,17 @@ def _whole(target: Path) -> Iterator[Path]:
 def _compile_all(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> list[Path]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     # What takes longest begins first.
-    waiting = sorted(SOURCES.glob("*.cpp"), key=lambda source: source.name not in _VECTOR_FLAGS)
-    running: list[subprocess.Popen[str]] = []
-    targets, errors = [], []
-    while waiting or running:
-        if waiting and len(running) < _AT_ONCE:
-            source = waiting.pop(0)
-            vector = _VECTOR_FLAGS.get(source.name, ()) if is_x86 else ()
-            level = "-O3" if vector or source.name in _LOOPS else "-O2"
-            targets.append(folder / f"{source.stem}.o")
-            command = [compiler, *_FLAGS, level, *vector, *extra_flags]
-            command += ["-c", str(source), "-o", str(targets[-1])]
-            running.append(
-                subprocess.Popen(
-                    command,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            continue
-        process = running.pop(0)
-        _, message = process.communicate(timeout=_TIMEOUT_S)
-        if process.returncode:
-            errors.append(message.strip())
-    if errors:
-        raise BuildError(f"{compiler} failed: {errors[0][-2000:]}")
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: source.name not in _VECTOR_FLAGS)
+    targets = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        vector = _VECTOR_FLAGS.get(source.name, ()) if is_x86 else ()
+        level = "-O3" if vector or source.name in _LOOPS else "-O2"
+        command = [compiler, *_FLAGS, level, *vector, *extra_flags]
+        _run([*command, "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(compile_one, sources, targets))
     return targets
 
 
