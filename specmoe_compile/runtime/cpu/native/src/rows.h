@@ -55,6 +55,20 @@ struct PlainF16 {
   static V get(const uint16_t* p) { return load_f16(p); }
 };
 
+// The sums of R rows and N tokens, each over its lanes.
+template <int R, int N>
+SPECMOE_INLINE void store_sums(const V (&sum)[R][N], int64_t token, float* out,
+                               int64_t out_stride) {
+  SPECMOE_UNROLL
+  for (int n = 0; n < N; n++) {
+    float* of = out + (token + n) * out_stride;
+    if constexpr (R == 4)
+      reduce4(sum[0][n], sum[1][n], sum[2][n], sum[3][n], of);
+    else
+      for (int r = 0; r < R; r++) of[r] = reduced(sum[r][n]);
+  }
+}
+
 template <class Type, int R, int N>
 inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int64_t token,
                         float* out, int64_t out_stride) {

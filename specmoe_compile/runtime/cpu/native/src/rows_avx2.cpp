@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "vectors_x86.h"
+
 namespace specmoe {
 namespace {
 
@@ -27,13 +29,7 @@ inline void store(float* p, const V& v) {
   _mm256_storeu_ps(p, v.low);
   _mm256_storeu_ps(p + 8, v.high);
 }
-inline float reduced8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 inline float reduced(const V& v) { return reduced8(_mm256_add_ps(v.low, v.high)); }
-inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline __m256 wide_bf16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
@@ -77,12 +73,7 @@ inline Pair lookup(const Table& t, const uint8_t* p) {
           {lookup8(t, _mm256_srli_epi32(a, 4)), lookup8(t, _mm256_srli_epi32(b, 4))}};
 }
 inline V load_e4m3(const uint8_t* p) {
-  const __m256i code = _mm256_cvtepu8_epi16(load16(p));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
-  const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
-  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  const __m256i half = halves_of_e4m3(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
           _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }

@@ -117,14 +117,7 @@ SPECMOE_INLINE void pair_block(const WeightView& w, const PairBook& book,
       sums.add_block(r, b, nibbles(_mm512_permutexvar_epi8(first, _mm512_load_si512(part))));
     }
   }
-  SPECMOE_UNROLL
-  for (int n = 0; n < N; n++) {
-    float* of = out + (token + n) * out_stride;
-    if constexpr (R == 4)
-      reduce4(sums.sum[0][n], sums.sum[1][n], sums.sum[2][n], sums.sum[3][n], of);
-    else
-      for (int r = 0; r < R; r++) of[r] = reduced(sums.sum[r][n]);
-  }
+  store_sums(sums.sum, token, out, out_stride);
 }
 
 struct PairBlock {

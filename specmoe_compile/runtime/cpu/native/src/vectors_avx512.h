@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "vectors_x86.h"
+
 namespace specmoe {
 namespace {
 
@@ -22,15 +24,9 @@ inline V halves(float a, float b) {
 }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-inline float reduced8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 inline float reduced(V v) {
   return reduced8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline __m256i load32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -59,13 +55,7 @@ inline Pair lookup(Table t, const uint8_t* p) {
   return {_mm512_permutexvar_ps(codes, t), _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), t)};
 }
 inline V load_e4m3(const uint8_t* p) {
-  const __m256i code = _mm256_cvtepu8_epi16(load16(p));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
-  const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
-  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(rest, 7)),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-  return _mm512_cvtph_ps(half);
+  return _mm512_cvtph_ps(halves_of_e4m3(p));
 }
 inline V load_e8m0(const uint8_t* p) {
   const __m512i code = _mm512_cvtepu8_epi32(load16(p));
