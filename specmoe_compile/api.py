@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specmoe_compile.errors import UnsupportedModelError
-from specmoe_compile.hf.attach import attach_session
+from specmoe_compile.hf.attach import attach_session, session_of
 from specmoe_compile.hf.guards import refuse_adapted_experts
 from specmoe_compile.hf.local_weights import keep_local_weights
 from specmoe_compile.hf.missing_weights import MissingWeights
@@ -43,7 +43,6 @@ from specmoe_compile.runtime.experts.module import (
     find_top_k,
     release_experts,
 )
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store.base import ExpertStore, RecordSource, total_bytes_of
 from specmoe_compile.runtime.store.module_source import (
     ModuleSource,

@@ -23,7 +23,7 @@ from specmoe_compile.calibrate.calibration import (
     use_calibration,
 )
 from specmoe_compile.errors import CalibrationError
-from specmoe_compile.runtime.session import session_of
+from specmoe_compile.hf.attach import session_of
 from tests.helpers import prompts, tiny_qwen3_moe
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -12,9 +12,9 @@ from torch.nn import functional
 import specmoe_compile
 from specmoe_compile.calibrate.fidelity import Evaluator, Fidelity, PolicyRun
 from specmoe_compile.errors import CompileError
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.options import CompileOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import prompts, tiny_qwen3_moe
 
 WINDOW, CONTEXT, NEW_TOKENS = 24, 18, 6

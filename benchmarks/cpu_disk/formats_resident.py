@@ -24,8 +24,8 @@ from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model.widened import widened_model
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "formats_resident.json"

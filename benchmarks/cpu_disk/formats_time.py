@@ -19,8 +19,8 @@ from benchmarks.cpu_disk.policies import Arm
 from benchmarks.end_to_end.run import RECORD_MIB, held_out_prompts
 from benchmarks.kit.places import RESULTS
 from specmoe_compile.bench.machine import provenance
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model.widened import widened_model
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT = RESULTS / "formats_time.json"

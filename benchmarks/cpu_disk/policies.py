@@ -37,11 +37,11 @@ from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.cpu.native.steps import cache_tables
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import quiet_transformers, write_json
 
 RESULT, GIVEN_RESULT = RESULTS / "eviction_time.json", RESULTS / "eviction_time_given.json"

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 import specmoe_compile
 from benchmarks.reference_model.data import default_source, held_out_windows
 from specmoe_compile.calibrate.layer_probe import LayerProbe
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model import CHECKPOINT_DIR
-from specmoe_compile.runtime.session import session_of
 
 TRUE, PREDICTED = 0, 1
 SKIPPED_TOKENS = 32  # the first tokens of a text route without context

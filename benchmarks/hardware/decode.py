@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import specmoe_compile
 from specmoe_compile.bench.machine import provenance
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.compiled_calls import _mark_static, cache_argument
 from specmoe_compile.reference_model import CHECKPOINT_DIR
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.output import write_json
 
 PROMPT_TOKENS, NEW_TOKENS = 20, 48

@@ -14,9 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import specmoe_compile
 from specmoe_compile.bench.records import quantile, spread
 from specmoe_compile.calibrate.calibration import Calibration, use_calibration, use_networks
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.reference_model import CHECKPOINT_DIR
-from specmoe_compile.runtime.session import session_of
 
 NOTHING = "nothing"
 

@@ -47,11 +47,11 @@ from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.records import ArmJob, quantile
 from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.predict.training import TrainingConfig
 from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.reference_model.widened import widened_model
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 

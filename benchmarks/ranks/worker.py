@@ -25,7 +25,7 @@ from specmoe_compile.api import reset_stats
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
 from specmoe_compile.bench.records import quantile
 from specmoe_compile.bench.timing import TokenClock
-from specmoe_compile.runtime.session import session_of
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.system.launched import launched, split_of_ranks
 
 REDUCTIONS = 200

@@ -126,8 +126,8 @@ PAPER_MS = {"on demand": 158.9, "prefetch": 144.4}
 def record(trace_path: Path) -> None:
     """Decode held-out text with the reference model and save its routing."""
     import specmoe_compile
+    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.replay.recorder import TraceRecorder
-    from specmoe_compile.runtime.session import session_of
 
     windows = held_out_windows(default_source(), TEXT_TOKENS)
     windows = windows[(windows != PAD_ID).all(dim=1)]

@@ -35,6 +35,7 @@ from specmoe_compile.bench.probes import disk_rates
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.replay.engine import ComputeTimes, ReplaySetting, replay
 from specmoe_compile.replay.link import Link
@@ -43,7 +44,6 @@ from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.statistics import Stats
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers, write_json
 from specmoe_compile.system.sizes import parse_size

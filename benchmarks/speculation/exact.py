@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import specmoe_compile
 from benchmarks.end_to_end.run import EXPERT_CACHE
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.cache.statistics import LayerStats, Stats
-from specmoe_compile.runtime.session import Session, session_of
+from specmoe_compile.runtime.session import Session
 
 BATCHES = (1, 4)
 CACHES = ("static", "dynamic")

@@ -29,8 +29,8 @@ from benchmarks.speculation.run import CELLS, DTYPE, Place
 from specmoe_compile.bench.harness import run_pack
 from specmoe_compile.bench.worker import Measurement
 from specmoe_compile.cli.tables import markdown_table
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.cpu.engine import CpuEngine
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.machine import cache_folder
 from specmoe_compile.system.output import quiet_transformers
 

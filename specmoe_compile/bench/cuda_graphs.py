@@ -35,7 +35,7 @@ def fetched_from(model: torch.nn.Module) -> str | None:
 
     On a GPU a layer with a slot for every expert is filled once.
     """
-    from specmoe_compile.runtime.session import session_of
+    from specmoe_compile.hf.attach import session_of
 
     session = session_of(model)
     return session.stats.store if session.engine.fetches else None

@@ -306,7 +306,7 @@ def calibrate(
     Raises:
         CalibrationError: there is no text, or the model's graph cannot be rewritten.
     """
-    from specmoe_compile.runtime.session import session_of
+    from specmoe_compile.hf.attach import session_of
 
     if not windows.numel() or not held_out.numel():
         raise CalibrationError("there is no text to calibrate on: give windows of at least 1 token")

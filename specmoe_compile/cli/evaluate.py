@@ -200,8 +200,8 @@ def measure(
 
     import specmoe_compile
     from specmoe_compile.calibrate.fidelity import Evaluator
+    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.options import CompileOptions
-    from specmoe_compile.runtime.session import session_of
 
     split = {**loading, **split_of_ranks()}
     inner: Any = specmoe_compile.from_pretrained(model, device="cpu", store="disk", **split)

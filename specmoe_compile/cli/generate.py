@@ -259,8 +259,8 @@ def load_tokenizer(model: str) -> Any:
 
 
 def _recorder(model: Any) -> TraceRecorder:
+    from specmoe_compile.hf.attach import session_of
     from specmoe_compile.replay.recorder import TraceRecorder
-    from specmoe_compile.runtime.session import session_of
 
     return TraceRecorder(session_of(model))
 

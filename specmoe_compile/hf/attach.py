@@ -1,4 +1,4 @@
-"""Tie a session to a model, so that its experts run through the session.
+"""Tie a session to a model, so that its experts run through the session; and find it again.
 
 How compiled code reaches such a model is in `hf.compiled_calls`.
 """
@@ -9,12 +9,14 @@ import weakref
 from typing import Any
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
+from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf.compiled_calls import watch_model
 from specmoe_compile.hf.experts_interface import IMPLEMENTATION, register_experts_implementation
 from specmoe_compile.hf.guards import guard_model
 from specmoe_compile.hf.run_ahead import install_run_ahead
-from specmoe_compile.runtime.session import Session
+from specmoe_compile.runtime.session import Session, get_session
 
 
 def attach_session(model: nn.Module, session: Session) -> None:
@@ -47,6 +49,26 @@ def attach_session(model: nn.Module, session: Session) -> None:
     # passes, wherever it finds a static cache on a GPU.
     model._valid_auto_compile_criteria = _never_auto_compile  # type: ignore[assignment]
     install_run_ahead(model)
+
+
+def session_of(model: nn.Module) -> Session:
+    """Return the session of an offloaded model, compiled or not, or of one inside a wrapper.
+
+    Raises:
+        SpecMoEError: the model is not offloaded, or its session is closed.
+    """
+    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
+    modules = inner.modules() if isinstance(inner, nn.Module) else ()
+    handles = (
+        m.__dict__.get("_specmoe_session") for m in modules if "_specmoe_layer" not in m.__dict__
+    )
+    handle = next((handle for handle in handles if handle is not None), None)
+    if handle is None:
+        raise SpecMoEError(
+            f"{type(inner).__name__} is not an offloaded model: load it with"
+            " specmoe_compile.from_pretrained or pass it to specmoe_compile.offload"
+        )
+    return get_session(handle)
 
 
 def _never_auto_compile(*args: Any, **kwargs: Any) -> bool:

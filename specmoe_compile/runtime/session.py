@@ -16,12 +16,10 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from specmoe_compile.errors import SpecMoEError
@@ -51,26 +49,6 @@ def get_session(handle: int) -> Session:
             " the model again."
         )
     return session
-
-
-def session_of(model: nn.Module) -> Session:
-    """Return the session of an offloaded model, compiled or not, or of one inside a wrapper.
-
-    Raises:
-        SpecMoEError: the model is not offloaded, or its session is closed.
-    """
-    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
-    modules = inner.modules() if isinstance(inner, nn.Module) else ()
-    handles = (
-        m.__dict__.get("_specmoe_session") for m in modules if "_specmoe_layer" not in m.__dict__
-    )
-    handle = next((handle for handle in handles if handle is not None), None)
-    if handle is None:
-        raise SpecMoEError(
-            f"{type(inner).__name__} is not an offloaded model: load it with"
-            " specmoe_compile.from_pretrained or pass it to specmoe_compile.offload"
-        )
-    return get_session(handle)
 
 
 def _renew_after_fork() -> None:
@@ -152,12 +130,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property

@@ -25,8 +25,8 @@ from specmoe_compile.bench.progress import BenchProgress
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.bench.worker import Measurement
 from specmoe_compile.cli.main import run
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.options import Policy
-from specmoe_compile.runtime.session import session_of
 from tests.cli.test_records import SCHEMA_KEYS
 from tests.helpers import save_tiny
 

@@ -21,7 +21,7 @@ import transformers
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from specmoe_compile.api import from_pretrained, offload
-from specmoe_compile.runtime.session import session_of
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.store import source_content
 
 

@@ -19,8 +19,8 @@ from specmoe_compile.errors import (
     StoreError,
     UnsupportedModelError,
 )
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.packing import pack
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store.writer import StoreReport
 from tests.helpers import greedy, prompts, save_tiny
 from tests.runtime import tiny_checkpoints

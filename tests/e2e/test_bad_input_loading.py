@@ -16,7 +16,7 @@ import transformers
 import specmoe_compile
 from specmoe_compile.errors import CheckpointError, StoreError, UnsupportedModelError
 from specmoe_compile.hf import tier_sizes
-from specmoe_compile.runtime.session import session_of
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.store.disk import DiskStore
 from tests.runtime import tiny_checkpoints
 

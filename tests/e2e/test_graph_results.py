@@ -24,7 +24,7 @@ from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf import gpu_memory, run_ahead
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.graph_threads import GraphState
-from specmoe_compile.runtime.session import session_of
+from specmoe_compile.hf.attach import session_of
 from tests.helpers import PATIENCE_S, greedy, prompts
 
 STEPS = 6

@@ -20,9 +20,9 @@ import transformers
 import specmoe_compile
 from specmoe_compile import api
 from specmoe_compile.errors import StoreError, UnsupportedModelError
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.packing import pack
 from specmoe_compile.runtime.experts.module import find_experts_layers
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store import module_source
 from specmoe_compile.runtime.store.disk import DiskStore
 from specmoe_compile.runtime.store.ram import RamStore

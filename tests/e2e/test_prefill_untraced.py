@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import specmoe_compile
 from specmoe_compile.hf import prompts as prompts_module
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.prompts import prompts_as_they_are
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.inductor import start_compile_workers
 from tests.helpers import prompts, tiny_qwen3_moe
 

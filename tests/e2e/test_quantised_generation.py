@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.experts.formats.quantise import QUANTISED_FORMATS
-from specmoe_compile.runtime.session import session_of
 from tests.e2e.test_quantize_option import quantised_by_hand
 from tests.helpers import greedy, prompts
 from tests.runtime import tiny_checkpoints

@@ -13,12 +13,12 @@ import torch
 import specmoe_compile
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import CheckpointError, StoreError
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.packing import pack
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.quantise import QUANTISED_FORMATS, quantise
 from specmoe_compile.runtime.experts.formats.weight_code import dequantise
 from specmoe_compile.runtime.experts.module import expert_parameter_names, is_experts_module
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.runtime.store.disk import DiskStore
 from tests.runtime import tiny_checkpoints
 from tests.runtime.quantised_checkpoints import write_pair

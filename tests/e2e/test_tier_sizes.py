@@ -13,8 +13,8 @@ import specmoe_compile
 from specmoe_compile import backend
 from specmoe_compile.errors import StoreError
 from specmoe_compile.hf import tier_sizes
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.experts.module import find_experts_layers
-from specmoe_compile.runtime.session import session_of
 from specmoe_compile.system.compilers import COMPILING_BYTES
 from tests.runtime import tiny_checkpoints
 

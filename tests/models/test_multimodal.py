@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.passes.report import PipelineReport
 from specmoe_compile.runtime.experts.module import is_experts_module
-from specmoe_compile.runtime.session import session_of
 from tests.models.families import build, families
 from tests.models.walk import LOGITS_TOLERANCE, recorded_reports
 

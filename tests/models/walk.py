@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.passes import manager
 from specmoe_compile.passes.choose_predictions import FIRST_LAYER, PREFILL
 from specmoe_compile.passes.guard_speculation import NOT_FIXED
 from specmoe_compile.passes.report import PipelineReport
 from specmoe_compile.runtime.experts.module import is_experts_module
-from specmoe_compile.runtime.session import session_of
 from tests.models.describe import Description, describe
 from tests.models.families import Family, build
 from tests.models.tiny_configs import VOCABULARY

@@ -14,6 +14,7 @@ import specmoe_compile
 from specmoe_compile.calibrate.calibration import Calibration, LayerWorth, calibrate, use_networks
 from specmoe_compile.cli.main import run
 from specmoe_compile.errors import CalibrationError
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.predict.network import ExpertNetwork, normalised
 from specmoe_compile.predict.registry import PREDICTORS, TRAINED
@@ -23,7 +24,6 @@ from specmoe_compile.predict.training import (
     recall_of,
     train_network,
 )
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import on_device
 from tests.runtime.cuda.order_checker import unordered_pairs

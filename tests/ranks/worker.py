@@ -24,10 +24,10 @@ import specmoe_compile
 from specmoe_compile.backend import specmoe
 from specmoe_compile.cli import main
 from specmoe_compile.hf import placing
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.replayed_steps import Replay
 from specmoe_compile.passes import manager
 from specmoe_compile.runtime.cuda import inboxes
-from specmoe_compile.runtime.session import session_of
 
 DEFAULTS: dict[str, Any] = {
     "load": {},  # more arguments of from_pretrained

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.trace import RoutingTrace
 from specmoe_compile.runtime.cache.statistics import Stats
-from specmoe_compile.runtime.session import Session, session_of
+from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import DONE, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.read_queue import ReadQueue

@@ -202,7 +202,7 @@ def test_generate_refuses_a_trace_where_nothing_is_fetched(
 
 def test_recorder_of_a_session_that_ran_nothing_says_so(folder: Path) -> None:
     import specmoe_compile
-    from specmoe_compile.runtime.session import session_of
+    from specmoe_compile.hf.attach import session_of
 
     model: Any = specmoe_compile.from_pretrained(
         folder / "model", device="cpu", store="disk", store_dir=folder / "store", progress=False

@@ -11,12 +11,12 @@ import specmoe_compile
 from benchmarks.end_to_end.run import held_out_prompts
 from benchmarks.kit.places import RESULTS
 from benchmarks.simulation.mapped_trace import SHAPES, mapped_trace
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.reference_model.widened import widened_model
 from specmoe_compile.replay.engine import replay
 from specmoe_compile.replay.recorder import TraceRecorder
 from specmoe_compile.replay.steps import ReplaySteps
 from specmoe_compile.replay.trace import RoutingTrace
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy
 from tests.replay.test_replay import COMPUTE, LINK, counts, setting
 

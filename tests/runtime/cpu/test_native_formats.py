@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.runtime.cpu.native import layer
 from specmoe_compile.runtime.cpu.native.library import library_or_none
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import specmoe_compile
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.options import SessionOptions
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.device_models import decide_trials
 

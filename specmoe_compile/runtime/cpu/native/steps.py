@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Sequence
 from ctypes import CDLL, POINTER
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,12 +138,7 @@ class StepLock:
     def __enter__(self) -> None:
         self._acquire(self._pointer)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._release(self._pointer)
 
 
