@@ -26,6 +26,7 @@ from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.passes.replace_sums import rank_groups
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
+from specmoe_compile.system.captured import keeping_results, telling_of_capture
 from specmoe_compile.system.compilers import check_compiler
 from specmoe_compile.system.early_kernels import kernels_compiled_early
 from specmoe_compile.system.graph_runs import counted
@@ -297,7 +298,7 @@ def _lower_with_inductor(
         compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     if not captures:
         return compiled
-    return _keeping_results(_telling_of_capture(compiled, gm), made_results(gm))
+    return keeping_results(telling_of_capture(compiled, _step_name(gm)), made_results(gm))
 
 
 def _check_compiler(example_inputs: Sequence[Any]) -> None:
@@ -322,43 +323,6 @@ def _check_room(sessions: Sequence[Session]) -> None:
             " Free some RAM, raise the memory limit, run without torch.compile (--no-compile), or"
             " try it all the same with store='disk'."
         )
-
-
-def _telling_of_capture(compiled: Compiled, gm: GraphModule) -> Compiled:
-    """Tell of the calls that warm a CUDA graph up and record it, the first two."""
-    what = f"capturing {_step_name(gm)} in a CUDA graph"
-    calls_left = 2
-
-    def call(*inputs: Any) -> Any:
-        nonlocal calls_left
-        if calls_left == 0:
-            return compiled(*inputs)
-        calls_left -= 1
-        with phase(what):
-            return compiled(*inputs)
-
-    return call
-
-
-def _keeping_results(captured: Compiled, made: frozenset[int]) -> Compiled:
-    """Copy what a CUDA graph makes out of the graph's memory, as the last work of the call.
-
-    The next run writes over that memory, or PyTorch takes it away while it records. The caller may
-    read the result after another thread, or a step that was launched early, has run the graph.
-
-    Args:
-        captured: the compiled graph.
-        made: which of its results it makes; the others were there before (a cache).
-    """
-
-    def call(*inputs: Any) -> Any:
-        results = captured(*inputs)
-        return type(results)(
-            result.clone() if index in made and isinstance(result, torch.Tensor) else result
-            for index, result in enumerate(results)
-        )
-
-    return call
 
 
 def _step_name(gm: GraphModule) -> str:

@@ -19,12 +19,12 @@ from torch._inductor import cudagraph_trees
 from transformers import StaticCache
 
 import specmoe_compile
-from specmoe_compile import backend
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.hf import gpu_memory, run_ahead
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.graph_threads import GraphState
-from specmoe_compile.hf.attach import session_of
+from specmoe_compile.system.captured import keeping_results
 from tests.helpers import PATIENCE_S, greedy, prompts
 
 STEPS = 6
@@ -286,7 +286,7 @@ def test_other_errors_are_left_alone(offloaded: Any) -> None:
 
 def test_a_graphs_result_is_not_its_memory() -> None:
     cache, memory = torch.zeros(2), torch.ones(3)
-    call = backend._keeping_results(lambda *_: (cache, memory), frozenset({1}))
+    call = keeping_results(lambda *_: (cache, memory), frozenset({1}))
     same, mine = call()
     memory.fill_(9)
     assert same is cache and torch.equal(mine, torch.ones(3))
