@@ -203,8 +203,8 @@ class SessionOptions(GraphOptions):
     )
     auto_off: bool = option(
         True,
-        "fetch ahead only what pays, by measurement: on the CPU it turns layers and unsure guesses"
-        " off that are wrong more often than right; on a GPU with `gather` it finds how many"
+        "fetch ahead only what pays, by measurement: on the CPU it turns unsure guesses off that"
+        " are wrong more often than right; on a GPU with `gather` it finds how many"
         " experts, with `copy` whether at all",
     )
     transfer: TransferKind = option(

@@ -36,7 +36,6 @@ def test_gate_closes_on_loss_and_tries_again() -> None:
     for _ in range(TRIAL_STEPS):
         gate.measure(useful=1, useless=2)
     assert [gate.admits() for _ in range(2 * OFF_STEPS + 1)].count(False) == 2 * OFF_STEPS
-    assert gate.closures == 2
 
 
 def test_gate_stays_open_while_it_pays() -> None:
@@ -44,7 +43,7 @@ def test_gate_stays_open_while_it_pays() -> None:
     for _ in range(10 * TRIAL_STEPS):
         assert gate.admits()
         gate.measure(useful=2, useless=1)
-    assert gate.closures == 0
+    assert gate.is_open
 
 
 def test_wrong_predictions_turn_a_layer_off() -> None:
@@ -86,11 +85,7 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
             wait_until_reads_began(session)
             step(session, 0, batch, ticket)
-        judge = session.engine.judge
-        heavy, light = judge.ranks[0]
-        assert judge.layers[0].closures == 0
-        assert heavy.closures == 0
-        assert light.closures == 1
+        assert [gate.is_open for gate in session.engine.judge.ranks[0]] == [True, False]
 
 
 def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int) -> PrefetchJudge:
@@ -111,21 +106,21 @@ def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int)
 
 def test_a_guess_that_never_began_says_nothing() -> None:
     judge = judged([(3, CANCELLED)], [(3, QUEUED)], wanted=set(), steps=4 * TRIAL_STEPS)
-    assert (judge.layers[0].closures, judge.ranks[0][0].closures) == (0, 0)
+    assert judge.ranks[0][0].is_open
     judge = judged([(3, RUNNING)], [(3, DONE)], wanted=set(), steps=TRIAL_STEPS)
-    assert judge.ranks[0][0].closures == 1
+    assert not judge.ranks[0][0].is_open
 
 
-@pytest.mark.parametrize(("right", "closures"), [(1, 0), (0, 1)])
-def test_more_guesses_have_to_be_right_than_wrong(right: int, closures: int) -> None:
+@pytest.mark.parametrize(("right", "is_open"), [(1, True), (0, False)])
+def test_more_guesses_have_to_be_right_than_wrong(right: int, is_open: bool) -> None:
     turns = [[(3, DONE)], [(4, DONE)], [(5 - right, DONE)]]
     judge = judged(*turns, wanted={4}, steps=3 * TRIAL_STEPS)
-    assert judge.ranks[0][0].closures == closures
+    assert judge.ranks[0][0].is_open == is_open
 
 
 def test_a_layer_none_of_whose_ranks_is_read_is_not_predicted() -> None:
     judge = judged([(3, DONE), (5, DONE)], wanted=set(), steps=TRIAL_STEPS)
-    assert [gate.closures for gate in judge.ranks[0]] == [1, 1]
+    assert not any(gate.is_open for gate in judge.ranks[0])
     asked = [judge.predicts(0) for _ in range(OFF_STEPS + 1)]
     assert asked == [False] * OFF_STEPS + [True]
 

@@ -32,7 +32,7 @@ class PrefetchGate:
     Both are averaged over about TRIAL_STEPS steps. After a while off, it is tried again.
     """
 
-    __slots__ = ("_off_for", "_off_next", "_steps", "_useful", "_useless", "closures")
+    __slots__ = ("_off_for", "_off_next", "_steps", "_useful", "_useless")
 
     def __init__(self) -> None:
         """Start open."""
@@ -41,17 +41,11 @@ class PrefetchGate:
         self._useless = 0.0
         self._off_for = 0
         self._off_next = OFF_STEPS
-        self.closures = 0
 
     @property
     def is_open(self) -> bool:
         """Whether the next `admits` will."""
         return self._off_for == 0
-
-    @property
-    def is_tried(self) -> bool:
-        """Whether it was measured often enough to be judged, and is on."""
-        return self._steps >= TRIAL_STEPS
 
     def admits(self) -> bool:
         """Return whether it is on in this step; counts the step if not."""
@@ -71,7 +65,6 @@ class PrefetchGate:
         if self._useful >= self._useless:
             self._off_next = OFF_STEPS
             return
-        self.closures += 1
         self._off_for = self._off_next
         self._off_next = min(MAX_OFF_STEPS, 2 * self._off_next)
         self._steps = 0

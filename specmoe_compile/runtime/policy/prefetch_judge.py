@@ -1,8 +1,8 @@
 """Decides which predictions are worth their while, from what earlier ones brought.
 
-Which guesses are read is a matter of how often they are right: per layer, and per rank of guess,
-with a `PrefetchGate` each. The rank of a guess is its place among the predicted experts, heaviest
-first: heavy ones are nearly always right, light ones often not.
+Which guesses are read is a matter of how often they are right, by layer and rank, with a
+`PrefetchGate` each. The rank of a guess is its place among the predicted experts, heaviest first:
+heavy ones are nearly always right, light ones often not.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ class PrefetchJudge:
     """Gates of every layer, and what they are told.
 
     Attributes:
-        layers: of each layer, whether it is predicted.
         ranks: of each layer, by rank, whether such a guess is read.
     """
 
     def __init__(self, layers: int) -> None:
         """Start with every gate open."""
-        self.layers = [PrefetchGate() for _ in range(layers)]
         self.ranks: list[list[PrefetchGate]] = [[] for _ in range(layers)]
 
     def predicts(self, layer: int) -> bool:
         """Whether a layer is to be predicted in this step; asked once per step."""
-        if not self.layers[layer].admits():
-            return False
         ranks = self.ranks[layer]
         if not ranks or any(gate.is_open for gate in ranks):
             return True
@@ -78,21 +74,13 @@ class PrefetchJudge:
             Experts that useless guesses pushed out of their slots, to be counted if they are read
             again.
         """
-        pushed_out = evicted_for_nothing(issued, wanted)
         by_rank: dict[int, list[int]] = {}
         for expert, read in issued.reads.items():
             if read.state in (RUNNING, DONE):  # else it cost nothing, and said nothing
                 by_rank.setdefault(ranks[expert], [0, 0])[expert not in wanted] += 1
-        if not by_rank:
-            return pushed_out
-        certain = 0
         for rank, (right, wrong) in by_rank.items():
-            gate = self.ranks[layer][rank]
-            # A layer does not answer for ranks on trial: those that err will be turned off alone.
-            certain += wrong if gate.is_tried else 0
-            gate.measure(right, wrong)
-        self.layers[layer].measure(sum(right for right, _ in by_rank.values()), certain)
-        return pushed_out
+            self.ranks[layer][rank].measure(right, wrong)
+        return evicted_for_nothing(issued, wanted)
 
 
 def evicted_for_nothing(issued: Issued, wanted: Collection[int]) -> list[int]:

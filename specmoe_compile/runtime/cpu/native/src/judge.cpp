@@ -1,6 +1,7 @@
 #include "judge.h"
 
 #include <algorithm>
+#include <map>
 
 namespace specmoe {
 namespace {
@@ -11,8 +12,6 @@ constexpr int64_t kOffSteps = 256;
 constexpr int64_t kMaxOffSteps = 8192;
 
 }  // namespace
-
-bool PrefetchGate::is_tried() const { return steps_ >= kTrialSteps; }
 
 bool PrefetchGate::admits() {
   if (off_for_ == 0) return true;
@@ -37,7 +36,6 @@ void PrefetchGate::measure(int64_t useful, int64_t useless) {
 }
 
 bool PrefetchJudge::predicts(int64_t layer) {
-  if (!layers_[layer].admits()) return false;
   std::vector<PrefetchGate>& ranks = ranks_[layer];
   if (ranks.empty()) return true;
   for (const PrefetchGate& gate : ranks)
@@ -65,25 +63,12 @@ std::vector<RankedGuess> PrefetchJudge::admitted(int64_t layer,
 
 void PrefetchJudge::measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought) {
   struct Count {
-    int64_t rank, right, wrong;
+    int64_t right = 0, wrong = 0;
   };
-  std::vector<Count> counts;
-  for (const auto& [rank, is_wanted] : brought) {
-    auto found = std::find_if(counts.begin(), counts.end(),
-                              [rank = rank](const Count& count) { return count.rank == rank; });
-    if (found == counts.end()) found = counts.insert(counts.end(), {rank, 0, 0});
-    (is_wanted ? found->right : found->wrong)++;
-  }
-  if (counts.empty()) return;
-  int64_t certain = 0, right = 0;
-  for (const Count& count : counts) {
-    PrefetchGate& gate = ranks_[layer][count.rank];
-    // A layer does not answer for ranks on trial: those that err will be turned off alone.
-    if (gate.is_tried()) certain += count.wrong;
-    right += count.right;
-    gate.measure(count.right, count.wrong);
-  }
-  layers_[layer].measure(right, certain);
+  std::map<int64_t, Count> counts;
+  for (const auto& [rank, is_wanted] : brought)
+    (is_wanted ? counts[rank].right : counts[rank].wrong)++;
+  for (const auto& [rank, count] : counts) ranks_[layer][rank].measure(count.right, count.wrong);
 }
 
 }  // namespace specmoe

@@ -12,7 +12,6 @@ namespace specmoe {
 class PrefetchGate {
  public:
   bool is_open() const { return off_for_ == 0; }
-  bool is_tried() const;
   // Whether it is on in this step; counts the step if not.
   bool admits();
   void measure(int64_t useful, int64_t useless);
@@ -29,21 +28,19 @@ struct RankedGuess {
   bool is_admitted;
 };
 
-// Gates of every layer.
+// Gates of the ranks of every layer.
 class PrefetchJudge {
  public:
-  explicit PrefetchJudge(int64_t layers) : layers_(layers), ranks_(layers) {}
+  explicit PrefetchJudge(int64_t layers) : ranks_(layers) {}
   // Whether a layer is guessed in this step; asked once per step.
   bool predicts(int64_t layer);
   // `experts`: distinct, most wanted first; `width`: guesses per token.
   std::vector<RankedGuess> admitted(int64_t layer, const std::vector<int64_t>& experts,
                                     int64_t width);
-  // `brought`: of each read that began its rank, and whether it was wanted; ranks in the order of
-  // their first read.
+  // `brought`: of each read that began its rank, and whether it was wanted.
   void measure(int64_t layer, const std::vector<std::pair<int64_t, bool>>& brought);
 
  private:
-  std::vector<PrefetchGate> layers_;
   std::vector<std::vector<PrefetchGate>> ranks_;
 };
 
