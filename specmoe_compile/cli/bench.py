@@ -21,10 +21,6 @@ from specmoe_compile.cli.options import (
     QUANTIZE,
     STORE_DIR,
     THREADS,
-    check_choice,
-    check_dtype,
-    check_missing_weights,
-    check_quantize,
     compile_options,
     require_compiler,
 )
@@ -132,10 +128,6 @@ def bench(
     names = _arms_of_ranks(checked_arms(arms), given=arms)
     refuse_on_ranks("--memory-cap", memory_cap, "a cap is of one")
     json = first_ranks(json)
-    check_dtype(dtype)
-    check_missing_weights(missing_weights)
-    check_quantize(quantize)
-    check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     parse_size(expert_cache, total_bytes=1 << 40, option="--expert-cache")
     cap_bytes = None

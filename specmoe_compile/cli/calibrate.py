@@ -19,9 +19,6 @@ from specmoe_compile.cli.options import (
     STORE,
     STORE_DIR,
     THREADS,
-    check_choice,
-    check_dtype,
-    check_missing_weights,
 )
 from specmoe_compile.cli.text import TEXT, read_tokens, windows
 
@@ -74,9 +71,6 @@ def calibrate(
     """
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
-    check_dtype(dtype)
-    check_missing_weights(missing_weights)
-    check_choice("store", store, ("auto", "ram", "disk"))
     check_writable(json)
     out = out.expanduser()
     if not out.parent.is_dir():
@@ -106,10 +100,10 @@ def calibrate(
         model,
         device=device,
         dtype=dtype,
-        store=store,  # type: ignore[arg-type]
+        store=store,
         store_dir=store_dir,
         expert_cache=expert_cache,
-        missing_weights=missing_weights,  # type: ignore[arg-type]
+        missing_weights=missing_weights,
     )
     training = TrainingConfig(epochs=epochs, seed=seed) if train_estimator else None
     total = (2 if train_estimator else 1) * len(learned) + 2 * len(held_out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,10 +20,6 @@ from specmoe_compile.cli.options import (
     QUANTIZE,
     STORE_DIR,
     THREADS,
-    check_choice,
-    check_dtype,
-    check_missing_weights,
-    check_quantize,
     compile_options,
     require_compiler,
 )
@@ -74,10 +70,9 @@ def evaluate(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per prompt.")] = 64,
     reference: Annotated[
-        str,
+        Literal["auto", "plain", "offloaded"],
         typer.Option(
-            help="plain: the untouched model, all in memory; offloaded: this model, exact; auto.",
-            metavar="WHICH",
+            help="plain: the untouched model, all in memory; offloaded: this model, exact."
         ),
     ] = "auto",
     dtype: DTYPE = "auto",
@@ -110,10 +105,6 @@ def evaluate(
     """
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
-    check_dtype(dtype)
-    check_missing_weights(missing_weights)
-    check_quantize(quantize)
-    check_choice("reference", reference, ("auto", "plain", "offloaded"))
     if missing_weights == "random":
         if reference == "plain":
             raise ValueError(

@@ -25,10 +25,6 @@ from specmoe_compile.cli.options import (
     STORE,
     STORE_DIR,
     THREADS,
-    check_choice,
-    check_dtype,
-    check_missing_weights,
-    check_quantize,
     compile_options,
     require_compiler,
 )
@@ -95,11 +91,6 @@ def generate(
     """
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
-    check_dtype(dtype)
-    check_quantize(quantize)
-    check_choice("store", store, ("auto", "ram", "disk"))
-    check_missing_weights(missing_weights)
-    check_choice("kv-cache", kv_cache, ("static", "dynamic"))
     options = compile_options(option)
     refuse_on_ranks("--trace", trace, "a trace is of all experts")
     refuse_on_ranks("--prompt -", prompt == "-", "they share standard input; give --prompt TEXT")
@@ -128,11 +119,11 @@ def generate(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        store=store,  # type: ignore[arg-type]
+        store=store,
         store_dir=store_dir,
         expert_cache=expert_cache,
         adapter=adapter,
-        missing_weights=missing_weights,  # type: ignore[arg-type]
+        missing_weights=missing_weights,
         **split_of_ranks(),
     )
     options = with_cuda_graphs(

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,21 +22,18 @@ DEVICE = Annotated[
     str, typer.Option(help="Where the model computes: auto, cpu or cuda.", metavar="NAME")
 ]
 DTYPE = Annotated[
-    str,
+    Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", metavar="NAME"),
 ]
 QUANTIZE = Annotated[
-    str | None,
+    Literal["int4", "mxfp4", "fp8", "int8"] | None,
     typer.Option(
         help="Quantise experts when they are packed: int4, mxfp4, fp8 or int8. Approximates.",
         metavar="NAME",
         show_default=False,
     ),
 ]
-STORE = Annotated[
-    str,
-    typer.Option(help="Where all experts live: auto, ram or disk.", metavar="TIER"),
-]
+STORE = Annotated[Literal["auto", "ram", "disk"], typer.Option(help="Where all experts live.")]
 STORE_DIR = Annotated[
     Path | None,
     typer.Option(
@@ -52,11 +49,8 @@ EXPERT_CACHE = Annotated[
     ),
 ]
 KV_CACHE = Annotated[
-    str,
-    typer.Option(
-        help="static compiles one decode graph; dynamic has no longest length.",
-        metavar="static|dynamic",
-    ),
+    Literal["static", "dynamic"],
+    typer.Option(help="static compiles one decode graph; dynamic has no longest length."),
 ]
 COMPILE_OPTION = Annotated[
     list[str] | None,
@@ -77,11 +71,8 @@ ADAPTER = Annotated[
     ),
 ]
 MISSING_WEIGHTS = Annotated[
-    str,
-    typer.Option(
-        help="Weights that the checkpoint lacks: error names them, random draws them.",
-        metavar="error|random",
-    ),
+    Literal["error", "random"],
+    typer.Option(help="Weights that the checkpoint lacks: error names them, random draws them."),
 ]
 THREADS = Annotated[
     int | None,
@@ -99,21 +90,6 @@ DEBUG = Annotated[
 
 _LARGEST_NUMBER = 2**31 - 1
 _ANY_64_BITS = ("seed",)
-
-QUANTIZED = ("int4", "mxfp4", "fp8", "int8")  # without torch, which takes a second to import
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def check_missing_weights(value: str) -> None:
-    """Raise `ValueError` for a value of --missing-weights that is none."""
-    check_choice("missing-weights", value, ("error", "random"))
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> str:
-    """Return `value`; raises `ValueError` if it is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"--{option} {value!r} is not valid: choose {', '.join(choices)}.")
-    return value
 
 
 def require_compiler(device: str, options: Mapping[str, Any]) -> None:
@@ -166,16 +142,6 @@ def check_no_value_is_empty(arguments: Sequence[str]) -> None:
             continue
         what = name if name.startswith("-") else "An argument"
         raise ValueError(f"{what} is empty: give it a value, or leave it out.")
-
-
-def check_dtype(value: str) -> str:
-    """Return a dtype's name; raises `ValueError` if specmoe has no such dtype."""
-    return check_choice("dtype", value, _DTYPES)
-
-
-def check_quantize(value: str | None) -> str | None:
-    """Return what `quantize=` can be; raises `ValueError` for anything else."""
-    return None if value is None else check_choice("quantize", value, QUANTIZED)
 
 
 def compile_options(assignments: Sequence[str] | None) -> dict[str, Any]:

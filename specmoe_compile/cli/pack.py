@@ -15,8 +15,6 @@ from specmoe_compile.cli.options import (
     MODEL,
     QUANTIZE,
     STORE_DIR,
-    check_dtype,
-    check_quantize,
 )
 
 
@@ -47,8 +45,6 @@ def pack(
     """
     from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
 
-    check_dtype(dtype)
-    check_quantize(quantize)
     check_writable(json)
     from specmoe_compile.bench.worker import peak_rss_bytes
     from specmoe_compile.hf.packing import pack as pack_store

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, check_choice, compile_options
+from specmoe_compile.cli.options import COMPILE_OPTION, DEBUG, JSON, compile_options
 
 if TYPE_CHECKING:
     from specmoe_compile.cli.replay_report import Result
@@ -84,7 +84,7 @@ def replay(
         int, typer.Option(min=0, help="Decode steps that are replayed and not counted.")
     ] = 4,
     number_format: Annotated[
-        str | None,
+        Literal["bf16", "float32", "int4", "mxfp4", "nvfp4", "fp8", "int8"] | None,
         typer.Option(
             "--format",
             help="Experts as large as in bf16, float32, int4, mxfp4, nvfp4, fp8 or int8. By default"
@@ -121,7 +121,7 @@ def replay(
     from specmoe_compile.cli.replay_report import as_dict, print_report
     from specmoe_compile.options import CompileOptions, SessionOptions
     from specmoe_compile.replay.engine import RankGroup
-    from specmoe_compile.replay.formats import FORMATS, in_format
+    from specmoe_compile.replay.formats import in_format
     from specmoe_compile.replay.predictors import PREDICTORS
     from specmoe_compile.replay.trace import RoutingTrace
     from specmoe_compile.runtime.cache.eviction import Policy
@@ -132,8 +132,6 @@ def replay(
     sizes = [size.strip() for size in expert_cache.split(",")]
     speculation = SessionOptions.view(CompileOptions(**compile_options(option)))
     check_writable(json)
-    if number_format is not None:
-        check_choice("format", number_format, FORMATS)
     loaded = RoutingTrace.load(trace.expanduser())
     layouts = None if store_dir is None else _store_layouts(loaded, store_dir.expanduser())
     if number_format is not None:
@@ -172,7 +170,11 @@ def replay(
 
 
 def _names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
-    return [check_choice(option, name.strip(), choices) for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"--{option} {name!r} is not valid: choose {', '.join(choices)}.")
+    return names
 
 
 def _store_layouts(trace: RoutingTrace, folder: Path) -> list[ExpertLayout]:

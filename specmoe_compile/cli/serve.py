@@ -21,10 +21,6 @@ from specmoe_compile.cli.options import (
     STORE,
     STORE_DIR,
     THREADS,
-    check_choice,
-    check_dtype,
-    check_missing_weights,
-    check_quantize,
     compile_options,
     require_compiler,
 )
@@ -89,10 +85,6 @@ def serve(
       SPECMOE_API_KEY=secret specmoe serve ./checkpoint --host 0.0.0.0 --max-context 16384
     """
     started_s = time.perf_counter()
-    check_dtype(dtype)
-    check_missing_weights(missing_weights)
-    check_choice("store", store, ("auto", "ram", "disk"))
-    quantize = check_quantize(quantize)
     options = compile_options(option)
     check_packages()
     require_compiler(device, options)
@@ -124,10 +116,10 @@ def serve(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        store=store,  # type: ignore[arg-type]
+        store=store,
         store_dir=store_dir,
         expert_cache=expert_cache,
-        missing_weights=missing_weights,  # type: ignore[arg-type]
+        missing_weights=missing_weights,
     )
     try:
         longest = context_length(inner.config, max_context)

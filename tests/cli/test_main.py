@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
 
 from specmoe_compile import __version__
+from specmoe_compile.cli.bench import bench
 from specmoe_compile.cli.main import app, run
+from specmoe_compile.cli.pack import pack
+from specmoe_compile.cli.replay import replay
+from specmoe_compile.cli.serve import serve
+from specmoe_compile.hf.missing_weights import MissingWeights
+from specmoe_compile.hf.offload_options import StoreKind
+from specmoe_compile.replay.formats import FORMATS
+from specmoe_compile.runtime.experts.formats.quantise import QUANTISED_FORMATS
 from tests.helpers import save_tiny
 
 COMMANDS = ("demo", "generate", "bench", "pack", "replay", "doctor")
@@ -54,6 +63,19 @@ def test_no_option_is_described_by_its_own_name() -> None:
                 assert option.metavar != option.name.upper(), (name, option.name)
 
 
+def test_choices_are_those_of_the_package() -> None:
+    """The command line names them itself, since the package takes a second to import."""
+    for command, name, choices in (
+        (pack, "quantize", QUANTISED_FORMATS),
+        (serve, "store", get_args(StoreKind)),
+        (bench, "missing_weights", get_args(MissingWeights)),
+        (replay, "number_format", FORMATS),
+    ):
+        hint = get_type_hints(command)[name]
+        literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        assert sorted(get_args(literals[0])) == sorted(choices), (command, name)
+
+
 def test_without_a_command_the_list_of_commands_is_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -77,8 +99,8 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         (("generate", "x"), "--prompt"),
         (("generate", "x", "--prompt", ""), "empty"),
         (("generate", "x", "--prompt", "a", "--dtype", "int8"), "float32"),
-        (("generate", "x", "--prompt", "a", "--store", "tape"), "auto, ram, disk"),
-        (("generate", "x", "--prompt", "a", "--kv-cache", "huge"), "static, dynamic"),
+        (("generate", "x", "--prompt", "a", "--store", "tape"), "'auto', 'ram', 'disk'"),
+        (("generate", "x", "--prompt", "a", "--kv-cache", "huge"), "'static', 'dynamic'"),
         (("generate", "x", "--prompt", "a", "-O", "polcy=exact"), "did you mean 'policy'"),
         (("generate", "x", "--prompt", "a", "-O", "prefetch"), "NAME=VALUE"),
         (("generate", "x", "--prompt", "a", "-O", "lookahead=0"), "lookahead"),
