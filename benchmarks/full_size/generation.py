@@ -113,10 +113,10 @@ class Generation:
 def measure_cell(bench: Bench, run: Generation, name: str) -> dict[str, Any]:
     """One arm: trials, timed tokens, profiled tokens."""
     steps, arm = bench.steps, ARMS[name]
-    run.session.engine.restart_trials()
+    run.session.engine.budget.restart()
     run.start(name)
     trials = 0
-    while arm.tries and trials < MAX_TRIAL_RUNS and not run.session.engine.prefetch_found:
+    while arm.tries and trials < MAX_TRIAL_RUNS and not run.session.engine.budget.found:
         run.run(steps.total)
         trials += 1
     run.start(name)
@@ -137,7 +137,7 @@ def measure_cell(bench: Bench, run: Generation, name: str) -> dict[str, Any]:
         "slots_bytes": bench.slots(arm) * sum(item.record_bytes for item in bench.store.layouts),
         "store_bytes": bench.store.total_bytes,
         "gpu_bytes": _reserved(bench),
-        "prefetch_records": run.session.engine.prefetch_records if arm.speculates else None,
+        "prefetch_records": run.session.engine.budget.records if arm.speculates else None,
         "trial_runs": trials,
         "generation": {
             "tokens": generation.tokens,

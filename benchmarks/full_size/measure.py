@@ -246,7 +246,7 @@ def _timed(
 ) -> dict[str, Any]:
     """Warm up, time and profile one arm under one routing."""
     steps = bench.steps
-    cuda_engine(session).restart_trials()
+    cuda_engine(session).budget.restart()
     trial_steps = _try_amounts(run, session, kind, arm, steps.total) if arm.tries else 0
     run.start(kind == "trace", arm)
     started = time.perf_counter()
@@ -266,7 +266,7 @@ def _timed(
         "tokens": run.tokens,
         "warm_up_s": warm_up_s,
         "steps": [steps.warm_up, steps.timed, steps.profiled],
-        "prefetch_records": cuda_engine(session).prefetch_records if arm.speculates else None,
+        "prefetch_records": cuda_engine(session).budget.records if arm.speculates else None,
         "trial_steps": trial_steps,
     }
 
@@ -279,7 +279,7 @@ def _try_amounts(run: Run, session: Session, kind: Routing, arm: Arm, count: int
         for _ in range(count):
             run.step()
         steps += count
-        if cuda_engine(session).prefetch_found or steps == MAX_TRIAL_PASSES * count:
+        if cuda_engine(session).budget.found or steps == MAX_TRIAL_PASSES * count:
             return steps
         # A cache that is empty again would slow down the amounts that are tried next.
         run.rewind(kind == "trace")

@@ -44,6 +44,7 @@ class CudaEngine:
     """Runs layer steps on a device; owns slots, streams and counters there.
 
     Attributes:
+        budget: how many records to fetch ahead.
         cache: slots and tables on the device.
         device: where experts are computed.
         default_vectors: mean outputs of the experts, learned while running.
@@ -120,7 +121,7 @@ class CudaEngine:
         self._misses = MissPolicy(self._config)
         self._commitments = Commitments(store.num_experts, self._streams, device)
         copied = self._decoders.copied_bytes
-        self._budget = PrefetchBudget(store, top_k, self._streams, device, copied)
+        self.budget = PrefetchBudget(store, top_k, self._streams, device, copied)
         self._learns_from_decode = False
         # The live step of each layer; False: the whole layer was computed by the prefill path.
         self._steps: list[DecodeStep | Literal[False] | None] = [None] * len(layers)
@@ -135,7 +136,7 @@ class CudaEngine:
         if self._release is not None:
             self._release()
         # They hold views of the store, which would keep its memory mapped.
-        del self._decoders, self._prefill, self._resident, self.cache, self._budget
+        del self._decoders, self._prefill, self._resident, self.cache, self.budget
         self._supply = None
 
     @property
@@ -158,7 +159,7 @@ class CudaEngine:
     @property
     def plans_steps(self) -> bool:
         """Whether a graph may branch on `plan_step`: where the host finds out what pays."""
-        return self._budget.tries_on_host
+        return self.budget.tries_on_host
 
     @property
     def multiplies(self) -> bool:
@@ -174,16 +175,6 @@ class CudaEngine:
     def transfer_rates(self) -> TransferRates | None:
         """What `transfer="auto"` measured; None before."""
         return self._decoders.rates
-
-    @property
-    def prefetch_records(self) -> int | None:
-        """Records per layer fetched ahead now, if found by trying; waits for the device."""
-        return self._budget.records
-
-    @property
-    def prefetch_found(self) -> bool:
-        """Whether a trial has ended, or none is made; waits for the device."""
-        return self._budget.found
 
     @property
     def _decoder(self) -> Decoder:
@@ -239,8 +230,8 @@ class CudaEngine:
         self._misses = MissPolicy(speculation)
         self._commitments.use(self._misses)
         if self.fetches:
-            self._budget.use(speculation, self._decoders.name)
-            self._decoders.limit_prefetch(self._budget.limit)
+            self.budget.use(speculation, self._decoders.name)
+            self._decoders.limit_prefetch(self.budget.limit)
         self._learns_from_decode = speculation.predicts and self.fetches
 
     def forget_slots(self) -> None:
@@ -249,10 +240,6 @@ class CudaEngine:
         Layers with a slot for every expert keep them.
         """
         self._decoder.forget()
-
-    def restart_trials(self) -> None:
-        """Find anew how many records to fetch ahead. Does not wait for the device."""
-        self._budget.restart()
 
     def reset_stats(self) -> None:
         self._decoders.reset_stats()
@@ -281,14 +268,14 @@ class CudaEngine:
             return self.predictions.predict(layer, state, width)
 
     def plan(self, layers: Sequence[int], edges: Sequence[int], ids: Tensor) -> list[bool]:
-        predicts = self._budget.plan_step(prefill=self._is_prefill(layers[0], ids))
+        predicts = self.budget.plan_step(prefill=self._is_prefill(layers[0], ids))
         wanted = {layer for layer in edges[1::2] if predicts and not self._is_exact(layer)}
         return take_part(layers, edges, wanted)
 
     def start(self, layer: int, ids: Tensor, weights: Tensor) -> int:
         """Start fetching predicted experts, ids and weights [T, P]; never waits on the host."""
         prefill = self._is_prefill(layer, ids)
-        self._budget.begin_layer(layer, prefill=prefill)
+        self.budget.begin_layer(layer, prefill=prefill)
         self._commitments.drop(layer)
         if prefill or self._is_exact(layer):
             return 0
@@ -296,7 +283,7 @@ class CudaEngine:
         experts = self._store.num_experts[layer]
         with self._streams.on("compute"):
             ids = self._misses.worth_fetching_on_device(ids, weights, num_experts=experts)
-        max_records = self._budget.max_records(layer)
+        max_records = self.budget.max_records(layer)
         if max_records > 0 and self._decoder.fits(layer, ids.numel()):
             self._decoder.prefetch(layer, ids.contiguous(), max_records)
         return 0

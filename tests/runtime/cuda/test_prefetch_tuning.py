@@ -53,7 +53,7 @@ def one_step(session: Session, experts: tuple[int, int]) -> list[int]:
 def skip_warm_up(session: Session) -> None:
     """Let the next step begin the trial."""
     one_step(session, (5, 6))
-    session.engine._budget._state[HOLD] = 1
+    session.engine.budget._state[HOLD] = 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_amounts_double_up_to_the_experts_of_a_token(top_k: int, amounts: list[i
 def test_every_layer_of_a_step_is_given_the_amount_of_the_trial() -> None:
     with opened() as session:
         skip_warm_up(session)
-        seen = [(one_step(session, (5, 6)), session.engine.prefetch_records) for _ in range(6)]
+        seen = [(one_step(session, (5, 6)), session.engine.budget.records) for _ in range(6)]
     assert [records for _, records in seen] == [1, 1, 2, 2, 0, 0]
     assert all(ahead == [0, records, records] for ahead, records in seen)
 
@@ -77,10 +77,10 @@ def test_trials_begin_again_when_told_to() -> None:
         skip_warm_up(session)
         for _ in range(3):
             one_step(session, (5, 6))
-        assert session.engine.prefetch_records == 2
-        session.engine.restart_trials()
+        assert session.engine.budget.records == 2
+        session.engine.budget.restart()
         one_step(session, (5, 6))
-        assert session.engine.prefetch_records == 1
+        assert session.engine.budget.records == 1
 
 
 def test_a_session_says_when_a_trial_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,19 +93,19 @@ def test_a_session_says_when_a_trial_has_ended(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prefetch_budget, "tune_prefetch", tune)
     with opened() as session:
         skip_warm_up(session)
-        state = session.engine._budget._state
+        state = session.engine.budget._state
         for _ in range(5 * BLOCK_STEPS):
             one_step(session, (5, 6))
-        assert not session.engine.prefetch_found
+        assert not session.engine.budget.found
         # The next round is the last.
         state[ROUND] = ROUNDS - 1
         for _ in range(4 * BLOCK_STEPS):
             one_step(session, (5, 6))
-        assert session.engine.prefetch_found and int(state[HOLD]) > 0
-        session.engine.restart_trials()
-        assert not session.engine.prefetch_found
+        assert session.engine.budget.found and int(state[HOLD]) > 0
+        session.engine.budget.restart()
+        assert not session.engine.budget.found
     with opened(auto_off=False) as session:
-        assert session.engine.prefetch_found
+        assert session.engine.budget.found
 
 
 def test_a_prefill_is_not_measured() -> None:
@@ -113,7 +113,7 @@ def test_a_prefill_is_not_measured() -> None:
         one_step(session, (5, 6))
         skip_warm_up(session)
         one_step(session, (5, 6))
-        state = session.engine._budget._state
+        state = session.engine.budget._state
         assert int(state[LAST]) > 0
         many = torch.zeros(400, 2, dtype=torch.int64)
         for layer in (1, 2):
@@ -141,8 +141,8 @@ def test_nothing_is_tried_where_the_number_is_given_or_must_not_depend_on_times(
     with opened(**options) as session:
         for _ in range(3):
             session.start_prefetch(1, torch.tensor([[5, 6]]), torch.full((1, 2), 0.5))
-        assert session.engine.prefetch_records is None
-        assert int(session.engine._budget._state.abs().sum()) == 0
+        assert session.engine.budget.records is None
+        assert int(session.engine.budget._state.abs().sum()) == 0
 
 
 @pytest.mark.parametrize(("slower", "goes_on"), [(3.0, False), (0.5, True)])
@@ -151,7 +151,7 @@ def test_where_the_host_copies_prefetching_goes_on_only_if_it_makes_steps_faster
 ) -> None:
     now_s = [0.0]
     with opened(transfer="copy") as session:
-        budget = session.engine._budget
+        budget = session.engine.budget
         budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
 
         def prefetches() -> bool:
@@ -171,7 +171,7 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
     layers, edges, ids = [0, 1, 2], [0, 1, 1, 2], torch.tensor([[5, 6]])
     with opened(transfer="copy") as session:
         assert session.engine.plans_steps
-        budget = session.engine._budget
+        budget = session.engine.budget
         budget._host_trial = HostTrial(budget._lacked_bytes, lambda: now_s[0])
 
         def speculates(ids: Tensor = ids) -> bool:
@@ -182,12 +182,12 @@ def test_a_graph_leaves_predictions_out_where_the_host_finds_that_they_do_not_pa
             assert answers in ([True] * 3, [False] * 3)
             return answers[0]
 
-        assert not session.engine.prefetch_found
+        assert not session.engine.budget.found
         tried = [speculates() for _ in range(WARM_STEPS + COMPARED_STEPS + 1)]
         assert abs(tried.count(True) - (WARM_STEPS + COMPARED_STEPS // 2)) <= 2
         assert not any(speculates() for _ in range(20))
-        assert session.engine.prefetch_found
-        session.engine.restart_trials()
+        assert session.engine.budget.found
+        session.engine.budget.restart()
         assert not speculates(torch.zeros(400, 2, dtype=torch.int64)), "a prefill predicts nothing"
         session.configure(SessionOptions(transfer="copy", skip_layers=(1,)))
         assert session.plan_step(layers, edges, ids) == [False, True, True]
