@@ -8,13 +8,12 @@ Predicted ids are not waited for. Their copies are issued a few at a time, whene
 by and while it waits for true ids, and only while no demanded copy is under way: what has not
 started can be cancelled, and leaves no trace in the cache.
 
-Shape letters: T tokens, E experts, K top-k, P predicted per token, S slots.
+Shape letters: T tokens, K top-k, S slots.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from specmoe_compile.runtime.cache.eviction import Policy
 from specmoe_compile.runtime.cache.slot_table import ExpertCache
 from specmoe_compile.runtime.cache.statistics import LayerStats
 from specmoe_compile.runtime.cuda.decoder import Decoder, DecodeStep
+from specmoe_compile.runtime.cuda.guesses import Guesses
 from specmoe_compile.runtime.cuda.parts import DecoderParts
 from specmoe_compile.runtime.cuda.prompts import PromptsOnTheirWay
 from specmoe_compile.runtime.cuda.supply import Request, Supply
@@ -37,24 +37,6 @@ from specmoe_compile.system.nvtx import layer_range
 GUESSES_IN_FLIGHT = 2
 """Predicted records on the link at once: one moves, the next is ready; no more, since a demanded
 record has to wait for them."""
-
-
-@dataclass(slots=True)
-class _Guess:
-    """A prediction of which some experts may not be on their way yet.
-
-    Attributes:
-        layer: MoE layer ordinal.
-        values: [T, P] on the host, valid once `event` is reached.
-        max_records: that may still be copied for it.
-        experts: left to be copied, most probable first; None until they are known.
-    """
-
-    layer: int
-    values: Tensor
-    event: Any
-    max_records: int
-    experts: deque[int] | None = None
 
 
 @dataclass(slots=True)
@@ -113,15 +95,14 @@ class CopyDecoder(Decoder):
         # Spare places may be written after this one.
         self._last_spare_read = self._last_read[0]
         self._prompts = PromptsOnTheirWay(parts.streams)
-        self._guesses: deque[_Guess] = deque()
+        self._guesses = Guesses(parts.streams, parts.num_experts)
         self._guesses_in_flight: list[_Arrival] = []
         self._urgent: _Arrival | None = None
 
     def prefetch(self, layer: int, ids: Tensor, max_records: int = MAX_CHOICES) -> None:
         self._refuse_capture()
         self._cancel(layer)
-        values = self._streams.to_host(ids)
-        self._guesses.append(_Guess(layer, values, self._streams.record("compute"), max_records))
+        self._guesses.add(layer, ids, max_records)
         self.issue_guesses()
 
     def demand(
@@ -210,27 +191,15 @@ class CopyDecoder(Decoder):
         """Start copies of predicted records, as far as they are known and the link is free."""
         self._copy_what_was_read()
         while self._guesses and self._link_is_free():
-            guess = self._guesses[0]
-            experts = self._known_or_none(guess)
-            if experts is None:
+            found = self._guesses.next_or_none()
+            if found is None:
                 return
-            if experts and guess.max_records > 0:
-                guess.max_records -= self._issue_guess(guess.layer, experts.popleft())
-            else:
-                self._guesses.popleft()
+            guess, expert = found
+            guess.max_records -= self._issue_guess(guess.layer, expert)
 
     def _slots_were_read(self, layer: int) -> None:
         self._last_read[layer] = self._last_spare_read = self._streams.record("compute")
         self.issue_guesses()
-
-    def _known_or_none(self, guess: _Guess) -> deque[int] | None:
-        """Experts of a guess that are left to be copied; None until the host has them."""
-        if guess.experts is None and self._streams.reached(guess.event):
-            # The first choices of all tokens come first.
-            ranked = guess.values.t().reshape(-1).tolist()
-            experts = self._num_experts[guess.layer]
-            guess.experts = deque(e for e in dict.fromkeys(ranked) if 0 <= e < experts)
-        return guess.experts
 
     def _link_is_free(self) -> bool:
         if self._urgent is not None:
@@ -384,11 +353,8 @@ class CopyDecoder(Decoder):
     def _cancel(self, layer: int) -> None:
         """Drop a layer's guesses that have not started."""
         slot_of = self._table.slot_of[layer]
-        for guess in self._guesses:
-            if guess.layer == layer:
-                left = self._known_or_none(guess) or ()
-                self._counters[layer].cancelled_prefetches += sum(slot_of[e] < 0 for e in left)
-        self._guesses = deque(guess for guess in self._guesses if guess.layer != layer)
+        absent = [expert for expert in self._guesses.drop(layer) if slot_of[expert] < 0]
+        self._counters[layer].cancelled_prefetches += len(absent)
 
     def _pinned_slots(self, layer: int) -> list[int]:
         slot_of = self._table.slot_of[layer]
