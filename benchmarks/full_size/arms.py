@@ -73,6 +73,12 @@ class Arm:
     def speculates(self) -> bool:
         return bool(self.options["prefetch"])
 
+    def graph_options(self, record_bytes: int) -> dict[str, Any]:
+        """Options of the backend, with what the arm may fetch ahead."""
+        if self.ahead is None:
+            return dict(self.options)
+        return {**self.options, "prefetch_budget_bytes": self.ahead * record_bytes}
+
 
 def _share(share: float) -> Callable[[int, int], int]:
     return lambda experts, top_k: max(top_k, math.floor(share * experts))

@@ -80,8 +80,8 @@ def measure_prompts(
     """
     device, store = bench.device, bench.store
     link = measure_link(bench)["copy_gbps"]
-    options: dict[str, Any] = {"strict": True, **ARMS[arm].options}
-    options["share_layers"] = share_layers
+    options = ARMS[arm].graph_options(store.layouts[0].record_bytes)
+    options |= {"strict": True, "share_layers": share_layers}
     if device.type == "cuda":
         options["mode"] = "reduce-overhead"
     with bench.opened(bench.slots(ARMS[arm])) as (model, session, routing):

@@ -195,9 +195,8 @@ def _measured(
     if len(groups) > 1:
         raise ValueError(f"these arms cannot share a graph: {groups}; measure them one by one.")
     steps = bench.steps
-    options: dict[str, Any] = {"lowering": bench.lowering, "strict": True, **arms[0].options}
-    if arms[0].ahead is not None:
-        options["prefetch_budget_bytes"] = arms[0].ahead * bench.store.layouts[0].record_bytes
+    own = arms[0].graph_options(bench.store.layouts[0].record_bytes)
+    options: dict[str, Any] = {"lowering": bench.lowering, "strict": True, **own}
     if mode == "graph":
         options["mode"] = "reduce-overhead"
     # The paper's copies by the host; not where slots were filled behind the host's back.

@@ -199,7 +199,7 @@ class Benchmark:
         """Arms that share a compiled graph."""
         free_memory(bench.device)
         options: dict[str, Any] = {
-            **ARMS[names[0]].options,
+            **ARMS[names[0]].graph_options(bench.store.layouts[0].record_bytes),
             "strict": True,
             "attention": attention == "on",
             "transfer": "gather",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.full_size import token as gpu_token
 
@@ -26,6 +28,24 @@ def test_an_arm_without_a_cache_finds_nothing_of_the_last_token(tmp_path: Path) 
     ((key, row),) = json.loads(out.read_text())["rows"].items()
     assert key == "tiny-qwen3|32|on_demand|attention on|uniform" and row["routing"] == "uniform"
     assert row["hit_rate"] == 0.0 and row["missed_bytes_per_token"] > 0
+
+
+def test_an_arm_with_a_limit_fetches_no_more_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    compile_model = torch.compile
+
+    def compiling(model: Any, **given: Any) -> Any:
+        asked.append(given["options"].get("prefetch_budget_bytes"))
+        return compile_model(model, **given)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    out, uniform = tmp_path / "token.json", ["--routing", "uniform", "--layers", "2"]
+    arms = ["--arms", "prefetch_no_cache", "prefetch_no_cache_most_1", "prefetch_no_cache_most_4"]
+    assert gpu_token.main(["--out", str(out), *TRACE, *uniform, *arms]) == 0
+    none, one, four = asked
+    assert none is None and one > 0 and four == 4 * one
 
 
 @pytest.mark.slow
