@@ -1,16 +1,14 @@
 """One of two processes that add up through memory that both have mapped: `sum_pair.py FOLDER RANK`.
 
-Both run the kernel in Triton's interpreter; what a GPU reaches over a link is a file here.
+Both run the kernel in Triton's interpreter, as the test that starts them does; what a GPU reaches
+over a link is a file here.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
