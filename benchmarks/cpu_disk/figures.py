@@ -11,9 +11,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-from specmoe_compile.bench.records import quantile
 
 TIMED = ("tight", "roomy", "uncapped")
 GOAL = 1.10
@@ -83,7 +82,7 @@ def figures(cell: Record, phase: Record) -> Figures:
     tokens = cell["samples"] / cell["repeats"]
     runs = [_run_figures(run, tokens, compute_ms) for run in cell["per_run"]]
     stall_ms = _median_or_none([run["stall_ms"] for run in runs])
-    mean_ms = quantile([run["mean_ms"] for run in runs], 0.5)
+    mean_ms = median([run["mean_ms"] for run in runs])
     distances = [run["mean_ms"] / run["limit_ms"] for run in runs]
     return Figures(
         mean_ms=mean_ms,
@@ -93,9 +92,9 @@ def figures(cell: Record, phase: Record) -> Figures:
         missed_bytes=_median_or_none([run["missed_bytes"] for run in runs]),
         read_bytes=_median_or_none([run["read_bytes"] for run in runs]),
         hit_rate=cell["hit_rate"],
-        link_gbps=quantile([run["link_gbps"] for run in runs], 0.5),
-        limit_ms=quantile([run["limit_ms"] for run in runs], 0.5),
-        distance=quantile(distances, 0.5),
+        link_gbps=median([run["link_gbps"] for run in runs]),
+        limit_ms=median([run["limit_ms"] for run in runs]),
+        distance=median(distances),
         distance_range=(min(distances), max(distances)),
     )
 
@@ -126,13 +125,13 @@ def _compute_ms(phase: Record) -> float:
     """
     for cell in phase["cells"]:
         if cell["arm"] == "resident":
-            return quantile([run["mean_ms"] for run in cell["per_run"]], 0.5)
+            return float(median(run["mean_ms"] for run in cell["per_run"]))
     raise ValueError("The phase has no cell 'resident', which its limits are computed from.")
 
 
 def _median_or_none(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return quantile(known, 0.5) if known else None
+    return median(known) if known else None
 
 
 def cells_of(found: Mapping[str, Record], *phases: str) -> list[tuple[Record, Record]]:

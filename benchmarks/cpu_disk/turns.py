@@ -10,13 +10,14 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from benchmarks.cpu_disk.plan import SLOW_TOKENS, Cell
 from benchmarks.cpu_disk.setup import Bench, Started, groups
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError
 from specmoe_compile.bench.live_worker import IdleWatch
-from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
+from specmoe_compile.bench.records import ArmRun, arm_record, spread, tokens_sha256
 from specmoe_compile.system.machine import available_ram_bytes
 
 RESERVE_BYTES = 1 << 30
@@ -114,13 +115,13 @@ class Turns:
                 started.worker.finish()
         if timed.error is not None:
             return None
-        median = quantile(timed.runs[-1].tpot_samples_ms, 0.5)
+        median_ms = median(timed.runs[-1].tpot_samples_ms)
         print(
-            f"{time.monotonic() - self._bench.started_s:5.0f} s  {cell.name}: {median:.2f} ms"
+            f"{time.monotonic() - self._bench.started_s:5.0f} s  {cell.name}: {median_ms:.2f} ms"
             f" ({timed.link_gbps[-1]:.2f} GB/s)",
             flush=True,
         )
-        return round(median, 4)
+        return round(median_ms, 4)
 
     def _turn(self, timed: Timed, started: Started, *, waited: bool) -> None:
         others = [s.worker for s in self._alive.values() if s is not started]
@@ -166,7 +167,7 @@ def cell_record(cell: Cell, timed: Timed, new_tokens: int) -> dict[str, Any]:
         "first_tokens_sha256": tokens_sha256([row[:SLOW_TOKENS] for row in first.tokens]),
         "per_run": [
             {
-                "median_ms": round(quantile(run.tpot_samples_ms, 0.5), 4),
+                "median_ms": round(median(run.tpot_samples_ms), 4),
                 "mean_ms": round(sum(run.tpot_samples_ms) / len(run.tpot_samples_ms), 4),
                 "link_gbps": link,
                 "total": None if run.decode is None else run.decode["total"],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end.tokens import token_claims
 from benchmarks.kit.claims import Claim
-from specmoe_compile.bench.records import quantile
 from specmoe_compile.cli.tables import BENCH_HEAD, bench_rows, markdown_table
 from specmoe_compile.system.sizes import format_bytes
 
@@ -170,15 +170,15 @@ def disk_claims(found: Mapping[str, Any], dtype: str) -> list[Claim]:
         2 * rate / (before + after)
         for rate, before, after in zip(ours, disk, disk[1:], strict=False)
     ]
-    share = quantile(shares, 0.5)
+    share = median(shares)
     return [
         Claim(
             text=f"{dtype}: while on_demand waits, it reads at {100 * DISK_SHARE:.0f} % or more of"
             " the disk's bandwidth",
             measured=f"{100 * share:.0f} % ({', '.join(f'{100 * s:.0f}' for s in shares)};"
-            f" on_demand {quantile(ours, 0.5):.2f} GB/s, and"
-            f" {quantile(found['on_demand_gbps'], 0.5):.2f} over all time in which a read is in"
-            f" progress, computing or not; disk {quantile(disk, 0.5):.2f},"
+            f" on_demand {median(ours):.2f} GB/s, and"
+            f" {median(found['on_demand_gbps']):.2f} over all time in which a read is in"
+            f" progress, computing or not; disk {median(disk):.2f},"
             f" {min(disk):.2f} to {max(disk):.2f}, in turn: what doctor reads from the store)",
             holds=share >= DISK_SHARE,
         )

@@ -31,7 +31,7 @@ from benchmarks.full_size.model import DRY_SHAPES, SEED, SHAPES, Shape, random_t
 from benchmarks.full_size.peer_rows import RowFile
 from benchmarks.kit.command import run_parser
 from benchmarks.kit.turns import preparing, turn
-from specmoe_compile.bench.records import quantile
+from specmoe_compile.bench.records import spread
 from specmoe_compile.system.output import USER_ERRORS, sentence
 
 SHARES = (100, 50, 25)
@@ -128,7 +128,7 @@ def measure(model: Any, prompt: torch.Tensor, before: int, timed: int) -> dict[s
     times = clock.times[before:]
     spans = [1e3 * (b - a) for a, b in itertools.pairwise(times)]
     return {
-        "tpot_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
+        "tpot_ms": spread(spans),
         "mean_ms": statistics.fmean(spans),
         "tokens": len(spans),
         "device_ms": None,

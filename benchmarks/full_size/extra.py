@@ -18,7 +18,6 @@ from benchmarks.full_size.arms import Bench, Mode, free_memory, sharing_groups
 from benchmarks.full_size.measure import Run, measure_arms, step_times_ms
 from benchmarks.full_size.model import FilledCache, RandomStore, Shape, build_skeleton
 from benchmarks.full_size.routing import install_routing
-from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.kernels.gather_experts.op import gather_experts
 from specmoe_compile.runtime.experts.formats.expert_format import DOWN_NAME, UP_NAMES
@@ -180,7 +179,7 @@ def measure_accelerate(
             accelerate.cpu_offload(layer.mlp.experts, execution_device=device)
         free_memory(device)
         filled = FilledCache(model.config, context, warm_up + timed, device, shape.dtype)
-        medians[count] = quantile(_plain_times(model, filled, warm_up, timed, device), 0.5)
+        medians[count] = statistics.median(_plain_times(model, filled, warm_up, timed, device))
         del model, filled
         free_memory(device)
     few, many = ACCELERATE_LAYERS

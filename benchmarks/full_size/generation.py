@@ -8,6 +8,7 @@ one kernel or copy covers, from a profiled run, per token.
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from benchmarks.full_size.arms import ARMS, Bench, SlotLimit
 from benchmarks.full_size.clock import Clock
 from benchmarks.full_size.model import SEED, FilledCache
 from benchmarks.full_size.profile import SYNCHRONISATIONS, covered_us, is_transfer
-from specmoe_compile.bench.records import quantile
+from specmoe_compile.bench.records import spread
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.hf.run_ahead import generation_stats, reset_generation_stats
 
@@ -129,7 +130,7 @@ def measure_cell(bench: Bench, run: Generation, name: str) -> dict[str, Any]:
     counted = run.session.stats.total
     generation = generation_stats(run.session)
     return {
-        "wall_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
+        "wall_ms": spread(spans),
         "tokens_timed": len(spans),
         "hit_rate": counted.hits / max(1, counted.hits + counted.misses),
         "missed_bytes_per_token": (counted.demand_bytes + counted.useful_speculative_bytes)
@@ -177,7 +178,7 @@ def _profiled(bench: Bench, run: Generation) -> dict[str, Any]:
         {
             "kernel": name,
             "per_token": len(spans) / count,
-            "us_each": quantile(spans, 0.5),
+            "us_each": median(spans),
             "us_per_layer": sum(spans) / count / layers,
             "ms_per_token": sum(spans) / count / 1e3,
         }

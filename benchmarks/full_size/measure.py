@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from benchmarks.full_size.model import FilledCache, random_tokens
 from benchmarks.full_size.profile import profile_steps
 from benchmarks.full_size.routing import TracedRouting, trace_predictions
 from benchmarks.kit.turns import turn
-from specmoe_compile.bench.records import quantile
+from specmoe_compile.bench.records import spread
 from specmoe_compile.hf.compiled_calls import cache_argument
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.system.output import sentence, user_error_or_none
@@ -258,8 +259,8 @@ def _timed(
     counted = _counters(session, steps.timed)
     profiled = profile_steps(run.step, steps.profiled, device=bench.device, trace_file=trace_file)
     return {
-        "tpot_ms": {f"p{p}": quantile(times, p / 100) for p in (20, 50, 80)},
-        "tokens_per_s": 1e3 / quantile(times, 0.5),
+        "tpot_ms": spread(times),
+        "tokens_per_s": 1e3 / median(times),
         **counted,
         **profiled,
         "tokens": run.tokens,

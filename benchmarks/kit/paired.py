@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from benchmarks.kit.traffic import counted
-from specmoe_compile.bench.records import ArmJob, ArmRun, quantile, spread
+from specmoe_compile.bench.records import ArmJob, ArmRun, spread
 from specmoe_compile.bench.worker import Measurement
 
 
@@ -27,7 +27,7 @@ class PairedArm:
     @property
     def turns_ms(self) -> list[float]:
         """Median of each turn."""
-        return [quantile(turn.tpot_samples_ms, 0.5) for turns in self.rounds for turn in turns]
+        return [median(turn.tpot_samples_ms) for turns in self.rounds for turn in turns]
 
     @property
     def samples_ms(self) -> list[list[float]]:
@@ -111,7 +111,7 @@ def run_paired(
                 arms[name].rounds[-1].append(warm[name].turn(warm_up=False, prompts=[prompt]))
         for name, arm in arms.items():
             print(
-                f"{number + 1}/{rounds} {name}: {quantile(arm.samples_ms[-1], 0.5):.2f} ms",
+                f"{number + 1}/{rounds} {name}: {median(arm.samples_ms[-1]):.2f} ms",
                 flush=True,
             )
     first = next(iter(arms.values())).tokens

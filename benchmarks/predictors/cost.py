@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import specmoe_compile
-from specmoe_compile.bench.records import quantile, spread
+from specmoe_compile.bench.records import spread
 from specmoe_compile.calibrate.calibration import Calibration, use_calibration, use_networks
 from specmoe_compile.hf.attach import session_of
 from specmoe_compile.predict.registry import PREDICTORS
@@ -33,7 +34,7 @@ def measure_cost(artefact: Path) -> dict[str, Any]:
     session = session_of(model)
     calibration = use_calibration(session, artefact)
     samples = _samples(model, session, calibration)
-    base = quantile(samples.pop(NOTHING), 0.5)
+    base = median(samples.pop(NOTHING))
     layers = len(session.layers) - 1
     specmoe_compile.close(model)
     return {

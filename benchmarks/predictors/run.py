@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from benchmarks.reference_model.data import (
 from benchmarks.reference_model.tokenizer import PAD_ID
 from specmoe_compile.bench.harness import run_pack
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.bench.records import ArmJob, quantile
+from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.calibrate.calibration import Calibration, calibrate, fingerprint
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.hf.attach import session_of
@@ -255,7 +256,7 @@ def _arm(arm: PairedArm) -> dict[str, Any]:
     total, samples = arm.total, arm.samples_ms
     return {
         "tpot_ms": arm.tpot_ms,
-        "medians_ms": [quantile(round_ms, 0.5) for round_ms in samples],
+        "medians_ms": [median(round_ms) for round_ms in samples],
         "samples_ms": [[round(ms, 2) for ms in round_ms] for round_ms in samples],
         "recall": total["recalled"] / total["needed"] if total["needed"] else None,
         "predicted_share": predicted_share(total),

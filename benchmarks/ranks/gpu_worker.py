@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from benchmarks.ranks.groups import Turns
 from benchmarks.ranks.split_model import SplitBench, filled_cache, open_store
 from benchmarks.ranks.sums import time_sums
 from benchmarks.ranks.worker import all_reduce_us
-from specmoe_compile.bench.records import quantile
 from specmoe_compile.hf.ranks import device_of_rank, join_ranks
 from specmoe_compile.system.launched import launched, split_of_ranks
 
@@ -142,7 +142,7 @@ def reduce_on_gpu_us(elements: int) -> float:
         end.synchronize()
         spans.append(1e3 * begin.elapsed_time(end))
         values.fill_(1.0)
-    return quantile(spans, 0.5)
+    return float(median(spans))
 
 
 @torch.no_grad()

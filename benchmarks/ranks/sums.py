@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specmoe_compile.bench.records import quantile
 from specmoe_compile.kernels.sum_ranks.op import sum_ranks
 from specmoe_compile.runtime.cuda.inboxes import open_inboxes
 
@@ -97,7 +97,7 @@ def _time(add: Sum, x: Tensor) -> float:
         end.record()
         end.synchronize()
         spans.append(1e3 * begin.elapsed_time(end) / SUMS)
-    return quantile(spans, 0.5)
+    return float(median(spans))
 
 
 def _captured(run: Callable[[], Tensor]) -> Callable[[], None]:

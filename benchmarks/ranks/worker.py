@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from benchmarks.ranks.groups import Turns
 from benchmarks.ranks.limited import limited_links
 from specmoe_compile.api import reset_stats
 from specmoe_compile.bench.hf_generation import HuggingFaceGenerator
-from specmoe_compile.bench.records import quantile
+from specmoe_compile.bench.records import spread
 from specmoe_compile.bench.timing import TokenClock
 from specmoe_compile.hf.attach import session_of
 from specmoe_compile.system.launched import launched, split_of_ranks
@@ -70,7 +71,7 @@ class Case:
             "ranks": launched().size,
             "slots": self.slots,
             "experts_per_rank": session_of(self.model).store.num_experts[0],
-            "tpot_ms": {f"p{p}": quantile(spans, p / 100) for p in (20, 50, 80)},
+            "tpot_ms": spread(spans),
             "mean_ms": sum(spans) / len(spans),
             "hit_rate": together.total.hit_rate,
             "misses": together.total.misses,
@@ -102,7 +103,7 @@ def all_reduce_us(elements: int) -> float:
         dist.all_reduce(values)
         spans.append(1e6 * (time.perf_counter() - began_s))
         values.fill_(1.0)
-    return quantile(spans, 0.5)
+    return median(spans)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.kit.claims import Claim
 from benchmarks.kit.traffic import predicted_share, summed, traffic_cells
 from benchmarks.speculation.report_paired import CACHE_FACTOR, HIDDEN_SHARE, SIZES
-from specmoe_compile.bench.records import quantile
+from specmoe_compile.bench.records import spread
 from specmoe_compile.cli.tables import markdown_table
 from specmoe_compile.system.sizes import format_bytes
 
@@ -92,7 +92,8 @@ def medians_text(medians_ms: Sequence[float]) -> str:
     """Medians of the runs; of many, the 20th and 80th percentile."""
     if len(medians_ms) <= 6:
         return ", ".join(f"{ms:.1f}" for ms in medians_ms)
-    return f"{quantile(medians_ms, 0.2):.1f} to {quantile(medians_ms, 0.8):.1f}"
+    found = spread(medians_ms)
+    return f"{found['p20']:.1f} to {found['p80']:.1f}"
 
 
 def _link_section(timing: Result) -> str:

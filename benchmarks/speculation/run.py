@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end.run import EXPERT_CACHE, PROMPT_TOKENS, RECORD_MIB, held_out_prompts
@@ -42,7 +43,7 @@ from benchmarks.speculation.report_timing import AGAIN
 from specmoe_compile.bench.harness import run_pack
 from specmoe_compile.bench.live_worker import run_worker
 from specmoe_compile.bench.machine import provenance
-from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, quantile, spread
+from specmoe_compile.bench.records import ArmJob, ArmRun, arm_record, spread
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.reference_model.widened import widened_model
@@ -167,15 +168,15 @@ def run_timing(place: Place) -> None:
             for cell in place.cells if repeat % 2 == 0 else reversed(place.cells):
                 run = run_worker(place.job(cell, work, prompts))
                 runs[cell.name].append(run)
-                median = quantile(run.tpot_samples_ms, 0.5)
-                print(f"{repeat + 1}/{place.repeats} {cell.name}: {median:.2f} ms", flush=True)
+                median_ms = median(run.tpot_samples_ms)
+                print(f"{repeat + 1}/{place.repeats} {cell.name}: {median_ms:.2f} ms", flush=True)
     records = []
     for cell in place.cells:
         record = arm_record(cell.name, runs[cell.name], memory_cap_bytes=None)
         record["tpot_ms"] = spread(
             medians_by_token([run.tpot_samples_ms for run in runs[cell.name]])
         )
-        record["medians_ms"] = [quantile(run.tpot_samples_ms, 0.5) for run in runs[cell.name]]
+        record["medians_ms"] = [median(run.tpot_samples_ms) for run in runs[cell.name]]
         counters = [run.decode for run in runs[cell.name] if run.decode]
         record["totals"] = [counted([run]) for run in runs[cell.name] if run.decode]
         record["layers"] = counters[0]["layers"] if counters else None
@@ -220,7 +221,7 @@ def medians_by_token(repeats: Sequence[Sequence[float]]) -> list[float]:
 
     What disturbs the machine during one repeat of a token does not count.
     """
-    return [quantile(times, 0.5) for times in zip(*repeats, strict=True)]
+    return [median(times) for times in zip(*repeats, strict=True)]
 
 
 def run_compile(place: Place) -> None:

@@ -10,7 +10,10 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 SCHEMA = 1
 
@@ -118,24 +121,15 @@ def tokens_sha256(tokens: Sequence[Sequence[int]]) -> str:
     return digest.hexdigest()
 
 
-def quantile(samples: Sequence[float], share: float) -> float:
-    """Return the sample at `share` (0..1) of the sorted list, between neighbours if it falls there.
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of samples, in their unit; between neighbours where they fall there.
 
     Raises:
         ValueError: there are no samples.
     """
     if not samples:
         raise ValueError("no samples: nothing was timed")
-    ordered = sorted(samples)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def spread(samples: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of samples, in their unit."""
-    return {f"p{p}": round(quantile(samples, p / 100), 4) for p in (20, 50, 80)}
+    return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in (20, 50, 80)}
 
 
 def arm_record(
@@ -162,7 +156,7 @@ def arm_record(
         "name": name,
         "policy": first.policy,
         "tpot_ms": spread([ms for run in runs for ms in run.tpot_samples_ms]),
-        "ttft_ms": round(quantile([ms for run in runs for ms in run.ttft_samples_ms], 0.5), 4),
+        "ttft_ms": round(median([ms for run in runs for ms in run.ttft_samples_ms]), 4),
         "tokens_sha256": hashes[0] if len(hashes) == 1 else None,
         "hit_rate": _hit_rate_or_none(decode),
         "demand_bytes": _total_or_none(decode, "demand_bytes"),

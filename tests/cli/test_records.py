@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from specmoe_compile.bench.counters import CounterLaps, add_counters
-from specmoe_compile.bench.records import ArmRun, arm_record, quantile, spread, tokens_sha256
+from specmoe_compile.bench.records import ArmRun, arm_record, spread, tokens_sha256
 from specmoe_compile.cli.tables import (
     BENCH_HEAD,
     bench_rows,
@@ -76,12 +76,11 @@ def run_of(**changes: Any) -> ArmRun:
 
 
 def test_quantiles_fall_between_samples() -> None:
-    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert quantile([1.0, 2.0], 0.5) == 1.5
-    assert quantile([7.0], 0.8) == 7.0
+    assert spread([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
+    assert spread([3.0, 1.0, 2.0])["p50"] == 2.0
     assert spread([0.0, 10.0]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
     with pytest.raises(ValueError, match="no samples"):
-        quantile([], 0.5)
+        spread([])
 
 
 def test_token_hash_is_over_lengths_and_ids() -> None:
