@@ -72,6 +72,18 @@ class CacheTables(NamedTuple):
     counters: Tensor
 
 
+class PlanOptions(NamedTuple):
+    """Arguments of `plan_cache` besides tensors, with the defaults of the op's schema."""
+
+    policy: str
+    bypass: bool = False
+    speculative: bool = False
+    max_fills: int = MAX_CHOICES
+    fill_limit: Tensor | None = None
+    spare: int = 0
+    spare_from: int = 0
+
+
 class CachePlanTensors(NamedTuple):
     """What one plan decided; the tables say so already.
 
@@ -131,28 +143,13 @@ def plan_cache(
             is too large; on the CPU also an id of more than E.
         SpecMoEError: CUDA tensors without Triton.
     """
+    options = PlanOptions(policy, bypass, speculative, max_fills, fill_limit, spare, spare_from)
     op = torch.ops.specmoe_kernels.plan_cache
-    options = {
-        "bypass": bypass,
-        "speculative": speculative,
-        "max_fills": max_fills,
-        "fill_limit": fill_limit,
-        "spare": spare,
-        "spare_from": spare_from,
-    }
-    return CachePlanTensors(*op(ids, *tables, policy=policy, **options))
+    return CachePlanTensors(*op(ids, *tables, **options._asdict()))
 
 
-def _check(
-    ids: Tensor,
-    tables: CacheTables,
-    policy: str,
-    speculative: bool,
-    max_fills: int,
-    fill_limit: Tensor | None,
-    spare: int,
-    spare_from: int,
-) -> None:
+def _check(ids: Tensor, tables: CacheTables, options: PlanOptions) -> None:
+    policy, _, speculative, max_fills, fill_limit, spare, spare_from = options
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
     check_tensor(_NAME, "expert_of", tables.expert_of, ("S",), (torch.int32,), like=ids)
@@ -209,77 +206,27 @@ def _new_plan(ids: Tensor, tables: CacheTables) -> CachePlanTensors:
     )
 
 
-def _fake(
-    ids: Tensor,
-    *tables: Tensor,
-    policy: str,
-    bypass: bool = False,
-    speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
-    fill_limit: Tensor | None = None,
-    spare: int = 0,
-    spare_from: int = 0,
-) -> tuple[Tensor, ...]:
+def _fake(ids: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, ...]:
     named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, max_fills, fill_limit, spare, spare_from)
+    _check(ids, named, PlanOptions(**options))
     return tuple(_new_plan(ids, named))
 
 
-def _cpu(
-    ids: Tensor,
-    *tables: Tensor,
-    policy: Any,
-    bypass: bool = False,
-    speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
-    fill_limit: Tensor | None = None,
-    spare: int = 0,
-    spare_from: int = 0,
-) -> tuple[Tensor, ...]:
-    _check(ids, CacheTables(*tables), policy, speculative, max_fills, fill_limit, spare, spare_from)
-    return plan_cache_reference(
-        ids,
-        *tables,
-        policy=policy,
-        bypass=bypass,
-        speculative=speculative,
-        max_fills=max_fills,
-        fill_limit=fill_limit,
-        spare=spare,
-        spare_from=spare_from,
-    )
+def _cpu(ids: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    given = PlanOptions(**options)
+    _check(ids, CacheTables(*tables), given)
+    return plan_cache_reference(ids, *tables, **given._asdict())
 
 
-def _cuda(
-    ids: Tensor,
-    *tables: Tensor,
-    policy: str,
-    bypass: bool = False,
-    speculative: bool = False,
-    max_fills: int = MAX_CHOICES,
-    fill_limit: Tensor | None = None,
-    spare: int = 0,
-    spare_from: int = 0,
-) -> tuple[Tensor, ...]:
+def _cuda(ids: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, ...]:
     require_triton(_NAME)
     from specmoe_compile.kernels.plan_cache.kernel import launch_plan
 
-    named = CacheTables(*tables)
-    _check(ids, named, policy, speculative, max_fills, fill_limit, spare, spare_from)
+    named, given = CacheTables(*tables), PlanOptions(**options)
+    _check(ids, named, given)
     plan = _new_plan(ids, named)
     with torch.cuda.device(ids.device):
-        launch_plan(
-            ids,
-            *named,
-            *plan,
-            policy=policy,
-            bypass=bypass,
-            speculative=speculative,
-            max_fills=max_fills,
-            fill_limit=fill_limit,
-            spare=spare,
-            spare_from=spare_from,
-        )
+        launch_plan(ids, *named, *plan, **given._asdict())
     return tuple(plan)
 
 
