@@ -103,7 +103,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: int) 
     return get_session(session).experts(layer, x, ids, weights)
 
 
-def _experts_fake(x: Tensor, ids: Tensor, weights: Tensor, session: int, layer: int) -> Tensor:
+def _experts_fake(x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> Tensor:
     _check_tokens("experts", x, ids, weights)
     return x.new_empty(x.shape)
 
@@ -113,7 +113,7 @@ def _blend(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int)
     return get_session(session).blend_default_vectors(layer, ids, weights, like)
 
 
-def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, session: int, layer: int) -> Tensor:
+def _blend_fake(ids: Tensor, weights: Tensor, like: Tensor, *_: Any) -> Tensor:
     _check_routing("blend_default_vectors", ids, weights)
     return like.new_empty(like.shape)
 
@@ -141,9 +141,7 @@ def _start(
     return _token(get_session(session).start_prefetch(layer, ids, weights), ids)
 
 
-def _start_fake(
-    ids: Tensor, weights: Tensor, session: int, layer: int, after: Sequence[Tensor]
-) -> Tensor:
+def _start_fake(ids: Tensor, weights: Tensor, *_: Any) -> Tensor:
     _check_routing("start_prefetch", ids, weights)
     return ids.new_empty(1, dtype=torch.int64)
 
@@ -153,7 +151,7 @@ def _wait(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
     return _token(get_session(session).wait_prefetch(_number(ticket), layer, ids), ids)
 
 
-def _wait_fake(ticket: Tensor, ids: Tensor, session: int, layer: int) -> Tensor:
+def _wait_fake(ticket: Tensor, ids: Tensor, *_: Any) -> Tensor:
     return ids.new_empty(1, dtype=torch.int64)
 
 
@@ -169,9 +167,7 @@ def _plan_step(ids: Tensor, session: int, layers: Sequence[int], edges: Sequence
     return torch.tensor(answers)
 
 
-def _plan_step_fake(
-    ids: Tensor, session: int, layers: Sequence[int], edges: Sequence[int]
-) -> Tensor:
+def _plan_step_fake(ids: Tensor, session: int, layers: Sequence[int], *_: Any) -> Tensor:
     return torch.empty(len(layers), dtype=torch.bool)
 
 
@@ -191,15 +187,7 @@ def _run_resident(
     return get_session(session).run_resident_experts(layer, x, ids, weights, _number(state))
 
 
-def _run_resident_fake(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    state: Tensor,
-    session: int,
-    layer: int,
-    after: Sequence[Tensor],
-) -> Tensor:
+def _run_resident_fake(x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> Tensor:
     _check_tokens("run_resident_experts", x, ids, weights)
     return x.new_empty((*ids.shape, x.shape[-1]))
 
@@ -217,15 +205,7 @@ def _correct(
     return get_session(session).correct_experts(layer, partial, x, ids, weights, _number(state))
 
 
-def _correct_fake(
-    partial: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    state: Tensor,
-    session: int,
-    layer: int,
-) -> Tensor:
+def _correct_fake(partial: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *_: Any) -> Tensor:
     _check_tokens("correct_experts", x, ids, weights)
     return x.new_empty(x.shape)
 
@@ -247,15 +227,7 @@ def _run_own(
     return get_session(session).run_own_experts(layer, x, slots, weights, own)
 
 
-def _run_own_fake(
-    x: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    session: int,
-    layer: int,
-    counted: Sequence[Tensor],
-    layers: Sequence[int],
-) -> Tensor:
+def _run_own_fake(x: Tensor, slots: Tensor, weights: Tensor, *_: Any) -> Tensor:
     _check_tokens("run_own_experts", x, slots, weights)
     return x.new_empty(x.shape)
 

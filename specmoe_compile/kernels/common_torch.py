@@ -5,7 +5,7 @@ Shape letters: T tokens, E experts, K top-k, H hidden, I expert intermediate, S 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,21 @@ from torch import Tensor
 
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, INDEX_DTYPES, check_bank, check_tensor
 from specmoe_compile.kernels.packed_experts.config import reason_against
-from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_gate, format_of_texts
+from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm, apply_gate
 from specmoe_compile.runtime.experts.formats.weight_code import WeightCode, WeightPlanes
 
 # One library per process: each op module defines its own ops in it.
 LIBRARY = torch.library.Library("specmoe_kernels", "FRAGMENT")
+
+
+def implement(
+    name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Give an op of `LIBRARY` its bodies; `fake` checks the arguments and computes nothing."""
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"specmoe_kernels::{name}", fake, lib=LIBRARY)
+
 
 BANK_SCHEMA = (
     "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor? up_scales,"
@@ -31,33 +41,9 @@ FORM_SCHEMA = (
 _BANK_TENSORS = len(ExpertBank._fields)
 
 
-def form_of(
-    has_gate: bool,
-    interleaved: bool,
-    transposed: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-    limit_after: bool,
-    up_code: str,
-    down_code: str,
-) -> ExpertForm:
-    """The form that an op's last arguments describe."""
-    return ExpertForm(
-        has_gate=has_gate,
-        interleaved=interleaved,
-        transposed=transposed,
-        activation=activation,
-        alpha=alpha,
-        limit=limit,
-        limit_after=limit_after,
-        format=format_of_texts(up_code, down_code),
-    )
-
-
 def bank_and_form(rest: Sequence[Any]) -> tuple[ExpertBank, ExpertForm]:
     """What an op's last arguments describe, in the order of `BANK_SCHEMA` and `FORM_SCHEMA`."""
-    return ExpertBank(*rest[:_BANK_TENSORS]), form_of(*rest[_BANK_TENSORS:])
+    return ExpertBank(*rest[:_BANK_TENSORS]), ExpertForm.from_args(rest[_BANK_TENSORS:])
 
 
 def check_experts(

@@ -14,7 +14,7 @@ from specmoe_compile.kernels.checks import (
     check_tensor,
     require_triton,
 )
-from specmoe_compile.kernels.common_torch import LIBRARY, check_routing_weights
+from specmoe_compile.kernels.common_torch import LIBRARY, check_routing_weights, implement
 
 _NAME = "blend_default_vectors"
 LIBRARY.define(
@@ -94,6 +94,4 @@ def _cuda(
     return out
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

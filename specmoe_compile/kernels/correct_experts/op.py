@@ -19,6 +19,7 @@ from specmoe_compile.kernels.common_torch import (
     check_experts,
     check_routing_weights,
     compute_choices,
+    implement,
     reduce_choices,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -159,6 +160,4 @@ def _cuda(
     return out
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

@@ -118,20 +118,31 @@ def launch_decode_attention(
         **common,
     )
     if parts > 1:
-        sum_parts_kernel[(rows,)](
-            part_out,
-            part_max,
-            part_sum,
-            some_sinks,
-            out,
-            *out.stride()[:3],
-            parts,
-            N=heads,
-            BLOCK_P=parts_block(parts),
-            BLOCK_D=block_d,
-            num_warps=4,
-            **common,
-        )
+        _launch_sum_parts(part_out, part_max, part_sum, some_sinks, out, BLOCK_D=block_d, **common)
+
+
+def _launch_sum_parts(
+    part_out: Tensor,
+    part_max: Tensor,
+    part_sum: Tensor,
+    sinks: Tensor,
+    out: Tensor,
+    **constexprs: int,
+) -> None:
+    rows, parts = part_max.shape
+    sum_parts_kernel[(rows,)](
+        part_out,
+        part_max,
+        part_sum,
+        sinks,
+        out,
+        *out.stride()[:3],
+        parts,
+        N=out.shape[1],
+        BLOCK_P=parts_block(parts),
+        num_warps=4,
+        **constexprs,
+    )
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from specmoe_compile.kernels.common_torch import (
     check_experts,
     check_routing_weights,
     compute_choices,
+    implement,
     reduce_choices,
 )
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -173,10 +174,5 @@ def _resident_cuda(
     return y
 
 
-for _name, _cpu, _cuda, _fake in (
-    ("run_experts_decode", _decode_cpu, _decode_cuda, _decode_fake),
-    ("run_resident_experts", _resident_cpu, _resident_cuda, _resident_fake),
-):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"specmoe_kernels::{_name}", _fake, lib=LIBRARY)
+implement("run_experts_decode", cpu=_decode_cpu, cuda=_decode_cuda, fake=_decode_fake)
+implement("run_resident_experts", cpu=_resident_cpu, cuda=_resident_cuda, fake=_resident_fake)

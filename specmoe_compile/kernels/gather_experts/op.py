@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import check_bank, check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.gather_experts.reference import gather_experts_reference
 
 _NAME = "gather_experts"
@@ -76,7 +76,8 @@ def _check(
     fill_experts: Tensor,
     fill_slots: Tensor,
     fill_count: Tensor,
-    programs: int,
+    *,
+    programs: int = DEFAULT_PROGRAMS,
 ) -> None:
     if len(sources) != len(destinations) or not 1 <= len(sources) <= MAX_BANKS:
         raise ValueError(
@@ -112,18 +113,6 @@ def _check(
         check_tensor(_NAME, name, tensor, shape, (torch.int32,), like=destinations[0])
 
 
-def _fake(
-    sources: Sequence[Tensor],
-    destinations: Sequence[Tensor],
-    fill_experts: Tensor,
-    fill_slots: Tensor,
-    fill_count: Tensor,
-    *,
-    programs: int = DEFAULT_PROGRAMS,
-) -> None:
-    _check(sources, destinations, fill_experts, fill_slots, fill_count, programs)
-
-
 def _cpu(
     sources: Sequence[Tensor],
     destinations: Sequence[Tensor],
@@ -133,7 +122,7 @@ def _cpu(
     *,
     programs: int = DEFAULT_PROGRAMS,
 ) -> None:
-    _check(sources, destinations, fill_experts, fill_slots, fill_count, programs)
+    _check(sources, destinations, fill_experts, fill_slots, fill_count, programs=programs)
     gather_experts_reference(sources, destinations, fill_experts, fill_slots, fill_count)
 
 
@@ -150,7 +139,7 @@ def _cuda(
     require_triton(_NAME)
     from specmoe_compile.kernels.gather_experts.kernel import launch_gather
 
-    _check(sources, destinations, fill_experts, fill_slots, fill_count, programs)
+    _check(sources, destinations, fill_experts, fill_slots, fill_count, programs=programs)
     for bank, source in enumerate(sources):
         # A fault of the device could not be reported as one sentence, and would end its context.
         if source.device.type == "cpu" and not source.is_pinned():
@@ -165,6 +154,4 @@ def _cuda(
         )
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_check)

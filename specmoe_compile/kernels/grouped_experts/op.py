@@ -21,6 +21,7 @@ from specmoe_compile.kernels.common_torch import (
     bank_and_form,
     check_experts,
     compute_choices,
+    implement,
 )
 from specmoe_compile.kernels.common_torch import reduce_choices as reduce_choices_torch
 from specmoe_compile.runtime.experts.form import ExpertBank, ExpertForm
@@ -143,10 +144,5 @@ def _reduce_cuda(y: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-for _name, _cpu, _cuda, _fake in (
-    ("run_grouped_experts_", _grouped_cpu, _grouped_cuda, _grouped_fake),
-    ("reduce_choices", _reduce_cpu, _reduce_cuda, _reduce_fake),
-):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"specmoe_kernels::{_name}", _fake, lib=LIBRARY)
+implement("run_grouped_experts_", cpu=_grouped_cpu, cuda=_grouped_cuda, fake=_grouped_fake)
+implement("reduce_choices", cpu=_reduce_cpu, cuda=_reduce_cuda, fake=_reduce_fake)

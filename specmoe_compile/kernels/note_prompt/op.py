@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import INDEX_DTYPES, check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.note_prompt.reference import note_prompt_reference
 from specmoe_compile.kernels.plan_cache.op import MAX_EXPERTS
 from specmoe_compile.runtime.cache.eviction import CANDIDATES
@@ -47,10 +47,6 @@ def _check(ids: Tensor, scores: Tensor, clock: Tensor) -> None:
         )
 
 
-def _fake(ids: Tensor, scores: Tensor, clock: Tensor) -> None:
-    _check(ids, scores, clock)
-
-
 def _cpu(ids: Tensor, scores: Tensor, clock: Tensor) -> None:
     _check(ids, scores, clock)
     note_prompt_reference(ids, scores, clock)
@@ -65,6 +61,4 @@ def _cuda(ids: Tensor, scores: Tensor, clock: Tensor) -> None:
         launch_note_prompt(ids, scores, clock)
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_check)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import INDEX_DTYPES, check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.plan_cache.reference import plan_cache_reference
 from specmoe_compile.runtime.cache.eviction import CANDIDATES, Policy
 
@@ -230,6 +230,4 @@ def _cuda(ids: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, ...]:
     return tuple(plan)
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

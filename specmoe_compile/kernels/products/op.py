@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.products.reference import products_reference
 
 _NAME = "products"
@@ -81,6 +81,4 @@ def _cuda(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> lis
     return outs
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specmoe_compile.errors import SpecMoEError
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.sum_ranks.inbox import MAX_BYTES, inbox_or_none
 from specmoe_compile.kernels.sum_ranks.reference import sum_ranks_reference
 
@@ -102,6 +102,4 @@ def _cuda(x: Tensor, group: str) -> Tensor:
     return out
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

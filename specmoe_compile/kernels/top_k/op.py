@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import FLOAT_DTYPES, check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.top_k.reference import top_k_reference
 
 _NAME = "top_k"
@@ -75,6 +75,4 @@ def _cuda(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_fake)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe_compile.kernels.checks import check_tensor, require_triton
-from specmoe_compile.kernels.common_torch import LIBRARY
+from specmoe_compile.kernels.common_torch import LIBRARY, implement
 from specmoe_compile.kernels.tune_prefetch.reference import (
     MAX_AMOUNTS,
     STATE_WORDS,
@@ -51,7 +51,7 @@ def tune_prefetch(
     torch.ops.specmoe_kernels.tune_prefetch(state, limit, amounts, now=now)
 
 
-def _check(state: Tensor, limit: Tensor, amounts: Tensor, now: Tensor | None) -> None:
+def _check(state: Tensor, limit: Tensor, amounts: Tensor, *, now: Tensor | None = None) -> None:
     check_tensor(_NAME, "state", state, (STATE_WORDS,), (torch.int64,))
     check_tensor(_NAME, "limit", limit, (1,), (torch.int32,), like=state)
     check_tensor(_NAME, "amounts", amounts, ("A",), (torch.int32,), like=state)
@@ -64,12 +64,8 @@ def _check(state: Tensor, limit: Tensor, amounts: Tensor, now: Tensor | None) ->
         check_tensor(_NAME, "now", now, (1,), (torch.int64,), like=state)
 
 
-def _fake(state: Tensor, limit: Tensor, amounts: Tensor, *, now: Tensor | None = None) -> None:
-    _check(state, limit, amounts, now)
-
-
 def _cpu(state: Tensor, limit: Tensor, amounts: Tensor, *, now: Tensor | None = None) -> None:
-    _check(state, limit, amounts, now)
+    _check(state, limit, amounts, now=now)
     now_ns = time.monotonic_ns() if now is None else int(now)
     tune_prefetch_reference(state, limit, amounts, now_ns=now_ns)
 
@@ -78,11 +74,9 @@ def _cuda(state: Tensor, limit: Tensor, amounts: Tensor, *, now: Tensor | None =
     require_triton(_NAME)
     from specmoe_compile.kernels.tune_prefetch.kernel import launch_tune
 
-    _check(state, limit, amounts, now)
+    _check(state, limit, amounts, now=now)
     with torch.cuda.device(state.device):
         launch_tune(state, limit, amounts, now)
 
 
-LIBRARY.impl(_NAME, _cpu, "CPU")
-LIBRARY.impl(_NAME, _cuda, "CUDA")
-torch.library.register_fake(f"specmoe_kernels::{_NAME}", _fake, lib=LIBRARY)
+implement(_NAME, cpu=_cpu, cuda=_cuda, fake=_check)

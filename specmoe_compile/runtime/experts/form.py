@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -83,17 +83,26 @@ class ExpertForm:
 
     def as_args(self) -> tuple[bool | str | float, ...]:
         """The last arguments of the ops of `specmoe_kernels`, in their order."""
-        return (
-            self.has_gate,
-            self.interleaved,
-            self.transposed,
-            self.activation,
-            self.alpha,
-            self.limit,
-            self.limit_after,
-            _code_text(self.format.up),
-            _code_text(self.format.down),
-        )
+        values = (getattr(self, name) for name in _PLAIN_ARGS)
+        return (*values, _code_text(self.format.up), _code_text(self.format.down))
+
+    @classmethod
+    def from_args(cls, args: Sequence[Any]) -> Self:
+        """The form that `as_args` wrote."""
+        *values, up, down = args
+        plain = dict(zip(_PLAIN_ARGS, values, strict=True))
+        return cls(**plain, format=_format_of_texts(up, down))
+
+
+_PLAIN_ARGS = (
+    "has_gate",
+    "interleaved",
+    "transposed",
+    "activation",
+    "alpha",
+    "limit",
+    "limit_after",
+)
 
 
 @functools.cache
@@ -102,7 +111,7 @@ def _code_text(code: WeightCode) -> str:
 
 
 @functools.cache
-def format_of_texts(up: str, down: str) -> ExpertFormat:
+def _format_of_texts(up: str, down: str) -> ExpertFormat:
     """The format whose codes `ExpertForm.as_args` wrote."""
     codes = [WeightCode.from_json(json.loads(text)) if text else PLAIN for text in (up, down)]
     return ExpertFormat(up=codes[0], down=codes[1])
