@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ from specmoe_compile.cli.options import (
     compile_options,
     require_compiler,
 )
+
+if TYPE_CHECKING:
+    from specmoe_compile.serve.engine import Engine
+    from specmoe_compile.serve.metrics import Metrics
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _LONGEST_BY_DEFAULT = 4096
@@ -101,7 +105,6 @@ def serve(
     import specmoe_compile
     from specmoe_compile.cli.generate import load_tokenizer
     from specmoe_compile.serve.app import make_app
-    from specmoe_compile.serve.engine import Engine
     from specmoe_compile.serve.guards import is_loopback
     from specmoe_compile.serve.metrics import Metrics
     from specmoe_compile.system.output import quiet_transformers
@@ -122,24 +125,13 @@ def serve(
         missing_weights=missing_weights,
     )
     try:
-        longest = context_length(inner.config, max_context)
-        options = with_cuda_graphs(
-            options,
-            device=inner.device,
-            store=fetched_from(inner),
-            kv_cache="static",
-        )
         metrics = Metrics()
-        engine = Engine(
-            torch.compile(inner, backend="specmoe", options=options),
-            tokenizer,
-            max_context=longest,
-            max_queue=max_queue,
-            threads=threads,
-            on_first_token=metrics.on_first_token,
-            on_token=metrics.on_token,
-            on_job=lambda: metrics.note_stats(specmoe_compile.stats(inner)),
-        )
+        limits = {
+            "max_context": context_length(inner.config, max_context),
+            "max_queue": max_queue,
+            "threads": threads,
+        }
+        engine = _engine(inner, tokenizer, options, metrics, limits)
         logging.getLogger("specmoe_compile.serve").info("Compiling ...")
         warm_up(engine)
         app = make_app(
@@ -152,6 +144,32 @@ def serve(
         run_server(app, engine, bound, started_s=started_s)
     finally:
         specmoe_compile.close(inner)
+
+
+def _engine(
+    inner: Any,
+    tokenizer: Any,
+    options: dict[str, Any],
+    metrics: Metrics,
+    limits: dict[str, Any],
+) -> Engine:
+    """Compile an offloaded model for an engine; `limits` are arguments of the engine."""
+    import torch
+
+    import specmoe_compile
+    from specmoe_compile.serve.engine import Engine
+
+    options = with_cuda_graphs(
+        options, device=inner.device, store=fetched_from(inner), kv_cache="static"
+    )
+    return Engine(
+        torch.compile(inner, backend="specmoe", options=options),
+        tokenizer,
+        on_first_token=metrics.on_first_token,
+        on_token=metrics.on_token,
+        on_job=lambda: metrics.note_stats(specmoe_compile.stats(inner)),
+        **limits,
+    )
 
 
 def check_packages() -> None:

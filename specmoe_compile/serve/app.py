@@ -41,25 +41,7 @@ def make_app(
     card = {"id": name, "object": "model", "created": started, "owned_by": "specmoe"}
     endpoints = _Endpoints(engine, metrics, name)
 
-    @app.exception_handler(RequestRefused)
-    async def refused(request: Request, error: RequestRefused) -> JSONResponse:
-        metrics.requests.labels(_route(request), error.status).inc()
-        return JSONResponse(error.body(), error.status, headers=error.headers)
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> JSONResponse:
-        known = RequestRefused(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}."
-        )
-        return JSONResponse(known.body(), known.status, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        metrics.requests.labels(_route(request), 500).inc()
-        known = RequestRefused(
-            500, f"The server failed: {type(error).__name__}. Its log says more."
-        )
-        return JSONResponse(known.body(), known.status)
+    _answer_errors(app, metrics)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -102,6 +84,30 @@ def make_app(
         return await endpoints.answer(request, asked, job, answer)
 
     return Guards(app, api_key=api_key, loopback_only=loopback_only)
+
+
+def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Let every error be an answer in OpenAI's form."""
+
+    @app.exception_handler(RequestRefused)
+    async def refused(request: Request, error: RequestRefused) -> JSONResponse:
+        metrics.requests.labels(_route(request), error.status).inc()
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> JSONResponse:
+        known = RequestRefused(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}."
+        )
+        return JSONResponse(known.body(), known.status, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        metrics.requests.labels(_route(request), 500).inc()
+        known = RequestRefused(
+            500, f"The server failed: {type(error).__name__}. Its log says more."
+        )
+        return JSONResponse(known.body(), known.status)
 
 
 def _route(request: Request) -> str:
