@@ -22,11 +22,10 @@ from specmoe_compile.bench.live_worker import LiveWorker
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.bench.measure import permitted_cap
 from specmoe_compile.bench.memory_cap import MemoryCap
-from specmoe_compile.bench.probes import file_gbps
+from specmoe_compile.bench.probes import disk_rates
 from specmoe_compile.bench.records import ArmJob
 from specmoe_compile.cli.bench import describe_model
 from specmoe_compile.reference_model.widened import widened_model
-from specmoe_compile.runtime.store.header import RECORDS_NAME
 from specmoe_compile.system.output import write_json
 
 DTYPE = "float32"
@@ -106,12 +105,14 @@ class Bench:
 
     def link_gbps(self) -> float:
         """What the disk gives now: the store's own records, read at random past the page cache."""
-        return file_gbps(
-            self.store_dir / RECORDS_NAME,
+        rates = disk_rates(
+            self.store_dir,
             record_bytes=self.about["bytes_per_expert"],
-            threads=READER_THREADS,
+            threads=(READER_THREADS,),
+            file_bytes=0,
             seconds=0.05 if self.dry else PROBE_S,
         )
+        return rates.gbps[READER_THREADS]
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Write one phase's result with what it was measured on."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from benchmarks.cpu_disk.idle_watch import IdleWatch
 from benchmarks.cpu_disk.plan import SLOW_TOKENS, Cell
 from benchmarks.cpu_disk.setup import Bench, Started, groups
 from specmoe_compile.bench.child import ArmFailedError, ArmInputError
-from specmoe_compile.bench.live_worker import IdleWatch
 from specmoe_compile.bench.records import ArmRun, arm_record, spread, tokens_sha256
 from specmoe_compile.system.machine import available_ram_bytes
 

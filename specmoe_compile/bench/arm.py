@@ -61,20 +61,18 @@ class LoadedArm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One way of running a model.
+    """One way of running a model; `specmoe bench --help` says in words what each is.
 
     Attributes:
-        summary: one line for `--help` and for the documents.
+        load: loads the model of a job, from the arm's options and the job's own.
         policy: specmoe's policy, None without specmoe.
         capped: whether a memory cap applies; arms that hold every expert in RAM cannot keep one.
-        load: loads the model of a job, from the arm's options and the job's own.
         options: of `torch.compile(backend="specmoe")`; None for an arm that is not compiled.
         uses_torch: whether its process runs PyTorch; one that does not never loads it.
     """
 
-    summary: str
-    policy: str | None
-    capped: bool
     load: Callable[[ArmJob, Arm], LoadedArm]
+    policy: str | None = None
+    capped: bool = True
     options: Mapping[str, Any] | None = None
     uses_torch: bool = True

@@ -10,10 +10,9 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -23,8 +22,6 @@ from specmoe_compile.bench.page_cache import drop_cached_pages, drop_pages
 from specmoe_compile.bench.records import ArmJob, ArmRun
 
 WORKER = "specmoe_compile.bench.worker"
-_IDLE_LOOK_S = 0.2
-_IDLE_SHARE = 0.05
 
 
 class LiveWorker:
@@ -124,40 +121,6 @@ class LiveWorker:
         except psutil.Error:
             return 0.0
         return float(sum(t.user + t.system for t in times))
-
-
-class IdleWatch:
-    """How much workers compute that should be idle, while another one is measured."""
-
-    def __init__(self, workers: Sequence[LiveWorker]) -> None:
-        self._workers = list(workers)
-        self._start()
-
-    def _start(self) -> None:
-        self._cpu_s = self._total_s()
-        self._started_s = time.monotonic()
-
-    def _total_s(self) -> float:
-        return sum(worker.cpu_s() for worker in self._workers)
-
-    def share(self) -> float:
-        """Cores that all of them together used, on average since the watch began."""
-        elapsed_s = time.monotonic() - self._started_s
-        return max(self._total_s() - self._cpu_s, 0.0) / elapsed_s if elapsed_s > 0 else 0.0
-
-    def wait_idle(self, *, limit_s: float, sleep: Callable[[float], Any] = time.sleep) -> bool:
-        """Wait until they use next to nothing, then begin anew; False if they never do."""
-        if not self._workers:
-            return True
-        end_s = time.monotonic() + limit_s
-        while time.monotonic() < end_s:
-            self._start()
-            sleep(_IDLE_LOOK_S)
-            if self.share() < _IDLE_SHARE:
-                self._start()
-                return True
-        self._start()
-        return False
 
 
 def run_worker(

@@ -101,23 +101,6 @@ def is_store(folder: Path, record_bytes: int, threads: tuple[int, ...]) -> bool:
     return path.is_file() and path.stat().st_size >= record_bytes * max(threads)
 
 
-def file_gbps(path: Path, *, record_bytes: int, threads: int, seconds: float) -> float:
-    """1e9 bytes per second of reads of records at random places of a file that is there already.
-
-    Args:
-        path: such as the records of an expert store.
-        record_bytes: multiple of 4096, at most the file's size.
-        threads: readers, one read in flight each.
-        seconds: to measure for, after a short warm-up.
-    """
-    fd, _ = _open(path)
-    try:
-        records = path.stat().st_size // record_bytes
-        return _read_rate(fd, threads, records, record_bytes, seconds)
-    finally:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def _probe_file(folder: Path, size_bytes: int, on_step: Callable[[str], None]) -> Iterator[Path]:
     """A file of incompressible bytes on disk, its pages dropped from the cache."""

@@ -28,12 +28,10 @@ class Predictor:
             quasi-hidden state q, or what the attention of the target itself reads.
         source: what computes the prediction; `hybrid` takes the network where that was better in
             calibration, and the router elsewhere.
-        summary: one line for `--help` and documents.
     """
 
     state: State
     source: Source
-    summary: str
     hybrid: bool = False
 
     @property
@@ -43,36 +41,36 @@ class Predictor:
 
 
 PREDICTORS: Mapping[str, Predictor] = {
+    # The layer's router on the state with default vectors in the experts' place.
     "default_vectors": Predictor(
         state="quasi",
         source="router",
-        summary="the layer's router on the state with default vectors in the experts' place",
     ),
+    # The layer's router on the residual, without the experts' output.
     "residual": Predictor(
         state="residual",
         source="router",
-        summary="the layer's router on the residual, without the experts' output",
     ),
+    # The experts that the layer chose for the token before.
     "previous_token": Predictor(
         state="residual",
         source="history",
-        summary="the experts that the layer chose for the token before",
     ),
+    # Two trained linear maps on what the layer's own attention reads.
     "pre_attention": Predictor(
         state="pre_attention",
         source="network",
-        summary="two trained linear maps on what the layer's own attention reads",
     ),
+    # A small trained network on the state with default vectors.
     "estimator": Predictor(
         state="quasi",
         source="network",
-        summary="a small trained network on the state with default vectors",
     ),
+    # `default_vectors`, and estimator in the layers where calibration found it better.
     "hybrid": Predictor(
         state="quasi",
         source="router",
         hybrid=True,
-        summary="default_vectors, and estimator in the layers where calibration found it better",
     ),
 }
 """The predictors by name."""

@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 
-from specmoe_compile.bench import live_worker
+from benchmarks.cpu_disk import idle_watch
+from benchmarks.cpu_disk.idle_watch import IdleWatch
 from specmoe_compile.bench.child import ArmFailedError, ChildPython
-from specmoe_compile.bench.live_worker import IdleWatch, LiveWorker, run_worker
+from specmoe_compile.bench.live_worker import LiveWorker, run_worker
 from specmoe_compile.bench.records import ArmJob
 from tests.helpers import PATIENCE_S, greedy, save_tiny
 
@@ -136,7 +137,7 @@ def test_a_process_that_computes_is_not_idle(
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr(live_worker, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(idle_watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     workers: list[Any] = [Computing(share, until_s, clock), Computing(0.0, 0.0, clock)]
     watch = IdleWatch(workers)
     assert watch.wait_idle(limit_s=5.0, sleep=sleep) is idle

@@ -46,7 +46,7 @@ def test_int8_arithmetic_is_refused_where_there_is_none_and_undone_by_exact() ->
     tool = layer.engine_or_none()
     assert tool is not None
     experts = Experts(64, 96, ExpertFormat(up=MXFP4, down=NF4), torch.float32)
-    native = layer.NativeLayer(tool, experts.spec(), torch.float32)
+    native = layer.NativeLayer(tool, experts.spec())
     x, y = torch.randn(1, 64), torch.empty(3, 1, 64)
     task = layer.Task(experts.records[0].data_ptr(), (0,), (0,))
     for out, kind in zip(y, ("exact", "int8", "exact"), strict=True):

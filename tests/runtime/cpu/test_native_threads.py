@@ -32,7 +32,7 @@ for out, threads in zip(outs, (1, 256)):
             used = int(file.read().split()[0]) * resource.getpagesize()
         # Two stacks, and room for what the C library gives each thread: without that it aborts.
         resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20),) * 2)
-    NativeLayer(engine, experts.spec(), torch.float32).run(tasks, x, out)
+    NativeLayer(engine, experts.spec()).run(tasks, x, out)
 print("equal" if torch.equal(*outs) else "different")
 """
 

@@ -170,10 +170,9 @@ class NativeLayer:
         spec: how they are computed.
     """
 
-    def __init__(self, engine: NativeEngine, spec: ExpertSpec, dtype: torch.dtype) -> None:
+    def __init__(self, engine: NativeEngine, spec: ExpertSpec) -> None:
         self._engine = engine
         self.spec = spec
-        self._dtype = dtype
         self._codes_offset: int = spec.up.codes
 
     @property
@@ -218,7 +217,7 @@ def native_layer_or_none(
         log.info("experts of %s are computed by torch: %s", type(module).__name__, spec)
         return None
     engine = engine_or_none()
-    return None if engine is None else NativeLayer(engine, spec, dtype)
+    return None if engine is None else NativeLayer(engine, spec)
 
 
 def expert_spec_or_reason(
