@@ -142,8 +142,8 @@ def _configure_speculation(gm: GraphModule, config: CompileOptions) -> Speculati
     # Nothing to prefetch where all experts are: a plain model, or a store that is computed from.
     fetching = [session for session in sessions if session.engine.fetches]
     offloaded = len(fetching) == len(sessions)
-    config = _with_prefetch_decided(sessions, config)
-    if fetching and not offloaded:
+    config = _with_prefetch_decided(fetching or sessions, config)
+    if fetching and not offloaded and config.predicts:
         _warn_once(
             "specmoe predicts no experts in a graph of several models, of which only"
             f" {len(fetching)} of {len(sessions)} fetch experts: compile each model by itself"
@@ -194,9 +194,11 @@ def _with_prefetch_decided(sessions: Sequence[Session], config: CompileOptions) 
     decided = with_prefetch_decided(config, [session.engine for session in sessions])
     if config.prefetch == "auto" and not decided.prefetch:
         log.info(
-            'prefetch="auto" predicts no experts in this graph: the cache has slots for half of the'
-            " experts or more, and misses too seldom on a GPU for predictions to pay;"
-            " prefetch=True predicts anyway"
+            'prefetch="auto" predicts no experts in this graph: %s; prefetch=True predicts anyway',
+            "on a CPU with an expert cache steps are faster without predictions"
+            if sessions[0].device.type == "cpu"
+            else "the cache has slots for half of the experts or more, and misses too seldom on a"
+            " GPU for predictions to pay",
         )
     return decided
 

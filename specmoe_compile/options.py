@@ -69,8 +69,10 @@ class GraphOptions:
     prefetch: bool | Literal["auto"] = option(
         "auto",
         "fetch the next layer's experts before its router has spoken, as the current layer"
-        " predicts them; `auto` does, but on a GPU whose cache has slots for half of the experts or"
-        " more, where that was found not to pay ([why](results/peers_gpu.md#prefetching))",
+        " predicts them; `auto` does where that was not found to cost more than it gains: not on a"
+        " CPU with an expert cache ([measured](results/cpu-disk.md)), nor on a GPU whose cache has"
+        " slots for half of the experts or more"
+        " ([measured](results/peers_gpu.md#prefetching))",
     )
     skip_layers: Literal["auto"] | tuple[int, ...] = option(
         (),
@@ -243,17 +245,6 @@ class SessionOptions(GraphOptions):
             )
 
     @property
-    def asks_for_predictions(self) -> bool:
-        """Whether another option than `prefetch` asks for predictions, which `auto` then makes."""
-        return (
-            self.policy != "exact"
-            or self.control
-            or self.predictor != AUTO
-            or self.lookahead > 1
-            or self.prefetch_budget_bytes is not None
-        )
-
-    @property
     def captures(self) -> bool:
         """Whether decode steps are captured in CUDA graphs."""
         return self.mode == "reduce-overhead"
@@ -315,6 +306,19 @@ class CompileOptions(SessionOptions):
                 f"option predictor={self.predictor!r} predicts no router weights, which"
                 " policy='commit' executes: use another predictor or policy"
             )
+
+    @property
+    def asks_for_predictions(self) -> bool:
+        """Whether another option than `prefetch` asks for predictions, which `auto` then makes."""
+        return (
+            self.policy != "exact"
+            or self.control
+            or self.predictor != AUTO
+            or self.lookahead > 1
+            or self.prefetch_width is not None
+            or self.prefetch_budget_bytes is not None
+            or self.default_vectors is not None
+        )
 
     @classmethod
     def from_kwargs(

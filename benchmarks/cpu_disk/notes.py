@@ -25,7 +25,7 @@ NOTES = """## How to read this
   weights: the operating system's page cache is its expert cache. `llama_cpp` is llama.cpp through
   llama-cpp-python, mapped from a GGUF of the same weights in float32, keys and values in float32.
   It comes with `make peers`, which compiles it.
-- `on_demand` is specmoe without a cache; `cache` has one and does not predict; `specmoe` is specmoe
-  as it comes. `always` keeps predicting where it does not pay.
+- `on_demand` is specmoe without a cache; `cache` has one and does not predict; `specmoe` predicts
+  where `auto_off` lets it. `always` keeps predicting where it does not pay.
 - The limit holds for all that a process uses: `llama_cpp` needs no Python model and no PyTorch, and
   has their memory as page cache. That is an advantage on a model as small as this one."""

@@ -17,6 +17,8 @@ NO_SIZE = "none"
 """What stands for the cells without a cache size where sizes are asked for."""
 ALONE = ("engine", "large")
 """Phases that run only where they are asked for."""
+PREDICTS: tuple[tuple[str, Any], ...] = (("prefetch", True),)
+"""Option of the cells of arm `specmoe`: on a CPU it predicts where it is told to."""
 BASE_CAP_BYTES = 500 << 20
 """Memory besides the cache: Python, PyTorch, the model's other weights."""
 SLOW_TOKENS = 16
@@ -51,7 +53,7 @@ class Cell:
         arm: name in `arms.ARMS`.
         size: of the expert cache, and what the cap leaves for one; None where neither counts.
         capped: whether memory is limited to `program_bytes` and the cache.
-        options: over the arm's.
+        options: over the arm's, and over `PREDICTS`.
         label: of the options, for tables.
         program_bytes: of the limit, what is for all but the cache.
     """
@@ -68,6 +70,11 @@ class Cell:
         """What tables call it."""
         parts = [self.arm, self.label, self.size or ""]
         return " ".join(part for part in parts if part) + (", capped" if self.capped else "")
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """Options over the arm's."""
+        return dict(PREDICTS if self.arm == "specmoe" else ()) | dict(self.options)
 
     @property
     def slow(self) -> bool:

@@ -82,7 +82,7 @@ class Bench:
     def job(self, cell: Cell, **changes: Any) -> ArmJob:
         """What a worker process is to measure."""
         slow = cell.slow
-        options = dict(cell.options)
+        options = cell.all_options
         if self.dry and ARMS[cell.arm].options is not None:
             options["lowering"] = "eager"
         values: dict[str, Any] = {

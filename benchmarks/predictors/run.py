@@ -206,7 +206,8 @@ def run_timing(place: Place, phase: str) -> None:
         for name in (BASELINE, *PREDICTORS):
             options: dict[str, Any] = {"auto_off": place.auto_off}
             if name != BASELINE:
-                options |= {"predictor": name, "default_vectors": str(place.widened_artefact)}
+                options |= {"prefetch": True, "predictor": name}
+                options["default_vectors"] = str(place.widened_artefact)
             jobs[name] = ArmJob(
                 arm=without if name == BASELINE else predicting,
                 model=str(place.model()),

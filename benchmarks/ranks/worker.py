@@ -54,7 +54,7 @@ class Case:
                 progress=False,
                 **split_of_ranks(),
             )
-        compiled = torch.compile(model, backend="specmoe")
+        compiled = torch.compile(model, backend="specmoe", options={"prefetch": True})
         generator = HuggingFaceGenerator(compiled, model, {"cache_implementation": "static"})
         generator.generate(job["prompt"], job["new_tokens"], TokenClock())
         return cls(slots, model, generator)

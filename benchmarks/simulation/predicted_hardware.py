@@ -137,7 +137,9 @@ def record(trace_path: Path) -> None:
         inner: Any = specmoe_compile.from_pretrained(
             checkpoint, device="cpu", store="disk", store_dir=folder, progress=False
         )
-        model: Any = torch.compile(inner, backend="specmoe", options={"auto_off": False})
+        model: Any = torch.compile(
+            inner, backend="specmoe", options={"prefetch": True, "auto_off": False}
+        )
         recorder = TraceRecorder(session_of(inner))
         for text in texts:
             model.generate(

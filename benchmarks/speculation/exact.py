@@ -117,7 +117,9 @@ def run_exact(
     for batch in batches:
         for cache in CACHES:
             torch._dynamo.reset()
-            compiled = torch.compile(inner, backend="specmoe", options={"auto_off": False})
+            compiled = torch.compile(
+                inner, backend="specmoe", options={"prefetch": True, "auto_off": False}
+            )
             for kind in PREDICTORS:
                 predictor.begin(kind)
                 session.reset_stats()

@@ -71,9 +71,9 @@ CELLS = (
     Cell(name="on_demand", arm="on_demand"),
     Cell(name="prefetch", arm="prefetch"),
     Cell(name="cache 25%", arm="cache"),
-    Cell(name="specmoe 25%", arm="specmoe"),
+    Cell(name="specmoe 25%", arm="specmoe", options=(("prefetch", True),)),
     Cell(name="cache 50%", arm="cache", expert_cache="50%"),
-    Cell(name="specmoe 50%", arm="specmoe", expert_cache="50%"),
+    Cell(name="specmoe 50%", arm="specmoe", expert_cache="50%", options=(("prefetch", True),)),
     Cell(name=AGAIN, arm="cache", expert_cache="50%"),
     Cell(
         name="default_vector 0.2, 25%",

@@ -241,12 +241,12 @@ def _chosen_predictors(sweep: Sweep, asked: list[str] | None) -> list[str]:
     if "recorded" in names and share == 0:
         raise ValueError(
             "The trace holds no predictions to replay with --predictor recorded: record it with"
-            " prefetch on, or choose none, perfect or previous."
+            " -O prefetch=true, or choose none, perfect or previous."
         )
     if "recorded" in names and share < 0.99:
         print(
             f"The run predicted {100 * share:.0f} % of its layer steps; elsewhere `recorded` has"
-            " none. Record with -O auto_off=false to have all.",
+            " none. Record with -O prefetch=true -O auto_off=false to have all.",
             file=sys.stderr,
         )
     return names

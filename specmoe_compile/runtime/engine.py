@@ -143,7 +143,10 @@ class Engine(Protocol):
 
 
 def with_prefetch_decided(options: CompileOptions, engines: Sequence[Engine]) -> CompileOptions:
-    """Resolve `prefetch="auto"`: yes, unless all engines of a graph that fetches are against it."""
+    """Resolve `prefetch="auto"`: yes, unless all engines of a graph that fetches are against it.
+
+    Whoever gives an option that is about predictions gets them.
+    """
     if options.prefetch != "auto":
         return options
     pays = (

@@ -29,7 +29,7 @@ def test_turns_alternate_and_only_decode_steps_are_counted(
             dtype="float32",
             expert_cache="50%",
             store_dir=str(tmp_path / "store"),
-            options={"lowering": "eager", "auto_off": False},
+            options={"lowering": "eager", "auto_off": False, "prefetch": name == "with"},
             work_dir=str(tmp_path),
         )
         for name, arm in (("without", "on_demand"), ("with", "specmoe"))

@@ -117,7 +117,7 @@ def test_speculating_arms_prefetch_under_their_policy(
         store_dir=str(tmp_path / "store"),
         work_dir=str(tmp_path),
         device="cpu",
-        options={"lowering": "eager", "auto_off": False},
+        options={"lowering": "eager", "auto_off": False, "prefetch": True},
     )
     loaded = ARMS[name].load(job, ARMS[name])
     ids = torch.tensor([[5, 6, 7]])

@@ -119,7 +119,8 @@ def test_batches_with_left_padding_match_greedily_and_sampled(
     inputs = left_padded(batch, 8)
     kwargs = {} if cache == "dynamic" else {"cache_implementation": "static"}
     want = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    compiled = torch.compile(offloaded, backend="specmoe", options={"lowering": lowering})
+    options = {"lowering": lowering, "prefetch": True}
+    compiled = torch.compile(offloaded, backend="specmoe", options=options)
     got = compiled.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
     assert torch.equal(got, want)
     sampled = []

@@ -74,7 +74,8 @@ def check_tokens(model: Any, reference: Any, *, lowering: str, pairs: Any = EVER
 
     `pairs`: batch and cache; each compiles.
     """
-    compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
+    options = {"lowering": lowering, "prefetch": True}
+    compiled = torch.compile(model, backend="specmoe", options=options)
     for batch, kwargs in pairs:
         ids = prompts(batch, 7)
         want = greedy(reference, ids, NEW_TOKENS)

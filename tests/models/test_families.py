@@ -18,6 +18,7 @@ from tests.models.walk import (
     OFFLOADED,
     PLAIN,
     QUICK_DYNAMIC,
+    QUICK_SILENT,
     QUICK_STATIC,
     QUICK_TOKENS,
     Check,
@@ -41,6 +42,8 @@ FAST = {
 }
 # This one grows its cache, which compiles one graph more; the others have a static one.
 DYNAMIC = ("lfm2_moe",)
+# These run without predictions, too, as all do in `test_every_family`.
+SILENT = ("gpt_oss", "mixtral")
 # These ignore the static cache that they are given: a third step would compile one graph more.
 NO_STATIC = ("jamba", "minimax")
 # By what makes their graphs differ: shared experts, sparse mixers, Mamba, linear attention.
@@ -91,10 +94,14 @@ def assert_as_documented(check: Check) -> None:
 def test_families_that_differ_most(name: str, tmp_path: Path) -> None:
     case = QUICK_DYNAMIC if name in DYNAMIC else QUICK_STATIC
     new_tokens = 2 if name in NO_STATIC else QUICK_TOKENS
+    cases = (case, QUICK_SILENT) if name in SILENT else (case,)
     check = check_family(
-        families()[name], tmp_path, offloaded=(case,), plain=(), new_tokens=new_tokens
+        families()[name], tmp_path, offloaded=cases, plain=(), new_tokens=new_tokens
     )
     assert_as_documented(check)
+    if name in SILENT:
+        graphs = [report for report in check.offloaded[QUICK_SILENT].reports if report.matches]
+        assert graphs and not any(r.matches.get("insert_expert_prefetch") for r in graphs)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_text_about_images_is_the_unmodified_models(plain: Any, offloaded: Any) 
     assert not torch.equal(want.sequences, blank.sequences), "the image must count"
     reports: list[PipelineReport] = []
     # Images break the graph (their sizes are data), and the vision part's graph calls no experts.
-    options = {"lowering": "eager", "strict": False}
+    options = {"lowering": "eager", "strict": False, "prefetch": True}
     compiled = torch.compile(offloaded, backend="specmoe", options=options)
     with recorded_reports(reports):
         got = generate(compiled, inputs, cache_implementation="static")

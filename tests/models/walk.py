@@ -37,14 +37,19 @@ LOGITS_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One way to generate: kind of cache, batch, and how the graph is lowered."""
+    """One way to generate: kind of cache, batch, and how the graph is lowered.
+
+    With `predicts=False` options are as they come, and on a CPU with a cache nothing is predicted.
+    """
 
     cache: str
     batch: int
     lowering: str = "eager"
+    predicts: bool = True
 
     def __str__(self) -> str:
-        return f"{self.cache} cache, batch {self.batch}, {self.lowering}"
+        words = f"{self.cache} cache, batch {self.batch}, {self.lowering}"
+        return words if self.predicts else f"{words}, without predictions"
 
 
 # Generating code takes most of the time, and the rewritten graphs are the same without: Inductor
@@ -55,11 +60,13 @@ OFFLOADED = (
     Case(cache="static", batch=3),
     Case(cache="dynamic", batch=1),
     Case(cache="dynamic", batch=3),
+    Case(cache="static", batch=1, predicts=False),
 )
 PLAIN = (Case(cache="static", batch=3),)
 # One case each, for the fast tests, which check many families in a minute and a half.
 QUICK_STATIC = Case(cache="static", batch=3)
 QUICK_DYNAMIC = Case(cache="dynamic", batch=1)
+QUICK_SILENT = Case(cache="static", batch=3, predicts=False)
 QUICK_TOKENS = 8
 
 
@@ -148,8 +155,9 @@ class Check:
         return dict(sorted(reasons.items()))
 
     def decode_reports(self) -> list[PipelineReport]:
-        """Those of graphs that are not of prefill."""
-        reports = [report for run in self.offloaded.values() for report in run.reports]
+        """Those of graphs that are not of prefill, and are to be predicted."""
+        predicting = [run for case, run in self.offloaded.items() if case.predicts]
+        reports = [report for run in predicting for report in run.reports]
         return [report for report in reports if PREFILL not in report.skipped.values()]
 
 
@@ -314,12 +322,14 @@ def _run_compiled(
     into: dict[Case, Run],
     new_tokens: int,
 ) -> None:
-    """Generate with `torch.compile(model)`, one compiled function per lowering."""
-    for lowering in dict.fromkeys(case.lowering for case in cases):
-        compiled = torch.compile(model, backend="specmoe", options={"lowering": lowering})
+    """Generate with `torch.compile(model)`, one compiled function for all with the same options."""
+    for lowering, predicts in dict.fromkeys((case.lowering, case.predicts) for case in cases):
+        options = {"lowering": lowering, "prefetch": True if predicts else "auto"}
+        compiled = torch.compile(model, backend="specmoe", options=options)
+        alike = [c for c in cases if (c.lowering, c.predicts) == (lowering, predicts)]
         with _no_graph_caches():
-            for case in cases:
-                if case.lowering == lowering and (case.cache, case.batch) in possible:
+            for case in alike:
+                if (case.cache, case.batch) in possible:
                     into[case] = generate(compiled, case.cache, case.batch, new_tokens)
         torch._dynamo.reset()
 

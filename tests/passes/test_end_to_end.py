@@ -19,7 +19,7 @@ def _generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Any]:
     model = specmoe_compile.offload(
         tiny_qwen3_moe(), store="disk", store_dir=folder / "store", expert_cache="50%"
     )
-    options = {"lowering": "eager", "auto_off": False, **options}
+    options = {"lowering": "eager", "prefetch": True, "auto_off": False, **options}
     run = torch.compile(model, backend="specmoe", options=options)
     tokens = greedy(run, prompts(1, 20), 12, cache_implementation="static")  # type: ignore[arg-type]
     return tokens, specmoe_compile.stats(model)
@@ -63,7 +63,8 @@ def test_steady_decode_breaks_and_compiles_nothing(tmp_path: Path, cache: str, g
         tiny_qwen3_moe(layers=2), store="disk", store_dir=tmp_path / "store", expert_cache="50%"
     )
     # With auto_off each layer stands in branches; what breaks or compiles anew, Dynamo decides.
-    run: Any = torch.compile(model, backend="specmoe", options={"lowering": "eager"})
+    options = {"lowering": "eager", "prefetch": True}
+    run: Any = torch.compile(model, backend="specmoe", options=options)
     kwargs = {"cache_implementation": "static"} if cache == "static" else {}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -96,7 +97,8 @@ def test_a_graph_with_a_plain_model_too_predicts_nothing_and_says_so(
         return offloaded(ids, use_cache=False).logits, plain(ids, use_cache=False).logits
 
     with torch.no_grad():
-        ours, theirs = torch.compile(both, backend="specmoe", options={"lowering": "eager"})()
+        options = {"lowering": "eager", "prefetch": True}
+        ours, theirs = torch.compile(both, backend="specmoe", options=options)()
     assert torch.equal(ours, theirs)
     assert "only 1 of 2 fetch experts" in caplog.text
     assert specmoe_compile.stats(offloaded).total.predicted == 0

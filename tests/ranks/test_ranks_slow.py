@@ -21,12 +21,19 @@ from tests.ranks.groups import (
 
 pytestmark = [pytest.mark.slow, needs_expert_parallel]
 
+AHEAD = {"lowering": "eager", "prefetch": True}
 WAYS: list[dict[str, Any]] = [
-    {"name": "inductor", "load": {"expert_cache": "50%"}, "compile": {}},
-    {"name": "dynamic", "load": {"expert_cache": "50%"}, "static": False, "batch": 3},
+    {"name": "inductor", "load": {"expert_cache": "50%"}, "compile": {"prefetch": True}},
+    {
+        "name": "dynamic",
+        "load": {"expert_cache": "50%"},
+        "compile": AHEAD,
+        "static": False,
+        "batch": 3,
+    },
     {"name": "ram", "load": {"store": "ram", "store_dir": None}, "batch": 4},
     {"name": "batch_2", "batch": 2},
-    {"name": "no_prefetch", "load": {"expert_cache": "50%"}, "compile": {"prefetch": False}},
+    {"name": "as_it_comes", "load": {"expert_cache": "50%"}, "compile": {}},
     {"name": "four", "ranks": 4},
     {"name": "four_dynamic", "ranks": 4, "static": False, "batch": 2},
 ]

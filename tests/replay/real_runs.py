@@ -48,7 +48,7 @@ def real_run(
     """Generate with a tiny model whose experts are on disk, and record it.
 
     Args:
-        options: of `torch.compile`; None runs eagerly, without predictions.
+        options: of `torch.compile`, over `prefetch=True`; None runs eagerly, without predictions.
         reads_at_once: serve each read in the call that starts it, so that no decision depends on
             time.
         read_s: let each read take so long, one after the other, whatever the disk does.
@@ -71,7 +71,8 @@ def real_run(
     runner, cache = model, {}
     if options is not None:
         cache = {"cache_implementation": "static"}  # two graphs, not three
-        runner = torch.compile(model, backend="specmoe", options={"lowering": "eager", **options})
+        options = {"lowering": "eager", "prefetch": True, **options}
+        runner = torch.compile(model, backend="specmoe", options=options)
     for number in range(generations):
         greedy(runner, prompts(batch, prompt, seed=number), new_tokens, **cache)
     run = RealRun(trace=recorder.trace("tiny"), stats=session.stats)

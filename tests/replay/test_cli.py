@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["generate", str(place / "model"), "--store", "disk"]
     arguments += ["--store-dir", str(place / "store"), "--expert-cache", "25%"]
     arguments += ["--prompt", PROMPT, "--max-new-tokens", "20", "--trace", str(place / "trace")]
-    arguments += ["-O", "lowering=eager", "-O", "auto_off=false", "--json", str(place / "run.json")]
+    arguments += ["-O", "prefetch=true", "-O", "auto_off=false", "-O", "lowering=eager"]
+    arguments += ["--json", str(place / "run.json")]
     assert run(arguments) == 0
     return place
 

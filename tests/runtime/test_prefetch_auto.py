@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import specmoe_compile
+from benchmarks.cpu_disk.plan import Cell as DiskCell
 from benchmarks.full_size.arms import ARMS as FULL_SIZE_ARMS
+from benchmarks.speculation import run as speculation_run
 from specmoe_compile import backend
 from specmoe_compile.bench.arms import ARMS as BENCH_ARMS
 from specmoe_compile.calibrate.fidelity import _graph_options
@@ -18,7 +22,8 @@ from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.runtime.cpu.live_engine import LiveEngine
 from specmoe_compile.runtime.cuda.prefetch_budget import prefetch_pays
-from tests.helpers import tiny_qwen3_moe
+from specmoe_compile.runtime.session import session_of
+from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.recorded import Prompt, Recorder
 from tests.runtime.cuda.stream_model import StreamModel
 from tests.runtime.cuda.test_disk_supply import Disk
@@ -59,16 +64,24 @@ def test_what_each_engine_says() -> None:
         assert session.engine.prefetch_pays
     with Disk(slots=E // 2).session as session:
         assert session.engine.prefetch_pays, "not measured on disk, where trials find out"
-    for cache in ("half", "in_place"):
+    for cache, pays in (
+        ("double_buffers", True),
+        ("half", False),
+        ("all", False),
+        ("in_place", False),
+    ):
         with make_session(cache) as session:
-            assert session.engine.prefetch_pays, "gates find out"
+            assert session.engine.prefetch_pays == pays, cache
     assert not LiveEngine().prefetch_pays
 
 
-def decided(given: dict[str, Any], *engines: bool, fetches: bool = True) -> Any:
+def decided(
+    given: dict[str, Any], *engines: bool, fetches: bool = True, device: str = "cuda"
+) -> Any:
     """What `prefetch` becomes beside engines that say so."""
     told = [SimpleNamespace(prefetch_pays=pays, fetches=fetches) for pays in engines]
-    sessions: Any = [SimpleNamespace(engine=engine) for engine in told]
+    place = torch.device(device)
+    sessions: Any = [SimpleNamespace(engine=engine, device=place) for engine in told]
     return backend._with_prefetch_decided(sessions, CompileOptions.from_kwargs(given)).prefetch
 
 
@@ -80,6 +93,10 @@ def test_auto_predicts_unless_all_engines_are_against_it(caplog: pytest.LogCaptu
     assert LEFT_OUT not in caplog.text
     assert decided({}, False, False) is False
     assert caplog.text.count(LEFT_OUT) == 1 and "prefetch=True predicts anyway" in caplog.text
+    assert "half of the experts" in caplog.text and "on a CPU" not in caplog.text
+    caplog.clear()
+    assert decided({}, False, device="cpu") is False
+    assert caplog.text.count(LEFT_OUT) == 1 and "on a CPU with an expert cache" in caplog.text
 
 
 @pytest.mark.parametrize("pays", [True, False])
@@ -98,6 +115,8 @@ def test_who_says_yes_or_no_is_obeyed(pays: bool, caplog: pytest.LogCaptureFixtu
         {"control": True},
         {"predictor": "residual"},
         {"lookahead": 2},
+        {"prefetch_width": 4},
+        {"default_vectors": "vectors.safetensors"},
         {"prefetch_budget_bytes": 0},
     ],
     ids=str,
@@ -139,9 +158,41 @@ def test_policies_are_compared_with_predictions_in_the_graph() -> None:
     assert CompileOptions.from_kwargs(_graph_options(CompileOptions())).prefetch is True
 
 
+@pytest.mark.parametrize(("given", "predicts"), [({}, False), ({"prefetch": True}, True)])
+def test_a_model_on_a_cpu_with_a_cache_is_predicted_where_that_is_asked_for(
+    given: dict[str, Any], predicts: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, ids = tiny_qwen3_moe(), prompts(1, 20)
+    model = specmoe_compile.offload(
+        tiny_qwen3_moe(), store="disk", store_dir=tmp_path, expert_cache="50%", device="cpu"
+    )
+    options = {"lowering": "eager", "auto_off": False, **given}
+    run: Any = torch.compile(model, backend="specmoe", options=options)
+    with caplog.at_level(logging.INFO, "specmoe_compile"):
+        tokens = greedy(run, ids, 12, cache_implementation="static")
+    stats, decided = specmoe_compile.stats(model), session_of(model).speculation.prefetch
+    specmoe_compile.close(model)
+    torch._dynamo.reset()
+    assert torch.equal(tokens, greedy(plain, ids, 12))
+    assert decided is predicts and (LEFT_OUT in caplog.text) == (not predicts)
+    assert stats.total.misses > 0 and stats.total.hits > 0
+    assert (stats.total.predicted > 0) == (stats.total.prefetches > 0) == predicts
+    (printed,) = [line.split() for line in f"{stats}".splitlines() if line.startswith("total")]
+    assert printed.count("-") == (0 if predicts else 2), "no share and no recall of no guesses"
+
+
+@pytest.mark.parametrize("cell", [c for c in speculation_run.CELLS if c.arm == "specmoe"], ids=str)
+def test_cells_that_are_about_prefetching_ask_for_it(cell: Any) -> None:
+    assert dict(cell.options)["prefetch"] is True
+
+
 def test_arms_that_are_about_prefetching_ask_for_it() -> None:
     assert BENCH_ARMS["prefetch"].options == {"prefetch": True}
     assert BENCH_ARMS["specmoe"].options == {}, "as it comes"
+    assert DiskCell(arm="specmoe").all_options == {"prefetch": True}
+    always = DiskCell(arm="specmoe", options=(("auto_off", False),)).all_options
+    assert always == {"prefetch": True, "auto_off": False}
+    assert DiskCell(arm="cache").all_options == {}
     for name, arm in FULL_SIZE_ARMS.items():
         ahead = name.startswith(("specmoe", "prefetch", "commit", "default_vector"))
         assert arm.options["prefetch"] is ahead is arm.speculates, name

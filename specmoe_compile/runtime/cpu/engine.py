@@ -43,7 +43,6 @@ class CpuEngine(Speculator):
 
     device = torch.device("cpu")
     plans_steps = True
-    prefetch_pays = True  # where it does not, gates find out while running
     resident_layers: frozenset[int] = frozenset()
     foreign_ids: Mapping[int, int] = MappingProxyType({})  # planning costs nothing here
     survives_fork = True
@@ -138,6 +137,13 @@ class CpuEngine(Speculator):
             file=fd,
             readers=readers,
         )
+
+    @property
+    def prefetch_pays(self) -> bool:
+        # With a cache little is left to hide, and predicting takes a layer's time: more than it
+        # brings, in C++ and in Python (docs/results/cpu-disk.md). Without one it was found to pay
+        # (docs/results/speculation.md).
+        return isinstance(self.cache, DoubleBuffers)
 
     @property
     def multiplies(self) -> bool:

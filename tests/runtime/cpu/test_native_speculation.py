@@ -217,7 +217,8 @@ def test_a_decode_step_with_misses_and_guesses_calls_no_python(
         expert_cache="50%",
     )  # fmt: skip
     try:
-        compiled = torch.compile(model, backend="specmoe", options={"auto_off": False})
+        options = {"prefetch": True, "auto_off": False}
+        compiled = torch.compile(model, backend="specmoe", options=options)
         for token in range(60):  # every record has been read once, and verified
             compiled(torch.tensor([[token]]))
         compiled(ids)
