@@ -110,7 +110,7 @@ def configs(case: Case, launch: Launch) -> list[GemvConfig]:
     shape, format = case.shape, case.form.format
     wide = format.up.functions.bits == 8
     if launch == "gate_up":
-        first = gate_up_config(shape.intermediate, shape.hidden, format.up, has_gate=True)
+        first = gate_up_config(shape.hidden, format.up, has_gate=True)
         others = [
             GemvConfig(block_out=o, block_in=i // 2 if wide else i, num_warps=w, num_stages=s)
             for o, i, w, s in (
@@ -125,7 +125,7 @@ def configs(case: Case, launch: Launch) -> list[GemvConfig]:
             )
         ]
     else:
-        first = down_config(shape.intermediate, shape.hidden, shape.top_k, format.down)
+        first = down_config(shape.intermediate, shape.top_k, format.down)
         others = [
             replace(first, block_out=o, block_in=i // 2 if wide else i, num_warps=w, num_stages=s)
             for o, i, w, s in (

@@ -198,14 +198,13 @@ def run_python(
     *,
     cap: MemoryCap | None = None,
     environment: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
 ) -> None:
     """Run this Python with `arguments`, inside `cap`, and wait for a good end.
 
     Raises:
         ArmFailedError, ArmInputError: as `ChildPython.finish`.
     """
-    child = ChildPython(arguments, cap=cap, environment=environment, timeout_s=timeout_s)
+    child = ChildPython(arguments, cap=cap, environment=environment)
     with contextlib.closing(child):
         child.finish()
 

@@ -129,7 +129,6 @@ def run_worker(
     cap: MemoryCap | None = None,
     on_event: Hears | None = None,
     environment: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
 ) -> ArmRun:
     """Measure one job in a fresh process, in its only turn, and return what it measured.
 
@@ -137,7 +136,7 @@ def run_worker(
         ArmFailedError: the process was killed or gave up; the message says why.
         ArmInputError: the process refused what it was asked to do.
     """
-    live = LiveWorker(job, cap=cap, on_event=on_event, environment=environment, timeout_s=timeout_s)
+    live = LiveWorker(job, cap=cap, on_event=on_event, environment=environment)
     with contextlib.closing(live) as worker:
         worker.wait_ready()
         run = worker.turn()

@@ -45,7 +45,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("shape", PACKED_SHAPES, ids=lambda shape: shape.name)
 def test_models_have_tiles_for_all_lanes(shape: ModelShape) -> None:
     code = shape.format.up
-    config = gate_up_config(shape.intermediate, shape.hidden, code, has_gate=shape.has_gate)
+    config = gate_up_config(shape.hidden, code, has_gate=shape.has_gate)
     assert up_fuses(config, code, has_gate=shape.has_gate) == (code.book != "nf4")
 
 
@@ -55,7 +55,7 @@ def test_a_tile_with_less_than_a_load_of_each_lane_is_not_fused(name: str) -> No
     bits = code.functions.bits
     # Eight gates and ups of 128 bytes each are 16 bytes of 128 lanes.
     for hidden, fuses in ((128 * 8 // bits, True), (64 * 8 // bits, False)):
-        config = gate_up_config(64, hidden, code, has_gate=True)
+        config = gate_up_config(hidden, code, has_gate=True)
         assert up_fuses(config, code, has_gate=True) == (fuses and code.book != "nf4")
         assert not up_fuses(config, code, has_gate=False)
 

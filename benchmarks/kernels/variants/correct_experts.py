@@ -18,7 +18,6 @@ def compile_specs(shape: ModelShape) -> list[CompileSpec]:
     """One token, one expert of which arrived late."""
     gate_up = gate_up_spec(shape, 1, op="correct_experts")
     config = gate_up_config(
-        shape.intermediate,
         shape.hidden,
         shape.itemsize,
         has_gate=shape.has_gate,

@@ -52,7 +52,6 @@ def compile_specs(shape: ModelShape) -> list[CompileSpec]:
 def gate_up_spec(shape: ModelShape, tokens: int, *, op: str = "run_experts_decode") -> CompileSpec:
     """The up projection of T tokens, all of whose choices have a slot."""
     config = gate_up_config(
-        shape.intermediate,
         shape.hidden,
         shape.itemsize,
         has_gate=shape.has_gate,
@@ -126,7 +125,7 @@ def down_spec(
     The other choices are read from an earlier launch's outputs.
     """
     config = down_config(
-        shape.intermediate, shape.hidden, shape.top_k, shape.itemsize, transposed=shape.transposed
+        shape.intermediate, shape.top_k, shape.itemsize, transposed=shape.transposed
     )
     weights = f"*{shape.dtype}"
     return CompileSpec(

@@ -50,7 +50,7 @@ def _plane_signature(code: WeightCode) -> dict[str, str]:
 def gate_up_spec(shape: ModelShape, tokens: int) -> CompileSpec:
     """The up projection of T tokens, all of whose choices have a slot."""
     code = shape.format.up
-    config = gate_up_config(shape.intermediate, shape.hidden, code, has_gate=shape.has_gate)
+    config = gate_up_config(shape.hidden, code, has_gate=shape.has_gate)
     numbers = f"*{shape.dtype}"
     return CompileSpec(
         kernel=packed_gate_up_kernel,
@@ -86,7 +86,7 @@ def gate_up_spec(shape: ModelShape, tokens: int) -> CompileSpec:
 def down_spec(shape: ModelShape, tokens: int) -> CompileSpec:
     """The down projection of T tokens with all choices computed now."""
     code = shape.format.down
-    config = down_config(shape.intermediate, shape.hidden, shape.top_k, code)
+    config = down_config(shape.intermediate, shape.top_k, code)
     numbers = f"*{shape.dtype}"
     return CompileSpec(
         kernel=packed_down_kernel,

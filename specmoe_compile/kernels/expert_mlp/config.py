@@ -62,9 +62,7 @@ def row_block(length: int, itemsize: int, most: int) -> int:
     return best
 
 
-def gate_up_config(
-    intermediate: int, hidden: int, itemsize: int, *, has_gate: bool, transposed: bool
-) -> GemvConfig:
+def gate_up_config(hidden: int, itemsize: int, *, has_gate: bool, transposed: bool) -> GemvConfig:
     """Configuration of the up projection."""
     matrices = 2 if has_gate else 1
     if transposed:
@@ -82,9 +80,7 @@ def gate_up_config(
     )
 
 
-def down_config(
-    intermediate: int, hidden: int, top_k: int, itemsize: int, *, transposed: bool
-) -> GemvConfig:
+def down_config(intermediate: int, top_k: int, itemsize: int, *, transposed: bool) -> GemvConfig:
     """Configuration of the down projection, which also sums over K."""
     block_k = next_power_of_2(top_k)
     if transposed:

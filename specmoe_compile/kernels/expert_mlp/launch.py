@@ -36,7 +36,7 @@ def launch_gate_up(
         return
     hidden, inner = bank.sizes(form)
     config = gate_up_config(
-        inner, hidden, x.element_size(), has_gate=form.has_gate, transposed=form.transposed
+        hidden, x.element_size(), has_gate=form.has_gate, transposed=form.transposed
     )
     up_bias = bank.up if bank.up_bias is None else bank.up_bias
     gate_up_kernel[(slots.numel(), ceil_div(inner, config.block_out))](
@@ -99,9 +99,7 @@ def launch_down(
             reads=reads,
         )
         return
-    config = down_config(
-        inner, hidden, top_k, intermediate.element_size(), transposed=form.transposed
-    )
+    config = down_config(inner, top_k, intermediate.element_size(), transposed=form.transposed)
     down_bias = bank.down if bank.down_bias is None else bank.down_bias
     down_kernel[(tokens, ceil_div(hidden, config.block_out))](
         intermediate,

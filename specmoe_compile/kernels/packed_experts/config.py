@@ -55,7 +55,7 @@ def _block_in(length: int, code: WeightCode, most_bytes: int) -> int:
     return block
 
 
-def gate_up_config(inner: int, hidden: int, code: WeightCode, *, has_gate: bool) -> GemvConfig:
+def gate_up_config(hidden: int, code: WeightCode, *, has_gate: bool) -> GemvConfig:
     """Configuration of the up projection: whole rows where they fit, straight into registers.
 
     Pipelines through shared memory cost more than they hide: on an H200 FP8 of Qwen3-30B-A3B took
@@ -82,7 +82,7 @@ def up_fuses(config: GemvConfig, code: WeightCode, *, has_gate: bool) -> bool:
     return tile_bytes >= WARP_LOAD_BYTES * config.num_warps
 
 
-def down_config(inner: int, hidden: int, top_k: int, code: WeightCode) -> GemvConfig:
+def down_config(inner: int, top_k: int, code: WeightCode) -> GemvConfig:
     """Configuration of the down projection, which also sums over K.
 
     There are too few programs to hide what one waits for: here a pipeline pays.

@@ -66,7 +66,7 @@ def launch_packed_gate_up(
     hidden, inner = bank.sizes(form)
     code = form.format.up
     if config is None:
-        config = gate_up_config(inner, hidden, code, has_gate=form.has_gate)
+        config = gate_up_config(hidden, code, has_gate=form.has_gate)
     pointers, strides = plane_args(bank.up_planes, bank.up_bias, code)
     packed_gate_up_kernel[(slots.numel(), ceil_div(inner, config.block_out))](
         x,
@@ -108,7 +108,7 @@ def launch_packed_down(
     hidden, inner = bank.sizes(form)
     tokens, top_k = slots.shape
     if config is None:
-        config = down_config(inner, hidden, top_k, form.format.down)
+        config = down_config(inner, top_k, form.format.down)
     pointers, strides = plane_args(bank.down_planes, bank.down_bias, form.format.down)
     packed_down_kernel[(tokens, ceil_div(hidden, config.block_out))](
         intermediate,

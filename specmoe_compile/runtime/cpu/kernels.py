@@ -62,7 +62,7 @@ def one_token_kernel_or_none(
         return None
     key = (traced.code, *((tuple(t.shape), t.stride(), t.dtype) for t in present))
     if key not in _compiled:
-        _compiled[key] = _compile_or_none(traced, up, present)
+        _compiled[key] = _compile_or_none(traced, up)
     compiled = _compiled[key]
     if compiled is None:
         return None
@@ -117,9 +117,7 @@ def _without_grad(compile_fx: Callable[..., Any], *arguments: Any) -> Callable[.
         return compile_fx(*arguments)  # type: ignore[no-any-return]
 
 
-def _compile_or_none(
-    traced: torch.fx.GraphModule, up: Tensor, present: list[Tensor]
-) -> Callable[..., Any] | None:
+def _compile_or_none(traced: torch.fx.GraphModule, up: Tensor) -> Callable[..., Any] | None:
     free_bytes = available_ram_bytes()
     if free_bytes < COMPILING_BYTES:  # the system would end this process, and not the compiler
         log.warning(
