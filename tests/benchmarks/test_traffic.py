@@ -239,7 +239,6 @@ def test_a_plan_without_misses_moves_what_it_claims(
         *(torch.zeros(min(choices, shape.num_experts), dtype=torch.int32) for _ in range(2)),
         torch.zeros(1, dtype=torch.int32),
         policy="lru",
-        bypass=False,
         speculative=False,
         max_fills=MAX_CHOICES,
     )

@@ -32,7 +32,6 @@ class Step:
     """One plan: ids as rows of equal length, and its kind; `by_tensor`: how its budget is given."""
 
     ids: list[list[int]]
-    bypass: bool = False
     speculative: bool = False
     max_fills: int = MAX_CHOICES
     by_tensor: bool = False
@@ -44,8 +43,12 @@ class Step:
             budget: dict[str, Any] = {"fill_limit": limit}
         else:
             budget = {"max_fills": self.max_fills}
-        kind = {"bypass": self.bypass, "speculative": self.speculative}
-        return {**kind, **budget, "spare": self.spare, "spare_from": SPARE_FROM}
+        return {
+            "speculative": self.speculative,
+            **budget,
+            "spare": self.spare,
+            "spare_from": SPARE_FROM,
+        }
 
 
 class ExpectedCache:
@@ -68,7 +71,6 @@ class ExpectedCache:
             0,
             self._afforded(flat, step.max_fills),
             pinned_slots=set(self.pending),
-            bypass=step.bypass,
             speculative=step.speculative,
         )
         hits, fills = dict(plan.hits), dict(plan.fills)
@@ -92,7 +94,7 @@ class ExpectedCache:
             self.unused -= used
             self.pending.clear()
         copied = dict(fills)
-        if is_adaptive and not step.bypass and not step.speculative:
+        if is_adaptive and not step.speculative:
             for place, expert in enumerate(plan.bypassed[: step.spare]):
                 copied[expert] = arriving[expert] = SPARE_FROM + place
         order = [expert for expert in dict.fromkeys(flat) if expert in copied]
@@ -174,7 +176,6 @@ def plan_by_kernel(
     tables: CacheTables,
     *,
     policy: str,
-    bypass: bool = False,
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
@@ -188,7 +189,6 @@ def plan_by_kernel(
         *tables,
         *plan,
         policy=policy,
-        bypass=bypass,
         speculative=speculative,
         max_fills=max_fills,
         fill_limit=fill_limit,

@@ -71,7 +71,6 @@ def streams(draw: st.DrawFn, max_steps: int) -> dict[str, Any]:
         steps.append(
             Step(
                 ids=draw(st.lists(row, min_size=tokens, max_size=tokens)),
-                bypass=draw(st.sampled_from([False, False, False, True])),
                 speculative=speculative,
                 max_fills=draw(st.integers(0, 3)) if speculative else MAX_CHOICES,
                 by_tensor=speculative and draw(st.booleans()),
@@ -126,8 +125,7 @@ def random_steps(
             rows = [torch.randperm(experts)[:top_k].tolist() for _ in range(tokens)]
         else:
             rows = torch.randint(0, experts, (tokens, top_k)).tolist()
-        kind = {"speculative": index % 3 == 1, "bypass": index % 5 == 3}
-        steps.append(Step(ids=rows, spare=index % 4, **kind))
+        steps.append(Step(ids=rows, spare=index % 4, speculative=index % 3 == 1))
     return steps
 
 

@@ -63,7 +63,6 @@ def plan_spec(
             "COUNTERS": len(COUNTERS),
             "SCORED": policy != "lru",
             "ADAPTIVE": policy == "adaptive",
-            "BYPASS": False,
             "SPECULATIVE": speculative,
             "MAX_FILLS": MAX_CHOICES,
             "LIMITED": speculative,

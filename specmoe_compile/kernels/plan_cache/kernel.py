@@ -112,7 +112,6 @@ def plan_cache_kernel(
     COUNTERS: tl.constexpr,
     SCORED: tl.constexpr,
     ADAPTIVE: tl.constexpr,
-    BYPASS: tl.constexpr,
     SPECULATIVE: tl.constexpr,
     MAX_FILLS: tl.constexpr,
     LIMITED: tl.constexpr,
@@ -176,8 +175,6 @@ def plan_cache_kernel(
         worth = (used << INDEX_BITS) | slots
     occupied = (held_before >= 0).to(tl.int64)
     free = real & ~hit & ~in_flight & (held_before < E)
-    if BYPASS:
-        free = free & (held_before < 0)
     # Smallest key leaves first; slots that hold nothing in their order. Keys differ.
     key = tl.where(occupied > 0, (occupied << OCCUPIED_BIT) | worth, slots.to(tl.int64))
     key = tl.where(free, key, LAST_KEY)
@@ -299,7 +296,6 @@ def launch_plan(
     fill_count: Tensor,
     *,
     policy: str,
-    bypass: bool,
     speculative: bool,
     max_fills: int,
     fill_limit: Tensor | None = None,
@@ -333,11 +329,10 @@ def launch_plan(
         COUNTERS=counters.shape[0],
         SCORED=policy != "lru",
         ADAPTIVE=policy == "adaptive",
-        BYPASS=bypass,
         SPECULATIVE=speculative,
         MAX_FILLS=max_fills,
         LIMITED=fill_limit is not None,
-        SPARE=0 if bypass or speculative or policy != "adaptive" else spare,
+        SPARE=0 if speculative or policy != "adaptive" else spare,
         BLOCK_C=block_c,
         CHUNK=chunk,
         BLOCK_S=block_s,

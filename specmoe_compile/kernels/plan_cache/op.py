@@ -22,7 +22,7 @@ _NAME = "plan_cache"
 LIBRARY.define(
     f"{_NAME}(Tensor ids, Tensor(a!) slot_of, Tensor(b!) expert_of, Tensor(c!) last_use,"
     " Tensor(d!) scores, Tensor(e!) pending, Tensor(f!) unused, Tensor(g!) clock,"
-    " Tensor(i!) regret, Tensor(h!) counters, *, str policy, bool bypass=False,"
+    " Tensor(i!) regret, Tensor(h!) counters, *, str policy,"
     " bool speculative=False, int max_fills=256, Tensor? fill_limit=None, int spare=0,"
     " int spare_from=0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -76,7 +76,6 @@ class PlanOptions(NamedTuple):
     """Arguments of `plan_cache` besides tensors, with the defaults of the op's schema."""
 
     policy: str
-    bypass: bool = False
     speculative: bool = False
     max_fills: int = MAX_CHOICES
     fill_limit: Tensor | None = None
@@ -108,7 +107,6 @@ def plan_cache(
     tables: CacheTables,
     *,
     policy: str,
-    bypass: bool = False,
     speculative: bool = False,
     max_fills: int = MAX_CHOICES,
     fill_limit: Tensor | None = None,
@@ -126,7 +124,6 @@ def plan_cache(
             none, and E, which stands for an expert of another rank. On CUDA so do larger ones.
         tables: of the layer, on the device of `ids`; E and S at most 512. Changed in place.
         policy: "lru", "lfu" or "adaptive".
-        bypass: only slots that hold nothing are filled, nothing is evicted.
         speculative: the ids are a guess: hits are not uses, and fills become pending and unused.
         max_fills: slots that a guess may fill, those of the first choices; the rest is left out.
         fill_limit: [1] int32, the same, read on the device when the plan runs; the smaller counts.
@@ -143,13 +140,13 @@ def plan_cache(
             is too large; on the CPU also an id of more than E.
         SpecMoEError: CUDA tensors without Triton.
     """
-    options = PlanOptions(policy, bypass, speculative, max_fills, fill_limit, spare, spare_from)
+    options = PlanOptions(policy, speculative, max_fills, fill_limit, spare, spare_from)
     op = torch.ops.specmoe_kernels.plan_cache
     return CachePlanTensors(*op(ids, *tables, **options._asdict()))
 
 
 def _check(ids: Tensor, tables: CacheTables, options: PlanOptions) -> None:
-    policy, _, speculative, max_fills, fill_limit, spare, spare_from = options
+    policy, speculative, max_fills, fill_limit, spare, spare_from = options
     check_tensor(_NAME, "ids", ids, ("T", "K"), INDEX_DTYPES)
     check_tensor(_NAME, "slot_of", tables.slot_of, ("E",), (torch.int32,), like=ids)
     check_tensor(_NAME, "expert_of", tables.expert_of, ("S",), (torch.int32,), like=ids)

@@ -29,7 +29,6 @@ def plan_cache_reference(
     counters: Tensor,
     *,
     policy: Policy,
-    bypass: bool,
     speculative: bool,
     max_fills: int,
     fill_limit: Tensor | None = None,
@@ -59,7 +58,6 @@ def plan_cache_reference(
         0,
         _within_budget(choices, cache.slot_of[0], max_fills),
         pinned_slots=[slot for slot, flag in enumerate(in_flight) if flag],
-        bypass=bypass,
         speculative=speculative,
     )
     columns = (
@@ -76,7 +74,7 @@ def plan_cache_reference(
     _keep_books(plan, pending, unused, counters, len(late_hits), speculative=speculative)
 
     sent = dict(plan.fills)
-    if not bypass and not speculative:
+    if not speculative:
         sent |= {e: spare_from + place for place, e in enumerate(plan.bypassed[: cache.spare])}
     present, late = _split_choices(choices, cache.slot_of[0], set(late_hits), sent)
     order = [expert for expert in dict.fromkeys(choices) if expert in sent]
