@@ -17,12 +17,12 @@ from benchmarks.speculation import run as speculation_run
 from specmoe_compile import backend
 from specmoe_compile.bench.arms import ARMS as BENCH_ARMS
 from specmoe_compile.calibrate.fidelity import _graph_options
+from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.prompts import prompts_as_they_are
 from specmoe_compile.options import CompileOptions, SessionOptions
 from specmoe_compile.passes.pass_config import PassConfig
 from specmoe_compile.runtime.cpu.live_engine import LiveEngine
 from specmoe_compile.runtime.cuda.prefetch_budget import prefetch_pays
-from specmoe_compile.runtime.session import session_of
 from tests.helpers import greedy, prompts, tiny_qwen3_moe
 from tests.runtime.cuda.recorded import Prompt, Recorder
 from tests.runtime.cuda.stream_model import StreamModel
