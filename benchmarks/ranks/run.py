@@ -27,7 +27,7 @@ from benchmarks.ranks.groups import Group
 from benchmarks.ranks.page import page, results
 from specmoe_compile.bench.machine import provenance
 from specmoe_compile.cli.bench import DEFAULT_PROMPT, describe_model
-from specmoe_compile.cli.generate import load_tokenizer
+from specmoe_compile.cli.tokenizer import load_tokenizer
 from specmoe_compile.reference_model import CHECKPOINT_DIR
 from specmoe_compile.system.output import check_writable, write_json
 

@@ -59,7 +59,7 @@ class Side:
         from transformers import StaticCache
 
         import specmoe_compile
-        from specmoe_compile.cli.generate import load_tokenizer
+        from specmoe_compile.cli.tokenizer import load_tokenizer
         from specmoe_compile.serve.app import make_app
         from specmoe_compile.serve.engine import Engine
         from specmoe_compile.serve.metrics import Metrics

@@ -197,7 +197,7 @@ def load_prompts(model: str, prompt_file: Path | None) -> tuple[list[list[int]],
 
     import torch
 
-    from specmoe_compile.cli.generate import load_tokenizer
+    from specmoe_compile.cli.tokenizer import load_tokenizer
 
     if prompt_file is not None:
         text = prompt_file.expanduser().read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ def calibrate(
 
       specmoe generate Qwen/Qwen3-30B-A3B --prompt "Hello" -O default_vectors=qwen3.safetensors
     """
-    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, write_json
 
     check_writable(json)
     out = out.expanduser()
@@ -81,13 +81,10 @@ def calibrate(
 
     import specmoe_compile
     from specmoe_compile.calibrate.calibration import calibrate as run
-    from specmoe_compile.cli.generate import load_tokenizer
+    from specmoe_compile.cli.tokenizer import quiet_tokenizer
     from specmoe_compile.predict.training import TrainingConfig
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
-    ids = read_tokens(text, load_tokenizer(model))
+    ids = read_tokens(text, quiet_tokenizer(model, threads))
     parts = windows(ids, count=max(2, tokens // window), length=window, path=text)
     if len(parts) < 2:
         raise ValueError(

@@ -120,7 +120,8 @@ def _generate(
 
     import specmoe_compile
     from specmoe_compile.bench.worker import compile_seconds, peak_rss_bytes
-    from specmoe_compile.cli.generate import load_tokenizer, stream
+    from specmoe_compile.cli.generate import stream
+    from specmoe_compile.cli.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(prompt, return_tensors="pt").input_ids

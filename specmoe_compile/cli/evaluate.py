@@ -103,7 +103,7 @@ def evaluate(
 
       specmoe eval ./checkpoint --text held_out.txt --policy commit --skip none --skip 0,1
     """
-    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, write_json
 
     if missing_weights == "random":
         if reference == "plain":
@@ -128,14 +128,9 @@ def evaluate(
     for name in policy or DEFAULT_POLICIES:
         parse_policy(name)
 
-    import torch
+    from specmoe_compile.cli.tokenizer import quiet_tokenizer
 
-    from specmoe_compile.cli.generate import load_tokenizer
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
-    ids = read_tokens(text, load_tokenizer(model))
+    ids = read_tokens(text, quiet_tokenizer(model, threads))
     count = -(-tokens // (window - 1 - context))
     parts = {
         "windows": windows(ids, count=count, length=window, path=text),

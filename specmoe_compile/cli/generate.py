@@ -29,6 +29,7 @@ from specmoe_compile.cli.options import (
     require_compiler,
 )
 from specmoe_compile.cli.ranks import first_ranks, refuse_on_ranks
+from specmoe_compile.cli.tokenizer import quiet_tokenizer
 from specmoe_compile.system.launched import split_of_ranks
 from specmoe_compile.system.progress import phase
 
@@ -89,7 +90,7 @@ def generate(
 
       echo "Once upon a time" | specmoe generate ./checkpoint --prompt - --temperature 0.8
     """
-    from specmoe_compile.system.output import check_writable, quiet_transformers, write_json
+    from specmoe_compile.system.output import check_writable, write_json
 
     options = compile_options(option)
     refuse_on_ranks("--trace", trace, "a trace is of all experts")
@@ -109,10 +110,7 @@ def generate(
 
     if compile:
         require_compiler(device, options)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
-    tokenizer = load_tokenizer(model)
+    tokenizer = quiet_tokenizer(model, threads)
     ids = _encode(tokenizer, text, chat=chat)
     inner: Any = specmoe_compile.from_pretrained(
         model,
@@ -215,38 +213,6 @@ def stream(
         "ttft_ms": clock.ttft_ms,
         "tpot_ms": spread(clock.intervals_ms) if clock.intervals_ms else None,
     }
-
-
-def load_tokenizer(model: str) -> Any:
-    """Load a model's tokenizer; raises `ValueError` with one sentence if there is none."""
-    from transformers import AutoTokenizer
-
-    from specmoe_compile.hf.checkpoint import check_checkpoint_folder
-
-    loader: Any = AutoTokenizer
-    if Path(model).is_dir():
-        check_checkpoint_folder(Path(model))
-    elif Path(model).exists():
-        raise ValueError(f"{model} is a file: give the checkpoint's folder.")
-    none = ValueError(
-        f"{model} has no tokenizer that transformers can load: add tokenizer.json and"
-        " tokenizer_config.json to the folder."
-    )
-    try:
-        tokenizer = loader.from_pretrained(model)
-    except ImportError:
-        raise  # says which package is missing
-    except Exception as error:  # the tokenizers library raises plain ones
-        if isinstance(error, (OSError, ValueError)) and not Path(model).is_dir():
-            raise FileNotFoundError(
-                f"{model!r} is neither a folder nor a model that the Hugging Face hub or its local"
-                " cache has: check the name, or your connection."
-            ) from error
-        raise none from error
-    # From a folder without its files transformers makes one without a vocabulary.
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise none
-    return tokenizer
 
 
 def _recorder(model: Any) -> TraceRecorder:

@@ -100,19 +100,13 @@ def serve(
     bound = bind(host, port)
     logging.getLogger("specmoe_compile.serve").setLevel(logging.INFO)
 
-    import torch
-
     import specmoe_compile
-    from specmoe_compile.cli.generate import load_tokenizer
+    from specmoe_compile.cli.tokenizer import quiet_tokenizer
     from specmoe_compile.serve.app import make_app
     from specmoe_compile.serve.guards import is_loopback
     from specmoe_compile.serve.metrics import Metrics
-    from specmoe_compile.system.output import quiet_transformers
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    quiet_transformers()
-    tokenizer = load_tokenizer(model)
+    tokenizer = quiet_tokenizer(model, threads)
     check_positions(model, max_context)
     inner: Any = specmoe_compile.from_pretrained(
         model,
