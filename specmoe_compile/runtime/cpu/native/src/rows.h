@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "ahead.h"
 #include "factors.h"
@@ -57,11 +58,10 @@ struct PlainF16 {
 
 // The sums of R rows and N tokens, each over its lanes.
 template <int R, int N>
-SPECMOE_INLINE void store_sums(const V (&sum)[R][N], int64_t token, float* out,
-                               int64_t out_stride) {
+SPECMOE_INLINE void store_sums(const V (&sum)[R][N], float* out, int64_t out_stride) {
   SPECMOE_UNROLL
   for (int n = 0; n < N; n++) {
-    float* of = out + (token + n) * out_stride;
+    float* of = out + n * out_stride;
     if constexpr (R == 4)
       reduce4(sum[0][n], sum[1][n], sum[2][n], sum[3][n], of);
     else
@@ -69,15 +69,24 @@ SPECMOE_INLINE void store_sums(const V (&sum)[R][N], int64_t token, float* out,
   }
 }
 
+// Where the inputs of N tokens begin.
+template <int N>
+struct FloatInputs {
+  const float* of[N];
+
+  FloatInputs(const Inputs& in, int64_t token) {
+    SPECMOE_UNROLL
+    for (int n = 0; n < N; n++) of[n] = in.values + in.rows[token + n] * in.stride;
+  }
+};
+
 template <class Type, int R, int N>
-inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int64_t token,
-                        float* out, int64_t out_stride) {
+inline void plain_block(const WeightView& w, int64_t row, const FloatInputs<N>& x, float* out,
+                        int64_t out_stride) {
   using Element = typename Type::Element;
   const Element* rows[R];
-  const float* x[N];
   V sum[R][N];
   for (int r = 0; r < R; r++) rows[r] = reinterpret_cast<const Element*>(w.row(row + r));
-  for (int n = 0; n < N; n++) x[n] = in.values + in.rows[token + n] * in.stride;
   for (int r = 0; r < R; r++)
     for (int n = 0; n < N; n++) sum[r][n] = zero();
   const int64_t inputs = w.spec->inputs;
@@ -85,7 +94,7 @@ inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int6
   const int64_t ahead = R > 1 ? R * w.spec->row_bytes : kAheadBytes;
   for (int64_t k = 0; k < whole; k += 16) {
     V xs[N];
-    for (int n = 0; n < N; n++) xs[n] = load(x[n] + k);
+    for (int n = 0; n < N; n++) xs[n] = load(x.of[n] + k);
     for (int r = 0; r < R; r++) {
       prefetch(rows[r] + k, ahead);
       const V value = Type::get(rows[r] + k);
@@ -97,11 +106,11 @@ inline void plain_block(const WeightView& w, int64_t row, const Inputs& in, int6
       alignas(64) Element tail[16] = {};
       std::memcpy(tail, rows[r] + whole, static_cast<size_t>(inputs - whole) * sizeof(Element));
       const V value = Type::get(tail);
-      for (int n = 0; n < N; n++) sum[r][n] = fma(value, load(x[n] + whole), sum[r][n]);
+      for (int n = 0; n < N; n++) sum[r][n] = fma(value, load(x.of[n] + whole), sum[r][n]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) out[(token + n) * out_stride + r] = reduced(sum[r][n]);
+    for (int n = 0; n < N; n++) out[n * out_stride + r] = reduced(sum[r][n]);
 }
 
 struct NibbleBook {
@@ -124,12 +133,8 @@ struct Int8Book {
 
 template <class Book, bool Halves, bool Zeros, int R, int N>
 inline void coded_block(const WeightView& w, const Book& book, const RowFactors* factors,
-                        int64_t row, const Inputs& in, int64_t token, float* out,
-                        int64_t out_stride) {
-  const float* x[N];
+                        int64_t row, const FloatInputs<N>& x, float* out, int64_t out_stride) {
   V sum[R][N];
-  SPECMOE_UNROLL
-  for (int n = 0; n < N; n++) x[n] = in.values + in.rows[token + n] * in.stride;
   SPECMOE_UNROLL
   for (int r = 0; r < R; r++) {
     SPECMOE_UNROLL
@@ -146,7 +151,7 @@ inline void coded_block(const WeightView& w, const Book& book, const RowFactors*
     const V scale = Halves ? halves(f.scale[2 * b], f.scale[2 * b + 1]) : broadcast(f.scale[b]);
     SPECMOE_UNROLL
     for (int n = 0; n < N; n++) {
-      const float* of = x[n] + 32 * b;
+      const float* of = x.of[n] + 32 * b;
       const V product = fma(value.second, load(of + 16), mul(value.first, load(of)));
       sum[r][n] = fma(product, scale, sum[r][n]);
     }
@@ -171,7 +176,7 @@ inline void coded_block(const WeightView& w, const Book& book, const RowFactors*
     }
   }
   for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) out[(token + n) * out_stride + r] = reduced(sum[r][n]);
+    for (int n = 0; n < N; n++) out[n * out_stride + r] = reduced(sum[r][n]);
 }
 
 inline void apply_globals(const WeightView& w, int64_t begin, int64_t end, int64_t tokens,
@@ -187,10 +192,10 @@ inline void apply_globals(const WeightView& w, int64_t begin, int64_t end, int64
 template <int R, int N, class Block>
 __attribute__((noinline)) void run_apart(const Block& block, int64_t row, int64_t token,
                                          float* out) {
-  block.template run<R, N>(row, token, out);
+  block.template run<R, N>(block.template tokens<N>(token), row, out + token * block.out_stride);
 }
 
-// Calls block<R, N>(row, token, out) so that all rows and tokens are covered.
+// Calls block.run<R, N>(its tokens<N>(token), row, out) so that all rows and tokens are covered.
 template <int R, int N, class Block>
 inline void cover_tokens(const Block& block, int64_t row, int64_t tokens, float* out) {
   int64_t t = 0;
@@ -200,6 +205,7 @@ inline void cover_tokens(const Block& block, int64_t row, int64_t tokens, float*
 
 template <class Block>
 inline void cover_one_token(Block block, int64_t begin, int64_t end, float* out) {
+  const auto token = block.template tokens<1>(0);
   const int64_t row_bytes = block.w.spec->row_bytes;
   const bool one_by_one = Block::kOneByOne && row_bytes > kLine && row_bytes <= kShortRow;
   const int64_t most = block.rows_at_once();
@@ -209,8 +215,8 @@ inline void cover_one_token(Block block, int64_t begin, int64_t end, float* out)
     int r = 0;
     if (!one_by_one)
       for (; r + ROWS1 <= rows; r += ROWS1)
-        block.template run<ROWS1, 1>(row + r, 0, out + row + r - begin, r);
-    for (; r < rows; r++) block.template run<1, 1>(row + r, 0, out + row + r - begin, r);
+        block.template run<ROWS1, 1>(token, row + r, out + row + r - begin, r);
+    for (; r < rows; r++) block.template run<1, 1>(token, row + r, out + row + r - begin, r);
   }
 }
 
@@ -230,54 +236,65 @@ inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float
 
 template <class Type>
 struct PlainBlock {
-  const WeightView& w;
-  const Inputs& in;
-  int64_t out_stride;
+  const WeightView w;
+  const Inputs in;
+  const int64_t out_stride;
   static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return kManyRows; }
   void prepare(int64_t, int) {}
+  template <int N>
+  FloatInputs<N> tokens(int64_t token) const {
+    return {in, token};
+  }
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out, int = 0) const {
-    plain_block<Type, R, N>(w, row, in, token, out, out_stride);
+  void run(const FloatInputs<N>& x, int64_t row, float* out, int = 0) const {
+    plain_block<Type, R, N>(w, row, x, out, out_stride);
   }
 };
 
-template <class Book>
+template <class Book, bool Halves, bool Zeros>
 struct CodedBlock {
-  const WeightView& w;
-  const Inputs& in;
-  int64_t out_stride;
-  const Book& book;
+  const WeightView w;
+  const Inputs in;
+  const int64_t out_stride;
+  const Book book;
   Factors<ROWS1>& factors;
-  float factor;
-  float middle;
+  const float factor;
+  const float middle;
   static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+  template <int N>
+  FloatInputs<N> tokens(int64_t token) const {
+    return {in, token};
+  }
   // `nth`: of the rows that were prepared, the first one.
   template <int R, int N>
-  void run(int64_t row, int64_t token, float* out, int nth = 0) const {
-    const RowFactors* of = factors.of + nth;
-    const bool halves = Book::kFourBit && w.spec->block_columns == 16;
-    const bool zeros = Book::kFourBit && w.spec->zeros >= 0;
-    constexpr bool may = Book::kFourBit;  // else fewer cases to compile
-    if (halves && zeros)
-      coded_block<Book, may, may, R, N>(w, book, of, row, in, token, out, out_stride);
-    else if (halves)
-      coded_block<Book, may, false, R, N>(w, book, of, row, in, token, out, out_stride);
-    else if (zeros)
-      coded_block<Book, false, may, R, N>(w, book, of, row, in, token, out, out_stride);
-    else
-      coded_block<Book, false, false, R, N>(w, book, of, row, in, token, out, out_stride);
+  void run(const FloatInputs<N>& x, int64_t row, float* out, int nth = 0) const {
+    coded_block<Book, Halves, Zeros, R, N>(w, book, factors.of + nth, row, x, out, out_stride);
   }
 };
+
+// Calls `go` with what a weight of 4 bits has as types: a scale per 16 columns, and zeros. Codes of
+// 8 bits have neither, which is fewer cases to compile.
+template <bool IsFourBit, class Go>
+inline void with_cases(const WeightSpec& spec, const Go& go) {
+  using No = std::false_type;
+  using May = std::bool_constant<IsFourBit>;
+  const bool halves = IsFourBit && spec.block_columns == 16, zeros = IsFourBit && spec.zeros >= 0;
+  if (halves && zeros) return go(May(), May());
+  if (halves) return go(May(), No());
+  return zeros ? go(No(), May()) : go(No(), No());
+}
 
 template <class Book>
 void coded_rows(const Book& book, float factor, float middle, const WeightView& w, int64_t begin,
                 int64_t end, const Inputs& in, float* out, int64_t out_stride) {
   static thread_local Factors<ROWS1> factors;
-  cover(CodedBlock<Book>{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens,
-        out);
+  with_cases<Book::kFourBit>(*w.spec, [&](auto halves, auto zeros) {
+    using Block = CodedBlock<Book, decltype(halves)::value, decltype(zeros)::value>;
+    cover(Block{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens, out);
+  });
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }
 

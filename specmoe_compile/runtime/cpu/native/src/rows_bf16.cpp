@@ -53,90 +53,96 @@ struct BlockBytes {
   }
 };
 
+// Where the inputs of N tokens begin.
+template <int N>
+struct HalfInputs {
+  const uint16_t* of[N];
+};
+
 template <bool HasHalves, int R, int N>
 struct PairSums {
   const PairBook& book;
-  const uint16_t* x[N];
-  const float* scales[R];
+  const HalfInputs<N>& x;
   V sum[R][N];
 
-  // 32 columns of a row.
-  SPECMOE_INLINE void add_block(int r, int64_t b, __m512i codes) {
-    const float* of = scales[r];
+  // 32 columns of a row, and its scales.
+  SPECMOE_INLINE void add_block(int r, int64_t b, __m512i codes, const float* of) {
     const V scale = HasHalves ? halves(of[2 * b], of[2 * b + 1]) : broadcast(of[b]);
     const __m512bh value = book.values(codes);
     SPECMOE_UNROLL
     for (int n = 0; n < N; n++) {
-      const auto xs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x[n] + 32 * b));
+      const auto xs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x.of[n] + 32 * b));
       sum[r][n] = fma(_mm512_dpbf16_ps(zero(), value, xs), scale, sum[r][n]);
     }
   }
 };
 
-template <bool HasHalves, int R, int N>
-SPECMOE_INLINE void pair_block(const WeightView& w, const PairBook& book,
-                               const RowFactors* factors, int64_t row, const Inputs& in,
-                               int64_t token, float* out, int64_t out_stride) {
-  constexpr int64_t kBytes = 16, kLineBlocks = kLine / kBytes;  // of 32 codes
-  static const BlockBytes bytes;
-  const __m512i first = _mm512_load_si512(bytes.of[0]), second = _mm512_load_si512(bytes.of[1]);
-  PairSums<HasHalves, R, N> sums{book, {}, {}, {}};
-  SPECMOE_UNROLL
-  for (int n = 0; n < N; n++) sums.x[n] = in.bf16 + in.rows[token + n] * in.stride;
-  SPECMOE_UNROLL
-  for (int r = 0; r < R; r++) {
-    sums.scales[r] = factors[r].scale;
-    SPECMOE_UNROLL
-    for (int n = 0; n < N; n++) sums.sum[r][n] = zero();
-  }
-  const int64_t blocks = (w.spec->inputs + 31) / 32, row_bytes = w.spec->row_bytes;
-  const int64_t whole = w.spec->inputs / 32;
-  const uint8_t* codes = w.row(row);
-  int64_t b = 0;
-  for (; b + kLineBlocks <= whole; b += kLineBlocks) {
-    SPECMOE_UNROLL
-    for (int r = 0; r < R; r++) {
-      const uint8_t* line = codes + r * row_bytes + b * kBytes;
-      prefetch(line, kAheadBytes);
-      const __m512i all = _mm512_loadu_si512(line);
-      const __m512i one = nibbles(_mm512_permutexvar_epi8(first, all));
-      const __m512i other = nibbles(_mm512_permutexvar_epi8(second, all));
-      sums.add_block(r, b, one);
-      sums.add_block(r, b + 1, _mm512_srli_epi16(one, 8));
-      sums.add_block(r, b + 2, other);
-      sums.add_block(r, b + 3, _mm512_srli_epi16(other, 8));
-    }
-  }
-  for (; b < blocks; b++) {
-    SPECMOE_UNROLL
-    for (int r = 0; r < R; r++) {
-      alignas(64) uint8_t part[kLine] = {};  // what follows a row is another's
-      const int64_t left = row_bytes - b * kBytes;
-      std::memcpy(part, codes + r * row_bytes + b * kBytes,
-                  static_cast<size_t>(left < kBytes ? left : kBytes));
-      sums.add_block(r, b, nibbles(_mm512_permutexvar_epi8(first, _mm512_load_si512(part))));
-    }
-  }
-  store_sums(sums.sum, token, out, out_stride);
-}
-
+template <bool HasHalves>
 struct PairBlock {
-  const WeightView& w;
-  const Inputs& in;
-  int64_t out_stride;
-  const PairBook& book;
-  Factors<ROWS1>& factors;
-  float middle;
   static constexpr bool kOneByOne = false;
+  static constexpr int64_t kBytes = 16, kLineBlocks = kLine / kBytes;  // of 32 codes
+
+  const WeightView w;
+  const Inputs in;
+  const int64_t out_stride;
+  const PairBook book;
+  Factors<ROWS1>& factors;
+  const float middle;
+  const __m512i first, second;  // BlockBytes
+  // Copies, since whatever is written may change what lies in memory.
+  const int64_t inputs = w.spec->inputs, row_bytes = w.spec->row_bytes;
+  const uint8_t* const codes = w.row(0);
+
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
   void prepare(int64_t row, int rows) { factors.decode(w, row, rows, 1.0f, middle); }
+
+  template <int N>
+  SPECMOE_INLINE HalfInputs<N> tokens(int64_t token) const {
+    HalfInputs<N> x;
+    SPECMOE_UNROLL
+    for (int n = 0; n < N; n++) x.of[n] = in.bf16 + in.rows[token + n] * in.stride;
+    return x;
+  }
+
   template <int R, int N>
-  SPECMOE_INLINE void run(int64_t row, int64_t token, float* out, int nth = 0) const {
-    const RowFactors* of = factors.of + nth;
-    if (w.spec->block_columns == 16)
-      pair_block<true, R, N>(w, book, of, row, in, token, out, out_stride);
-    else
-      pair_block<false, R, N>(w, book, of, row, in, token, out, out_stride);
+  SPECMOE_INLINE void run(const HalfInputs<N>& x, int64_t row, float* out, int nth = 0) const {
+    const RowFactors* factor = factors.of + nth;
+    PairSums<HasHalves, R, N> sums{book, x, {}};
+    SPECMOE_UNROLL
+    for (int r = 0; r < R; r++) {
+      SPECMOE_UNROLL
+      for (int n = 0; n < N; n++) sums.sum[r][n] = zero();
+    }
+    const int64_t whole = inputs / 32;
+    const uint8_t* rows = codes + row * row_bytes;
+    int64_t b = 0;
+    for (; b + kLineBlocks <= whole; b += kLineBlocks) {
+      SPECMOE_UNROLL
+      for (int r = 0; r < R; r++) {
+        const uint8_t* line = rows + r * row_bytes + b * kBytes;
+        const float* scale = factor[r].scale;
+        prefetch(line, kAheadBytes);
+        const __m512i all = _mm512_loadu_si512(line);
+        const __m512i one = nibbles(_mm512_permutexvar_epi8(first, all));
+        const __m512i other = nibbles(_mm512_permutexvar_epi8(second, all));
+        sums.add_block(r, b, one, scale);
+        sums.add_block(r, b + 1, _mm512_srli_epi16(one, 8), scale);
+        sums.add_block(r, b + 2, other, scale);
+        sums.add_block(r, b + 3, _mm512_srli_epi16(other, 8), scale);
+      }
+    }
+    for (; b < (inputs + 31) / 32; b++) {
+      SPECMOE_UNROLL
+      for (int r = 0; r < R; r++) {
+        alignas(64) uint8_t part[kLine] = {};  // what follows a row is another's
+        const int64_t left = row_bytes - b * kBytes;
+        std::memcpy(part, rows + r * row_bytes + b * kBytes,
+                    static_cast<size_t>(left < kBytes ? left : kBytes));
+        sums.add_block(r, b, nibbles(_mm512_permutexvar_epi8(first, _mm512_load_si512(part))),
+                       factor[r].scale);
+      }
+    }
+    store_sums(sums.sum, out, out_stride);
   }
 };
 
@@ -189,7 +195,14 @@ void rows_of_pairs(const WeightView& w, int64_t begin, int64_t end, const Inputs
   const bool is_int4 = w.spec->book == BOOK_INT4;
   const PairBook book(is_int4 ? int4 : e2m1);
   const float middle = is_int4 ? 8.0f : 0.0f;
-  cover(PairBlock{w, in, out_stride, book, factors, middle}, begin, end, in.tokens, out);
+  static const BlockBytes bytes;
+  const __m512i first = _mm512_load_si512(bytes.of[0]), second = _mm512_load_si512(bytes.of[1]);
+  const auto go = [&](auto halves) {
+    using Block = PairBlock<decltype(halves)::value>;
+    cover(Block{w, in, out_stride, book, factors, middle, first, second}, begin, end, in.tokens,
+          out);
+  };
+  w.spec->block_columns == 16 ? go(std::true_type()) : go(std::false_type());
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }
 

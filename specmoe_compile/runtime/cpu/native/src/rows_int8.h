@@ -64,15 +64,21 @@ SPECMOE_INLINE V by_lane(const float* p) {
   return Halves ? spread8(p) : spread4(p);
 }
 
+// Where the inputs of N tokens begin.
+template <int N>
+struct Int8Inputs {
+  const int8_t* x[N];
+  const float* scale[N];
+  const int32_t* minus[N];
+};
+
 template <class Book, bool Halves, bool Zeros, int R, int N>
 struct Int8Sums {
   static constexpr int64_t kBlocks = Book::kColumns / 32;  // of a group
   static constexpr int64_t kFactors = kBlocks * (Halves ? 2 : 1);
 
   const Book& book;
-  const int8_t* x[N];
-  const float* x_scale[N];
-  const int32_t* minus[N];
+  const Int8Inputs<N>& in;
   V sum[R][N];
 
   SPECMOE_INLINE void add_group(int r, int64_t g, const uint8_t* codes, const float* scales,
@@ -81,92 +87,93 @@ struct Int8Sums {
     const V scale = by_lane<Book, Halves>(scales);
     SPECMOE_UNROLL
     for (int n = 0; n < N; n++) {
-      const Ints minus_sums = load_ints(minus[n] + 16 * g);
-      V dots = to_floats(book.dot_group(bytes, x[n] + Book::kColumns * g, minus_sums));
+      const Ints minus_sums = load_ints(in.minus[n] + 16 * g);
+      V dots = to_floats(book.dot_group(bytes, in.x[n] + Book::kColumns * g, minus_sums));
       if (Zeros)
         dots = fma(mul(to_floats(minus_sums), broadcast(-1.0f)), by_lane<Book, Halves>(zeros),
                    dots);
-      const V scale_x = by_lane<Book, false>(x_scale[n] + kBlocks * g);
+      const V scale_x = by_lane<Book, false>(in.scale[n] + kBlocks * g);
       sum[r][n] = fma(dots, mul(scale, scale_x), sum[r][n]);
     }
   }
 };
 
-template <class Book, bool Halves, bool Zeros, int R, int N>
-SPECMOE_INLINE void int8_block(const WeightView& w, const Book& book, const RowFactors* factors,
-                               int64_t row, const Inputs& in, int64_t token, float* out,
-                               int64_t out_stride) {
-  using Sums = Int8Sums<Book, Halves, Zeros, R, N>;
-  constexpr int64_t kLane = Book::kColumns / 16;  // columns of one
-  Sums sums{book, {}, {}, {}, {}};
-  SPECMOE_UNROLL
-  for (int n = 0; n < N; n++) {
-    const int64_t from = in.rows[token + n] * in.stride;
-    sums.x[n] = in.codes + from;
-    sums.x_scale[n] = in.scales + from / 32;
-    sums.minus[n] = in.minus_sums + from / kLane;
-  }
-  SPECMOE_UNROLL
-  for (int r = 0; r < R; r++) {
-    SPECMOE_UNROLL
-    for (int n = 0; n < N; n++) sums.sum[r][n] = zero();
-  }
+template <class Book, bool Halves, bool Zeros>
+struct Int8Block {
+  static constexpr bool kOneByOne = false;
+
+  const WeightView w;
+  const Inputs in;
+  const int64_t out_stride;
+  const Book book;
+  Factors<ROWS1>& factors;
+  const float factor;
+  const float middle;
+  // Copies, since whatever is written may change what lies in memory.
   const int64_t inputs = w.spec->inputs, row_bytes = w.spec->row_bytes;
-  const int64_t groups = inputs / Book::kColumns;
-  const uint8_t* codes = w.row(row);
-  const int64_t ahead = std::max(R * row_bytes, kAheadBytes);
-  for (int64_t g = 0; g < groups; g++) {
+  const uint8_t* const codes = w.row(0);
+
+  int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
+  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+
+  template <int N>
+  SPECMOE_INLINE Int8Inputs<N> tokens(int64_t token) const {
+    constexpr int64_t kLane = Book::kColumns / 16;  // columns of one
+    Int8Inputs<N> of;
+    SPECMOE_UNROLL
+    for (int n = 0; n < N; n++) {
+      const int64_t from = in.rows[token + n] * in.stride;
+      of.x[n] = in.codes + from;
+      of.scale[n] = in.scales + from / 32;
+      of.minus[n] = in.minus_sums + from / kLane;
+    }
+    return of;
+  }
+
+  template <int R, int N>
+  SPECMOE_INLINE void run(const Int8Inputs<N>& of, int64_t row, float* out, int nth = 0) const {
+    using Sums = Int8Sums<Book, Halves, Zeros, R, N>;
+    const RowFactors* f = factors.of + nth;
+    Sums sums{book, of, {}};
     SPECMOE_UNROLL
     for (int r = 0; r < R; r++) {
-      const uint8_t* line = codes + r * row_bytes + g * kLine;
-      prefetch(line, ahead);
-      sums.add_group(r, g, line, factors[r].scale + g * Sums::kFactors,
-                     Zeros ? factors[r].zero + g * Sums::kFactors : nullptr);
+      SPECMOE_UNROLL
+      for (int n = 0; n < N; n++) sums.sum[r][n] = zero();
     }
+    const int64_t groups = inputs / Book::kColumns;
+    const uint8_t* first = codes + row * row_bytes;
+    const int64_t ahead = std::max(R * row_bytes, kAheadBytes);
+    for (int64_t g = 0; g < groups; g++) {
+      SPECMOE_UNROLL
+      for (int r = 0; r < R; r++) {
+        const uint8_t* line = first + r * row_bytes + g * kLine;
+        prefetch(line, ahead);
+        sums.add_group(r, g, line, f[r].scale + g * Sums::kFactors,
+                       Zeros ? f[r].zero + g * Sums::kFactors : nullptr);
+      }
+    }
+    if (groups * Book::kColumns < inputs) add_rest(sums, f, first, groups);
+    store_sums(sums.sum, out, out_stride);
   }
-  if (groups * Book::kColumns < inputs) {  // what follows a row, or its scales, is another's
+
+ private:
+  // What follows a row, or its scales, is another's.
+  template <int R, int N>
+  SPECMOE_INLINE void add_rest(Int8Sums<Book, Halves, Zeros, R, N>& sums, const RowFactors* f,
+                               const uint8_t* first, int64_t groups) const {
+    constexpr int64_t kFactors = Int8Sums<Book, Halves, Zeros, R, N>::kFactors;
     const int64_t left = inputs - groups * Book::kColumns;
     const size_t bytes = sizeof(float) * static_cast<size_t>((left + 31) / 32 * (Halves ? 2 : 1));
     SPECMOE_UNROLL
     for (int r = 0; r < R; r++) {
       alignas(64) uint8_t line[kLine] = {};
-      float scales[Sums::kFactors] = {}, zeros[Sums::kFactors] = {};
-      std::memcpy(line, codes + r * row_bytes + groups * kLine,
+      float scales[kFactors] = {}, zeros[kFactors] = {};
+      std::memcpy(line, first + r * row_bytes + groups * kLine,
                   static_cast<size_t>(row_bytes - groups * kLine));
-      std::memcpy(scales, factors[r].scale + groups * Sums::kFactors, bytes);
-      if (Zeros) std::memcpy(zeros, factors[r].zero + groups * Sums::kFactors, bytes);
+      std::memcpy(scales, f[r].scale + groups * kFactors, bytes);
+      if (Zeros) std::memcpy(zeros, f[r].zero + groups * kFactors, bytes);
       sums.add_group(r, groups, line, scales, zeros);
     }
-  }
-  store_sums(sums.sum, token, out, out_stride);
-}
-
-template <class Book>
-struct Int8Block {
-  const WeightView& w;
-  const Inputs& in;
-  int64_t out_stride;
-  const Book& book;
-  Factors<ROWS1>& factors;
-  float factor;
-  float middle;
-  static constexpr bool kOneByOne = false;
-  int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
-  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
-  template <int R, int N>
-  SPECMOE_INLINE void run(int64_t row, int64_t token, float* out, int nth = 0) const {
-    const RowFactors* of = factors.of + nth;
-    const bool halves = Book::kFourBit && w.spec->block_columns == 16;
-    const bool zeros = Book::kFourBit && w.spec->zeros >= 0;
-    constexpr bool may = Book::kFourBit;  // else fewer cases to compile
-    if (halves && zeros)
-      int8_block<Book, may, may, R, N>(w, book, of, row, in, token, out, out_stride);
-    else if (halves)
-      int8_block<Book, may, false, R, N>(w, book, of, row, in, token, out, out_stride);
-    else if (zeros)
-      int8_block<Book, false, may, R, N>(w, book, of, row, in, token, out, out_stride);
-    else
-      int8_block<Book, false, false, R, N>(w, book, of, row, in, token, out, out_stride);
   }
 };
 
@@ -174,8 +181,10 @@ template <class Book>
 void int8_rows(const Book& book, float factor, float middle, const WeightView& w, int64_t begin,
                int64_t end, const Inputs& in, float* out, int64_t out_stride) {
   static thread_local Factors<ROWS1> factors;
-  cover(Int8Block<Book>{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens,
-        out);
+  with_cases<Book::kFourBit>(*w.spec, [&](auto halves, auto zeros) {
+    using Block = Int8Block<Book, decltype(halves)::value, decltype(zeros)::value>;
+    cover(Block{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens, out);
+  });
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }
 
