@@ -40,6 +40,14 @@ float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
   return spec.bias_dtype == BF16 ? from_bf16(bits) : from_f16(bits);
 }
 
+NextRows rows_from(const WeightSpec& spec, const uint8_t* record, int64_t row) {
+  NextRows rows{WeightView{&spec, record}.row(row), nullptr};
+  if (spec.scales < 0 || spec.block_rows != 1) return rows;
+  const int64_t element = spec.scale == SCALE_E8M0 || spec.scale == SCALE_E4M3 ? 1 : 2;
+  rows.scales = record + spec.scales + row * spec.scale_columns * element;
+  return rows;
+}
+
 double now_ns(clockid_t clock) {
   timespec time{};
   clock_gettime(clock, &time);
@@ -100,8 +108,11 @@ class Engine::Step final : public Work {
   }
   // Rows of the intermediate (up) or the output (down) that a chunk computes: [begin, end).
   void span(int64_t chunk, int64_t* begin, int64_t* end) const;
+  // Where a chunk's rows begin; nothing where there is no such chunk.
+  NextRows rows_of(int64_t chunk) const;
+  // `next`: what is read after it.
   void product(const WeightSpec& weight, const uint8_t* record, int64_t begin, int64_t end,
-               const Inputs& inputs, float* out) const;
+               const Inputs& inputs, NextRows next, float* out) const;
   void compute_up(const Task& task, int64_t begin, int64_t end, Scratch& scratch) const;
 
   const Kernels* kernels_ = nullptr;
@@ -165,9 +176,17 @@ void Engine::Step::span(int64_t chunk, int64_t* begin, int64_t* end) const {
   *end = std::min(*begin + rows, up ? intermediate_ : spec_.down.outputs);
 }
 
+NextRows Engine::Step::rows_of(int64_t chunk) const {
+  if (chunk >= chunks()) return {};
+  int64_t begin = 0, end = 0;
+  span(chunk, &begin, &end);
+  if (!is_up(chunk)) return rows_from(spec_.down, task_of(chunk).record, begin);
+  return rows_from(spec_.up, task_of(chunk).record, spec_.interleaved ? 2 * begin : begin);
+}
+
 void Engine::Step::product(const WeightSpec& weight, const uint8_t* record, int64_t begin,
-                           int64_t end, const Inputs& inputs, float* out) const {
-  const WeightView view{&weight, record};
+                           int64_t end, const Inputs& inputs, NextRows next, float* out) const {
+  const WeightView view{&weight, record, next};
   const auto rows = is_int8(inputs.form)         ? kernels_->rows_int8
                     : inputs.form == FORM_BF16 ? kernels_->rows_bf16
                                                : kernels_->rows;
@@ -183,14 +202,16 @@ void Engine::Step::compute_up(const Task& task, int64_t begin, int64_t end,
   const int64_t size = (end - begin) * task.count;
   float* gate = scratch.floats.data();
   float* up = gate + size;
+  const NextRows next = rows_of(scratch.next);
   if (!spec_.gate.has_gate) {
-    product(spec_.up, task.record, begin, end, inputs, gate);
+    product(spec_.up, task.record, begin, end, inputs, next, gate);
   } else if (!spec_.interleaved) {
-    product(spec_.up, task.record, begin, end, inputs, gate);
-    product(spec_.up, task.record, intermediate_ + begin, intermediate_ + end, inputs, up);
+    product(spec_.up, task.record, begin, end, inputs,
+            rows_from(spec_.up, task.record, intermediate_ + begin), gate);
+    product(spec_.up, task.record, intermediate_ + begin, intermediate_ + end, inputs, next, up);
   } else {
     float* both = up + size;
-    product(spec_.up, task.record, 2 * begin, 2 * end, inputs, both);
+    product(spec_.up, task.record, 2 * begin, 2 * end, inputs, next, both);
     for (int64_t i = 0; i < size; i++) {
       gate[i] = both[2 * i];
       up[i] = both[2 * i + 1];
@@ -207,7 +228,8 @@ void Engine::Step::compute(int64_t chunk, Scratch& scratch) const {
   if (scratch.floats.size() < needed) scratch.floats.resize(needed);
   if (is_up(chunk)) return compute_up(task, begin, end, scratch);
   const Inputs inputs = hidden_.inputs(identity_.data() + task.first, task.count);
-  product(spec_.down, task.record, begin, end, inputs, scratch.floats.data());
+  product(spec_.down, task.record, begin, end, inputs, rows_of(scratch.next),
+          scratch.floats.data());
 }
 
 void Engine::Step::publish(int64_t chunk, const Scratch& scratch) {

@@ -72,13 +72,15 @@ class Factors {
     return blocks_of(spec) <= kManyBlocks ? kManyRows : R;
   }
 
-  void decode(const WeightView& w, int64_t row, int rows, float factor, float middle) {
+  // `end`: of all rows that are read.
+  void decode(const WeightView& w, int64_t row, int rows, int64_t end, float factor,
+              float middle) {
     const WeightSpec& spec = *w.spec;
     const bool halves = spec.block_columns == 16;
     const int64_t count = blocks_of(spec);
     const bool is_even = spec.scale_columns == count || !halves;
     if (spec.block_rows == 1 && is_even && spec.scale != SCALE_F32)
-      decode_together(w, row, rows, factor, middle, count);
+      decode_together(w, row, rows, end, factor, middle, count);
     else
       decode_each(w, row, rows, factor, middle, halves);
   }
@@ -90,14 +92,15 @@ class Factors {
   }
 
   // Rows whose scales lie one after the other, one per block or for several.
-  void decode_together(const WeightView& w, int64_t row, int rows, float factor, float middle,
-                       int64_t count) {
+  void decode_together(const WeightView& w, int64_t row, int rows, int64_t end, float factor,
+                       float middle, int64_t count) {
     const WeightSpec& spec = *w.spec;
     const int64_t first = row * spec.scale_columns;
     const uint8_t* plane = w.record + spec.scales;
     const int64_t all = rows * spec.scale_columns;
     const int64_t element = spec.scale == SCALE_E8M0 || spec.scale == SCALE_E4M3 ? 1 : 2;
-    prefetch_lines(plane + (first + all) * element, all * element);
+    const uint8_t* after = row + rows < end ? plane + (first + all) * element : w.next.scales;
+    if (after != nullptr) prefetch_lines(after, all * element);
     const bool is_spread = spec.scale_columns != count;
     float* scales = is_spread ? compact_ : scale_[0];
     if (spec.scale == SCALE_E8M0)

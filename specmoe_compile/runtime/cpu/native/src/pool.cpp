@@ -81,7 +81,7 @@ void Parking::wake() {
 
 #endif
 
-void Offer::reset(Work* work, int64_t chunks) {
+void Offer::reset(Work* work, int64_t chunks, int64_t threads) {
   if (chunks > capacity_) {
     states_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(chunks));
     capacity_ = chunks;
@@ -89,10 +89,12 @@ void Offer::reset(Work* work, int64_t chunks) {
   for (int64_t i = 0; i < chunks; i++) states_[i].store(0, std::memory_order_relaxed);
   work_ = work;
   chunks_ = chunks;
+  threads_ = threads;
   next_.store(0, std::memory_order_relaxed);
 }
 
-void Offer::run_chunk(int64_t chunk, Scratch& scratch) {
+void Offer::run_chunk(int64_t chunk, int64_t next, Scratch& scratch) {
+  scratch.next = next;
   work_->compute(chunk, scratch);
   scratch.computed++;
   uint8_t open = 0;
@@ -107,7 +109,7 @@ void Offer::await(int64_t first, int64_t second, Scratch& scratch) {
     while (!is_done(chunk)) {
       if (spin_until([&] { return is_done(chunk); }, kLate)) break;
       if (states_[chunk].load() == 0)
-        run_chunk(chunk, scratch);
+        run_chunk(chunk, chunks_, scratch);
       else
         std::this_thread::yield();  // whoever publishes it has lost the core: a rare case
     }
@@ -121,7 +123,8 @@ void Offer::take_part(Scratch& scratch) {
     int64_t first = 0, second = 0;
     work_->needs(chunk, &first, &second);
     await(first, second, scratch);
-    if (!is_done(chunk)) run_chunk(chunk, scratch);
+    // Chunks take about as long as each other, so that threads take them in turns.
+    if (!is_done(chunk)) run_chunk(chunk, chunk + threads_, scratch);
   }
 }
 
@@ -143,8 +146,9 @@ Pool::~Pool() {
 }
 
 void Pool::run(Offer& offer, Work& work, int64_t chunks, bool alone) {
-  offer.reset(&work, chunks);
-  if (workers_.empty() || alone || chunks < 2) {
+  const bool is_single = workers_.empty() || alone || chunks < 2;
+  offer.reset(&work, chunks, is_single ? 1 : threads());
+  if (is_single) {
     offer.take_part(scratch_);
     return;
   }

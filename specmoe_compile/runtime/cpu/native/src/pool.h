@@ -37,6 +37,7 @@ class Parking {
 struct Scratch {
   std::vector<float> floats;
   int64_t computed = 0;  // chunks
+  int64_t next = 0;      // the chunk that comes next, most likely; may be past the last one
 };
 
 class Work {
@@ -59,15 +60,16 @@ class Offer {
  private:
   friend class Pool;
 
-  void reset(Work* work, int64_t chunks);
+  void reset(Work* work, int64_t chunks, int64_t threads);
   void take_part(Scratch& scratch);
   void finish(Scratch& scratch);
-  void run_chunk(int64_t chunk, Scratch& scratch);
+  void run_chunk(int64_t chunk, int64_t next, Scratch& scratch);
   void await(int64_t first, int64_t second, Scratch& scratch);
   bool is_done(int64_t chunk) const { return states_[chunk].load(std::memory_order_acquire) == 2; }
 
   Work* work_ = nullptr;
   int64_t chunks_ = 0;
+  int64_t threads_ = 1;  // that take chunks
   int64_t capacity_ = 0;
   std::atomic<int64_t> next_{0};
   std::atomic<int> users_{0};

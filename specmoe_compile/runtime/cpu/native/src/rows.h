@@ -69,6 +69,8 @@ SPECMOE_INLINE void store_sums(const V (&sum)[R][N], float* out, int64_t out_str
   }
 }
 
+inline Ahead ahead_of(const WeightView& w, int64_t end) { return {w.row(end), w.next.codes}; }
+
 // Where the inputs of N tokens begin.
 template <int N>
 struct FloatInputs {
@@ -81,8 +83,8 @@ struct FloatInputs {
 };
 
 template <class Type, int R, int N>
-inline void plain_block(const WeightView& w, int64_t row, const FloatInputs<N>& x, float* out,
-                        int64_t out_stride) {
+inline void plain_block(const WeightView& w, const Ahead& to, int64_t row,
+                        const FloatInputs<N>& x, float* out, int64_t out_stride) {
   using Element = typename Type::Element;
   const Element* rows[R];
   V sum[R][N];
@@ -91,7 +93,7 @@ inline void plain_block(const WeightView& w, int64_t row, const FloatInputs<N>& 
     for (int n = 0; n < N; n++) sum[r][n] = zero();
   const int64_t inputs = w.spec->inputs;
   const int64_t whole = inputs & ~int64_t{15};
-  const int64_t ahead = R > 1 ? R * w.spec->row_bytes : kAheadBytes;
+  const int64_t ahead = to.of(w.row(row), R * w.spec->row_bytes);
   for (int64_t k = 0; k < whole; k += 16) {
     V xs[N];
     for (int n = 0; n < N; n++) xs[n] = load(x.of[n] + k);
@@ -132,8 +134,9 @@ struct Int8Book {
 };
 
 template <class Book, bool Halves, bool Zeros, int R, int N>
-inline void coded_block(const WeightView& w, const Book& book, const RowFactors* factors,
-                        int64_t row, const FloatInputs<N>& x, float* out, int64_t out_stride) {
+inline void coded_block(const WeightView& w, const Ahead& to, const Book& book,
+                        const RowFactors* factors, int64_t row, const FloatInputs<N>& x,
+                        float* out, int64_t out_stride) {
   V sum[R][N];
   SPECMOE_UNROLL
   for (int r = 0; r < R; r++) {
@@ -158,11 +161,12 @@ inline void coded_block(const WeightView& w, const Book& book, const RowFactors*
   };
   const int64_t whole = w.spec->inputs / 32, row_bytes = w.spec->row_bytes;
   const uint8_t* rows = w.row(row);
+  const int64_t ahead = to.of(rows, R * row_bytes);
   for (int64_t b = 0; b < whole; b++) {
     SPECMOE_UNROLL
     for (int r = 0; r < R; r++) {
       const uint8_t* codes = rows + r * row_bytes + b * Book::kBytes;
-      if (b * Book::kBytes % kLine == 0) prefetch(codes, kAheadBytes);
+      if (b * Book::kBytes % kLine == 0) prefetch(codes, ahead);
       add_block(r, b, codes);
     }
   }
@@ -211,7 +215,7 @@ inline void cover_one_token(Block block, int64_t begin, int64_t end, float* out)
   const int64_t most = block.rows_at_once();
   for (int64_t row = begin; row < end; row += most) {
     const int rows = static_cast<int>(end - row < most ? end - row : most);
-    block.prepare(row, rows);
+    block.prepare(row, rows, end);
     int r = 0;
     if (!one_by_one)
       for (; r + ROWS1 <= rows; r += ROWS1)
@@ -225,11 +229,11 @@ inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float
   if (tokens == 1) return cover_one_token(block, begin, end, out);
   int64_t row = begin;
   for (; row + ROWSN <= end; row += ROWSN) {
-    block.prepare(row, ROWSN);
+    block.prepare(row, ROWSN, end);
     cover_tokens<ROWSN, TOKENS>(block, row, tokens, out + row - begin);
   }
   for (; row < end; row++) {
-    block.prepare(row, 1);
+    block.prepare(row, 1, end);
     cover_tokens<1, TOKENS>(block, row, tokens, out + row - begin);
   }
 }
@@ -237,24 +241,26 @@ inline void cover(Block block, int64_t begin, int64_t end, int64_t tokens, float
 template <class Type>
 struct PlainBlock {
   const WeightView w;
+  const Ahead ahead;
   const Inputs in;
   const int64_t out_stride;
   static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return kManyRows; }
-  void prepare(int64_t, int) {}
+  void prepare(int64_t, int, int64_t) {}
   template <int N>
   FloatInputs<N> tokens(int64_t token) const {
     return {in, token};
   }
   template <int R, int N>
   void run(const FloatInputs<N>& x, int64_t row, float* out, int = 0) const {
-    plain_block<Type, R, N>(w, row, x, out, out_stride);
+    plain_block<Type, R, N>(w, ahead, row, x, out, out_stride);
   }
 };
 
 template <class Book, bool Halves, bool Zeros>
 struct CodedBlock {
   const WeightView w;
+  const Ahead ahead;
   const Inputs in;
   const int64_t out_stride;
   const Book book;
@@ -263,7 +269,9 @@ struct CodedBlock {
   const float middle;
   static constexpr bool kOneByOne = true;
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
-  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+  void prepare(int64_t row, int rows, int64_t end) {
+    factors.decode(w, row, rows, end, factor, middle);
+  }
   template <int N>
   FloatInputs<N> tokens(int64_t token) const {
     return {in, token};
@@ -271,7 +279,8 @@ struct CodedBlock {
   // `nth`: of the rows that were prepared, the first one.
   template <int R, int N>
   void run(const FloatInputs<N>& x, int64_t row, float* out, int nth = 0) const {
-    coded_block<Book, Halves, Zeros, R, N>(w, book, factors.of + nth, row, x, out, out_stride);
+    coded_block<Book, Halves, Zeros, R, N>(w, ahead, book, factors.of + nth, row, x, out,
+                                              out_stride);
   }
 };
 
@@ -293,7 +302,8 @@ void coded_rows(const Book& book, float factor, float middle, const WeightView& 
   static thread_local Factors<ROWS1> factors;
   with_cases<Book::kFourBit>(*w.spec, [&](auto halves, auto zeros) {
     using Block = CodedBlock<Book, decltype(halves)::value, decltype(zeros)::value>;
-    cover(Block{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens, out);
+    cover(Block{w, ahead_of(w, end), in, out_stride, book, factors, factor, middle}, begin, end,
+          in.tokens, out);
   });
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }
@@ -323,13 +333,14 @@ constexpr float kNF4[16] = {
 
 void any_rows(const WeightView& w, int64_t begin, int64_t end, const Inputs& in, float* out,
               int64_t out_stride) {
+  const Ahead ahead = ahead_of(w, end);
   switch (w.spec->book) {
     case BOOK_F32:
-      return cover(PlainBlock<PlainF32>{w, in, out_stride}, begin, end, in.tokens, out);
+      return cover(PlainBlock<PlainF32>{w, ahead, in, out_stride}, begin, end, in.tokens, out);
     case BOOK_BF16:
-      return cover(PlainBlock<PlainBF16>{w, in, out_stride}, begin, end, in.tokens, out);
+      return cover(PlainBlock<PlainBF16>{w, ahead, in, out_stride}, begin, end, in.tokens, out);
     case BOOK_F16:
-      return cover(PlainBlock<PlainF16>{w, in, out_stride}, begin, end, in.tokens, out);
+      return cover(PlainBlock<PlainF16>{w, ahead, in, out_stride}, begin, end, in.tokens, out);
     case BOOK_E2M1:
       return coded_rows(NibbleBook(kE2M1), 1.0f, 0.0f, w, begin, end, in, out, out_stride);
     case BOOK_INT4:

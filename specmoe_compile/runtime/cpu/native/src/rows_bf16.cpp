@@ -83,6 +83,7 @@ struct PairBlock {
   static constexpr int64_t kBytes = 16, kLineBlocks = kLine / kBytes;  // of 32 codes
 
   const WeightView w;
+  const Ahead ahead;
   const Inputs in;
   const int64_t out_stride;
   const PairBook book;
@@ -94,7 +95,9 @@ struct PairBlock {
   const uint8_t* const codes = w.row(0);
 
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
-  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, 1.0f, middle); }
+  void prepare(int64_t row, int rows, int64_t end) {
+    factors.decode(w, row, rows, end, 1.0f, middle);
+  }
 
   template <int N>
   SPECMOE_INLINE HalfInputs<N> tokens(int64_t token) const {
@@ -115,13 +118,14 @@ struct PairBlock {
     }
     const int64_t whole = inputs / 32;
     const uint8_t* rows = codes + row * row_bytes;
+    const int64_t to = ahead.of(rows, R * row_bytes);
     int64_t b = 0;
     for (; b + kLineBlocks <= whole; b += kLineBlocks) {
       SPECMOE_UNROLL
       for (int r = 0; r < R; r++) {
         const uint8_t* line = rows + r * row_bytes + b * kBytes;
         const float* scale = factor[r].scale;
-        prefetch(line, kAheadBytes);
+        prefetch(line, to);
         const __m512i all = _mm512_loadu_si512(line);
         const __m512i one = nibbles(_mm512_permutexvar_epi8(first, all));
         const __m512i other = nibbles(_mm512_permutexvar_epi8(second, all));
@@ -199,8 +203,8 @@ void rows_of_pairs(const WeightView& w, int64_t begin, int64_t end, const Inputs
   const __m512i first = _mm512_load_si512(bytes.of[0]), second = _mm512_load_si512(bytes.of[1]);
   const auto go = [&](auto halves) {
     using Block = PairBlock<decltype(halves)::value>;
-    cover(Block{w, in, out_stride, book, factors, middle, first, second}, begin, end, in.tokens,
-          out);
+    cover(Block{w, ahead_of(w, end), in, out_stride, book, factors, middle, first, second}, begin,
+          end, in.tokens, out);
   };
   w.spec->block_columns == 16 ? go(std::true_type()) : go(std::false_type());
   apply_globals(w, begin, end, in.tokens, out, out_stride);

@@ -17,8 +17,6 @@
 // j + 2, j + 1.
 #pragma once
 
-#include <algorithm>
-
 #include "inputs.h"
 #include "rows.h"
 
@@ -103,6 +101,7 @@ struct Int8Block {
   static constexpr bool kOneByOne = false;
 
   const WeightView w;
+  const Ahead ahead;
   const Inputs in;
   const int64_t out_stride;
   const Book book;
@@ -114,7 +113,9 @@ struct Int8Block {
   const uint8_t* const codes = w.row(0);
 
   int64_t rows_at_once() const { return factors.rows_at_once(*w.spec); }
-  void prepare(int64_t row, int rows) { factors.decode(w, row, rows, factor, middle); }
+  void prepare(int64_t row, int rows, int64_t end) {
+    factors.decode(w, row, rows, end, factor, middle);
+  }
 
   template <int N>
   SPECMOE_INLINE Int8Inputs<N> tokens(int64_t token) const {
@@ -142,12 +143,12 @@ struct Int8Block {
     }
     const int64_t groups = inputs / Book::kColumns;
     const uint8_t* first = codes + row * row_bytes;
-    const int64_t ahead = std::max(R * row_bytes, kAheadBytes);
+    const int64_t to = ahead.of(first, R * row_bytes);
     for (int64_t g = 0; g < groups; g++) {
       SPECMOE_UNROLL
       for (int r = 0; r < R; r++) {
         const uint8_t* line = first + r * row_bytes + g * kLine;
-        prefetch(line, ahead);
+        prefetch(line, to);
         sums.add_group(r, g, line, f[r].scale + g * Sums::kFactors,
                        Zeros ? f[r].zero + g * Sums::kFactors : nullptr);
       }
@@ -183,7 +184,8 @@ void int8_rows(const Book& book, float factor, float middle, const WeightView& w
   static thread_local Factors<ROWS1> factors;
   with_cases<Book::kFourBit>(*w.spec, [&](auto halves, auto zeros) {
     using Block = Int8Block<Book, decltype(halves)::value, decltype(zeros)::value>;
-    cover(Block{w, in, out_stride, book, factors, factor, middle}, begin, end, in.tokens, out);
+    cover(Block{w, ahead_of(w, end), in, out_stride, book, factors, factor, middle}, begin, end,
+          in.tokens, out);
   });
   apply_globals(w, begin, end, in.tokens, out, out_stride);
 }

@@ -71,10 +71,17 @@ inline bool takes_bf16(const WeightSpec& spec) {
   return (spec.book == BOOK_E2M1 || spec.book == BOOK_INT4) && spec.zeros < 0;
 }
 
+// Where the rows begin that a thread reads after those of a call, null where it is not known.
+struct NextRows {
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+};
+
 // One weight of one expert, with pointers instead of offsets.
 struct WeightView {
   const WeightSpec* spec;
   const uint8_t* record;
+  NextRows next = {};
 
   const uint8_t* row(int64_t n) const { return record + spec->codes + n * spec->row_bytes; }
 };
