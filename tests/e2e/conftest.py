@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import specmoe_compile
 from tests.helpers import save_tiny
+from tests.runtime import tiny_checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,15 @@ def offloaded(checkpoint: Path, tmp_path: Path) -> Iterator[Any]:
     )
     yield model
     specmoe_compile.close(model)
+
+
+@pytest.fixture
+def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that no folder is given for are made where nobody else looks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of Qwen3-MoE with tiny experts."""
+    return tiny_checkpoints.write("qwen3_moe", tmp_path / "model")

@@ -36,19 +36,11 @@ from tests.runtime.test_packing import (
     write_packed,
 )
 
+pytestmark = pytest.mark.usefixtures("own_cache_folder")
+
 REPOSITORY = Path(__file__).parents[2]
 FAMILIES = [*tiny_checkpoints.CONFIGS, "gpt_oss_mxfp4", "deepseek_v3_fp8"]
 IDS = torch.tensor([[5, 17, 80, 3, 44, 9, 61], [7, 7, 21, 90, 2, 38, 11]])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tiny_checkpoints.write("qwen3_moe", tmp_path / "model")
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

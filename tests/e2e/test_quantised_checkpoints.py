@@ -19,12 +19,9 @@ from specmoe_compile.runtime.store.disk import DiskStore
 from tests.runtime.quantised_checkpoints import VARIETIES, write_pair
 from tests.runtime.test_packing import assert_holds_model, assert_rest_equal
 
+pytestmark = pytest.mark.usefixtures("own_cache_folder")
+
 IDS = torch.tensor([[5, 17, 80, 3, 44, 9, 61], [7, 7, 21, 90, 2, 38, 11], [1, 2, 3, 4, 5, 6, 7]])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

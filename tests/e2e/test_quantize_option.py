@@ -24,12 +24,9 @@ from tests.runtime import tiny_checkpoints
 from tests.runtime.quantised_checkpoints import write_pair
 from tests.runtime.test_packing import load_reference
 
+pytestmark = pytest.mark.usefixtures("own_cache_folder")
+
 IDS = torch.tensor([[5, 17, 80, 3, 44, 9, 61]])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def quantised_by_hand(folder: Path, quantize: str) -> Any:

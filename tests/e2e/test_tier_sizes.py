@@ -18,15 +18,7 @@ from specmoe_compile.runtime.experts.module import find_experts_layers
 from specmoe_compile.system.compilers import COMPILING_BYTES
 from tests.runtime import tiny_checkpoints
 
-
-@pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tiny_checkpoints.write("qwen3_moe", tmp_path / "model")
+pytestmark = pytest.mark.usefixtures("own_cache_folder")
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-VOCABULARY, HIDDEN, HEADS, HEAD_DIM, EXPERTS, TOP_K, LAYERS = 96, 64, 4, 16, 8, 2, 4
+VOCABULARY, HIDDEN, HEADS, EXPERTS, TOP_K, LAYERS = 96, 64, 4, 8, 2, 4
 
 Value = Callable[[Any], Any]
 
