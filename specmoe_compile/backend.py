@@ -33,6 +33,7 @@ from specmoe_compile.system.graph_runs import counted
 from specmoe_compile.system.inductor import cpu_settings
 from specmoe_compile.system.machine import available_ram_bytes
 from specmoe_compile.system.progress import phase
+from specmoe_compile.system.quick_links import kernels_linked_quickly
 from specmoe_compile.system.sizes import format_bytes
 from specmoe_compile.system.traced_effects import leaves_objects_alone
 
@@ -296,7 +297,7 @@ def _lower_with_inductor(
 
     captures = _captures(gm, config)
     patches = {**patches, "triton.cudagraphs": True} if captures else dict(patches)
-    with kernels_compiled_early():
+    with kernels_compiled_early(), kernels_linked_quickly():
         compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     if not captures:
         return compiled

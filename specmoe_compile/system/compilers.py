@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
+COMPILER_TIMEOUT_S = 60
+"""What a question to a compiler may take."""
 COMPILING_BYTES = 512 << 20
 """RAM that Inductor takes to compile for a CPU: 350 MiB of the C++ compiler, its own modules."""
 
@@ -14,6 +19,24 @@ COMPILING_BYTES = 512 << 20
 def find_compiler_or_none() -> str | None:
     """Name of the C++ compiler that Inductor would use; None if there is none."""
     return _first_or_none(os.environ.get("CXX", ""), "g++", "clang++", "c++")
+
+
+@functools.cache
+def compiler_version() -> str:
+    """The C++ compiler's path and what it says of itself; empty where it cannot be asked."""
+    compiler = find_compiler_or_none()
+    if compiler is None:
+        return ""
+    try:
+        said = subprocess.run(
+            [*shlex.split(compiler), "--version"],
+            capture_output=True,
+            timeout=COMPILER_TIMEOUT_S,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{compiler}\n{said.decode(errors='replace')}"
 
 
 def python_headers_found() -> bool:

@@ -15,7 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specmoe_compile.system.compilers import find_compiler_or_none
+from specmoe_compile.system.compilers import (
+    COMPILER_TIMEOUT_S,
+    compiler_version,
+    find_compiler_or_none,
+)
+from specmoe_compile.system.quick_links import empty_libraries_or_none
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +35,6 @@ _ASSERTS = {
 }
 """Checks that Inductor's code makes of each tensor in each call, and what switches them by hand."""
 
-_COMPILER_TIMEOUT_S = 60
 _listing = threading.Lock()
 
 
@@ -66,8 +70,9 @@ def cpu_settings() -> dict[str, Any]:
 def ask_compiler_ahead() -> threading.Thread:
     """Ask the C++ compiler what `cpu_settings` needs to know, in a thread; once in a process.
 
-    It answers in processes of its own, so that another thread can trace a model meanwhile. Threads
-    read what identifies PyTorch and Triton in Inductor's caches as well, where PyTorch has them.
+    It answers in processes of its own, so that another thread can trace a model meanwhile, and
+    makes what kernels are linked with (`quick_links`). Threads read what identifies PyTorch and
+    Triton in Inductor's caches as well, where PyTorch has them.
     """
     # Imported here, as two threads that import at once may find half a module.
     from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
@@ -78,6 +83,7 @@ def ask_compiler_ahead() -> threading.Thread:
     def ask() -> None:
         if compiler_takes_vector_flags():
             list_vector_sets()
+        empty_libraries_or_none()
 
     thread = threading.Thread(target=ask, name="specmoe-asks-compiler", daemon=True)
     thread.start()
@@ -168,29 +174,11 @@ def _note_or_none(code: str, flags: str) -> Path | None:
     """The file that says that this compiler compiles `code`; None where that cannot be said."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    version = _compiler_version()
+    version = compiler_version()
     if not version:
         return None
     asked = "\0".join((version, flags, code))
     return Path(cache_dir()) / "specmoe_probes" / hashlib.sha256(asked.encode()).hexdigest()
-
-
-@functools.cache
-def _compiler_version() -> str:
-    """The C++ compiler's path and what it says of itself; empty where it cannot be asked."""
-    compiler = find_compiler_or_none()
-    if compiler is None:
-        return ""
-    try:
-        said = subprocess.run(
-            [*shlex.split(compiler), "--version"],
-            capture_output=True,
-            timeout=_COMPILER_TIMEOUT_S,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f"{compiler}\n{said.decode(errors='replace')}"
 
 
 def _is_accepted(code: str, arguments: Sequence[str]) -> bool:
@@ -203,7 +191,7 @@ def _is_accepted(code: str, arguments: Sequence[str]) -> bool:
             [*shlex.split(compiler), *arguments, "-x", "c++", "-"],
             input=code.encode(),
             capture_output=True,
-            timeout=_COMPILER_TIMEOUT_S,
+            timeout=COMPILER_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

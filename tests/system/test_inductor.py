@@ -12,8 +12,8 @@ from torch._inductor import config, cpu_vec_isa
 from torch._inductor.cpu_vec_isa import VecISA, x86_isa_checker
 
 from specmoe_compile.system import inductor
+from specmoe_compile.system.compilers import compiler_version
 from specmoe_compile.system.inductor import (
-    _compiler_version,
     ask_compiler_ahead,
     compiler_takes_vector_flags,
     cpu_settings,
@@ -154,15 +154,15 @@ def test_what_compiled_once_is_remembered_for_this_compiler(
     ran = tmp_path / "ran"
     says = '[ "$1" = --version ] && { echo "one 1.0"; exit; }'
     monkeypatch.setenv("CXX", compiler(tmp_path, f"{says}\necho >> {ran}; cat > /dev/null"))
-    _compiler_version.cache_clear()
+    compiler_version.cache_clear()
     for _ in range(2):
         assert listed(Part("int f() { return 2; }"), monkeypatch).there
     assert len(ran.read_text().splitlines()) == 1
     Path(tmp_path / "c++").write_text(f'#!/bin/sh\necho "two 2.0"; echo >> {ran}\n')
-    _compiler_version.cache_clear()
+    compiler_version.cache_clear()
     assert listed(Part("int f() { return 2; }"), monkeypatch).there
     assert len(ran.read_text().splitlines()) == 3, "another compiler's version, and its answer"
-    _compiler_version.cache_clear()
+    compiler_version.cache_clear()
     assert not asked
 
 
