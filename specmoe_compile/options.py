@@ -265,8 +265,8 @@ class CompileOptions(SessionOptions):
     )
     compile_prefill: bool = option(
         False,
-        "let Inductor compile steps of more than 16 tokens as well; without it they run as traced"
-        " (with a static cache as the model is), and less is compiled before the second token",
+        "let Inductor compile prompts as well; without it they run as the model is, or as traced"
+        " (more than 16 tokens, without a static cache), and less is compiled at the start",
     )
     strict: bool = option(
         _strict_default,

@@ -2,8 +2,10 @@
 
 The backend gives Inductor no graph of more than 16 tokens (`compile_prefill=False`), so that all
 that came of seconds of tracing was the same calls in the same order, and of two more lengths of
-prompts two more traces. It is traced where the backend would do more than that before the prompt
-runs (refuse gradients, load a file of default vectors).
+prompts two more traces. A graph of a shorter prompt would be compiled like a step's, and used once:
+a prompt is what fills an empty cache, and under policy `exact` any runs as it is. It is traced
+where the backend would do more than that before the prompt runs (refuse gradients, load a file of
+default vectors).
 
 Of a cache that grows Dynamo would learn from two lengths that the length changes, and compile a
 step for each. So the first step after a prompt says it (`torch._dynamo.maybe_mark_dynamic`). Layers
@@ -35,7 +37,7 @@ _OF_ANOTHER_PART = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outpu
 def prompts_as_they_are(
     compiled: Call, plain: Call, *, options: CompileOptions | None, session: Session
 ) -> Call:
-    """Return `compiled` with prompts of more than 16 tokens sent to `plain`, as above.
+    """Return `compiled` with prompts sent to `plain`, as above.
 
     Args:
         compiled: the model's forward call through `torch.compile`.
@@ -46,10 +48,11 @@ def prompts_as_they_are(
     if options is None or not _runs_as_traced(options):
         return compiled
     told = says_length = False
+    short_too = options.policy == "exact"
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal told, says_length
-        if torch.is_grad_enabled() or not _is_prompt(args, kwargs):
+        if torch.is_grad_enabled() or not _is_prompt(args, kwargs, short_too):
             if says_length:
                 # The first token is out, and this one is traced.
                 ask_compiler_ahead() if session.device.type == "cpu" else start_compile_workers()
@@ -94,27 +97,26 @@ def _runs_as_traced(options: CompileOptions) -> bool:
     )
 
 
-def _is_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_prompt(args: tuple[Any, ...], kwargs: dict[str, Any], short_too: bool) -> bool:
     """Whether a call fills a cache with more than a step; no, where it cannot be seen."""
     if any(kwargs.get(name) is not None for name in _OF_ANOTHER_PART):
         return False
-    caches = [kwargs.get(name) for name in CACHE_ARGUMENTS]
+    caches = [kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
     if not any(getattr(c, "is_compileable", False) or _only_grows(c) for c in caches):
         return False
-    return _tokens(args, kwargs) > MAX_DECODE_TOKENS
-
-
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many tokens a call is given, of all sequences; 0 where it cannot be seen."""
     given = [kwargs.get(name) for name in _TOKENS] + list(args[:1])
-    return max(
-        (
-            tokens.shape[0] * tokens.shape[1]
-            for tokens in given
-            if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2
-        ),
-        default=0,
-    )
+    shapes = [each.shape for each in given if isinstance(each, torch.Tensor) and each.dim() >= 2]
+    if any(shape[0] * shape[1] > MAX_DECODE_TOKENS for shape in shapes):
+        return True
+    return short_too and any(shape[1] > 1 for shape in shapes) and all(map(_is_empty, caches))
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a cache holds no token; one on a GPU that was used before is waited for."""
+    layers = getattr(cache, "layers", None)
+    if layers is not None and not any(getattr(layer, "is_initialized", True) for layer in layers):
+        return True
+    return int(cache.get_seq_length()) == 0
 
 
 def _only_grows(cache: Any) -> bool:

@@ -71,12 +71,13 @@ def in_a_module(model: nn.Module, **arguments: Any) -> Any:
     return torch.compile(Holder(), backend="specmoe", **arguments)
 
 
+@pytest.mark.parametrize("length", [LONG, SHORT, 2])
 @pytest.mark.parametrize("compiled_as", [wrapped, in_place, in_a_module])
 @torch.no_grad()
-def test_a_prompt_is_not_traced(model: nn.Module, compiled_as: Any) -> None:
-    want = model(prompts(1, LONG), **static(model)).logits
+def test_a_prompt_is_not_traced(model: nn.Module, compiled_as: Any, length: int) -> None:
+    want = model(prompts(1, length), **static(model)).logits
     compiled = compiled_as(model, options={"compile_prefill": False})
-    got = compiled(prompts(1, LONG), **static(model)).logits
+    got = compiled(prompts(1, length), **static(model)).logits
     assert graphs() == 0
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
@@ -148,6 +149,16 @@ def test_what_is_traced(
 ) -> None:
     cache = static(model) if is_static else {}
     wrapped(model, options=options)(prompts(1, length), **cache)
+    assert graphs() == 1
+
+
+@torch.no_grad()
+def test_what_follows_a_prompt_is_traced(model: nn.Module) -> None:
+    """Several tokens at once, as assisted generation checks them, come again and again."""
+    cache, compiled = static(model), wrapped(model, options={"lowering": "inductor"})
+    compiled(prompts(1, 3), **cache)
+    assert graphs() == 0
+    compiled(prompts(1, 3), **cache)
     assert graphs() == 1
 
 
@@ -226,13 +237,18 @@ def test_a_prompt_is_not_traced_on_any_device(device: str) -> None:
     session: Any = SimpleNamespace(
         device=torch.device(device), configure=told.append, engine=engine
     )
-    cache = SimpleNamespace(is_compileable=True)
-    call = prompts_as_they_are(
-        lambda *_, **__: "compiled",
-        lambda *_, **__: "plain",
-        options=CompileOptions(mode="reduce-overhead"),
-        session=session,
-    )
-    ways = [call(prompts(1, n), past_key_values=cache) for n in (SHORT, LONG, 2 * LONG)]
-    assert ways == ["compiled", "plain", "plain"]
-    assert [one.captures for one in told] == [True]
+
+    def ways(*lengths: int, held: int, **options: Any) -> list[Any]:
+        cache = SimpleNamespace(is_compileable=True, get_seq_length=lambda: held)
+        call = prompts_as_they_are(
+            lambda *_, **__: "compiled",
+            lambda *_, **__: "plain",
+            options=CompileOptions(mode="reduce-overhead", **options),
+            session=session,
+        )
+        return [call(prompts(1, length), past_key_values=cache) for length in lengths]
+
+    assert ways(1, SHORT, LONG, held=0) == ["compiled", "plain", "plain"]
+    assert ways(1, SHORT, LONG, held=5) == ["compiled", "compiled", "plain"]
+    assert ways(1, SHORT, LONG, held=0, policy="commit") == ["compiled", "compiled", "plain"]
+    assert [one.captures for one in told] == [True, True, True]
