@@ -20,7 +20,6 @@ from specmoe_compile.calibrate.calibration import (
     LayerWorth,
     calibrate,
     fingerprint,
-    use_calibration,
 )
 from specmoe_compile.errors import CalibrationError
 from specmoe_compile.hf.attach import session_of
@@ -254,7 +253,7 @@ def test_session_takes_the_vectors_and_stops_learning(
     calibration.save(path)
     model = _offloaded()
     session = session_of(model)
-    use_calibration(session, path)
+    session.default_vectors.load(Calibration.load(path).default_vectors)
     model(prompts(1, 40))
     for got, want in zip(session.default_vectors.tables, calibration.default_vectors, strict=True):
         assert torch.equal(got, want)

@@ -6,17 +6,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specmoe_compile.bench.live_worker import LiveWorker
+import psutil
 
 _LOOK_S = 0.2
 _IDLE_SHARE = 0.05
 
 
-class IdleWatch:
-    """How much workers compute that should be idle, while another one is measured."""
+def cpu_s(pid: int) -> float:
+    """Processor time of a process and its children so far; 0 if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+    except psutil.Error:
+        return 0.0
+    return float(sum(t.user + t.system for t in times))
 
-    def __init__(self, workers: Sequence[LiveWorker]) -> None:
-        self._workers = list(workers)
+
+class IdleWatch:
+    """How much processes compute that should be idle, while another one is measured."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = tuple(pids)
         self._start()
 
     def _start(self) -> None:
@@ -24,7 +34,7 @@ class IdleWatch:
         self._started_s = time.monotonic()
 
     def _total_s(self) -> float:
-        return sum(worker.cpu_s() for worker in self._workers)
+        return sum(map(cpu_s, self._pids))
 
     def share(self) -> float:
         """Cores that all of them together used, on average since the watch began."""
@@ -33,7 +43,7 @@ class IdleWatch:
 
     def wait_idle(self, *, limit_s: float, sleep: Callable[[float], Any] = time.sleep) -> bool:
         """Wait until they use next to nothing, then begin anew; False if they never do."""
-        if not self._workers:
+        if not self._pids:
             return True
         end_s = time.monotonic() + limit_s
         while time.monotonic() < end_s:

@@ -124,7 +124,7 @@ class Turns:
         return round(median_ms, 4)
 
     def _turn(self, timed: Timed, started: Started, *, waited: bool) -> None:
-        others = [s.worker for s in self._alive.values() if s is not started]
+        others = [s.worker.pid for s in self._alive.values() if s is not started]
         watch = IdleWatch(others)
         if not watch.wait_idle(limit_s=IDLE_LIMIT_S):
             print(f"workers that should wait compute: {watch.share():.2f} cores", flush=True)

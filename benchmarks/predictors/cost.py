@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import specmoe_compile
 from specmoe_compile.bench.records import spread
-from specmoe_compile.calibrate.calibration import Calibration, use_calibration, use_networks
+from specmoe_compile.calibrate.calibration import Calibration, use_networks
 from specmoe_compile.hf.attach import session_of
 from specmoe_compile.predict.registry import PREDICTORS
 from specmoe_compile.reference_model import CHECKPOINT_DIR
@@ -32,7 +32,8 @@ def measure_cost(artefact: Path) -> dict[str, Any]:
         CHECKPOINT_DIR, device="cpu", dtype="float32", store="ram", progress=False
     )
     session = session_of(model)
-    calibration = use_calibration(session, artefact)
+    calibration = Calibration.load(artefact)
+    session.default_vectors.load(calibration.default_vectors)
     samples = _samples(model, session, calibration)
     base = median(samples.pop(NOTHING))
     layers = len(session.layers) - 1

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
-
 from specmoe_compile.bench.child import ChildPython, Hears
 from specmoe_compile.bench.memory_cap import MemoryCap
 from specmoe_compile.bench.page_cache import drop_cached_pages, drop_pages
@@ -112,15 +110,6 @@ class LiveWorker:
             ArmFailedError, ArmInputError: as `wait_ready`.
         """
         self._child.finish()
-
-    def cpu_s(self) -> float:
-        """Processor time of the process and its children so far; 0 if it is gone."""
-        try:
-            process = psutil.Process(self.pid)
-            times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-        except psutil.Error:
-            return 0.0
-        return float(sum(t.user + t.system for t in times))
 
 
 def run_worker(

@@ -362,18 +362,6 @@ def _worth(layer: LayerMeasure, without: LayerMeasure) -> LayerWorth:
     )
 
 
-def use_calibration(session: Session, path: str | Path) -> Calibration:
-    """Give a session the default vectors of an artefact; it stops learning its own.
-
-    Raises:
-        CalibrationError: the artefact cannot be read, or belongs to another model.
-    """
-    calibration = Calibration.load(path)
-    calibration.check(session, path=path)
-    session.default_vectors.load(calibration.default_vectors)
-    return calibration
-
-
 def use_networks(session: Session, calibration: Calibration, predictor: str) -> None:
     """Give a session the networks that a predictor needs, if it needs any.
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from benchmarks.cpu_disk import idle_watch
-from benchmarks.cpu_disk.idle_watch import IdleWatch
+from benchmarks.cpu_disk.idle_watch import IdleWatch, cpu_s
 from specmoe_compile.bench.child import ArmFailedError, ChildPython
 from specmoe_compile.bench.live_worker import LiveWorker, run_worker
 from specmoe_compile.bench.records import ArmJob
@@ -60,7 +60,7 @@ def test_turns_of_one_worker_give_the_models_tokens_and_it_idles_between(
     with closing(LiveWorker(job, timeout_s=PATIENCE_S)) as worker:
         worker.wait_ready()
         first = worker.turn()
-        watch = IdleWatch([worker])
+        watch = IdleWatch([worker.pid])
         assert watch.wait_idle(limit_s=PATIENCE_S)
         time.sleep(0.5)
         # A process that spins gets more, however many others do.
@@ -108,22 +108,10 @@ def test_what_a_process_computed_is_known() -> None:
     child = ChildPython(["-c", code], timeout_s=PATIENCE_S)
     try:
         child.wait_for("ready")
-        worker = LiveWorker.__new__(LiveWorker)
-        worker._child = child
-        assert worker.cpu_s() >= 0.15  # the kernel counts whole ticks
+        assert cpu_s(child.pid) >= 0.15  # the kernel counts whole ticks
     finally:
         child.close()
-    assert worker.cpu_s() == 0.0
-
-
-class Computing:
-    """A worker that uses a share of a core until the clock shows `until_s`."""
-
-    def __init__(self, share: float, until_s: float, clock: list[float]) -> None:
-        self.share, self.until_s, self.clock = share, until_s, clock
-
-    def cpu_s(self) -> float:
-        return self.share * min(self.clock[0], self.until_s)
+    assert cpu_s(child.pid) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -138,8 +126,9 @@ def test_a_process_that_computes_is_not_idle(
         clock[0] += seconds
 
     monkeypatch.setattr(idle_watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    workers: list[Any] = [Computing(share, until_s, clock), Computing(0.0, 0.0, clock)]
-    watch = IdleWatch(workers)
+    used = {1: lambda: share * min(clock[0], until_s), 2: lambda: 0.0}
+    monkeypatch.setattr(idle_watch, "cpu_s", lambda pid: used[pid]())
+    watch = IdleWatch([1, 2])
     assert watch.wait_idle(limit_s=5.0, sleep=sleep) is idle
     assert watch.share() == 0.0, "the watch begins anew"
     if idle:
