@@ -15,14 +15,15 @@ namespace specmoe {
 namespace {
 
 constexpr int64_t kMaxBlocks = 4096;  // of 32 columns: what a row's scales are decoded for
-// Rows that are decoded at once where they are short: decoding a few takes as long as many.
+// Rows, and factors, that are decoded at once where rows are short: decoding a few takes as long as
+// many, but of long rows many are read in one go while no codes are.
 constexpr int64_t kManyRows = 64;
-constexpr int64_t kManyBlocks = 128;
+constexpr int64_t kManyFactors = 1024;
 
 // Scales (or zeros) of one row, one float per 32 columns, or two where 16 columns share one.
 struct RowFactors {
   const float* scale;
-  const float* zero;  // null where there are none
+  const float* zero;  // anything where there are none
 };
 
 inline float scale_at(const uint8_t* plane, int32_t kind, int64_t index) {
@@ -61,15 +62,17 @@ inline void spread(At at, int64_t first, const WeightSpec& spec, bool halves, fl
   }
 }
 
-// Factors of up to R rows, or kManyRows short ones; a scale row that the previous one used, too, is not decoded again.
+// Factors of up to R rows, or kManyRows short ones; a scale row that the previous one used, too, is
+// not decoded again.
 template <int R>
 class Factors {
  public:
   RowFactors of[kManyRows];
-  static_assert(R <= kManyRows && kManyRows * kManyBlocks <= R * kMaxBlocks, "they fit");
+  static_assert(R <= kManyRows && kManyFactors <= R * kMaxBlocks, "they fit");
 
   static int64_t rows_at_once(const WeightSpec& spec) {
-    return blocks_of(spec) <= kManyBlocks ? kManyRows : R;
+    const int64_t rows = kManyFactors / blocks_of(spec) / R * R;
+    return rows < R ? R : rows < kManyRows ? rows : kManyRows;
   }
 
   // `end`: of all rows that are read.
@@ -127,10 +130,10 @@ class Factors {
                           });
       if (is_spread) spread_rows(spec, rows, count, zero_[0]);
     }
-    for (int r = 0; r < rows; r++) {
-      of[r].scale = scale_[0] + r * count;
-      of[r].zero = spec.zeros < 0 ? nullptr : zero_[0] + r * count;
-    }
+    if (count == together_) return;
+    together_ = count;
+    for (int64_t r = 0; r < rows_at_once(spec); r++)
+      of[r] = {scale_[0] + r * count, zero_[0] + r * count};
   }
 
   // compact_ [rows, columns] -> out [rows, count], each value for the blocks that share it.
@@ -169,6 +172,7 @@ class Factors {
     const WeightSpec& spec = *w.spec;
     const int64_t count = blocks_of(spec);
     int64_t before = -1;
+    together_ = 0;
     for (int r = 0; r < rows; r++) {
       float* scales = scale_[0] + r * count;
       const int64_t scale_row = spec.block_rows == 1 ? row + r : (row + r) / spec.block_rows;
@@ -203,6 +207,7 @@ class Factors {
   alignas(64) float scale_[R][kMaxBlocks];
   alignas(64) float zero_[R][kMaxBlocks];
   alignas(64) float compact_[R * kMaxBlocks];
+  int64_t together_ = 0;  // factors per row, where `of` says that rows lie one after the other
 };
 
 }  // namespace
