@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 Counters = dict[str, Any]
@@ -36,14 +36,10 @@ def add_counters(left: Counters | None, right: Counters) -> Counters:
 
 def _counters(stats: Any) -> Counters:
     return {
-        "total": _fields(stats.total),
-        "layers": [_fields(layer) for layer in stats.layers],
+        "total": asdict(stats.total),
+        "layers": [asdict(layer) for layer in stats.layers],
         "read_busy_ms": stats.read_busy_ms,
     }
-
-
-def _fields(layer: Any) -> dict[str, float]:
-    return {item.name: getattr(layer, item.name) for item in fields(layer)}
 
 
 def _combine(left: Counters, right: Counters, *, sign: int) -> Counters:

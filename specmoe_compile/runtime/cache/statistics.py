@@ -87,8 +87,7 @@ class LayerStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Counters and ratios by name."""
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {**values, "hit_rate": self.hit_rate, "recall": self.recall}
+        return {**asdict(self), "hit_rate": self.hit_rate, "recall": self.recall}
 
 
 @dataclass(slots=True)
