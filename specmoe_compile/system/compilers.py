@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -17,8 +18,12 @@ COMPILING_BYTES = 512 << 20
 
 
 def find_compiler_or_none() -> str | None:
-    """Name of the C++ compiler that Inductor would use; None if there is none."""
-    return _first_or_none(os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    """Name of the C++ compiler that Inductor uses; None if it is not there.
+
+    Inductor takes what CXX names, as one word and instead of any other, or its default.
+    """
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return name if shutil.which(name) else None
 
 
 @functools.cache
@@ -61,8 +66,10 @@ def check_compiler(device_type: str) -> None:
         what, packages, variable = "C++ compiler", "g++ and python3-dev", "CXX"
         found = find_compiler_or_none()
     if found is None:
+        named = os.environ.get(variable)
+        where = f"{variable} names {named!r}" if named else "none is on the path"
         raise FileNotFoundError(
-            f"There is no {what} on the path, which torch.compile needs: install one (Debian,"
+            f"There is no {what}, which torch.compile needs: {where}. Install one (Debian,"
             f" Ubuntu: apt install {packages}), name one in {variable},"
             ' or do without compiling: --no-compile, or options={"lowering": "eager"}.'
         )
