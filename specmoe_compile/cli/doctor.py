@@ -248,7 +248,8 @@ def _print(result: dict[str, Any]) -> None:
     for threads, rate in disk["gbps"].items():
         mark = " (what the runtime uses)" if threads == str(READER_THREADS) else ""
         what = f"{rate:.2f} GB/s in records of {size} of a {disk['source']}{mark}"
-        rows.append((f"Disk, {threads} readers", what))
+        readers = "1 reader" if threads == "1" else f"{threads} readers"
+        rows.append((f"Disk, {readers}", what))
     store = result["store"]
     if store is not None:
         cost = "" if store["fetch_ms"] is None else f", a fetch costs {store['fetch_ms']:.2f} ms"

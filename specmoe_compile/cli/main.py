@@ -91,7 +91,8 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
     except _CommandLineError as error:
-        _complain(error.format_message())
+        # Typer says of pydantic's errors of which kind they are.
+        _complain(error.format_message().replace("Value error, ", ""))
         return USER_ERROR_STATUS
     except typer.Abort:
         return INTERRUPTED_STATUS

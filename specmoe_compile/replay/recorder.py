@@ -56,7 +56,7 @@ class TraceRecorder:
         if not isinstance(engine, CpuEngine) or engine.cache is None:
             raise TraceError(
                 "a routing trace is recorded where experts are fetched by the CPU: load the model"
-                ' with device="cpu" and store="disk"'
+                ' with device="cpu" and store="disk" (--device cpu --store disk)'
             )
         self._session = session
         self._cache = engine.cache

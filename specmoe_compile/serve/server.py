@@ -24,7 +24,7 @@ _WARM_PROMPTS = ((24, 0), (40, 1), (64, 1), (9, 2), (12, 3), (19, 3))
 lengths: the first is compiled as it is, with the second the length becomes a variable. The third
 goes on where the second ended, as a chat's next turn does: a prompt behind a cache that holds
 something has a mask, and so a graph of its own. Then again with few tokens, which are compiled
-where many are not.
+where many are not. Those that run as the model is (`hf.prompts`) are soon over.
 """
 _GRACE_S = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -119,7 +119,9 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_options_are_one_sentence(
     arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert expected in complaint(capsys, *arguments)
+    said = complaint(capsys, *arguments)
+    assert expected in said
+    assert "error" not in said.lower(), "no kind of error of Python's or of a package's"
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("bench",), ("pack",)])

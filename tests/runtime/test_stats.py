@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -82,6 +82,8 @@ def test_table_has_a_row_per_layer_and_a_total() -> None:
     # 6 MiB in 10 ms, and a record is one of them
     assert lines[6] == "experts: int4, groups of 32, 1.0 MiB each; a fetch costs 1.67 ms"
     assert some_stats().fetch_ms == pytest.approx(10 / 6)
+    small = replace(some_stats(), record_bytes=48 << 10)
+    assert "48.0 KiB each" in str(small), "not none"
 
 
 def test_snapshot_does_not_change_and_reset_forgets() -> None:

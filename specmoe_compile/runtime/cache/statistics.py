@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from specmoe_compile.system.sizes import format_bytes
+
 
 @dataclass(slots=True)
 class LayerStats:
@@ -227,7 +229,7 @@ class Stats:
         if not self.experts:
             return ()
         cost = f"; a fetch costs {self.fetch_ms:.2f} ms" if self.fetch_ms else ""
-        return (f"experts: {self.experts}, {_mib(self.record_bytes)} each{cost}",)
+        return (f"experts: {self.experts}, {format_bytes(self.record_bytes)} each{cost}",)
 
 
 def _row(name: str, layer: LayerStats) -> tuple[str, ...]:
