@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "predict": set(),
     "options": {"predict"},
     "runtime.experts": set(),
-    "runtime.cache": {"runtime.experts"},
+    "runtime.cache": {"system", "runtime.experts"},
     "runtime.store": {"system", "runtime.experts"},
     "runtime.transfer": {"system", "runtime.experts", "runtime.cache", "runtime.store"},
     "kernels": {"runtime.experts", "runtime.cache"},

@@ -78,6 +78,7 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
     """The heaviest guess is always right, the lightest always wrong."""
     with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
         session.configure(Config())
+        was_off: set[int] = set()
         for token in range(3 * TRIAL_STEPS):
             batch = _, ids, _ = token_batch(token, 1)
             wrong = next(e for e in range(E) if e not in ids[0].tolist())
@@ -85,7 +86,9 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
             wait_until_reads_began(session)
             step(session, 0, batch, ticket)
-        assert [gate.is_open for gate in session.engine.judge.ranks[0]] == [True, False]
+            gates = session.engine.judge.ranks[0]
+            was_off.update(rank for rank, gate in enumerate(gates) if not gate.is_open)
+        assert was_off == {1}
 
 
 def judged(*prefetches: Sequence[tuple[int, int]], wanted: set[int], steps: int) -> PrefetchJudge:

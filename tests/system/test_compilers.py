@@ -15,11 +15,14 @@ from specmoe_compile.system.compilers import check_compiler, find_compiler_or_no
 def inductors_or_none() -> str | None:
     """Inductor's compiler; its configuration reads CXX in these words when it is imported."""
     named = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    cpp_builder.cpp_compiler_search.cache_clear()  # it remembers what another path had
     with config.patch({"cpp.cxx": (None, named)}):
         try:
             return cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
             return None
+        finally:
+            cpp_builder.cpp_compiler_search.cache_clear()
 
 
 def put(folder: Path, name: str) -> None:
