@@ -79,8 +79,11 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
     with make_session("one_token", store=SlowStore(ram_store(LAYERS))) as session:
         session.configure(Config())
         was_off: set[int] = set()
-        for token in range(3 * TRIAL_STEPS):
+        token = 0
+        # A guess that is cached says nothing, and what is depends on which read ended first.
+        while not was_off and token < 10 * TRIAL_STEPS:
             batch = _, ids, _ = token_batch(token, 1)
+            token += 1
             wrong = next(e for e in range(E) if e not in ids[0].tolist())
             guess = torch.tensor([[int(ids[0, 0]), wrong]])
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
