@@ -80,11 +80,13 @@ def test_only_the_rank_that_errs_is_turned_off() -> None:
         session.configure(Config())
         was_off: set[int] = set()
         token = 0
-        # A guess that is cached says nothing, and what is depends on which read ended first.
+        # A guess that is cached says nothing, and what is depends on which read ended first: the
+        # wrong ones change, so that no expert stays that is guessed again and again.
         while not was_off and token < 10 * TRIAL_STEPS:
             batch = _, ids, _ = token_batch(token, 1)
             token += 1
-            wrong = next(e for e in range(E) if e not in ids[0].tolist())
+            unwanted = [expert for expert in range(E) if expert not in ids[0].tolist()]
+            wrong = unwanted[token % len(unwanted)]
             guess = torch.tensor([[int(ids[0, 0]), wrong]])
             ticket = session.start_prefetch(0, guess, torch.tensor([[0.9, 0.1]]))
             wait_until_reads_began(session)
