@@ -43,8 +43,7 @@ float bias_at(const uint8_t* record, const WeightSpec& spec, int64_t row) {
 NextRows rows_from(const WeightSpec& spec, const uint8_t* record, int64_t row) {
   NextRows rows{WeightView{&spec, record}.row(row), nullptr};
   if (spec.scales < 0 || spec.block_rows != 1) return rows;
-  const int64_t element = spec.scale == SCALE_E8M0 || spec.scale == SCALE_E4M3 ? 1 : 2;
-  rows.scales = record + spec.scales + row * spec.scale_columns * element;
+  rows.scales = record + spec.scales + row * spec.scale_columns * scale_bytes(spec.scale);
   return rows;
 }
 

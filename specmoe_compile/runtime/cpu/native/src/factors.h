@@ -101,7 +101,7 @@ class Factors {
     const int64_t first = row * spec.scale_columns;
     const uint8_t* plane = w.record + spec.scales;
     const int64_t all = rows * spec.scale_columns;
-    const int64_t element = spec.scale == SCALE_E8M0 || spec.scale == SCALE_E4M3 ? 1 : 2;
+    const int64_t element = scale_bytes(spec.scale);
     const uint8_t* after = row + rows < end ? plane + (first + all) * element : w.next.scales;
     if (after != nullptr) prefetch_lines(after, all * element);
     const bool is_spread = spec.scale_columns != count;

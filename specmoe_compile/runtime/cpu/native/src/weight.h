@@ -46,6 +46,12 @@ inline bool has_int8(int32_t book) {
   return book == BOOK_E2M1 || book == BOOK_INT4 || book == BOOK_INT8;
 }
 
+// Bytes of one scale.
+inline int64_t scale_bytes(int32_t scale) {
+  if (scale == SCALE_F32) return 4;
+  return scale == SCALE_E8M0 || scale == SCALE_E4M3 ? 1 : 2;
+}
+
 // One weight [N, K] in a record, row-major: value = (code - zero) * scale * global.
 // Offsets are bytes from the record's start, -1 for a plane that is not there.
 struct WeightSpec {
