@@ -26,7 +26,7 @@ from specmoe_compile.passes.read_filled_cache import read_filled_cache
 from specmoe_compile.passes.replace_sums import rank_groups
 from specmoe_compile.runtime.cpu.live_engine import LiveModules
 from specmoe_compile.runtime.cpu.one_thread import on_one_thread
-from specmoe_compile.system.captured import keeping_results, telling_of_capture
+from specmoe_compile.system.captured import Compiled, keeping_results, telling_of_capture
 from specmoe_compile.system.compilers import check_compiler
 from specmoe_compile.system.early_kernels import kernels_compiled_early
 from specmoe_compile.system.graph_runs import counted
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from specmoe_compile.runtime.session import Session
 
 log = logging.getLogger(__name__)
-
-Compiled = Callable[..., Any]
 
 
 def specmoe(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def compiler_version() -> str:
         return ""
     try:
         said = subprocess.run(
-            [*shlex.split(compiler), "--version"],
+            [compiler, "--version"],
             capture_output=True,
             timeout=COMPILER_TIMEOUT_S,
             check=True,
@@ -42,6 +42,17 @@ def compiler_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"{compiler}\n{said.decode(errors='replace')}"
+
+
+def answer_path_or_none(kind: str, *asked: str) -> Path | None:
+    """Where the answer of this compiler is kept; None where it cannot be told from another."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    version = compiler_version()
+    if not version:
+        return None
+    key = "\0".join((version, *asked))
+    return Path(cache_dir()) / kind / hashlib.sha256(key.encode()).hexdigest()
 
 
 def python_headers_found() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import shlex
@@ -17,7 +16,7 @@ from typing import Any
 
 from specmoe_compile.system.compilers import (
     COMPILER_TIMEOUT_S,
-    compiler_version,
+    answer_path_or_none,
     find_compiler_or_none,
 )
 from specmoe_compile.system.quick_links import empty_libraries_or_none
@@ -157,7 +156,7 @@ def _compiles(code: str, flags: str) -> bool:
 
     That it does is remembered beside Inductor's compiled code, for later processes.
     """
-    known = _note_or_none(code, flags)
+    known = answer_path_or_none("specmoe_probes", code, flags)
     if known is not None and known.exists():
         return True
     with tempfile.TemporaryDirectory(prefix="specmoe-") as folder:
@@ -170,17 +169,6 @@ def _compiles(code: str, flags: str) -> bool:
     return accepted
 
 
-def _note_or_none(code: str, flags: str) -> Path | None:
-    """The file that says that this compiler compiles `code`; None where that cannot be said."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    version = compiler_version()
-    if not version:
-        return None
-    asked = "\0".join((version, flags, code))
-    return Path(cache_dir()) / "specmoe_probes" / hashlib.sha256(asked.encode()).hexdigest()
-
-
 def _is_accepted(code: str, arguments: Sequence[str]) -> bool:
     """Whether the C++ compiler takes `code` with these arguments; False where none can be asked."""
     compiler = find_compiler_or_none()
@@ -188,7 +176,7 @@ def _is_accepted(code: str, arguments: Sequence[str]) -> bool:
         return False
     try:
         done = subprocess.run(
-            [*shlex.split(compiler), *arguments, "-x", "c++", "-"],
+            [compiler, *arguments, "-x", "c++", "-"],
             input=code.encode(),
             capture_output=True,
             timeout=COMPILER_TIMEOUT_S,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 from specmoe_compile.system.compilers import (
     COMPILER_TIMEOUT_S,
-    compiler_version,
+    answer_path_or_none,
     find_compiler_or_none,
 )
 
@@ -89,16 +88,13 @@ def _kept(library: str) -> tuple[str, ...]:
 @functools.cache
 def empty_libraries_or_none() -> Path | None:
     """Folder of the empty libraries, made where it is not there; None where they do not do."""
-    compiler, version = find_compiler_or_none(), compiler_version()
-    if not sys.platform.startswith("linux") or compiler is None or not version:
+    compiler = find_compiler_or_none()
+    folder = answer_path_or_none("specmoe_links", _PROBE, *_LIBRARIES)
+    if not sys.platform.startswith("linux") or compiler is None or folder is None:
         return None
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    asked = "\0".join((version, _PROBE, *_LIBRARIES))
-    folder = Path(cache_dir()) / "specmoe_links" / hashlib.sha256(asked.encode()).hexdigest()
     try:
         if not folder.is_dir():
-            _make(folder, shlex.split(compiler))
+            _make(folder, compiler)
         ctypes.CDLL(str(folder / "probe.so")).specmoe_probe()
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.debug("kernels are linked with PyTorch's libraries: %s", error)
@@ -106,7 +102,7 @@ def empty_libraries_or_none() -> Path | None:
     return folder
 
 
-def _make(folder: Path, compiler: Sequence[str]) -> None:
+def _make(folder: Path, compiler: str) -> None:
     """Compile the empty libraries, and one that needs PyTorch's to be loaded."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
@@ -114,7 +110,7 @@ def _make(folder: Path, compiler: Sequence[str]) -> None:
         made.mkdir()
 
         def link(target: str, source: str, *arguments: str) -> None:
-            command = [*compiler, "-shared", "-fPIC", "-o", target, "-x", "c++", "-", "-x", "none"]
+            command = [compiler, "-shared", "-fPIC", "-o", target, "-x", "c++", "-", "-x", "none"]
             subprocess.run(
                 [*command, *arguments],
                 input=source.encode(),
