@@ -26,6 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What Inductor checks of each tensor, and is not asked to elsewhere on a CPU.
 os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")
 os.environ.setdefault("TORCHINDUCTOR_ALIGNMENT_ASSERTS", "1")
+# After every graph Dynamo would look for garbage, which the rounds below do as well.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import pytest
 import torch
@@ -78,6 +80,15 @@ _LONGEST = (
     "e2e/test_loading.py",
 )
 """Files and folders of tests that take more than about ten seconds, roughly in order."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiling_is_not_described() -> None:
+    """Dynamo times the guards of every graph, and words what it changes, for logs alone."""
+    from torch._dynamo import config, guards
+
+    guards.profile_guard_manager = lambda *_: 0.0
+    config.side_effect_replay_policy = "silent"
 
 
 @pytest.fixture(autouse=True)
