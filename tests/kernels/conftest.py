@@ -4,15 +4,19 @@ The interpreter cuts off bits where GPUs round to nearest even, and multiplies t
 bfloat16 matrices as if they were integers. Left so, tests in bfloat16 would need tolerances too
 wide to find anything.
 
-At every launch, and at every call of a function by a kernel, it also looks for what to replace
-among all members of Triton's language, a fifth of its time. Here it remembers what it found.
+It also takes its time. At every launch, and at every call of a function by a kernel, it looks for
+what to replace among all members of Triton's language; it makes the same types and tables of types
+again and again; and it computes conditions of overflow, which nothing looks at unless `debug` is
+set. Here it remembers what it found and made, and leaves out those conditions.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,6 +65,23 @@ elif os.environ.get("TRITON_INTERPRET") == "1":
         for name in names:
             interpreter._patch_attr(package, name, getattr(package, name), *rest)
 
+    def _kept_by_names(make: Callable[..., Any]) -> Callable[..., Any]:
+        """Call a function of types once for each; those of blocks have no hash, but full names."""
+        made: dict[tuple[str, ...], Any] = {}
+
+        @functools.wraps(make)
+        def kept(*types: Any) -> Any:
+            names = tuple([each.name for each in types])
+            if names not in made:
+                made[names] = make(*types)
+            return made[names]
+
+        return kept
+
+    assert not interpreter.interpreter_builder.options.debug
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+    tl.block_type.with_element_ty = _kept_by_names(tl.block_type.with_element_ty)
+    interpreter._get_np_dtype = _kept_by_names(interpreter._get_np_dtype)
     interpreter._patch_builtin = _patch_known_builtins
     interpreter._convert_float = _rounding_convert_float
     interpreter.InterpreterBuilder.create_dot = _converting_create_dot
