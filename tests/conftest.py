@@ -98,6 +98,15 @@ def _fixed_seed() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def prompts_left_to_the_model() -> Iterator[None]:
+    """See the function in `tests.helpers`."""
+    from tests import helpers
+
+    with helpers.prompts_left_to_the_model():
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # by number of tests: the longest ones have few

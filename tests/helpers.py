@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from specmoe_compile.hf import prompts as prompts_module
+from specmoe_compile.options import CompileOptions
 
 VOCABULARY = 96
 PATIENCE_S = 600.0
@@ -54,6 +59,20 @@ def prompts(batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
 def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> Any:
     """Greedy continuation of `ids`, prompt included: [batch, length + new_tokens]."""
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+@contextmanager
+def prompts_left_to_the_model() -> Iterator[None]:
+    """Let prompts run as the model is with `lowering="eager"`, too, as they do with Inductor.
+
+    For tests of the steps after a prompt: there is one graph less to compile.
+    """
+    with mock.patch.object(prompts_module, "_runs_as_traced", _learns_no_vectors):
+        yield
+
+
+def _learns_no_vectors(options: CompileOptions) -> bool:
+    return options.default_vectors is None
 
 
 class At(LogitsProcessor):

@@ -15,6 +15,7 @@ NEW_TOKENS = 7
 PROMPTS = [[5, 17, 80, 3], [44, 9, 61, 2]]
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_turns_alternate_and_only_decode_steps_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_the_document_names_the_model_but_no_folder(
     assert str(checkpoint.parent) not in json.dumps(result)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize(
     "name",
     ["specmoe", "commit", *(pytest.param(n, marks=SLOW) for n in ("prefetch", "default_vector"))],
@@ -121,7 +122,7 @@ def test_speculating_arms_prefetch_under_their_policy(
     )
     loaded = ARMS[name].load(job, ARMS[name])
     ids = torch.tensor([[5, 6, 7]])
-    static = {"cache_implementation": "static"}  # two graphs, not three
+    static = {"cache_implementation": "static"}  # one graph, not two
     loaded.model.generate(ids, max_new_tokens=9, do_sample=False, **static)
     assert loaded.read_stats is not None
     stats = loaded.read_stats()

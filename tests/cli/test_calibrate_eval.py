@@ -99,6 +99,7 @@ def _evaluate(checkpoint: Path, text: Path, store: Path, more: Sequence[str]) ->
     return [*command, *sizes.split(), "-O", "lowering=eager", "--expert-cache", "40%", *more]
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_eval_reports_every_policy_with_every_skip_list(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

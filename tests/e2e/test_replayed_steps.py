@@ -19,6 +19,8 @@ from specmoe_compile.system.graph_runs import GraphRun
 from tests.e2e.prompt_lengths import load_plain
 from tests.helpers import At, save_tiny
 
+pytestmark = pytest.mark.usefixtures("prompts_left_to_the_model")
+
 NEW = 3 * EVERY
 PROMPT = torch.arange(3, 23)[None]
 CHANGE_AT = EVERY + 3

@@ -128,6 +128,7 @@ def test_threads_on_one_wrapper(plain: Any, offloaded: Any, compiled_calls: list
     assert compiled_calls == [], "its own generate stays eager"
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_generate_within_generate(plain: Any, offloaded: Any, compiled_calls: list[int]) -> None:
     """A logits processor that generates, with the same wrapper, and with the inner model."""
     wrapper = compiled(offloaded)

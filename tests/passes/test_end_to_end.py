@@ -25,6 +25,7 @@ def _generated(folder: Path, **options: Any) -> tuple[torch.Tensor, Any]:
     return tokens, specmoe_compile.stats(model)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_control_reads_full_recall(tmp_path: Path, lowering: str) -> None:
     tokens, stats = _generated(tmp_path, control=True, lowering=lowering)
@@ -35,6 +36,7 @@ def test_control_reads_full_recall(tmp_path: Path, lowering: str) -> None:
         assert layer.needed == 11 * 2 and layer.recall == 1.0
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize(
     "options",
     [

@@ -286,6 +286,7 @@ def test_compiled_code_predicts_as_the_probe_measured(
     assert_counted(model, steps=5)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_previous_token_prefetches_what_the_layer_chose_before(tmp_path: Path) -> None:
     model = _offloaded(tmp_path)
     session = session_of(model)

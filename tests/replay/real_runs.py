@@ -20,7 +20,7 @@ from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.base import ExpertStore
 from specmoe_compile.runtime.transfer.base import DONE, Read, Ticket, Transfer
 from specmoe_compile.runtime.transfer.read_queue import ReadQueue
-from tests.helpers import greedy, prompts, tiny_qwen3_moe
+from tests.helpers import greedy, prompts, prompts_left_to_the_model, tiny_qwen3_moe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +70,12 @@ def real_run(
     recorder = TraceRecorder(session)
     runner, cache = model, {}
     if options is not None:
-        cache = {"cache_implementation": "static"}  # two graphs, not three
+        cache = {"cache_implementation": "static"}  # one graph, not two
         options = {"lowering": "eager", "prefetch": True, **options}
         runner = torch.compile(model, backend="specmoe", options=options)
-    for number in range(generations):
-        greedy(runner, prompts(batch, prompt, seed=number), new_tokens, **cache)
+    with prompts_left_to_the_model():
+        for number in range(generations):
+            greedy(runner, prompts(batch, prompt, seed=number), new_tokens, **cache)
     run = RealRun(trace=recorder.trace("tiny"), stats=session.stats)
     specmoe_compile.close(model)
     return run

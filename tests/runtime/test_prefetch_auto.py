@@ -158,6 +158,7 @@ def test_policies_are_compared_with_predictions_in_the_graph() -> None:
     assert CompileOptions.from_kwargs(_graph_options(CompileOptions())).prefetch is True
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize(("given", "predicts"), [({}, False), ({"prefetch": True}, True)])
 def test_a_model_on_a_cpu_with_a_cache_is_predicted_where_that_is_asked_for(
     given: dict[str, Any], predicts: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -198,6 +199,7 @@ def test_arms_that_are_about_prefetching_ask_for_it() -> None:
         assert arm.options["prefetch"] is ahead is arm.speculates, name
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize(("slots", "predicts"), [(3, True), (4, False)])
 def test_a_model_on_a_device_is_predicted_where_it_pays(
     slots: int, predicts: bool, caplog: pytest.LogCaptureFixture

@@ -257,6 +257,7 @@ def test_whoever_watches_a_rank_sees_its_ids() -> None:
     assert torch.equal(seen[0], ids)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_a_compiled_rank_gives_the_plain_models_tokens() -> None:
     """A rank of one, whose graph marks others' experts all the same."""
     plain = tiny_qwen3_moe()
@@ -350,6 +351,7 @@ def test_a_record_that_cannot_be_read_is_an_error_of_opening(
         Disk(slots=E)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_a_model_predicts_nothing_and_gives_the_plain_models_tokens() -> None:
     torch.manual_seed(0)
     plain = tiny_qwen3_moe()

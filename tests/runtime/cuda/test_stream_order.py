@@ -56,6 +56,7 @@ def check(
     assert not unordered_pairs(streams.ops), what
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_decode_steps_have_no_unordered_pair(plain: Any, recorder: Recorder) -> None:
     for config in (GATHER, COPY):
         for slots, policy in ((2, "lru"), (3, "lfu"), (4, "lru"), (7, "adaptive")):
@@ -76,6 +77,7 @@ def test_batches_in_a_static_cache_have_no_unordered_pair(plain: Any) -> None:
             check(recorder, plain, prompt, config, slots=slots)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize("options", [{"lookahead": 2}, {"prefetch": False}])
 def test_other_rewrites_have_no_unordered_pair(options: dict[str, Any], plain: Any) -> None:
     recorder = Recorder(plain, **options)
@@ -85,6 +87,7 @@ def test_other_rewrites_have_no_unordered_pair(options: dict[str, Any], plain: A
     assert (recorder.prefetches > 0) == options.get("prefetch", True)
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_default_vectors_leave_no_unordered_pair(recorder: Recorder) -> None:
     weak: dict[str, Any] = {"policy": "default_vector", "default_vector_threshold": 0.45}
     tokens: list[torch.Tensor] = []
@@ -100,6 +103,7 @@ def test_default_vectors_leave_no_unordered_pair(recorder: Recorder) -> None:
     assert torch.equal(tokens[1], tokens[2])
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_committed_generation_has_no_unordered_pair(recorder: Recorder) -> None:
     tokens = []
     # The first one may compile, and learns default vectors meanwhile; the others start alike.
@@ -115,6 +119,7 @@ def test_committed_generation_has_no_unordered_pair(recorder: Recorder) -> None:
     assert torch.equal(tokens[1], tokens[3])
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 @pytest.mark.parametrize("pays", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_branches_of_copied_steps_have_no_unordered_pair(
     pays: bool, plain: Any, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +181,7 @@ class PlansAside(GatherDecoder):
         return _Fetch(streams.record(stream), plan, ids.numel())
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_a_slot_that_is_refilled_before_its_last_reader_is_seen(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +196,7 @@ def test_a_slot_that_is_refilled_before_its_last_reader_is_seen(
     )
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_a_host_that_does_not_wait_for_its_ids_is_seen(recorder: Recorder) -> None:
     with recorder.session(StreamModel(), config=COPY) as opened:
         right = recorder.run(DECODE, opened)
