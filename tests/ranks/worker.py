@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.replayed_steps import Replay
 from specmoe_compile.passes import manager
 from specmoe_compile.runtime.cuda import inboxes
+from tests.helpers import prompts_left_to_the_model
 
 DEFAULTS: dict[str, Any] = {
     "load": {},  # more arguments of from_pretrained
@@ -49,7 +51,8 @@ DEFAULTS: dict[str, Any] = {
 def run(scenario: dict[str, Any]) -> dict[str, Any]:
     """Load, compile, generate; or run a command of the command line."""
     if "command" in scenario:
-        return {"status": main.run(scenario["command"])}
+        with prompts_left_to_the_model():
+            return {"status": main.run(scenario["command"])}
     ask = {**DEFAULTS, **scenario}
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     load = {
@@ -94,7 +97,8 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(7 + rank * ask["sample"])
     if ask["other_prompt"] and rank == 1:
         ask["batch"] += 1
-    tokens = generate(compiled, ask)
+    with prompts_left_to_the_model() if ask["by_name"] else nullcontext():
+        tokens = generate(compiled, ask)
     found = {
         "tokens": tokens,
         "sums": sums,
