@@ -114,6 +114,7 @@ def test_every_layer_skipped_is_exact(results: Results, name: str) -> None:
     assert found["skipped_experts_per_token"] == 0 and found["recall"] is None
 
 
+@pytest.mark.usefixtures("prompts_left_to_the_model")
 def test_compiling_meanwhile_voids_the_measurement(results: Results, evaluator: Evaluator) -> None:
     assert results, "it is prepared"
     other = torch.compile(lambda x: x + 1, backend="eager")

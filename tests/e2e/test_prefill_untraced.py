@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import specmoe_compile
+from specmoe_compile import backend
 from specmoe_compile.hf import prompts as prompts_module
 from specmoe_compile.hf.attach import session_of
 from specmoe_compile.hf.compiled_calls import cache_argument
@@ -38,6 +40,17 @@ def model() -> Iterator[nn.Module]:
     yield model
     specmoe_compile.close(model)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided for Inductor holds, and the graphs, which are only counted, run as traced."""
+    lower = backend._lower
+
+    def lower_eagerly(gm: Any, inputs: Any, config: CompileOptions, speculation: Any) -> Any:
+        return lower(gm, inputs, replace(config, lowering="eager"), speculation)
+
+    monkeypatch.setattr(backend, "_lower", lower_eagerly)
 
 
 def graphs() -> int:
@@ -82,6 +95,7 @@ def test_a_prompt_is_not_traced(model: nn.Module, compiled_as: Any, length: int)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("no_code")
 @torch.no_grad()
 def test_the_compiler_is_asked_when_the_first_step_is_traced(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +166,7 @@ def test_what_is_traced(
     assert graphs() == 1
 
 
+@pytest.mark.usefixtures("no_code")
 @torch.no_grad()
 def test_what_follows_a_prompt_is_traced(model: nn.Module) -> None:
     """Several tokens at once, as assisted generation checks them, come again and again."""
@@ -190,6 +205,7 @@ def test_generate_traces_the_decode_step_alone(model: Any, cache: str) -> None:
 
 
 @GROWS
+@pytest.mark.usefixtures("no_code")
 @torch.no_grad()
 def test_layers_that_count_learn_from_the_prompt() -> None:
     torch._dynamo.reset()
