@@ -1,8 +1,9 @@
 """Time per token beside busy processes, with all experts in memory, on two threads and on one.
 
 The reference model with experts of 3 MiB in float32. One process that computes for ever on each
-core that this one may use; with them and without, in turns of one prompt each. What is asked: on
-all cores at most 2.5 times the time without them, and not more than on one.
+core that this one may use; with them and without, in turns of one prompt each, in front of each a
+shorter one that is not counted: that the other processes are there is seen in some tokens. What is
+asked: on all cores at most 2.5 times the time without them, and not more than on one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from specmoe_compile.system.output import quiet_transformers, write_json
 RESULT = RESULTS / "cpu_busy.json"
 AT_MOST = 2.5
 SETTLE_S = 0.5
+SETTLE_TOKENS = 16
 QUIET, BUSY = "quiet", "busy"
 
 
@@ -73,6 +75,7 @@ def measure(
     def turn(machine: str, threads: int, *, counts: bool = True) -> None:
         torch.set_num_threads(threads)
         engine_or_none()  # takes over how many
+        generator.generate(prompt, SETTLE_TOKENS, TokenClock())
         clock = TokenClock()
         generator.generate(prompt, new_tokens, clock)
         if counts:
@@ -113,9 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (machine, threads), turns in found.items()
     ]
     typical = {(row["machine"], row["threads"]): row["tpot_ms"]["p50"] for row in rows}
+    mean = {(row["machine"], row["threads"]): row["mean_ms"] for row in rows}
     ratios = {
         "busy_to_quiet": round(typical[BUSY, cores] / typical[QUIET, cores], 4),
         "busy_to_busy_on_one_thread": round(typical[BUSY, cores] / typical[BUSY, 1], 4),
+        "mean_busy_to_busy_on_one_thread": round(mean[BUSY, cores] / mean[BUSY, 1], 4),
         "at_most": AT_MOST,
     }
     write_json(
@@ -124,7 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "schema": 1,
             **provenance(),
             "load_average": list(os.getloadavg()),
-            "settings": {"rounds": arguments.rounds, "new_tokens": arguments.new_tokens},
+            "settings": {
+                "rounds": arguments.rounds,
+                "new_tokens": arguments.new_tokens,
+                "settle_tokens": SETTLE_TOKENS,
+            },
             "seed": 0,
             "busy_processes": cores,
             "rows": rows,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from collections.abc import Iterator
 from ctypes import c_double
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -49,15 +52,22 @@ CROWDED_BUT_WORTH_IT = Machine(Way(0.7, 0.6, 0.7), Way(0.9, 0.7, 1.0))
 MANY_CORES = Machine(Way(0.05, 0.3, 0.02), Way(0.9, 0.7, 1.0))
 
 
+_IdleClock = ctypes.CFUNCTYPE(c_double)
+
+
 class Trial:
     """`AloneTrial`, on machines that are made up."""
 
-    def __init__(self, pointer: int | None = None) -> None:
+    def __init__(self, pointer: int | None = None, *, free_cores: float | None = None) -> None:
         library = library_or_none()
         if library is None:
             pytest.skip("no C++ compiler")
         self.library = library
+        self.wall_ns = 0.0
+        self.free_cores = free_cores
+        self.clock = _IdleClock(lambda: self.wall_ns * (self.free_cores or 0.0))
         self.pointer = pointer or library.specmoe_alone_new()
+        library.specmoe_alone_ask(self.pointer, None if free_cores is None else self.clock)
 
     @property
     def is_alone(self) -> bool:
@@ -69,6 +79,7 @@ class Trial:
         for _ in range(runs):
             ways.append(self.is_alone)
             times = machine[self.is_alone].times()
+            self.wall_ns += times.wall_ns
             self.library.specmoe_alone_end(self.pointer, ctypes.byref(times), tokens)
         return ways
 
@@ -107,6 +118,47 @@ def test_all_threads_come_back_when_cores_are_free(trial: Trial) -> None:
     ways = trial.run(FREE, 4000)  # 2.5 s
     assert any(ways)
     assert not any(trial.run(FREE, 20_000))
+
+
+def test_nobody_looks_while_all_cores_are_in_use(trial: Trial) -> None:
+    busy = Trial(free_cores=0.05)
+    assert busy.run(CROWDED, 30)[-1]
+    assert all(busy.run(CROWDED, 20_000))
+    busy.free_cores = 1.0
+    ways = busy.run(FREE, 1000)  # 0.6 s: the next time that it asks
+    assert any(ways)
+    assert not any(busy.run(FREE, 20_000))
+    busy.library.specmoe_alone_delete(busy.pointer)
+    trial.run(CROWDED, 30)
+    assert not all(trial.run(CROWDED, 20_000))  # where nobody says what is in use
+
+
+def test_a_machine_without_an_answer_is_looked_at() -> None:
+    silent = Trial(free_cores=-1.0)
+    assert silent.run(CROWDED, 30)[-1]
+    assert not all(silent.run(CROWDED, 20_000))
+    silent.library.specmoe_alone_delete(silent.pointer)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not say")
+def test_idle_time_is_that_of_the_cores_it_may_use(trial: Trial) -> None:
+    idle_ns = trial.library.specmoe_idle_ns
+    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    fields = [line.split() for line in lines if line[:3] == "cpu" and line[3] != " "]
+    want = {int(each[0][3:]): (int(each[4]) + int(each[5])) * 1e7 for each in fields}
+    cores = os.sched_getaffinity(0)
+    try:
+        for chosen in ({min(cores)}, cores):
+            os.sched_setaffinity(0, chosen)
+            since = sum(want[core] for core in chosen)
+            assert since <= idle_ns() <= since + 60e9 * len(chosen)
+        os.sched_setaffinity(0, {min(cores)})
+        began, before = time.perf_counter(), idle_ns()
+        while time.perf_counter() < began + 0.3:
+            pass
+        assert idle_ns() - before <= 0.1e9  # this very thread keeps it busy
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_all_threads_stay_where_they_are_faster_in_a_crowd(trial: Trial) -> None:

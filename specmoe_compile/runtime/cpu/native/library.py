@@ -10,7 +10,7 @@ import ctypes
 import functools
 import logging
 import threading
-from ctypes import CDLL, POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from specmoe_compile.runtime.cpu.native import build
@@ -148,6 +148,8 @@ def _declare_decisions(library: CDLL) -> None:
         ("alone_of", (c_void_p,), c_void_p),
         ("alone_is", (c_void_p,), c_int32),
         ("alone_end", (c_void_p, c_void_p, c_int64), None),
+        ("alone_ask", (c_void_p, c_void_p), None),
+        ("idle_ns", (), c_double),
         ("judge_new", (c_int64,), c_void_p),
         ("judge_delete", (c_void_p,), None),
         ("judge_predicts", (c_void_p, c_int64), c_int32),

@@ -15,6 +15,8 @@ constexpr double kCrowded = 0.8;
 constexpr int64_t kConfirming = 2;
 constexpr int64_t kJudged = 4;
 constexpr int64_t kFirstStay = 16, kMaxStay = 128;
+// Cores that did nothing, on average over a stay alone, for another thread to be worth a look.
+constexpr double kFreeCores = 0.2;
 
 }  // namespace
 
@@ -27,10 +29,8 @@ void RunTimes::add(const RunTimes& other) {
 }
 
 void AloneTrial::end(const RunTimes& run, int64_t tokens) {
-  if (tokens != tokens_) {
-    *this = AloneTrial();
-    tokens_ = tokens;
-  }
+  if (tokens != tokens_) begin_anew();
+  tokens_ = tokens;
   window_.add(run);
   if (window_.wall_ns < kWindowNs) return;
   windows_++;
@@ -43,9 +43,14 @@ void AloneTrial::end_window() {
   const bool is_crowded =
       window_.own * window_.wall_ns > kCrowded * window_.chunks * window_.core_ns;
   if (is_crowded) return end_crowded_window(window_.wall_ns / window_.bytes);
-  const int64_t tokens = tokens_;
-  *this = AloneTrial();
-  tokens_ = tokens;
+  begin_anew();
+}
+
+void AloneTrial::begin_anew() {
+  AloneTrial fresh;
+  fresh.ask(idle_clock_);
+  fresh.tokens_ = tokens_;
+  *this = fresh;
 }
 
 void AloneTrial::end_crowded_window(double cost) {
@@ -65,7 +70,13 @@ void AloneTrial::end_alone_window() {
   if (windows_ >= kJudged && is_slower)
     stay(false, next_stay_);
   else if (windows_ >= until_)
-    stay(false, 1);  // one look whether cores are free again
+    may_be_free() ? stay(false, 1) : stay(true, until_);  // one look whether cores are free again
+}
+
+bool AloneTrial::may_be_free() {
+  if (idle_clock_ == nullptr) return true;
+  const double before = idle_ns_, now = idle_clock_();
+  return now < 0.0 || before < 0.0 || now - before >= kFreeCores * alone_.wall_ns;
 }
 
 void AloneTrial::stay(bool is_alone, int64_t windows) {
@@ -73,6 +84,7 @@ void AloneTrial::stay(bool is_alone, int64_t windows) {
   windows_ = 0;
   until_ = windows;
   alone_ = {};
+  if (is_alone && idle_clock_ != nullptr) idle_ns_ = idle_clock_();
 }
 
 }  // namespace specmoe

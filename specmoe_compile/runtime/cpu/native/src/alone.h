@@ -4,10 +4,13 @@
 // and the caller waits for all of them: one thread alone can be faster. Nobody tells, so this tries
 // it, but only where something was seen: that the caller computed a larger share of the chunks than
 // the share of the time that it had a core. Where cores are free the first is 1 / threads and the
-// second 1, and nothing is ever tried.
+// second 1, and nothing is ever tried. The other way back is tried where cores did nothing for a
+// while, and not while all of them are in use: trying it costs.
 #pragma once
 
 #include <cstdint>
+
+#include "idle.h"
 
 namespace specmoe {
 
@@ -24,17 +27,24 @@ struct RunTimes {
 
 class AloneTrial {
  public:
+  // Whom to ask how long cores did nothing; null for nobody, and they may be free then.
+  using IdleClock = double (*)();
+  void ask(IdleClock idle_clock) { idle_clock_ = idle_clock; }
+
   // Whether the caller is to do the next run alone.
   bool is_alone() const { return is_alone_; }
   // Takes in a run that went as `is_alone` said. With another number of tokens it begins anew.
   void end(const RunTimes& run, int64_t tokens);
+  void begin_anew();
 
  private:
   void end_window();
   void end_crowded_window(double cost);
   void end_alone_window();
   void stay(bool is_alone, int64_t windows);
+  bool may_be_free();
 
+  IdleClock idle_clock_ = &idle_ns;
   bool is_alone_ = false;
   int64_t tokens_ = 0;
   RunTimes window_;
@@ -43,6 +53,7 @@ class AloneTrial {
   int64_t windows_ = 0;       // since the last change
   int64_t until_ = 0;         // so many there are before the other way has its turn
   int64_t next_stay_ = 0;     // windows; 0: nothing was seen
+  double idle_ns_ = 0.0;      // of the clock when it was last read
 };
 
 }  // namespace specmoe

@@ -165,6 +165,11 @@ SPECMOE_API void specmoe_alone_end(void* trial, const RunTimes* run, int64_t tok
   static_cast<AloneTrial*>(trial)->end(*run, tokens);
 }
 
+SPECMOE_API void specmoe_alone_ask(void* trial, AloneTrial::IdleClock idle_clock) {
+  static_cast<AloneTrial*>(trial)->ask(idle_clock);
+}
+SPECMOE_API double specmoe_idle_ns() { return idle_ns(); }
+
 // The judge alone; for tests, which compare it with Python's.
 SPECMOE_API void* specmoe_judge_new(int64_t layers) {
   return new (std::nothrow) PrefetchJudge(layers);

@@ -263,7 +263,7 @@ void Engine::set_threads(int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (threads == threads_) return;
   threads_ = threads;
-  trial_ = {};
+  trial_.begin_anew();
   if (process_ == getpid()) pool_.reset();
   process_ = 0;
 }
