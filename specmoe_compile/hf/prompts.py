@@ -26,6 +26,7 @@ from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
 from specmoe_compile.runtime.engine import with_prefetch_decided
 from specmoe_compile.runtime.session import Session
+from specmoe_compile.system.free_cores import free_cores
 from specmoe_compile.system.inductor import ask_compiler_ahead, start_compile_workers
 
 Call = Callable[..., Any]
@@ -64,7 +65,10 @@ def prompts_as_they_are(
             decided = with_prefetch_decided(options, [session.engine])
             session.configure(SessionOptions.view(decided))
             told = True
-        return plain(*args, **kwargs)
+        if session.device.type != "cpu":
+            return plain(*args, **kwargs)
+        with free_cores.used():
+            return plain(*args, **kwargs)
 
     return call
 

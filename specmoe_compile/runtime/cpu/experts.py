@@ -26,6 +26,7 @@ from specmoe_compile.runtime.cpu.packed import packed_product
 from specmoe_compile.runtime.experts.formats.expert_format import ExpertTensors
 from specmoe_compile.runtime.experts.formats.weight_code import WeightPlanes
 from specmoe_compile.runtime.experts.layout import ExpertLayout
+from specmoe_compile.system.free_cores import free_cores
 
 
 class ExpertRunner:
@@ -118,7 +119,9 @@ class ExpertRunner:
         if not self._format.is_plain:
             return self._run_packed(weights, x)
         (up, *_), up_bias, (down, *_), down_bias = weights
-        if x.shape[0] == 1 and (kernel := self._kernel_or_none(weights)) is not None:
+        # Where C++ computes steps, a kernel would be compiled for a prompt's lone rows alone.
+        is_step = x.shape[0] == 1 and self.native is None
+        if is_step and (kernel := self._kernel_or_none(weights)) is not None:
             out = kernel(x[0], up.t(), up_bias, down.t(), down_bias).unsqueeze(0)
             return out if self._norm is None else self._norm(out)
         hidden = torch.mm(x, up)
@@ -219,7 +222,9 @@ class Routing:
                 y[self._rows[expert]] = runner.run(weights, self._x)[0]
                 continue
             rows, start, end = self._rows[expert]
-            y[rows] = runner.run(weights, self._x[self._tokens[start:end]]).to(y.dtype)
+            with free_cores.used():
+                out = runner.run(weights, self._x[self._tokens[start:end]])
+            y[rows] = out.to(y.dtype)
 
     def _task(self, expert: int, weights: ExpertTensors, native: NativeLayer) -> Task:
         record = native.record_of(weights.up.codes)

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from ctypes import c_double
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 
 from specmoe_compile.runtime.cpu.native.library import library_or_none
 from specmoe_compile.runtime.experts.formats.expert_format import PLAIN_FORMAT
+from specmoe_compile.system.free_cores import idle_s
 from tests.runtime.cpu.test_native_kernels import Experts, engine, run
 
 MIB = 1 << 20
@@ -140,18 +140,16 @@ def test_a_machine_without_an_answer_is_looked_at() -> None:
     silent.library.specmoe_alone_delete(silent.pointer)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not say")
+@pytest.mark.skipif(idle_s() is None, reason="the system does not say")
 def test_idle_time_is_that_of_the_cores_it_may_use(trial: Trial) -> None:
     idle_ns = trial.library.specmoe_idle_ns
-    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-    fields = [line.split() for line in lines if line[:3] == "cpu" and line[3] != " "]
-    want = {int(each[0][3:]): (int(each[4]) + int(each[5])) * 1e7 for each in fields}
     cores = os.sched_getaffinity(0)
     try:
         for chosen in ({min(cores)}, cores):
             os.sched_setaffinity(0, chosen)
-            since = sum(want[core] for core in chosen)
-            assert since <= idle_ns() <= since + 60e9 * len(chosen)
+            before, told, after = idle_s(), idle_ns() / 1e9, idle_s()
+            assert before is not None and after is not None
+            assert before - 1e-3 <= told <= after + 1e-3
         os.sched_setaffinity(0, {min(cores)})
         began, before = time.perf_counter(), idle_ns()
         while time.perf_counter() < began + 0.3:
