@@ -18,7 +18,7 @@ import torch
 
 from specmoe_compile.options import CompileOptions, GraphOptions
 from specmoe_compile.passes import manager
-from specmoe_compile.passes.identity import modules_behind, source_hash
+from specmoe_compile.passes.identity import source_hash
 from specmoe_compile.passes.manager import PASSES, SpeculationPass, run_passes
 from specmoe_compile.passes.pass_config import PassConfig
 from tests.passes.graphs import OPS, calls, inputs, norm, plain_block, route, trace, use_session
@@ -203,29 +203,6 @@ def test_identity_covers_what_steers_a_rewrite(tmp_path: Path) -> None:
         source_hash.cache_clear()
         assert source_hash(copied) not in known
         known.add(source_hash(copied))
-
-
-def test_modules_are_followed_wherever_they_are_imported(tmp_path: Path) -> None:
-    package = tmp_path / "package"
-    (package / "room").mkdir(parents=True)
-    sources = {
-        "start.py": "import os\nfrom package.room.first import NUMBER",
-        "room/__init__.py": "",
-        "room/first.py": "def late():\n    import package.second",
-        "second.py": "if False:\n    from package.room import third",
-        "room/third.py": "",
-        "alone.py": "",
-    }
-    for name, source in sources.items():
-        (package / name).write_text(source)
-    found = modules_behind(["start"], package)
-    assert set(found) == {
-        "start",
-        "room",
-        "room.first",
-        "second",
-        "room.third",
-    }
 
 
 def test_options_reach_the_passes() -> None:
