@@ -26,6 +26,7 @@ from specmoe_compile.hf.cache_names import CACHE_ARGUMENTS
 from specmoe_compile.options import MAX_DECODE_TOKENS, CompileOptions, SessionOptions
 from specmoe_compile.runtime.engine import with_prefetch_decided
 from specmoe_compile.runtime.session import Session
+from specmoe_compile.system.collector import old_objects_frozen
 from specmoe_compile.system.free_cores import free_cores
 from specmoe_compile.system.inductor import ask_compiler_ahead, start_compile_workers
 
@@ -59,6 +60,8 @@ def prompts_as_they_are(
                 ask_compiler_ahead() if session.device.type == "cpu" else start_compile_workers()
                 says_length = False
                 _mark_growing(kwargs)
+                with old_objects_frozen():
+                    return compiled(*args, **kwargs)
             return compiled(*args, **kwargs)
         says_length = True
         if not told:  # as the backend does it before the first step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -108,6 +109,33 @@ def test_the_compiler_is_asked_when_the_first_step_is_traced(
     assert not traced, "the prompt has both cores"
     compiled(prompts(1, 1), **cache)
     assert traced == [0]
+
+
+@torch.no_grad()
+def test_a_prompt_has_free_cores_and_the_first_step_a_light_collector(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(name: str) -> Iterator[None]:
+        inside.append(f"{name} begins")
+        yield
+        inside.append(f"{name} ends after {graphs()} graphs")
+
+    cores = SimpleNamespace(used=lambda: noted("cores"))
+    monkeypatch.setattr(prompts_module, "free_cores", cores)
+    monkeypatch.setattr(prompts_module, "old_objects_frozen", lambda: noted("collector"))
+    compiled = wrapped(model, options={"lowering": "inductor"})
+    cache = static(model)
+    for length in (LONG, 1, 1):
+        compiled(prompts(1, length), **cache)
+    assert inside == [
+        "cores begins",
+        "cores ends after 0 graphs",
+        "collector begins",
+        "collector ends after 1 graphs",
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -17,8 +17,9 @@ from torch import Tensor
 import specmoe_compile
 import specmoe_compile.ops
 from specmoe_compile.errors import SpecMoEError
-from specmoe_compile.options import SessionOptions
+from specmoe_compile.options import MAX_DECODE_TOKENS, SessionOptions
 from specmoe_compile.runtime.cache.statistics import LayerStats
+from specmoe_compile.runtime.cpu import experts as runner_module
 from specmoe_compile.runtime.cpu.engine import open_session
 from specmoe_compile.runtime.session import Session
 from specmoe_compile.runtime.store.disk import DiskStore
@@ -55,6 +56,25 @@ def assert_same_tables(one: Session, other: Session, when: str) -> None:
 def assert_same_counters(stats: LayerStats, expected: LayerStats) -> None:
     for name in ("steps", "hits", "misses", "demand_bytes"):
         assert getattr(stats, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_lone_row_of_a_prompt_compiles_no_kernel_where_steps_need_none(
+    is_native: bool, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(runner_module, "one_token_kernel_or_none", lambda *_: asked.append(1))
+    if not is_native:
+        monkeypatch.setattr(runner_module, "native_layer_or_none", lambda *_: None)
+    x, _, weights = token_batch(0, 3 * MAX_DECODE_TOKENS)
+    ids = torch.zeros(len(x), K, dtype=torch.int64)
+    ids[:, 1] = torch.arange(len(x)) % 2 + 1
+    ids[7, 1] = 3
+    with on_disk(store_folder, "half") as session, make_session("in_place") as plain:
+        got = experts(x, ids, weights, session.handle, 0)
+        assert asked == [] if is_native else asked
+        want = experts(x, ids, weights, plain.handle, 0)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
