@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml
 	@# Without a GPU a PyTorch that lies in a folder of wheels (PIP_FIND_LINKS) will do: the index's needs gigabytes of CUDA.
 	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --no-index --no-deps torch 2>/dev/null || true
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@# A wheel carries the C++ engine; an editable install has it compiled here, and not in front of the first token.
+	$(BIN)/python -m specmoe_compile.runtime.cpu.native
 	@touch $@
 
 demo: $(STAMP)  ## Watch a real MoE generate with its experts on disk (a few minutes on 2 cores).

@@ -96,7 +96,8 @@ def test_make_targets_set_up_an_environment_first(
     done = subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, text=True)
     setup = done.stdout.index("-m venv .venv")
     install = done.stdout.index("pip install")
-    assert setup < install < done.stdout.index(command)
+    engine = done.stdout.index("-m specmoe_compile.runtime.cpu.native")
+    assert setup < install < engine < done.stdout.index(command)
 
 
 def test_an_environment_that_is_there_is_not_set_up_again(tmp_path: Path) -> None:
