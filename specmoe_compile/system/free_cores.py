@@ -52,21 +52,22 @@ class FreeCores:
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
         """Give PyTorch so many threads until the block ends, and never more than it had before."""
-        asked: int | None = getattr(self._local, "asked", None)
+        outer: int | None = getattr(self._local, "most", None)
         had = torch.get_num_threads()
-        if (had if asked is None else asked) < 2:
+        most = had if outer is None else outer
+        if most < 2:
             yield
             return
-        self._local.asked = most = had if asked is None else asked
         self._look()
         wanted = max(1, most - round(self._others))
         if wanted != had:
             torch.set_num_threads(wanted)
+        self._local.most = most
         try:
             yield
         finally:
-            self._local.asked = asked
-            if asked is None and torch.get_num_threads() != had:
+            self._local.most = outer
+            if outer is None and torch.get_num_threads() != had:
                 torch.set_num_threads(had)
 
     def _look(self) -> None:

@@ -60,6 +60,7 @@ void AloneTrial::end_crowded_window(double cost) {
     until_ = kConfirming;
   }
   if (windows_ < until_) return;
+  newly_idle_ns();  // counts from here on
   stay(true, next_stay_);
   next_stay_ = std::min(2 * next_stay_, kMaxStay);
 }
@@ -67,16 +68,20 @@ void AloneTrial::end_crowded_window(double cost) {
 void AloneTrial::end_alone_window() {
   alone_.add(window_);
   const bool is_slower = alone_.wall_ns > shared_cost_ * alone_.bytes;
-  if (windows_ >= kJudged && is_slower)
-    stay(false, next_stay_);
-  else if (windows_ >= until_)
-    may_be_free() ? stay(false, 1) : stay(true, until_);  // one look whether cores are free again
+  if (windows_ >= kJudged && is_slower) return stay(false, next_stay_);
+  if (windows_ < until_) return;
+  const double idle = newly_idle_ns();
+  if (idle < 0.0 || idle >= kFreeCores * alone_.wall_ns)
+    stay(false, 1);  // one look whether cores are free again
+  else
+    stay(true, until_);
 }
 
-bool AloneTrial::may_be_free() {
-  if (idle_clock_ == nullptr) return true;
-  const double before = idle_ns_, now = idle_clock_();
-  return now < 0.0 || before < 0.0 || now - before >= kFreeCores * alone_.wall_ns;
+double AloneTrial::newly_idle_ns() {
+  if (idle_clock_ == nullptr) return -1.0;
+  const double before = idle_ns_;
+  idle_ns_ = idle_clock_();
+  return before < 0.0 || idle_ns_ < 0.0 ? -1.0 : idle_ns_ - before;
 }
 
 void AloneTrial::stay(bool is_alone, int64_t windows) {
@@ -84,7 +89,6 @@ void AloneTrial::stay(bool is_alone, int64_t windows) {
   windows_ = 0;
   until_ = windows;
   alone_ = {};
-  if (is_alone && idle_clock_ != nullptr) idle_ns_ = idle_clock_();
 }
 
 }  // namespace specmoe

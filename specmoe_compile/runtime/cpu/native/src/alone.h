@@ -42,7 +42,8 @@ class AloneTrial {
   void end_crowded_window(double cost);
   void end_alone_window();
   void stay(bool is_alone, int64_t windows);
-  bool may_be_free();
+  // How long cores did nothing since this was last asked; negative where nobody says.
+  double newly_idle_ns();
 
   IdleClock idle_clock_ = &idle_ns;
   bool is_alone_ = false;
