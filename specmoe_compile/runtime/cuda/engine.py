@@ -188,7 +188,6 @@ class CudaEngine:
         # Of experts on disk no decoder reads the counters of the device.
         self._resident.add_to(layers, counters=self._supply is not None)
         self._commitments.add_to(layers)
-        followed = self._decoders.active.followed()
         return Stats(
             layers=layers,
             fast_tier_bytes=self.cache.total_bytes + self._prefill.total_bytes + staging_bytes,
@@ -199,7 +198,7 @@ class CudaEngine:
             read_busy_ms=0.0 if self._supply is None else self._supply.busy_ms,
             eviction=tuple(
                 FOLLOWED if layer in self.resident_layers else name
-                for layer, name in enumerate(followed)
+                for layer, name in enumerate(self._decoder.followed())
             ),
         )
 
